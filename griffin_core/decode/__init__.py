@@ -1,0 +1,1 @@
+"""The generation phase: sessions, sampling, stopping, and the engine that steps them."""

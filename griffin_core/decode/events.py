@@ -1,0 +1,127 @@
+"""What the engine tells a caller about its session, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from griffin_core.decode.sampling import Logprobs
+from griffin_core.decode.stopping import FinishReason
+from griffin_core.experts.selection import PolicyName, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningFigures:
+    """What the pruning did to a session.
+
+    Args:
+        experts_per_layer: K.
+        ff_width: F.
+        norm_mass: L values, see ``expert_set.norm_mass``.
+        slim_view_bytes: held beyond the model's own weights.
+        kv_cache_bytes: held by the session's cache.
+    """
+
+    density: float
+    policy: PolicyName
+    experts_per_layer: int
+    ff_width: int
+    norm_mass: tuple[float, ...]
+    slim_view_bytes: int
+    kv_cache_bytes: int
+
+    @property
+    def mean_norm_mass(self) -> float:
+        """Mean over layers."""
+        return sum(self.norm_mass) / len(self.norm_mass) if self.norm_mass else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """There is room.
+
+    Args:
+        handoff: how the caller is to have the prompt prefilled, handing what comes to
+            ``Engine.intake``; None for a later turn, which the engine prefills itself.
+    """
+
+    handoff: Selection | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The prompt is read and the experts are chosen; generation begins."""
+
+    session_id: str
+    prompt_tokens: int
+    prefill_s: float
+    pruning: PruningFigures
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensMade:
+    """Tokens of one step. ``text`` lags behind ``ids`` where a character is not whole yet."""
+
+    ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds, all of one monotonic clock but selection_s. As in generation.proto."""
+
+    queue_s: float
+    prefill_s: float
+    selection_s: float
+    slim_build_s: float
+    first_token_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The completion is over."""
+
+    reason: FinishReason
+    stop: str
+    prompt_tokens: int
+    generated_tokens: int
+    context_tokens: int
+    timings: Timings
+    pruning: PruningFigures
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Result of a ScoreTask: for each continuation token its log-probability, and whether it is
+    the most likely one."""
+
+    logprobs: tuple[float, ...]
+    greedy: tuple[bool, ...]
+    pruning: PruningFigures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """It ended with an error; nothing of it is left."""
+
+    error: Exception
+
+
+Event = Admitted | Started | TokensMade | Finished | Scored | Failed
+
+
+E_contra = TypeVar("E_contra", contravariant=True)
+
+
+class Sink(Protocol[E_contra]):
+    """Where events go. Called in the engine's thread; must not block.
+
+    A sink that is not ready pauses what feeds it and nothing else.
+    """
+
+    def put(self, event: E_contra) -> None: ...
+
+    def ready(self) -> bool: ...

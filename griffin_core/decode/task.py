@@ -1,0 +1,113 @@
+"""What a caller may ask of the engine, checked against the model before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from griffin_core.decode.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from griffin_core.decode.stopping import StoppingParams
+from griffin_core.errors import InvalidRequest
+from griffin_core.experts.selection import PolicyName, Selection
+from griffin_core.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningParams:
+    """What a request says of its experts; what it leaves open is None.
+
+    Raises:
+        InvalidRequest: density is not in (0, 1].
+    """
+
+    density: float | None = None
+    policy: PolicyName | None = None
+
+    def __post_init__(self) -> None:
+        if self.density is not None and not 0 < self.density <= 1:  # NaN fails too
+            raise InvalidRequest("pruning.density", self.density, "(0, 1]")
+
+    def selection(self, base: Selection, seed: int) -> Selection:
+        """The selection to run: this request's words, ``base`` for what it leaves open."""
+        return Selection(
+            density=base.density if self.density is None else self.density,
+            policy=self.policy or base.policy,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateTask:
+    """Generate from a prompt, or from a kept session and further tokens.
+
+    Args:
+        prompt: token ids of this turn, at least one.
+        sampling: its seed is also that of the policies that draw.
+        top_logprobs: None for no log-probabilities.
+        continues: id of the kept session this is a later turn of.
+        keep: keep the session afterwards.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stopping: StoppingParams = field(default_factory=StoppingParams)
+    pruning: PruningParams = field(default_factory=PruningParams)
+    top_logprobs: int | None = None
+    continues: str | None = None
+    keep: bool = False
+    session_id: str = field(default_factory=lambda: uuid4().hex)
+
+    def check(self, spec: ModelSpec, prompt_field: str) -> None:
+        """Raises InvalidRequest for whatever does not fit the model.
+
+        Args:
+            prompt_field: what the caller calls the prompt: "text", "token_ids" or "messages".
+        """
+        check_token_ids(prompt_field, self.prompt, spec)
+        if len(self.prompt) >= spec.context_length:
+            raise InvalidRequest(
+                prompt_field,
+                f"{len(self.prompt)} tokens",
+                f"at most {spec.context_length - 1} tokens, one less than the context length",
+            )
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidRequest("top_logprobs", self.top_logprobs, f"[0, {MAX_TOP_LOGPROBS}]")
+        check_token_ids("stopping.stop_token_ids", sorted(self.stopping.stop_token_ids), spec)
+        check_token_ids("sampling.logit_bias", sorted(self.sampling.logit_bias), spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTask:
+    """Log-probabilities of ``continuation`` behind ``prompt``, both at least one token.
+
+    Args:
+        seed: of the policies that draw.
+    """
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    pruning: PruningParams = field(default_factory=PruningParams)
+    seed: int = 0
+    session_id: str = field(default_factory=lambda: uuid4().hex)
+
+    def check(self, spec: ModelSpec, context_field: str, continuation_field: str) -> None:
+        """Raises InvalidRequest for whatever does not fit the model."""
+        check_token_ids(context_field, self.prompt, spec)
+        check_token_ids(continuation_field, self.continuation, spec)
+        total = len(self.prompt) + len(self.continuation)
+        if total > spec.context_length:
+            raise InvalidRequest(
+                continuation_field,
+                f"{total} tokens with the context",
+                f"at most {spec.context_length}, the context length",
+            )
+
+
+def check_token_ids(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
+    """Raises InvalidRequest unless every id is in [0, V)."""
+    for index, token in enumerate(ids):
+        if not 0 <= token < spec.vocabulary:
+            raise InvalidRequest(
+                f"{name}[{index}]", token, f"[0, {spec.vocabulary}), the vocabulary"
+            )

@@ -1,0 +1,122 @@
+"""Everything Griffin raises on purpose.
+
+::
+
+    GriffinError
+    ├── InvalidRequest          a value the caller gave is out of range
+    ├── SessionNotFound         no session of that id, or not any more
+    ├── SessionBusy             the session is still in an earlier turn
+    ├── SessionClosed           ended from outside while it was running
+    ├── CapacityExhausted       no room: now (retry later) or ever
+    ├── ModelError
+    │   ├── ModelNotFound       no such directory, file or hub id
+    │   ├── UnknownFamily       an architecture the decoder does not define
+    │   └── BadModelFile        truncated, damaged or not a model at all
+    ├── HandoffError
+    │   ├── FingerprintMismatch the two ends hold different models
+    │   ├── HandoffBroken       the handoff ended early or did not verify
+    │   └── PrefillUnavailable  no prefill server answers
+    ├── EngineStopped           shutting down
+    └── EngineFault             a bug, or the machine gave out (memory, device)
+
+Each message says what was wrong, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+
+class GriffinError(Exception):
+    """Base of all errors below. ``str(error)`` is meant for the person who made the call."""
+
+
+class InvalidRequest(GriffinError):
+    """A value of a request is out of range.
+
+    Args:
+        field: path of the field as the public API spells it, ``"pruning.density"`` say.
+        given: the offending value, shortened if long.
+        allowed: the range, in words.
+    """
+
+    def __init__(self, field: str, given: object, allowed: str) -> None:
+        shown = given if isinstance(given, str) else repr(given)
+        if len(shown) > 80:
+            shown = f"{shown[:77]}..."
+        super().__init__(f"{field}: got {shown}; allowed: {allowed}")
+        self.field = field
+        self.given = shown
+        self.allowed = allowed
+
+
+class SessionNotFound(GriffinError):
+    """No session of that id is live or kept."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(
+            f"session_id: no session {session_id[:80]!r}; it never was, was closed, "
+            "or was idle for longer than sessions are kept"
+        )
+
+
+class SessionBusy(GriffinError):
+    """A kept session is still in an earlier turn."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"session_id: session {session_id!r} is still in an earlier turn")
+
+
+class SessionClosed(GriffinError):
+    """A running session was closed by another call."""
+
+
+class CapacityExhausted(GriffinError):
+    """The request does not fit.
+
+    Args:
+        message: what is used up.
+        retry_after_s: seconds after which room is likely; None if the request can never fit.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ModelError(GriffinError):
+    """The model cannot be loaded."""
+
+
+class ModelNotFound(ModelError):
+    """No such directory, file or hub id."""
+
+
+class UnknownFamily(ModelError):
+    """The architecture, or a variant of it, is not one the decoder defines."""
+
+
+class BadModelFile(ModelError):
+    """The file is truncated, damaged, or not a model."""
+
+
+class HandoffError(GriffinError):
+    """Prefill's results did not reach Decode."""
+
+
+class FingerprintMismatch(HandoffError):
+    """Prefill and Decode hold different models."""
+
+
+class HandoffBroken(HandoffError):
+    """The handoff ended before it finished, or its contents do not verify."""
+
+
+class PrefillUnavailable(HandoffError):
+    """No prefill server answers."""
+
+
+class EngineStopped(GriffinError):
+    """The engine is shutting down and takes or continues no work."""
+
+
+class EngineFault(GriffinError):
+    """An unexpected failure inside the engine; the session it hit is gone, others go on."""

@@ -1,0 +1,48 @@
+"""The statistic by which experts are chosen (arXiv 2404.01365, section 4.2).
+
+For activations Z [T, F] of one layer, each token's row is scaled to unit l2 norm and s is the l2
+norm of each neuron's column: s_f = sqrt(Σ_t (Z_tf / ‖Z_t‖)²). What is kept is s2 = s², because s2
+is additive over disjoint runs of tokens: chunks, cached prefixes and later turns just add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def s2_of(z: Tensor) -> Tensor:
+    """Activations [T, F] of any float dtype -> s2 [F] float32.
+
+    Rows are scaled in float32, whatever the dtype of ``z`` (squares of float16 overflow). A zero
+    row, which ReLU can give, adds nothing; so does one whose squares underflow (norm < 1e-19).
+    Summed over neurons, s2 is the number of the other rows. Only real tokens may be in ``z``:
+    padding would be counted.
+    """
+    squares = z.float().square()
+    row = squares.sum(dim=1)
+    weight = torch.where(row > 0, row.reciprocal(), torch.zeros_like(row))
+    return weight @ squares
+
+
+def group_score(s2s: Sequence[Tensor]) -> Tensor:
+    """One score for a group of prompts: Σ_i s_i / √S_i, [F] float32, where S_i is prompt i's
+    number of tokens (arXiv 2404.01365, section 4.3, batched form).
+
+    Args:
+        s2s: s2 [F] of each prompt. S_i is taken as Σ s2_i, the tokens that counted; a prompt
+            with none adds nothing.
+
+    Raises:
+        ValueError: no prompt.
+    """
+    if not s2s:
+        raise ValueError("group_score needs the statistic of at least one prompt")
+    score = torch.zeros_like(s2s[0])
+    for s2 in s2s:
+        tokens = s2.sum()
+        if tokens > 0:
+            score += (s2 / tokens).sqrt()
+    return score

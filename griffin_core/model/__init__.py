@@ -1,0 +1,1 @@
+"""One decoder definition for every family: spec, weights, attention, feedforward, tokenizer."""

@@ -1,0 +1,88 @@
+"""Attention of new tokens over cached ones, and rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from griffin_core.model.spec import RotarySpec
+
+
+def rotary_tables(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for ``apply_rotary``: positions [T] -> two [T, 1, head_dim] of ``dtype``."""
+    frequencies = torch.tensor(spec.inverse_frequencies, device=positions.device)
+    angles = positions[:, None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return (angles.cos() * spec.scale).to(dtype), (angles.sin() * spec.scale).to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (i, i + head_dim / 2) of x [T, heads, head_dim], the layout of Hugging Face
+    checkpoints."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visible:
+    """Which cached tokens each new token sees.
+
+    Args:
+        first: index of the first cached token any new token sees; those before it are skipped.
+        mask: [T, S - first] bool, True where seen; None if every new token sees all of them.
+    """
+
+    first: int
+    mask: Tensor | None
+
+
+def visible_tokens(start: int, count: int, window: int | None, device: torch.device) -> Visible:
+    """Causal visibility for ``count`` new tokens at positions start, start + 1, ...
+
+    Args:
+        window: tokens a query sees, itself included; None for no limit.
+    """
+    end = start + count
+    first = 0 if window is None else max(0, start - window + 1)
+    if count == 1:
+        return Visible(first=first, mask=None)
+    queries = torch.arange(start, end, device=device)[:, None]
+    keys = torch.arange(first, end, device=device)[None, :]
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    return Visible(first=first, mask=mask)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, softcap: float | None
+) -> Tensor:
+    """Softmax attention with grouped heads.
+
+    Args:
+        q: [T, H, head_dim], the new tokens.
+        k, v: [kv_heads, S, head_dim], all tokens so far, the new ones last.
+        scale: factor on q·k.
+        softcap: s -> cap * tanh(s / cap) on the scaled scores.
+
+    Returns:
+        [T, H * head_dim].
+    """
+    tokens, heads, _ = q.shape
+    q = q.transpose(0, 1)
+    k, v = k[:, visible.first :], v[:, visible.first :]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=visible.mask, scale=scale, enable_gqa=True
+        )[0]
+    else:  # no fused kernel of torch knows a soft cap
+        group = heads // k.shape[0]
+        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+        scores = softcap * torch.tanh((q @ k.transpose(1, 2)) * scale / softcap)
+        if visible.mask is not None:
+            scores = scores.masked_fill(~visible.mask, float("-inf"))
+        out = scores.float().softmax(dim=-1).to(v.dtype) @ v
+    return out.transpose(0, 1).reshape(tokens, -1)

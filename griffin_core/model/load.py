@@ -1,0 +1,129 @@
+"""Loading: a model's name in, everything that is needed to run it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from griffin_core.errors import BadModelFile, ModelError, ModelNotFound
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.source import Progress, resolve
+from griffin_core.model.spec import spec_from_config
+from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
+from griffin_core.model.weights import fingerprint, weights_from_state
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A loaded model.
+
+    Args:
+        name: what was asked for, paths reduced to their last part.
+        fingerprint: equal fingerprints give equal KV; see ``weights.fingerprint``.
+        eos_ids: tokens that end a completion.
+    """
+
+    name: str
+    decoder: Decoder
+    tokenizer: Tokenizer
+    fingerprint: str
+    eos_ids: frozenset[int]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32.
+
+    On a CPU that means AMX: with AVX-512 bf16 alone the matrix products of a 135M model took 1.3 to
+    1.7 times as long as in float32 (docs/LOG.md).
+    """
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.bfloat16
+
+
+def load_model(
+    model: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda _: None,
+) -> Model:
+    """Loads config, tokenizer and weights.
+
+    Args:
+        model: a directory, a path to a .gguf file, a hub id, or ``source.DEFAULT_MODEL``.
+        dtype: of weights, activations and KV; ``default_dtype`` if None.
+        progress: told about each slow part.
+
+    Raises:
+        ModelNotFound, UnknownFamily, BadModelFile: see ``griffin_core.errors``.
+    """
+    device = torch.device(device)
+    dtype = dtype or default_dtype(device)
+    where = resolve(model, dtype, progress)
+    config = _config(model, where)
+    spec = spec_from_config(config)
+    progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
+    state = _state(model, where, dtype, device)
+    tokenizer = load_tokenizer(where)
+    return Model(
+        name=Path(model).name if Path(model).exists() else model,
+        decoder=Decoder(spec, weights_from_state(spec, state)),
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(spec, state),
+        eos_ids=_eos_ids(where, config, tokenizer),
+    )
+
+
+def _config(model: str, where: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(where)
+    except OSError as error:
+        raise ModelNotFound(
+            f"model: got {model!r}, which is no directory, no .gguf file, and not to be had from "
+            f"the hub ({error})"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise BadModelFile(
+            f"model: {model!r} has a config.json that cannot be read: {error}"
+        ) from error
+
+
+def _state(
+    model: str, where: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, output_loading_info=True
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # safetensors, torch and json each raise their own
+        raise BadModelFile(
+            f"model: cannot read the weights of {model!r}, truncated or missing? "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if info["missing_keys"]:
+        raise BadModelFile(f"model: {model!r} lacks tensors: {sorted(info['missing_keys'])[:5]}")
+    if info["mismatched_keys"]:
+        raise BadModelFile(
+            f"model: {model!r}: shapes differ: {sorted(info['mismatched_keys'])[:5]}"
+        )
+    return {name: t.detach().to(device) for name, t in module.state_dict().items()}
+
+
+def _eos_ids(where: str, config: PreTrainedConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    try:
+        ids = GenerationConfig.from_pretrained(where).eos_token_id
+    except OSError:  # the file is optional
+        ids = None
+    for fallback in (getattr(config, "eos_token_id", None), tokenizer.eos_id):
+        ids = fallback if ids is None else ids
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,151 @@
+"""From the tensor names of Hugging Face checkpoints to the decoder's weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from griffin_core.errors import BadModelFile
+from griffin_core.model.decoder import DecoderWeights, Layer, Linear, Norm
+from griffin_core.model.feedforward import FeedForward
+from griffin_core.model.spec import ModelSpec
+
+FINGERPRINT_SAMPLES = 1024
+
+
+def weights_from_state(spec: ModelSpec, state: Mapping[str, Tensor]) -> DecoderWeights:
+    """Sorts a state dict of one of the known families into place.
+
+    The FF's down projection is copied into neuron-major order; all else is used as it is.
+
+    Raises:
+        BadModelFile: a tensor is missing or has the wrong shape.
+    """
+    reader = _Reader(spec, state)
+    return reader.opt() if spec.family == "opt" else reader.llama_like()
+
+
+def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits over the spec and, of every tensor, its name, shape, dtype and
+    evenly spaced samples: cheap for any size, different for any two trained models."""
+    digest = hashlib.sha256(repr(spec).encode())
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.flatten()
+        samples = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].contiguous().cpu()
+        digest.update(samples.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Reader:
+    def __init__(self, spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
+        self._spec = spec
+        self._state = state
+
+    def _get(self, name: str, *shape: int) -> Tensor:
+        if name not in self._state:
+            raise BadModelFile(f"weights: tensor {name!r} is missing")
+        tensor = self._state[name]
+        if shape and tuple(tensor.shape) != shape:
+            raise BadModelFile(
+                f"weights: tensor {name!r} has shape {tuple(tensor.shape)}; the config says {shape}"
+            )
+        return tensor
+
+    def _linear(self, name: str, out: int, inner: int) -> Linear:
+        return Linear(
+            weight=self._get(f"{name}.weight", out, inner), bias=self._state.get(f"{name}.bias")
+        )
+
+    def _norm(self, name: str, size: int) -> Norm:
+        weight = self._state.get(f"{name}.weight")  # OPT may have norms without weights
+        if weight is None and self._spec.norm == "rms":
+            raise BadModelFile(f"weights: tensor '{name}.weight' is missing")
+        if weight is not None and tuple(weight.shape) != (size,):
+            raise BadModelFile(f"weights: '{name}.weight' has shape {tuple(weight.shape)}")
+        bias = self._state.get(f"{name}.bias")
+        return Norm(
+            kind=self._spec.norm,
+            eps=self._spec.norm_eps,
+            weight=None if weight is None else weight.float() + self._spec.norm_offset,
+            bias=None if bias is None else bias.float(),
+        )
+
+    def llama_like(self) -> DecoderWeights:
+        s = self._spec
+        embedding = self._get("model.embed_tokens.weight", s.vocabulary, s.width)
+        return DecoderWeights(
+            embedding=embedding,
+            layers=tuple(self._llama_layer(f"model.layers.{i}.") for i in range(len(s.layers))),
+            final_norm=self._norm("model.norm", s.width),
+            head=self._state.get("lm_head.weight", embedding),
+        )
+
+    def _llama_layer(self, prefix: str) -> Layer:
+        s = self._spec
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        post_attention = f"{prefix}post_attention_layernorm"
+        return Layer(
+            q=self._linear(f"{attention}q_proj", s.heads * s.head_dim, s.width),
+            k=self._linear(f"{attention}k_proj", s.kv_heads * s.head_dim, s.width),
+            v=self._linear(f"{attention}v_proj", s.kv_heads * s.head_dim, s.width),
+            o=self._linear(f"{attention}o_proj", s.width, s.heads * s.head_dim),
+            ff=self._feedforward(f"{mlp}gate_proj", f"{mlp}up_proj", f"{mlp}down_proj"),
+            attention_norm=self._norm(f"{prefix}input_layernorm", s.width),
+            ff_norm=self._norm(
+                f"{prefix}pre_feedforward_layernorm" if s.sandwich_norms else post_attention,
+                s.width,
+            ),
+            q_norm=self._norm(f"{attention}q_norm", s.head_dim) if s.query_key_norm else None,
+            k_norm=self._norm(f"{attention}k_norm", s.head_dim) if s.query_key_norm else None,
+            attention_out_norm=self._norm(post_attention, s.width) if s.sandwich_norms else None,
+            ff_out_norm=self._norm(f"{prefix}post_feedforward_layernorm", s.width)
+            if s.sandwich_norms
+            else None,
+        )
+
+    def opt(self) -> DecoderWeights:
+        s = self._spec
+        root = "model.decoder."
+        embedding = self._get(f"{root}embed_tokens.weight", s.vocabulary, s.embed_width)
+        rows = s.context_length + s.position_offset
+        return DecoderWeights(
+            embedding=embedding,
+            layers=tuple(self._opt_layer(f"{root}layers.{i}.") for i in range(len(s.layers))),
+            final_norm=self._norm(f"{root}final_layer_norm", s.width) if s.final_norm else None,
+            head=self._state.get("lm_head.weight", embedding),
+            positions=self._get(f"{root}embed_positions.weight", rows, s.width),
+            project_in=self._state.get(f"{root}project_in.weight"),
+            project_out=self._state.get(f"{root}project_out.weight"),
+        )
+
+    def _opt_layer(self, prefix: str) -> Layer:
+        s = self._spec
+        attention = f"{prefix}self_attn."
+        return Layer(
+            q=self._linear(f"{attention}q_proj", s.width, s.width),
+            k=self._linear(f"{attention}k_proj", s.width, s.width),
+            v=self._linear(f"{attention}v_proj", s.width, s.width),
+            o=self._linear(f"{attention}out_proj", s.width, s.width),
+            ff=self._feedforward(None, f"{prefix}fc1", f"{prefix}fc2"),
+            attention_norm=self._norm(f"{prefix}self_attn_layer_norm", s.width),
+            ff_norm=self._norm(f"{prefix}final_layer_norm", s.width),
+        )
+
+    def _feedforward(self, gate: str | None, up: str, down: str) -> FeedForward:
+        s = self._spec
+        for name in (gate, up) if gate else ():
+            if f"{name}.bias" in self._state:
+                raise BadModelFile(f"weights: a gated FF with a bias ('{name}.bias') is not known")
+        return FeedForward(
+            activation=s.activation,
+            gate=self._get(f"{gate}.weight", s.ff_width, s.width) if gate else None,
+            up=self._get(f"{up}.weight", s.ff_width, s.width),
+            down=self._get(f"{down}.weight", s.width, s.ff_width).t().contiguous(),
+            up_bias=self._state.get(f"{up}.bias"),
+            down_bias=self._state.get(f"{down}.bias"),
+        )

@@ -1,0 +1,158 @@
+"""The prompt phase: token ids in, per-layer results out as each layer finishes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.experts.statistic import s2_of
+from griffin_core.kv_cache import KvCache
+from griffin_core.model.decoder import Decoder, RunFF
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKv:
+    """One layer's keys and values for a run of tokens.
+
+    Args:
+        kv: [2, kv_heads, tokens, head_dim], keys then values. Possibly a view: copy it before the
+            generator goes on for good.
+    """
+
+    layer: int
+    first_token: int
+    kv: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerExperts:
+    """One layer's statistic over all tokens, and its experts.
+
+    Args:
+        s: [F] float32.
+        experts: [K] int32, ascending.
+    """
+
+    layer: int
+    s: Tensor
+    experts: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillFinished:
+    """The end of a prefill.
+
+    Args:
+        last_hidden: [D] float32, what the head reads to give the first token's logits.
+        compute_s: running the model, selection included.
+        selection_s: choosing experts.
+    """
+
+    last_hidden: Tensor
+    compute_s: float
+    selection_s: float
+
+
+PrefillEvent = LayerKv | LayerExperts | PrefillFinished
+
+
+class Statistic:
+    """s2 of every layer as tokens pass.
+
+    Args:
+        s2: [L, F] float32 to start from, of tokens already in the cache; zeros if None.
+    """
+
+    def __init__(self, decoder: Decoder, s2: Tensor | None = None) -> None:
+        self._decoder = decoder
+        shape = (len(decoder.layers), decoder.spec.ff_width)
+        self.s2 = torch.zeros(shape, device=decoder.device) if s2 is None else s2.clone()
+
+    def dense(self, layer: int) -> RunFF:
+        """A layer's dense FF block, which counts what passes through it."""
+        ff = self._decoder.layers[layer].ff
+
+        def run(x: Tensor) -> Tensor:
+            z = ff.activations(x)
+            self.s2[layer] += s2_of(z)
+            return ff.output(z)
+
+        return run
+
+
+@torch.inference_mode()
+def prefill(
+    decoder: Decoder,
+    token_ids: Sequence[int],
+    selection: Selection,
+    *,
+    cache: KvCache | None = None,
+    s2: Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Iterator[PrefillEvent | None]:
+    """Runs a prompt dense, in chunks, and takes the statistic.
+
+    A generator, so that its caller may do other work between chunks: it yields None after each
+    chunk but the last. Results do not depend on the chunk size, but for rounding.
+
+    Args:
+        token_ids: T >= 1 ids.
+        cache: holds the tokens before these, and room for these; a new one if None.
+        s2: [L, F], the statistic of the tokens before these; None if there are none.
+        chunk_tokens: most tokens that run at once.
+
+    Yields:
+        LayerKv for each chunk and layer, LayerExperts for each layer once its last chunk is
+        through, PrefillFinished last.
+
+    Raises:
+        ValueError: no token.
+    """
+    if not token_ids:
+        raise ValueError("prefill needs at least one token")
+    if cache is None:
+        cache = decoder.new_cache(len(token_ids))
+    statistic = Statistic(decoder, s2)
+    ids = torch.tensor(token_ids, dtype=torch.int64, device=decoder.device)
+    first = cache.length
+    compute_s = selection_s = 0.0
+    for begin in range(0, len(token_ids), chunk_tokens):
+        chunk = ids[begin : begin + chunk_tokens]
+        start, end = first + begin, first + begin + chunk.shape[0]
+        is_last = begin + chunk_tokens >= len(token_ids)
+        clock = time.perf_counter()
+        hidden, run = decoder.begin(chunk, start)
+        for layer in range(len(decoder.layers)):
+            hidden = decoder.layer(layer, hidden, run, cache, statistic.dense(layer))
+            compute_s += time.perf_counter() - clock
+            yield LayerKv(layer=layer, first_token=start, kv=cache.read(layer, start, end))
+            clock = time.perf_counter()
+            if is_last:
+                finished = _select(decoder, statistic, layer, selection)
+                took = time.perf_counter() - clock
+                selection_s += took
+                compute_s += took
+                yield finished
+                clock = time.perf_counter()
+        cache.advance(chunk.shape[0])
+        if not is_last:
+            yield None
+    last_hidden = decoder.final_hidden(hidden[-1:])[0].float()
+    yield PrefillFinished(last_hidden=last_hidden, compute_s=compute_s, selection_s=selection_s)
+
+
+def _select(
+    decoder: Decoder, statistic: Statistic, layer: int, selection: Selection
+) -> LayerExperts:
+    s2 = statistic.s2[layer]
+    experts = select_experts(
+        s2, selection, layer=layer, magnitude=decoder.layers[layer].ff.magnitude
+    )
+    return LayerExperts(layer=layer, s=s2.sqrt(), experts=experts)

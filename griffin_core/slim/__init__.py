@@ -1,0 +1,1 @@
+"""Running FF blocks on experts. Every form is tested against ``masked``."""
