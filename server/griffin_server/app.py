@@ -1,0 +1,173 @@
+"""A server, put together from its settings: one engine, the role's services, health, reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any
+
+import grpc
+import structlog
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from griffin_core.decode.scheduler import Limits
+from griffin_core.engine import Engine
+from griffin_core.errors import GriffinError
+from griffin_core.experts.selection import Selection
+from griffin_core.model.load import DTYPES, Model, load_model
+from griffin_core.model.source import Progress
+from griffin_server.generation.service import GenerationServicer
+from griffin_server.handoff.shared_memory import remove_stale_segments
+from griffin_server.ops.interceptors import CallInterceptor
+from griffin_server.ops.settings import Settings
+from griffin_server.prefill.service import PrefillServicer
+from griffin_server.prefill.source import LocalPrefill, PrefillSource, RemotePrefill
+
+log = structlog.get_logger("griffin.app")
+
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+PREFILL = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
+
+
+class ListenError(GriffinError):
+    """The address cannot be listened on."""
+
+
+def load(settings: Settings, progress: Progress) -> Model:
+    """Loads the model the settings name.
+
+    Raises:
+        ModelError: see ``load_model``.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(
+        settings.model, dtype=DTYPES.get(settings.dtype), device=device, progress=progress
+    )
+
+
+class App:
+    """A running server. ``start`` it, then ``stop`` it; not to be used twice.
+
+    Args:
+        model: already loaded.
+    """
+
+    def __init__(self, settings: Settings, model: Model) -> None:
+        self._settings = settings
+        self.engine = Engine(
+            model,
+            limits=Limits(
+                max_sessions=settings.max_sessions,
+                max_queue=settings.max_queue,
+                session_bytes=int(settings.session_memory_gib * (1 << 30)),
+                session_ttl_s=settings.session_ttl_s,
+                chunk_tokens=settings.prefill_chunk_tokens,
+            ),
+            selection=Selection(density=settings.density, policy=settings.policy),
+        )
+        self._calls = CallInterceptor()
+        self._health = health.HealthServicer()
+        self._source: PrefillSource | None = None
+        self._server: Any = None
+        self.port = 0
+        """The port that is listened on, once started."""
+
+    async def start(self) -> None:
+        """Starts the engine and listens.
+
+        Raises:
+            ListenError: the address is taken or not this machine's.
+        """
+        settings = self._settings
+        self._server = grpc.aio.server(
+            interceptors=(self._calls,),
+            options=[
+                ("grpc.max_receive_message_length", settings.max_request_bytes),
+                ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a friend
+                # Clients may ping this often to notice a dead server.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        services = self._add_services()
+        address = f"{settings.host}:{settings.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ListenError(f"host, port: cannot listen on {address} ({error})") from error
+        self.engine.start()
+        await self._server.start()
+        for name in ("", *services):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log.info(
+            "serving",
+            address=f"{settings.host}:{self.port}",
+            role=settings.role,
+            model=self.engine.model.name,
+            dtype=str(self.engine.model.decoder.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
+
+    def _add_services(self) -> list[str]:
+        """Registers what the role serves and returns the names."""
+        settings, engine, services = self._settings, self.engine, []
+        if settings.role in ("all", "decode"):
+            if settings.prefill_target is None:
+                self._source = LocalPrefill(engine)
+            else:
+                remove_stale_segments()
+                self._source = RemotePrefill(
+                    settings.prefill_target, engine.model, shared_memory=settings.shared_memory
+                )
+            generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+                GenerationServicer(engine, self._source, settings.role), self._server
+            )
+            services.append(GENERATION)
+        if settings.role in ("all", "prefill"):
+            prefill_pb2_grpc.add_PrefillServiceServicer_to_server(
+                PrefillServicer(engine), self._server
+            )
+            services.append(PREFILL)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (
+                *services,
+                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+                reflection.SERVICE_NAME,
+            ),
+            self._server,
+        )
+        return services
+
+    async def stop(self) -> None:
+        """Says NOT_SERVING, takes no new calls, lets running ones finish for the grace period, ends
+        those that have not with UNAVAILABLE, and frees everything."""
+        log.info("stopping", active=self._calls.active, grace_s=self._settings.shutdown_grace_s)
+        await self._health.enter_graceful_shutdown()
+        # The extra seconds are for the statuses of calls that the engine's end will fail.
+        stopping = asyncio.create_task(self._server.stop(self._settings.shutdown_grace_s + 5))
+        await asyncio.wait({stopping}, timeout=self._settings.shutdown_grace_s)
+        await asyncio.to_thread(self.engine.stop)
+        await stopping
+        if self._source is not None:
+            await self._source.close()
+        log.info("stopped")
+
+
+async def run(settings: Settings, model: Model) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    app = App(settings, model)
+    await app.start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    await app.stop()

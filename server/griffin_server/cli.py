@@ -1,0 +1,247 @@
+"""The `griffin` command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from griffin_client import (
+    Event,
+    Finished,
+    GriffinClient,
+    GriffinClientError,
+    Message,
+    Sampling,
+    Started,
+    Stopping,
+    Tokens,
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Griffin: LLM generation with prompt-adaptive structured pruning.",
+)
+err = Console(stderr=True, highlight=False)
+
+Target = Annotated[
+    str, typer.Option(envvar="GRIFFIN_TARGET", help="host:port of a server in role all or decode.")
+]
+Density = Annotated[
+    float | None,
+    typer.Option(help="Fraction of FF neurons to run on, in (0, 1]; the server's if not given."),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help="topk, sampled, topk_sampled, magnitude or random; the server's if not given."
+    ),
+]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; 256 if not given.")]
+Temperature = Annotated[float | None, typer.Option(help="0, the default, is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus of the distribution, in (0, 1].")]
+Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds for the whole call.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")]
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(context: typer.Context) -> None:
+    """Serve a model. `griffin serve --help` lists all settings."""
+    # Imported here because they bring torch, which the other commands do without.
+    from griffin_core.errors import GriffinError  # noqa: PLC0415
+    from griffin_server.app import load, run  # noqa: PLC0415
+    from griffin_server.ops.logging import configure_logging  # noqa: PLC0415
+    from griffin_server.ops.settings import describe, load_settings  # noqa: PLC0415
+
+    try:
+        settings = load_settings(context.args)
+    except ValidationError as error:
+        _fail(describe(error), status=2)
+    except (OSError, ValueError) as error:  # the TOML file
+        _fail(f"config: {error}", status=2)
+    configure_logging(settings.log_level, settings.log_format)
+    progress = logging.getLogger("griffin.load")
+    try:
+        model = load(settings, progress.info)
+        asyncio.run(run(settings, model))
+    except GriffinError as error:
+        _fail(str(error))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt; - reads standard input, @FILE reads a file.")
+    ],
+    target: Target = "localhost:50051",
+    raw: Annotated[
+        bool, typer.Option(help="Give the prompt as it is, without the chat template.")
+    ] = False,
+    density: Density = None,
+    policy: Policy = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stream one completion, and a line of figures at its end."""
+    text = _read(prompt)
+    with GriffinClient(target) as client, _errors():
+        as_chat = not raw and client.model_info(timeout_s=timeout).has_chat_template
+        events = client.generate(
+            None if as_chat else text,
+            messages=[("user", text)] if as_chat else None,
+            density=density,
+            policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+            stopping=Stopping(max_tokens=max_tokens, stop=stop or ()),
+            timeout_s=timeout,
+        )
+        _show(events, as_json=as_json)
+
+
+@app.command()
+def chat(
+    target: Target = "localhost:50051",
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    density: Density = None,
+    policy: Policy = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with the model. An empty line or end of input ends it."""
+    history = [Message(role="system", content=system)] if system else []
+    with GriffinClient(target) as client, _errors():
+        if not client.model_info().has_chat_template:
+            _fail("this server's model has no chat template; use `griffin generate --raw`")
+        while text := _ask(as_json):
+            history.append(Message(role="user", content=text))
+            events = client.generate(
+                messages=history,
+                density=density,
+                policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
+                sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+                stopping=Stopping(max_tokens=max_tokens),
+            )
+            reply = _show(events, as_json=as_json)
+            history.append(Message(role="assistant", content=reply))
+
+
+@app.command()
+def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
+    """Show the server's model and its sessions."""
+    with GriffinClient(target) as client, _errors():
+        model = client.model_info(timeout_s=10)
+        sessions = client.list_sessions(timeout_s=10)
+    if as_json:
+        print(json.dumps({"model": asdict(model), "sessions": [asdict(s) for s in sessions]}))
+        return
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None)
+    for name, value in asdict(model).items():
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+    listing = Table("session", "state", "tokens", "density", "norm mass", "age s", box=None)
+    for session in sessions:
+        figures = session.pruning
+        listing.add_row(
+            session.session_id,
+            session.state,
+            str(session.context_tokens),
+            f"{figures.density:g}",
+            f"{figures.mean_norm_mass:.3f}",
+            f"{session.age_s:.1f}",
+        )
+    if sessions:
+        console.print(listing)
+
+
+def figures_line(started: Started, finished: Finished) -> str:
+    """One line on how a completion went."""
+    usage, pruning = finished.usage, finished.pruning
+    return (
+        f"{usage.prompt_tokens} + {usage.generated_tokens} tokens · "
+        f"first token {finished.timings.first_token_s:.2f} s · "
+        f"{finished.tokens_per_second:.1f} tokens/s · "
+        f"FF density {pruning.density:g} ({pruning.experts_per_layer}/{pruning.ff_width}) · "
+        f"norm mass {pruning.mean_norm_mass:.3f} · {finished.reason}"
+    )
+
+
+def _show(events: Iterator[Event], *, as_json: bool) -> str:
+    """Prints events as they come; returns the text."""
+    text = ""
+    started: Started | None = None
+    for event in events:
+        if as_json:
+            print(json.dumps({"event": type(event).__name__.lower(), **asdict(event)}), flush=True)
+        match event:
+            case Started():
+                started = event
+            case Tokens():
+                text += event.text
+                if not as_json:
+                    print(event.text, end="", flush=True)
+            case Finished() if not as_json and started is not None:
+                print(flush=True)
+                err.print(f"[dim]{figures_line(started, event)}[/dim]", soft_wrap=True)
+    return text
+
+
+def _read(prompt: str) -> str:
+    try:
+        if prompt == "-":
+            return sys.stdin.read()
+        if prompt.startswith("@"):
+            return Path(prompt[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"prompt: {error}")
+    return prompt
+
+
+def _ask(as_json: bool) -> str:
+    if not as_json and sys.stdin.isatty():
+        err.print("[bold]>[/bold] ", end="")
+    return sys.stdin.readline().strip()
+
+
+class _errors:  # reads as a statement
+    """Turns a failed call into one line on stderr and exit status 1."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, GriffinClientError):
+            _fail(str(error))
+
+
+def _fail(message: str, *, status: int = 1) -> Any:
+    err.print(f"griffin: {message}", markup=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,1 @@
+"""The public service: its servicer, and its messages to and from the core."""

@@ -1,0 +1,313 @@
+"""GenerationService's messages to core tasks, and core events to messages. The one home of both."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from griffin.v1 import generation_pb2 as pb
+from griffin_core.decode.events import (
+    Finished,
+    PruningFigures,
+    Scored,
+    Started,
+    TokensMade,
+)
+from griffin_core.decode.sampling import Logprobs, SamplingParams
+from griffin_core.decode.session import State
+from griffin_core.decode.stopping import FinishReason, StoppingParams
+from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine import SessionInfo
+from griffin_core.errors import InvalidRequest
+from griffin_core.experts.selection import PolicyName
+from griffin_core.model.spec import ModelSpec
+from griffin_core.model.tokenizer import Tokenizer
+
+_POLICIES: dict[PolicyName, pb.SelectionPolicy.ValueType] = {
+    "topk": pb.SELECTION_POLICY_TOPK,
+    "sampled": pb.SELECTION_POLICY_SAMPLED,
+    "topk_sampled": pb.SELECTION_POLICY_TOPK_SAMPLED,
+    "magnitude": pb.SELECTION_POLICY_MAGNITUDE,
+    "random": pb.SELECTION_POLICY_RANDOM,
+}
+
+_REASONS = {
+    FinishReason.EOS: pb.FINISH_REASON_EOS,
+    FinishReason.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
+    FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
+    FinishReason.CONTEXT_LENGTH: pb.FINISH_REASON_CONTEXT_LENGTH,
+}
+
+_STATES = {
+    State.QUEUED: pb.SESSION_STATE_QUEUED,
+    State.PREFILL: pb.SESSION_STATE_PREFILL,
+    State.DECODE: pb.SESSION_STATE_DECODE,
+    State.IDLE: pb.SESSION_STATE_IDLE,
+}
+
+
+def policy_to_pb(policy: PolicyName) -> pb.SelectionPolicy.ValueType:
+    return _POLICIES[policy]
+
+
+def policy_from_pb(field: str, value: int) -> PolicyName | None:
+    """None for UNSPECIFIED.
+
+    Raises:
+        InvalidRequest: a number that names no policy.
+    """
+    if value == pb.SELECTION_POLICY_UNSPECIFIED:
+        return None
+    for name, number in _POLICIES.items():
+        if number == value:
+            return name
+    allowed = ", ".join(f"{number} ({name})" for name, number in _POLICIES.items())
+    raise InvalidRequest(field, value, allowed)
+
+
+def generate_task(
+    request: pb.GenerateRequest, tokenizer: Tokenizer, spec: ModelSpec
+) -> GenerateTask:
+    """Tokenizes and checks a request.
+
+    Raises:
+        InvalidRequest: naming field, value and range.
+    """
+    given = {
+        "text": request.HasField("text"),
+        "token_ids": bool(request.token_ids),
+        "messages": bool(request.messages),
+    }
+    field = _exactly_one("input", given)
+    seed = _seed(request.sampling)
+    # What is cheap to check goes before the tokenizer.
+    sampling = _sampling(request.sampling, seed)
+    stopping = _stopping(request.stopping)
+    pruning = _pruning(request.pruning)
+    prompt = _prompt(field, request, tokenizer)
+    task = GenerateTask(
+        prompt=tuple(prompt),
+        sampling=sampling,
+        stopping=stopping,
+        pruning=pruning,
+        top_logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
+        continues=request.session_id or None,
+        keep=request.keep_session,
+    )
+    task.check(spec, field)
+    return task
+
+
+def score_task(request: pb.ScoreRequest, tokenizer: Tokenizer, spec: ModelSpec) -> ScoreTask:
+    """Tokenizes and checks a request.
+
+    Raises:
+        InvalidRequest: naming field, value and range.
+    """
+    context = _exactly_one(
+        "context",
+        {
+            "context": request.HasField("context"),
+            "context_token_ids": bool(request.context_token_ids),
+        },
+    )
+    continuation = _exactly_one(
+        "continuation",
+        {
+            "continuation": request.HasField("continuation"),
+            "continuation_token_ids": bool(request.continuation_token_ids),
+        },
+    )
+    pruning = _pruning(request.pruning)
+    if context.endswith("_token_ids") != continuation.endswith("_token_ids"):
+        raise InvalidRequest(
+            "continuation", f"{context} with {continuation}", "both as text or both as token ids"
+        )
+    if context == "context":
+        before = tokenizer.encode(request.context)
+        whole = tokenizer.encode(request.context + request.continuation)
+        prompt, rest = whole[: len(before)], whole[len(before) :]
+    else:
+        prompt, rest = list(request.context_token_ids), list(request.continuation_token_ids)
+    if not prompt:
+        raise InvalidRequest("context", "no tokens", "at least one token")
+    if not rest:
+        raise InvalidRequest(continuation, "no tokens behind the context", "at least one token")
+    task = ScoreTask(
+        prompt=tuple(prompt),
+        continuation=tuple(rest),
+        pruning=pruning,
+        seed=_seed(request),
+    )
+    task.check(spec, context, continuation)
+    return task
+
+
+def _exactly_one(name: str, given: dict[str, bool]) -> str:
+    names = [field for field, is_given in given.items() if is_given]
+    if len(names) != 1:
+        shown = " and ".join(names) if names else "none"
+        allowed = f"exactly one of {', '.join(given)}, not empty"
+        raise InvalidRequest(name, shown, allowed)
+    return names[0]
+
+
+def _prompt(field: str, request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+    match field:
+        case "text":
+            if not request.text:
+                raise InvalidRequest("text", "an empty prompt", "at least one token")
+            ids = tokenizer.encode(request.text, special_tokens=not request.session_id)
+        case "token_ids":
+            ids = list(request.token_ids)
+        case _:
+            if request.session_id:
+                raise InvalidRequest(
+                    "messages", "messages with session_id", "text or token_ids in a later turn"
+                )
+            for index, message in enumerate(request.messages):
+                if not message.role:
+                    raise InvalidRequest(f"messages[{index}].role", "''", "not empty")
+            ids = tokenizer.encode_chat([(m.role, m.content) for m in request.messages])
+    if not ids:
+        raise InvalidRequest(field, "a prompt of no tokens", "at least one token")
+    return ids
+
+
+def _seed(message: pb.Sampling | pb.ScoreRequest) -> int:
+    return message.seed if message.HasField("seed") else secrets.randbits(64)
+
+
+def _set_fields(message: Any, *names: str) -> dict[str, Any]:
+    """Values of the optional fields that are set; the core's defaults stand for the others."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _sampling(message: pb.Sampling, seed: int) -> SamplingParams:
+    return SamplingParams(
+        seed=seed,
+        logit_bias=dict(message.logit_bias),
+        **_set_fields(
+            message,
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
+    )
+
+
+def _stopping(message: pb.Stopping) -> StoppingParams:
+    return StoppingParams(
+        stop=tuple(message.stop),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        **_set_fields(message, "max_tokens"),
+    )
+
+
+def _pruning(message: pb.Pruning) -> PruningParams:
+    return PruningParams(
+        policy=policy_from_pb("pruning.policy", message.policy),
+        **_set_fields(message, "density"),
+    )
+
+
+def started_to_pb(event: Started, request_id: str) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        started=pb.Started(
+            session_id=event.session_id,
+            request_id=request_id,
+            prompt_tokens=event.prompt_tokens,
+            prefill_s=event.prefill_s,
+            pruning=figures_to_pb(event.pruning),
+        )
+    )
+
+
+def tokens_to_pb(event: TokensMade, tokenizer: Tokenizer) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        tokens=pb.Tokens(
+            ids=event.ids,
+            text=event.text,
+            logprobs=[_logprobs_to_pb(item, tokenizer) for item in event.logprobs],
+        )
+    )
+
+
+def _logprobs_to_pb(item: Logprobs, tokenizer: Tokenizer) -> pb.TokenLogprob:
+    top = [
+        pb.TopLogprob(id=token, logprob=logprob, text=tokenizer.decode_one(token))
+        for token, logprob in item.top
+    ]
+    return pb.TokenLogprob(logprob=item.chosen, top=top)
+
+
+def finished_to_pb(event: Finished) -> pb.GenerateResponse:
+    timings = event.timings
+    return pb.GenerateResponse(
+        finished=pb.Finished(
+            reason=_REASONS[event.reason],
+            stop=event.stop,
+            usage=pb.Usage(
+                prompt_tokens=event.prompt_tokens,
+                generated_tokens=event.generated_tokens,
+                context_tokens=event.context_tokens,
+            ),
+            timings=pb.Timings(
+                queue_s=timings.queue_s,
+                prefill_s=timings.prefill_s,
+                selection_s=timings.selection_s,
+                slim_build_s=timings.slim_build_s,
+                first_token_s=timings.first_token_s,
+                decode_s=timings.decode_s,
+            ),
+            pruning=figures_to_pb(event.pruning),
+            session_kept=event.kept,
+        )
+    )
+
+
+def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
+    return pb.PruningFigures(
+        density=figures.density,
+        policy=policy_to_pb(figures.policy),
+        experts_per_layer=figures.experts_per_layer,
+        ff_width=figures.ff_width,
+        mean_norm_mass=figures.mean_norm_mass,
+        norm_mass=figures.norm_mass,
+        slim_view_bytes=figures.slim_view_bytes,
+        kv_cache_bytes=figures.kv_cache_bytes,
+    )
+
+
+def scored_to_pb(task: ScoreTask, event: Scored, request_id: str) -> pb.ScoreResponse:
+    tokens = [
+        pb.TokenScore(id=token, logprob=logprob, greedy=greedy)
+        for token, logprob, greedy in zip(
+            task.continuation, event.logprobs, event.greedy, strict=True
+        )
+    ]
+    return pb.ScoreResponse(
+        logprob=sum(event.logprobs),
+        greedy=all(event.greedy),
+        tokens=tokens,
+        context_tokens=len(task.prompt),
+        pruning=figures_to_pb(event.pruning),
+        request_id=request_id,
+    )
+
+
+def session_to_pb(info: SessionInfo) -> pb.Session:
+    return pb.Session(
+        session_id=info.session_id,
+        state=_STATES[info.state],
+        context_tokens=info.context_tokens,
+        generated_tokens=info.generated_tokens,
+        pruning=figures_to_pb(info.pruning),
+        age_s=info.age_s,
+        idle_s=info.idle_s,
+    )

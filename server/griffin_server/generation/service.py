@@ -1,0 +1,163 @@
+"""GenerationService: what clients call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Any
+
+import grpc
+
+from griffin.v1 import generation_pb2 as pb
+from griffin.v1 import generation_pb2_grpc
+from griffin_core.decode.events import (
+    Admitted,
+    Event,
+    Failed,
+    Finished,
+    Scored,
+    Started,
+    TokensMade,
+)
+from griffin_core.decode.task import GenerateTask, ScoreTask
+from griffin_core.engine import Engine, PrefillTask
+from griffin_core.errors import EngineFault, GriffinError, SessionNotFound
+from griffin_server import __version__
+from griffin_server.channel import Channel
+from griffin_server.generation import convert
+from griffin_server.ops.interceptors import request_id_var
+from griffin_server.prefill.source import PrefillSource
+
+TOKENS_AHEAD = 64
+"""Events that may wait for a client that does not read before its session is paused."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Turns calls into the engine's tasks and pulls their prefills.
+
+    Args:
+        source: where prompts are run.
+        role: "all" or "decode", for GetModelInfo.
+    """
+
+    def __init__(self, engine: Engine, source: PrefillSource, role: str) -> None:
+        self._engine = engine
+        self._model = engine.model
+        self._source = source
+        self._role = role
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        model = self._model
+        # A long text takes the tokenizer tens of milliseconds.
+        task = await asyncio.to_thread(
+            convert.generate_task, request, model.tokenizer, model.decoder.spec
+        )
+        async with aclosing(self._events(task, context)) as events:
+            async for event in events:
+                match event:
+                    case Started():
+                        yield convert.started_to_pb(event, request_id_var.get())
+                    case TokensMade():
+                        yield convert.tokens_to_pb(event, model.tokenizer)
+                    case Finished():
+                        yield convert.finished_to_pb(event)
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        model = self._model
+        task = await asyncio.to_thread(
+            convert.score_task, request, model.tokenizer, model.decoder.spec
+        )
+        async with aclosing(self._events(task, context)) as events:
+            async for event in events:
+                if isinstance(event, Scored):
+                    return convert.scored_to_pb(task, event, request_id_var.get())
+        raise EngineFault("scoring ended without a result")
+
+    async def _events(
+        self, task: GenerateTask | ScoreTask, context: Context
+    ) -> AsyncGenerator[Event, None]:
+        """Runs a task to its end. Closing the iterator ends it at once, wherever it is."""
+        channel: Channel[Event] = Channel(TOKENS_AHEAD, self._engine.wake)
+        session_id = self._engine.submit(task, channel)
+        handoff: asyncio.Task[None] | None = None
+        try:
+            async for event in channel:
+                match event:
+                    case Failed():
+                        raise event.error
+                    case Admitted(handoff=selection) if selection is not None:
+                        prefill = PrefillTask(token_ids=task.prompt, selection=selection)
+                        handoff = asyncio.create_task(self._pull(session_id, prefill, context))
+                    case Admitted():
+                        pass
+                    case _:
+                        yield event
+                if isinstance(event, Finished | Scored):
+                    return
+        finally:
+            self._engine.cancel(session_id)
+            if handoff is not None:
+                handoff.cancel()
+                with suppress(asyncio.CancelledError):
+                    await handoff
+
+    async def _pull(self, session_id: str, task: PrefillTask, context: Context) -> None:
+        """Pulls a prefill and hands what comes to the session."""
+        try:
+            async with aclosing(self._source.stream(task, context.time_remaining())) as events:
+                async for event in events:
+                    self._engine.intake(session_id, event)
+        except GriffinError as error:
+            self._engine.fail(session_id, error)
+        except Exception as error:
+            self._engine.fail(session_id, EngineFault(f"{type(error).__name__}: {error}"))
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: Context
+    ) -> pb.GetModelInfoResponse:
+        model, spec = self._model, self._model.decoder.spec
+        return pb.GetModelInfoResponse(
+            model=model.name,
+            family=spec.family,
+            fingerprint=model.fingerprint,
+            layers=len(spec.layers),
+            width=spec.width,
+            ff_width=spec.ff_width,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            vocabulary=spec.vocabulary,
+            context_length=spec.context_length,
+            dtype=str(model.decoder.dtype).removeprefix("torch."),
+            device=str(model.decoder.device),
+            role=self._role,
+            has_chat_template=model.tokenizer.has_chat_template,
+            default_density=self._engine.selection.density,
+            max_sessions=self._engine.limits.max_sessions,
+            version=__version__,
+        )
+
+    async def GetSession(
+        self, request: pb.GetSessionRequest, context: Context
+    ) -> pb.GetSessionResponse:
+        for info in await asyncio.wrap_future(self._engine.sessions()):
+            if info.session_id == request.session_id:
+                return pb.GetSessionResponse(session=convert.session_to_pb(info))
+        raise SessionNotFound(request.session_id)
+
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Context
+    ) -> pb.ListSessionsResponse:
+        infos = await asyncio.wrap_future(self._engine.sessions())
+        return pb.ListSessionsResponse(sessions=[convert.session_to_pb(info) for info in infos])
+
+    async def CloseSession(
+        self, request: pb.CloseSessionRequest, context: Context
+    ) -> pb.CloseSessionResponse:
+        await asyncio.wrap_future(self._engine.close(request.session_id))
+        return pb.CloseSessionResponse()

@@ -1,0 +1,1 @@
+"""Running the service: settings, errors as statuses, request ids, health, logs."""

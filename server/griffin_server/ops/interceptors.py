@@ -1,0 +1,116 @@
+"""What happens around every call of ours: request id, error to status, one log line."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
+from typing import Any, TypeAlias, cast
+from uuid import uuid4
+
+import grpc
+import structlog
+
+from griffin_core.errors import EngineFault, GriffinError, InvalidRequest
+from griffin_server.ops.status import abort, code_of
+
+REQUEST_ID_KEY = "x-request-id"
+MAX_REQUEST_ID = 128
+
+request_id_var: ContextVar[str] = ContextVar("request_id", default="")
+"""The id of the call that is being served."""
+
+log = structlog.get_logger("griffin.rpc")
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the methods of package ``griffin.v1``; health and reflection pass untouched."""
+
+    def __init__(self) -> None:
+        self.active = 0
+        """Calls being served."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler: Any = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith("/griffin.v1."):
+            return cast("Handler | None", handler)
+        coders = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            behavior = self._stream(method, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(behavior, **coders)
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method, handler.unary_unary), **coders
+        )
+
+    def _unary(self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+        async def call(request: Any, context: Context) -> Any:
+            async with self._around(method, request, context):
+                return await behavior(request, context)
+
+        return call
+
+    def _stream(self, method: str, behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with self._around(method, request, context):
+                responses: Any = behavior(request, context)
+                async with aclosing(responses):
+                    async for response in responses:
+                        yield response
+
+        return call
+
+    @asynccontextmanager
+    async def _around(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
+        clock = time.perf_counter()
+        self.active += 1
+        code = "OK"
+        try:
+            request_id = _request_id(request, context)
+            request_id_var.set(request_id)
+            structlog.contextvars.bind_contextvars(request_id=request_id)
+            await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+            yield
+        except GriffinError as error:
+            code = code_of(error)[0].name
+            await abort(context, error)
+        except (asyncio.CancelledError, GeneratorExit):
+            code = "CANCELLED"
+            raise
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            code = "INTERNAL"
+            log.exception("call failed", method=method)
+            await abort(context, EngineFault(f"{type(error).__name__}: {error}"))
+        finally:
+            self.active -= 1
+            seconds = round(time.perf_counter() - clock, 6)
+            log.info("call", method=method, code=code, seconds=seconds)
+
+
+def _request_id(request: Any, context: Context) -> str:
+    given = getattr(request, "request_id", "")
+    if not given:
+        for key, value in context.invocation_metadata() or ():
+            if key == REQUEST_ID_KEY:
+                given = value if isinstance(value, str) else value.decode(errors="replace")
+    if not given:
+        return uuid4().hex
+    if len(given) > MAX_REQUEST_ID or not (given.isascii() and given.isprintable()):
+        raise InvalidRequest(
+            "request_id", given, f"at most {MAX_REQUEST_ID} printable ASCII characters"
+        )
+    return str(given)

@@ -1,0 +1,142 @@
+"""Settings of a server: each is a flag, an environment variable and a line of a TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from griffin_core.experts.selection import PolicyName
+from griffin_core.model.source import DEFAULT_MODEL
+from griffin_server.ops.logging import LogFormat
+
+_config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
+
+
+class Settings(BaseSettings):
+    """Serve a model.
+
+    Each flag can also be set as GRIFFIN_<NAME> in the environment or as <name> in the TOML file of
+    --config; a flag wins over the environment, the environment over the file.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="GRIFFIN_",
+        extra="forbid",
+        frozen=True,
+        cli_prog_name="griffin serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    config: Path | None = Field(None, description="TOML file with settings.")
+    model: str = Field(
+        DEFAULT_MODEL, description="A directory, a .gguf file, a hub id, or the packaged default."
+    )
+    role: Literal["all", "prefill", "decode"] = Field(
+        "all", description="all: one process does both phases; prefill, decode: one each."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every one.")
+    port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    prefill_target: str | None = Field(
+        None, description="host:port of the prefill server; needed by, and only by, role decode."
+    )
+    shared_memory: bool = Field(
+        True, description="Take KV through shared memory from a prefill server on the same host."
+    )
+    device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes cuda if there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights, activations and KV; auto is what the device is fast in."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the model; 0 is one a core.")
+    density: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="Fraction of FF neurons kept, for requests that name none. 0.5 is the paper's "
+        "choice for 7B models and larger; small models need more.",
+    )
+    policy: PolicyName = Field("topk", description="Selection policy of requests that name none.")
+    max_sessions: int = Field(16, ge=1, description="Sessions in prefill or decode at once.")
+    max_queue: int = Field(64, ge=0, description="Requests that may wait; more are refused.")
+    session_memory_gib: float = Field(
+        4.0, gt=0, description="KV caches and slim views of all sessions together."
+    )
+    session_ttl_s: float = Field(600.0, ge=0, description="How long a kept session may be idle.")
+    prefill_chunk_tokens: int = Field(
+        512, ge=1, description="Prompt tokens that run at once, between two decode steps."
+    )
+    max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
+    shutdown_grace_s: float = Field(
+        30.0, ge=0, description="How long running calls may go on after SIGTERM."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info")
+    log_format: LogFormat = Field("auto", description="auto: console on a terminal, else json.")
+
+    @model_validator(mode="after")
+    def _target_if_decode(self) -> Settings:
+        if (self.role == "decode") != (self.prefill_target is not None):
+            raise ValueError(
+                f"prefill_target: got {self.prefill_target!r} with role {self.role!r}; role decode "
+                "needs one, the other roles take none"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources = [init_settings, env_settings]
+        if path := _config_file.get():
+            sources.append(TomlConfigSettingsSource(settings_cls, path))
+        return tuple(sources)
+
+
+def load_settings(arguments: Sequence[str]) -> Settings:
+    """Settings from flags, environment and the TOML file either of them names.
+
+    Raises:
+        pydantic.ValidationError: a value is out of range, or a name is unknown.
+        OSError, tomllib.TOMLDecodeError: the file cannot be read.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=os.environ.get("GRIFFIN_CONFIG"))
+    path = finder.parse_known_args(arguments)[0].config
+    if path is not None:
+        with Path(path).open("rb") as file:
+            tomllib.load(file)  # a missing or broken file must not pass for an empty one
+    token = _config_file.set(Path(path) if path else None)
+    try:
+        return CliApp.run(Settings, cli_args=list(arguments))
+    finally:
+        _config_file.reset(token)
+
+
+def describe(error: Any) -> str:
+    """A ValidationError in one line for each setting: name, what was given, what is allowed."""
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{name}: got {item['input']!r}; {message}" if name else message)
+    return "\n".join(lines)

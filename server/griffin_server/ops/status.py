@@ -1,0 +1,100 @@
+"""The table from errors to gRPC statuses, with google.rpc details."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from griffin_core.errors import (
+    CapacityExhausted,
+    EngineFault,
+    EngineStopped,
+    FingerprintMismatch,
+    GriffinError,
+    HandoffBroken,
+    InvalidRequest,
+    PrefillUnavailable,
+    SessionBusy,
+    SessionClosed,
+    SessionNotFound,
+)
+
+DETAILS_KEY = "grpc-status-details-bin"
+DOMAIN = "griffin.v1"
+
+# Error -> code and the machine-readable reason of its ErrorInfo. Looked up along the error's bases.
+CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
+    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    SessionNotFound: (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
+    SessionBusy: (grpc.StatusCode.FAILED_PRECONDITION, "SESSION_BUSY"),
+    SessionClosed: (grpc.StatusCode.CANCELLED, "SESSION_CLOSED"),
+    CapacityExhausted: (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED"),
+    FingerprintMismatch: (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH"),
+    # Both are worth another try: the handoff is gone, the request is not at fault.
+    HandoffBroken: (grpc.StatusCode.UNAVAILABLE, "HANDOFF_BROKEN"),
+    PrefillUnavailable: (grpc.StatusCode.UNAVAILABLE, "PREFILL_UNAVAILABLE"),
+    EngineStopped: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    EngineFault: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
+    GriffinError: (grpc.StatusCode.INTERNAL, "INTERNAL"),
+}
+
+
+def code_of(error: GriffinError) -> tuple[grpc.StatusCode, str]:
+    """Status code and reason of an error."""
+    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+
+
+def status_of(error: GriffinError) -> tuple[grpc.StatusCode, Status]:
+    """The whole status of an error."""
+    code, reason = code_of(error)
+    status = Status(
+        code=code.value[0],
+        message=str(error),
+        details=_packed([ErrorInfo(reason=reason, domain=DOMAIN), *_details(error)]),
+    )
+    return code, status
+
+
+def _details(error: GriffinError) -> list[Message]:
+    if isinstance(error, InvalidRequest):
+        violation = BadRequest.FieldViolation(
+            field=error.field, description=f"got {error.given}; allowed: {error.allowed}"
+        )
+        return [BadRequest(field_violations=[violation])]
+    if isinstance(error, CapacityExhausted) and error.retry_after_s is not None:
+        info = RetryInfo()
+        info.retry_delay.FromMilliseconds(int(error.retry_after_s * 1000))
+        return [info]
+    return []
+
+
+def _packed(details: Sequence[Message]) -> list[any_pb2.Any]:
+    packed = []
+    for detail in details:
+        wrapper = any_pb2.Any()
+        wrapper.Pack(detail)
+        packed.append(wrapper)
+    return packed
+
+
+def details_of(metadata: Sequence[tuple[str, str | bytes]] | None) -> Status | None:
+    """The status a peer sent with its trailing metadata, if it did."""
+    for key, value in metadata or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            return Status.FromString(value)
+    return None
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GriffinError) -> NoReturn:
+    """Ends the call with the error's status."""
+    code, status = status_of(error)
+    await context.abort(
+        code, str(error), trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
+    )
+    raise AssertionError("abort returned")

@@ -1,0 +1,1 @@
+"""The prefill side: the internal servicer, and Decode's two ways to reach one."""

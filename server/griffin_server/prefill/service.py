@@ -1,0 +1,89 @@
+"""PrefillService: runs prompts for Decode servers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from griffin.v1 import prefill_pb2 as pb
+from griffin.v1 import prefill_pb2_grpc
+from griffin_core.decode.events import Failed
+from griffin_core.decode.task import check_token_ids
+from griffin_core.engine import Engine, PrefillBegun, PrefillStreamEvent, PrefillTask
+from griffin_core.errors import FingerprintMismatch, InvalidRequest
+from griffin_core.experts.selection import Selection
+from griffin_core.model.spec import ModelSpec
+from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished
+from griffin_server.channel import Channel
+from griffin_server.generation.convert import policy_from_pb
+from griffin_server.handoff.convert import HandoffWriter, handoff_shape
+from griffin_server.handoff.shared_memory import DATA_START, Segment, attach_segment
+
+EVENTS_AHEAD = 16
+"""Layer results that may wait for the network before the model pauses."""
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """One stream a handoff; when the stream ends, for whatever reason, so does the work."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Prefill(
+        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.PrefillResponse]:
+        model = self._engine.model
+        if request.model_fingerprint != model.fingerprint:
+            raise FingerprintMismatch(
+                f"model_fingerprint: got {request.model_fingerprint[:80]!r}; this server holds "
+                f"{model.name} with fingerprint {model.fingerprint}"
+            )
+        task = _task(request, model.decoder.spec)
+        shape = handoff_shape(model, task)
+        writer = HandoffWriter(shape, _segment(request, shape.kv_bytes))
+        yield writer.header()
+        channel: Channel[PrefillStreamEvent] = Channel(EVENTS_AHEAD, self._engine.wake)
+        run = self._engine.prefill(task, channel)
+        queue_s = 0.0
+        try:
+            async for event in channel:
+                match event:
+                    case PrefillBegun():
+                        queue_s = event.queue_s
+                    case LayerKv():
+                        for message in writer.kv(event):
+                            yield message
+                    case LayerExperts():
+                        yield writer.experts(event)
+                    case PrefillFinished():
+                        yield writer.finished(event, queue_s)
+                        return
+                    case Failed():
+                        raise event.error
+        finally:
+            run.cancel()
+            self._engine.wake()
+
+
+def _task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
+    if not 1 <= len(request.token_ids) <= spec.context_length:
+        raise InvalidRequest(
+            "token_ids", f"{len(request.token_ids)} tokens", f"1 to {spec.context_length} tokens"
+        )
+    check_token_ids("token_ids", request.token_ids, spec)
+    if not 0 < request.density <= 1:
+        raise InvalidRequest("density", request.density, "(0, 1]")
+    policy = policy_from_pb("policy", request.policy)
+    return PrefillTask(
+        token_ids=tuple(request.token_ids),
+        selection=Selection(density=request.density, policy=policy or "topk", seed=request.seed),
+    )
+
+
+def _segment(request: pb.PrefillRequest, kv_bytes: int) -> Segment | None:
+    offer = request.shared_memory
+    if not offer.name or offer.size_bytes < DATA_START + kv_bytes:
+        return None
+    return attach_segment(offer.name, offer.size_bytes, offer.nonce)
