@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from griffin_core.errors import BadModelFile, ModelError, ModelNotFound
 from griffin_core.model.decoder import Decoder
@@ -63,6 +65,8 @@ def load_model(
     Raises:
         ModelNotFound, UnknownFamily, BadModelFile: see ``griffin_core.errors``.
     """
+    if not sys.stderr.isatty():  # bars are for people
+        transformers_logging.disable_progress_bar()
     device = torch.device(device)
     dtype = dtype or default_dtype(device)
     where = resolve(model, dtype, progress)

@@ -1,0 +1,72 @@
+"""The Python SDK of Griffin: needs grpcio and protobuf only.
+
+from griffin_client import GriffinClient
+
+with GriffinClient("localhost:50051") as client:
+    for event in client.generate("Once upon a time", density=0.5):
+        ...
+"""
+
+from griffin_client.aio import AsyncGriffinClient
+from griffin_client.client import GriffinClient
+from griffin_client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    GriffinClientError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    ServerFault,
+    Unavailable,
+)
+from griffin_client.types import (
+    Completion,
+    Event,
+    Finished,
+    Message,
+    ModelInfo,
+    PruningFigures,
+    Sampling,
+    Score,
+    Session,
+    Started,
+    Stopping,
+    Timings,
+    TokenLogprob,
+    Tokens,
+    TokenScore,
+    TopLogprob,
+    Usage,
+)
+
+__all__ = [
+    "AsyncGriffinClient",
+    "Cancelled",
+    "Completion",
+    "DeadlineExceeded",
+    "Event",
+    "FailedPrecondition",
+    "Finished",
+    "GriffinClient",
+    "GriffinClientError",
+    "InvalidArgument",
+    "Message",
+    "ModelInfo",
+    "NotFound",
+    "PruningFigures",
+    "ResourceExhausted",
+    "Sampling",
+    "Score",
+    "ServerFault",
+    "Session",
+    "Started",
+    "Stopping",
+    "Timings",
+    "TokenLogprob",
+    "TokenScore",
+    "Tokens",
+    "TopLogprob",
+    "Unavailable",
+    "Usage",
+]

@@ -1,0 +1,178 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from griffin.v1 import generation_pb2 as pb
+from griffin.v1 import generation_pb2_grpc
+from griffin_client import convert
+from griffin_client.errors import from_rpc_error
+from griffin_client.types import (
+    Completion,
+    Event,
+    Message,
+    ModelInfo,
+    Policy,
+    Sampling,
+    Score,
+    Session,
+    Stopping,
+)
+
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+
+
+class GriffinClient:
+    """Calls a Griffin server in role ``all`` or ``decode``. Safe to share between threads.
+
+    Every method takes ``timeout_s``: seconds for the whole call, None for no limit. Every method
+    raises a GriffinClientError (see ``griffin_client.errors``) if the call fails.
+
+    Args:
+        target: host:port, or any other gRPC name.
+        channel: an existing channel to use instead; it is not closed then.
+    """
+
+    def __init__(
+        self, target: str = "localhost:50051", *, channel: grpc.Channel | None = None
+    ) -> None:
+        self._owns_channel = channel is None
+        self._channel = channel or grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Ends all calls and the connection."""
+        if self._owns_channel:
+            self._channel.close()
+
+    def __enter__(self) -> GriffinClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | tuple[str, str]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        density: float | None = None,
+        policy: Policy | None = None,
+        sampling: Sampling | None = None,
+        stopping: Stopping | None = None,
+        top_logprobs: int | None = None,
+        session_id: str | None = None,
+        keep_session: bool = False,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[Event]:
+        """Streams a completion: Started, then Tokens as they are made, then Finished.
+
+        Closing the iterator, or leaving it to the garbage collector, cancels the call.
+
+        Args:
+            prompt, messages, token_ids: exactly one of them; messages are ``Message``s or
+                (role, content) pairs.
+            density: fraction of FF neurons generation runs on, in (0, 1]; None takes the server's.
+            policy: how they are chosen; None takes the server's.
+            top_logprobs: how many alternatives to report at each token; None for no
+                log-probabilities at all.
+            session_id: a kept session to continue.
+            keep_session: keep the session for a next turn.
+        """
+        request = convert.generate_request(
+            prompt,
+            messages=messages,
+            token_ids=token_ids,
+            density=density,
+            policy=policy,
+            sampling=sampling or Sampling(),
+            stopping=stopping or Stopping(),
+            top_logprobs=top_logprobs,
+            session_id=session_id,
+            keep_session=keep_session,
+            request_id=request_id,
+        )
+        return self._stream(request, timeout_s)
+
+    def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> Iterator[Event]:
+        call: Any = self._stub.Generate(request, timeout=timeout_s)
+        try:
+            for response in call:
+                yield convert.event(response)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
+
+    def complete(self, prompt: str | None = None, **options: Any) -> Completion:
+        """The whole completion at once. Takes what ``generate`` takes."""
+        return convert.completion(self.generate(prompt, **options))
+
+    def score(
+        self,
+        context: str | Sequence[int],
+        continuation: str | Sequence[int],
+        *,
+        density: float | None = None,
+        policy: Policy | None = None,
+        seed: int | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Score:
+        """Log-probabilities of a continuation on the experts its context chooses.
+
+        Args:
+            context, continuation: both text, or both token ids.
+        """
+        request = convert.score_request(
+            context,
+            continuation,
+            density=density,
+            policy=policy,
+            seed=seed,
+            request_id=request_id,
+        )
+        return convert.score(self._call(self._stub.Score, request, timeout_s))
+
+    def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
+        """What model the server holds and how it runs it."""
+        request = pb.GetModelInfoRequest()
+        return convert.model_info(self._call(self._stub.GetModelInfo, request, timeout_s))
+
+    def get_session(self, session_id: str, *, timeout_s: float | None = None) -> Session:
+        """A live or kept session."""
+        request = pb.GetSessionRequest(session_id=session_id)
+        response = self._call(self._stub.GetSession, request, timeout_s)
+        return convert.session(response.session)
+
+    def list_sessions(self, *, timeout_s: float | None = None) -> list[Session]:
+        """All live or kept sessions, oldest first."""
+        response = self._call(self._stub.ListSessions, pb.ListSessionsRequest(), timeout_s)
+        return [convert.session(item) for item in response.sessions]
+
+    def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
+        """Frees a session; one that is generating ends with Cancelled."""
+        self._call(
+            self._stub.CloseSession, pb.CloseSessionRequest(session_id=session_id), timeout_s
+        )
+
+    def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error

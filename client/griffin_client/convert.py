@@ -1,0 +1,157 @@
+"""The client's dataclasses to messages and back. The one home of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from typing import Any, TypeVar, cast
+
+from google.protobuf.message import Message as ProtoMessage
+
+from griffin.v1 import generation_pb2 as pb
+from griffin_client import types
+
+T = TypeVar("T")
+
+
+def generate_request(
+    prompt: str | None,
+    *,
+    messages: Iterable[types.Message | tuple[str, str]] | None,
+    token_ids: Sequence[int] | None,
+    density: float | None,
+    policy: types.Policy | None,
+    sampling: types.Sampling,
+    stopping: types.Stopping,
+    top_logprobs: int | None,
+    session_id: str | None,
+    keep_session: bool,
+    request_id: str | None,
+) -> pb.GenerateRequest:
+    pairs = [(m.role, m.content) if isinstance(m, types.Message) else m for m in messages or ()]
+    return pb.GenerateRequest(
+        text=prompt,
+        token_ids=token_ids,
+        messages=[pb.ChatMessage(role=role, content=content) for role, content in pairs],
+        sampling=pb.Sampling(**asdict(sampling)),
+        stopping=pb.Stopping(**asdict(stopping)),
+        pruning=_pruning(density, policy),
+        top_logprobs=top_logprobs,
+        session_id=session_id or "",
+        keep_session=keep_session,
+        request_id=request_id or "",
+    )
+
+
+def score_request(
+    context: str | Sequence[int],
+    continuation: str | Sequence[int],
+    *,
+    density: float | None,
+    policy: types.Policy | None,
+    seed: int | None,
+    request_id: str | None,
+) -> pb.ScoreRequest:
+    request = pb.ScoreRequest(
+        pruning=_pruning(density, policy), seed=seed, request_id=request_id or ""
+    )
+    for name, value in (("context", context), ("continuation", continuation)):
+        if isinstance(value, str):
+            setattr(request, name, value)
+        else:
+            getattr(request, f"{name}_token_ids").extend(value)
+    return request
+
+
+def _pruning(density: float | None, policy: types.Policy | None) -> pb.Pruning:
+    number = None
+    if policy is not None:
+        # An unknown name goes to the server as an unknown number, which refuses it like any other.
+        name = f"SELECTION_POLICY_{policy.upper()}"
+        number = dict(pb.SelectionPolicy.items()).get(name, -1)
+    return pb.Pruning(density=density, policy=cast("pb.SelectionPolicy.ValueType", number))
+
+
+def event(response: pb.GenerateResponse) -> types.Event:
+    kind = response.WhichOneof("event")
+    if kind == "started":
+        return _fill(types.Started, response.started, pruning=figures(response.started.pruning))
+    if kind == "tokens":
+        logprobs = tuple(_token_logprob(item) for item in response.tokens.logprobs)
+        return _fill(
+            types.Tokens, response.tokens, ids=tuple(response.tokens.ids), logprobs=logprobs
+        )
+    finished = response.finished
+    return _fill(
+        types.Finished,
+        finished,
+        reason=_name(pb.FinishReason, finished.reason, "FINISH_REASON_"),
+        usage=_fill(types.Usage, finished.usage),
+        timings=_fill(types.Timings, finished.timings),
+        pruning=figures(finished.pruning),
+    )
+
+
+def completion(events: Iterable[types.Event]) -> types.Completion:
+    """Gathers the events of one stream."""
+    started: types.Started | None = None
+    finished: types.Finished | None = None
+    tokens: list[types.Tokens] = []
+    for item in events:
+        match item:
+            case types.Started():
+                started = item
+            case types.Tokens():
+                tokens.append(item)
+            case types.Finished():
+                finished = item
+    assert started is not None and finished is not None, "a stream without error has both"
+    return types.Completion(
+        text="".join(item.text for item in tokens),
+        token_ids=tuple(token for item in tokens for token in item.ids),
+        logprobs=tuple(logprob for item in tokens for logprob in item.logprobs),
+        started=started,
+        finished=finished,
+    )
+
+
+def score(response: pb.ScoreResponse) -> types.Score:
+    tokens = tuple(_fill(types.TokenScore, item) for item in response.tokens)
+    return _fill(types.Score, response, tokens=tokens, pruning=figures(response.pruning))
+
+
+def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:
+    return _fill(types.ModelInfo, response)
+
+
+def session(message: pb.Session) -> types.Session:
+    return _fill(
+        types.Session,
+        message,
+        state=_name(pb.SessionState, message.state, "SESSION_STATE_"),
+        pruning=figures(message.pruning),
+    )
+
+
+def figures(message: pb.PruningFigures) -> types.PruningFigures:
+    return _fill(
+        types.PruningFigures,
+        message,
+        policy=_name(pb.SelectionPolicy, message.policy, "SELECTION_POLICY_"),
+        norm_mass=tuple(message.norm_mass),
+    )
+
+
+def _token_logprob(message: pb.TokenLogprob) -> types.TokenLogprob:
+    top = tuple(_fill(types.TopLogprob, item) for item in message.top)
+    return types.TokenLogprob(logprob=message.logprob, top=top)
+
+
+def _fill(kind: type[T], message: ProtoMessage, **given: Any) -> T:
+    """A dataclass whose fields are the message's, but for those given."""
+    names = {item.name for item in fields(cast("Any", kind))} - given.keys()
+    return kind(**{name: getattr(message, name) for name in names}, **given)
+
+
+def _name(enum: Any, value: int, prefix: str) -> Any:
+    return enum.Name(value).removeprefix(prefix).lower()
