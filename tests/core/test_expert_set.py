@@ -1,0 +1,59 @@
+"""Expert sets: their figures, and their form on the wire."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from griffin_core.experts.expert_set import ExpertSet, norm_mass, pack_indices, unpack_indices
+
+
+def experts(*indices: int) -> torch.Tensor:
+    return torch.tensor(indices, dtype=torch.int32)
+
+
+def test_packed_indices_come_back_and_are_little_endian() -> None:
+    kept = experts(0, 7, 258)
+    data = pack_indices(kept)
+    assert data == b"\x00\0\0\0\x07\0\0\0\x02\x01\0\0"
+    assert torch.equal(unpack_indices(data, 300, layer=0), kept)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\0\0\0", "no run of int32"),
+        (b"", "allowed: int32"),
+        (pack_indices(experts(3, 3)), "ascending"),
+        (pack_indices(experts(5, 2)), "ascending"),
+        (pack_indices(experts(-1, 2)), r"in \[0, 10\)"),
+        (pack_indices(experts(2, 10)), r"in \[0, 10\)"),
+    ],
+)
+def test_bytes_that_are_no_expert_set_are_refused(data: bytes, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        unpack_indices(data, 10, layer=4)
+
+
+def test_jaccard_is_intersection_over_union_of_each_layer() -> None:
+    one = ExpertSet(ff_width=10, layers=(experts(1, 2, 3), experts(0, 9)))
+    two = ExpertSet(ff_width=10, layers=(experts(2, 3, 4, 5), experts(0, 9)))
+    assert one.jaccard(two) == [pytest.approx(2 / 5), 1.0]
+    assert one.jaccard(two) == two.jaccard(one)
+
+
+def test_jaccard_of_different_models_is_an_error() -> None:
+    one = ExpertSet(ff_width=10, layers=(experts(1),))
+    with pytest.raises(ValueError, match="different shape"):
+        one.jaccard(ExpertSet(ff_width=11, layers=(experts(1),)))
+
+
+def test_density_is_the_kept_fraction() -> None:
+    assert ExpertSet(ff_width=10, layers=(experts(1, 2), experts(0, 9))).density == 0.2
+
+
+def test_norm_mass_is_the_experts_share_of_s2() -> None:
+    s2 = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert norm_mass(s2, experts(1, 3)) == pytest.approx(0.6)
+    assert norm_mass(s2, experts(0, 1, 2, 3)) == pytest.approx(1.0)
+    assert norm_mass(torch.zeros(4), experts(0)) == 1.0

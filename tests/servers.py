@@ -1,0 +1,116 @@
+"""Servers for tests: inside this process, on a thread of their own, or as processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from griffin_client import GriffinClient
+from griffin_core.model.load import Model
+from griffin_server.app import App
+from griffin_server.ops.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A server in this process."""
+
+    app: App
+    target: str
+
+    def client(self) -> GriffinClient:
+        return GriffinClient(self.target)
+
+
+@contextlib.contextmanager
+def running(model: Model, **settings: Any) -> Iterator[Running]:
+    """Runs a server with an event loop on another thread."""
+    app = App(Settings(**{"port": 0, "density": 1.0, **settings}), model)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def call(coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
+
+    call(app.start())
+    try:
+        yield Running(app=app, target=f"127.0.0.1:{app.port}")
+    finally:
+        call(app.stop())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class Process:
+    """`griffin serve` as a process of its own."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "griffin_server.cli", "serve", "--log-format", "json"]
+        self._process = subprocess.Popen(
+            [*command, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GRIFFIN_PORT": "0", **environment},
+        )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log.append(line)
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def target(self) -> str:
+        """Its address, once it serves."""
+        while (line := self._lines.get(timeout=60)) is not None:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if event.get("event") == "serving":
+                    return str(event["address"])
+        raise AssertionError(f"the server ended: {''.join(self.log)}")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout: float = 60) -> int:
+        """Its exit code."""
+        return self._process.wait(timeout)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._reader.join()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+def eventually(holds: Callable[[], bool], *, within_s: float = 10) -> None:
+    """Waits until something holds that no event announces."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.005)
