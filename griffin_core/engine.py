@@ -259,15 +259,18 @@ class Engine:
 
     def _turn(self) -> None:
         """A chunk of one prefill, a token of every session, and what has become due meanwhile."""
-        self._take_commands(wait=not self._has_work())
         self._scheduler.expire()
-        for session in self._scheduler.admit():
-            self._guarded(session, self._begin_prefill)
+        self._admit()
+        self._take_commands(wait=not self._has_work())
         self._prefill_turn()
         for session in self._decoding():
             self._take_commands(wait=False)
             if self._scheduler.find(session.session_id) is session:  # not cancelled meanwhile
                 self._guarded(session, self._decode_turn)
+
+    def _admit(self) -> None:
+        for session in self._scheduler.admit():
+            self._guarded(session, self._begin_prefill)
 
     def _take_commands(self, *, wait: bool) -> None:
         try:
@@ -304,6 +307,7 @@ class Engine:
         try:
             session = self._session_for(session_id, task)
             self._begin_turn(session, task, sink)
+            self._admit()  # now, so that the next in line does not find the queue full
         except Exception as error:
             if not isinstance(error, GriffinError):
                 log.exception("task refused")

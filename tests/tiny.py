@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 260
 CONTEXT = 256
@@ -97,7 +96,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = tuple(name for name, (family, _) in MODELS.items() if name == family)
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
 )
 

@@ -245,3 +245,7 @@ def _fail(message: str, *, status: int = 1) -> Any:
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -47,7 +47,7 @@ def test_every_policy_gives_k_distinct_ascending_indices(
     assert experts.dtype == torch.int32
     assert len(experts) == Selection(density=density).experts_of(F)
     assert (experts[1:] > experts[:-1]).all()
-    assert 0 <= experts[0] and experts[-1] < F
+    assert experts[0] >= 0 and experts[-1] < F
 
 
 @pytest.mark.parametrize("policy", POLICIES)

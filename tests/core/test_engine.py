@@ -1,0 +1,402 @@
+"""The engine: sessions take turns, end alone, and leave nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from griffin_core.decode.events import Admitted, Failed, Finished, Started, TokensMade
+from griffin_core.decode.sampling import SamplingParams
+from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.session import State
+from griffin_core.decode.stopping import FinishReason, StoppingParams
+from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine import Engine, PrefillTask
+from griffin_core.errors import (
+    CapacityExhausted,
+    EngineFault,
+    EngineStopped,
+    HandoffBroken,
+    InvalidRequest,
+    SessionBusy,
+    SessionClosed,
+    SessionNotFound,
+)
+from griffin_core.experts.selection import Selection
+from griffin_core.kv_cache import kv_bytes
+from griffin_core.model.load import Model
+from griffin_core.prefill import LayerExperts, PrefillFinished
+from griffin_core.slim.masked import Masked
+from griffin_core.slim.packed import Packed
+from tests.core.engines import Inbox, complete, engine, finish, hand_over, submit
+from tests.servers import eventually
+
+PROMPT = tuple(range(20, 40))
+
+
+def task(
+    max_tokens: int = 8, prompt: tuple[int, ...] = PROMPT, density: float = 1.0, **more: object
+) -> GenerateTask:
+    return GenerateTask(
+        prompt=prompt,
+        stopping=StoppingParams(max_tokens=max_tokens, ignore_eos=True),
+        pruning=PruningParams(density=density),
+        **more,
+    )
+
+
+@pytest.fixture
+def model(tiny: Callable[[str], Model]) -> Model:
+    return tiny("llama")
+
+
+@pytest.fixture
+def running(model: Model) -> Iterator[Engine]:
+    with engine(model) as started:
+        yield started
+
+
+def sessions(running: Engine) -> list[State]:
+    return [info.state for info in running.sessions().result(10)]
+
+
+def held_bytes(running: Engine) -> int:
+    return sum(info.reserved_bytes for info in running.sessions().result(10))
+
+
+def test_a_session_generates_and_is_gone(running: Engine) -> None:
+    tokens, finished = complete(running, task())
+    assert len(tokens) == 8
+    assert finished.reason is FinishReason.MAX_TOKENS
+    assert (finished.prompt_tokens, finished.generated_tokens) == (20, 8)
+    assert sessions(running) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_packed_and_masked_generate_the_same(name: str, tiny: Callable[[str], Model]) -> None:
+    made = []
+    for slim in (Packed(), Masked()):
+        with engine(tiny(name), slim=slim) as running:
+            made.append(complete(running, task(24, density=0.5))[0])
+    assert made[0] == made[1]
+
+
+def test_sessions_that_take_turns_make_what_each_makes_alone(running: Engine) -> None:
+    tasks = [
+        task(5 + n, prompt=tuple(range(n, 9 + 2 * n)), density=(1.0, 0.5, 0.1)[n % 3])
+        for n in range(8)
+    ]
+    alone = [complete(running, each)[0] for each in tasks]
+    inboxes = [submit(running, each)[1] for each in tasks]
+    for each, inbox in zip(tasks, inboxes, strict=True):
+        hand_over(running, each, inbox)
+    assert [finish(inbox)[0] for inbox in inboxes] == alone
+
+
+def test_density_policy_and_seed_default_to_the_engines(model: Model) -> None:
+    with engine(model, selection=Selection(density=0.25, policy="magnitude")) as running:
+        inherited = GenerateTask(prompt=PROMPT, stopping=StoppingParams(max_tokens=1))
+        _, finished = complete(running, inherited)
+        assert (finished.pruning.density, finished.pruning.policy) == (0.25, "magnitude")
+        assert finished.pruning.experts_per_layer == 22
+
+
+def test_figures_say_what_the_pruning_did(running: Engine, model: Model) -> None:
+    _, finished = complete(running, task(density=0.5))
+    figures = finished.pruning
+    assert (figures.experts_per_layer, figures.ff_width) == (44, 88)
+    assert len(figures.norm_mass) == 3
+    assert all(0.5 < mass < 1 for mass in figures.norm_mass)
+    assert figures.slim_view_bytes == 3 * 3 * 44 * 48 * 4
+    assert figures.kv_cache_bytes == kv_bytes(model.decoder.spec, torch.float32, 28)
+
+
+def test_sampled_tokens_repeat_with_their_seed(running: Engine) -> None:
+    def draw(seed: int) -> list[int]:
+        sampling = SamplingParams(temperature=1.0, seed=seed)
+        return complete(running, task(16, sampling=sampling))[0]
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+
+
+def test_the_context_length_ends_a_completion(running: Engine) -> None:
+    tokens, finished = complete(running, task(1000, prompt=tuple(range(250))))
+    assert finished.reason is FinishReason.CONTEXT_LENGTH
+    assert len(tokens) == 6
+
+
+def test_logprobs_come_with_each_token(running: Engine) -> None:
+    _, inbox = submit(running, asked := task(3, top_logprobs=2))
+    hand_over(running, asked, inbox)
+    made = [inbox.until(TokensMade) for _ in range(3)]
+    for event in made:
+        (logprobs,) = event.logprobs
+        assert logprobs.top[0] == (event.ids[0], pytest.approx(logprobs.chosen))  # greedy
+        assert logprobs.top[0][1] >= logprobs.top[1][1]
+
+
+def test_scoring_equals_generating(running: Engine) -> None:
+    """Greedy tokens score as greedy, in one run, and with the log-probabilities they had."""
+    asked = task(300 - 280, density=0.5, top_logprobs=0)
+    _, inbox = submit(running, asked)
+    hand_over(running, asked, inbox)
+    events = []
+    while isinstance(event := inbox.until(TokensMade, Finished), TokensMade):
+        events.append(event)
+    tokens = tuple(event.ids[0] for event in events)
+    score = ScoreTask(prompt=PROMPT, continuation=tokens, pruning=PruningParams(density=0.5))
+    _, scored = complete(running, score)
+    assert scored.greedy == (True,) * 20
+    expected = [event.logprobs[0].chosen for event in events]
+    assert scored.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+# -- later turns -----------------------------------------------------------------------------------
+
+
+def test_turns_of_a_kept_session_equal_one_shot_calls_with_the_whole_text(running: Engine) -> None:
+    first = task(6, keep=True)
+    tokens, _ = complete(running, first)
+    assert sessions(running) == [State.IDLE]
+    transcript = [*PROMPT, *tokens]
+    for turn in ((7, 8, 9), (30,), (1, 2)):
+        asked = task(6, prompt=turn, continues=first.session_id, keep=True)
+        tokens, finished = complete(running, asked)
+        transcript += turn
+        assert tokens == complete(running, task(6, prompt=tuple(transcript)))[0]
+        transcript += tokens
+        assert finished.context_tokens == len(transcript)
+        assert finished.prompt_tokens == len(turn) + 1  # and the last token of the turn before
+
+
+def test_a_later_turn_selects_from_the_statistic_of_all_turns(running: Engine) -> None:
+    first = task(1, prompt=PROMPT, density=0.5, keep=True)
+    tokens, _ = complete(running, first)
+    second = task(12, prompt=(5, 6, 7), density=0.5, continues=first.session_id)
+    whole = task(12, prompt=(*PROMPT, *tokens, 5, 6, 7), density=0.5)
+    later, later_finished = complete(running, second)
+    at_once, at_once_finished = complete(running, whole)
+    assert later == at_once
+    assert later_finished.pruning.norm_mass == pytest.approx(at_once_finished.pruning.norm_mass)
+
+
+def test_a_later_turn_keeps_density_and_policy_unless_told(running: Engine) -> None:
+    first = task(1, density=0.5, keep=True)
+    complete(running, first)
+    silent = GenerateTask(
+        prompt=(1,),
+        stopping=StoppingParams(max_tokens=1),
+        continues=first.session_id,
+        keep=True,
+    )
+    assert complete(running, silent)[1].pruning.density == 0.5
+    told = task(1, prompt=(1,), density=0.25, continues=first.session_id, keep=True)
+    assert complete(running, told)[1].pruning.density == 0.25
+
+
+def test_unknown_busy_and_overlong_sessions_are_refused(running: Engine) -> None:
+    assert isinstance(
+        submit(running, task(continues="nobody"))[1].until(Finished).error, SessionNotFound
+    )
+    first = task(200, keep=True)
+    _, inbox = submit(running, first)
+    hand_over(running, first, inbox)
+    inbox.until(Started)
+    busy = submit(running, task(continues=first.session_id))[1].until(Finished)
+    assert isinstance(busy.error, SessionBusy)
+    finish(inbox)
+    long = submit(running, task(continues=first.session_id, prompt=(1,) * 100))[1].until(Finished)
+    assert isinstance(long.error, InvalidRequest)
+    assert sessions(running) == [State.IDLE]  # and is still there
+
+
+def test_kept_sessions_expire(model: Model) -> None:
+    with engine(model, limits=Limits(session_ttl_s=0.05)) as running:
+        complete(running, task(1, keep=True))
+        eventually(lambda: sessions(running) == [])
+
+
+def test_idle_sessions_give_way_the_longest_idle_first(model: Model) -> None:
+    one = kv_bytes(model.decoder.spec, torch.float32, 21)
+    with engine(model, limits=Limits(session_bytes=2 * one)) as running:
+        kept = [task(1, keep=True) for _ in range(3)]
+        for each in kept:
+            complete(running, each)
+        left = [info.session_id for info in running.sessions().result(10)]
+        assert left == [each.session_id for each in kept[1:]]
+
+
+# -- admission -------------------------------------------------------------------------------------
+
+
+def test_sessions_beyond_the_limit_wait_in_order(model: Model) -> None:
+    with engine(model, limits=Limits(max_sessions=1)) as running:
+        first, second, third = task(), task(), task()
+        inboxes = [submit(running, each)[1] for each in (first, second, third)]
+        assert sessions(running) == [State.PREFILL, State.QUEUED, State.QUEUED]
+        for each, inbox in zip((first, second, third), inboxes, strict=True):
+            hand_over(running, each, inbox)
+            assert isinstance(finish(inbox)[1], Finished)
+
+
+def test_a_full_queue_refuses_with_a_hint(model: Model) -> None:
+    with engine(model, limits=Limits(max_sessions=1, max_queue=1)) as running:
+        submit(running, task())
+        submit(running, task())
+        refused = submit(running, task())[1].until(Finished)
+        assert isinstance(refused.error, CapacityExhausted)
+        assert refused.error.retry_after_s > 0
+
+
+def test_bytes_hold_sessions_back_and_what_never_fits_is_refused_at_once(model: Model) -> None:
+    one = kv_bytes(model.decoder.spec, torch.float32, 28)
+    with engine(model, limits=Limits(session_bytes=one)) as running:
+        submit(running, task())
+        submit(running, task())
+        assert sessions(running) == [State.PREFILL, State.QUEUED]
+        never = submit(running, task(9))[1].until(Finished)
+        assert isinstance(never.error, CapacityExhausted)
+        assert never.error.retry_after_s is None
+        assert held_bytes(running) == one
+
+
+# -- ending early ----------------------------------------------------------------------------------
+
+
+def test_cancelling_frees_a_session_in_the_queue_in_prefill_and_in_decode(model: Model) -> None:
+    with engine(model, limits=Limits(max_sessions=2)) as running:
+        decoding = task(230)
+        decoding_id, decoding_inbox = submit(running, decoding)
+        hand_over(running, decoding, decoding_inbox)
+        decoding_inbox.until(Started)
+        prefilling_id, _ = submit(running, task())
+        queued_id, _ = submit(running, task())
+        assert sessions(running) == [State.DECODE, State.PREFILL, State.QUEUED]
+        running.cancel(queued_id)
+        assert sessions(running) == [State.DECODE, State.PREFILL]
+        running.cancel(prefilling_id)
+        assert sessions(running) == [State.DECODE]
+        running.cancel(decoding_id)
+        assert sessions(running) == []
+        assert held_bytes(running) == 0
+
+
+def test_cancelling_a_prefill_stops_it_within_a_chunk(running: Engine) -> None:
+    inbox = Inbox()
+    inbox.open = False  # pauses it behind its first event
+    run = running.prefill(PrefillTask(token_ids=PROMPT, selection=Selection(density=1.0)), inbox)
+    inbox.open = True
+    running.wake()
+    inbox.get()
+    run.cancel()
+    running.wake()
+    eventually(lambda: not running._prefills)
+
+
+def test_closing_a_running_session_tells_its_caller(running: Engine) -> None:
+    session_id, inbox = submit(running, task())
+    running.close(session_id).result(10)
+    assert isinstance(inbox.until(Finished).error, SessionClosed)
+    with pytest.raises(SessionNotFound):
+        running.close(session_id).result(10)
+
+
+def test_no_token_is_drawn_from_a_handoff_that_did_not_come_whole(running: Engine) -> None:
+    session_id, inbox = submit(running, asked := task())
+    admitted = inbox.until(Admitted)
+    prefilled = Inbox()
+    running.prefill(PrefillTask(token_ids=asked.prompt, selection=admitted.handoff), prefilled)
+    dropped = False
+    while not isinstance(event := prefilled.get(), PrefillFinished):
+        if isinstance(event, LayerExperts) and not dropped:
+            dropped = True
+            continue
+        if type(event).__name__ != "PrefillBegun":
+            running.intake(session_id, event)
+    running.intake(session_id, event)
+    failed = inbox.get()
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, HandoffBroken)
+    assert "2 of 3 layers" in str(failed.error)
+    assert sessions(running) == []
+
+
+def test_a_fault_in_one_session_leaves_the_others_running(
+    running: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from griffin_core.decode.generation import Generation  # noqa: PLC0415
+
+    healthy, sick = task(40), task(40)
+    step = Generation.step
+    monkeypatch.setattr(
+        Generation,
+        "step",
+        lambda self, session: (
+            step(self, session) if session.session_id == healthy.session_id else 1 // 0
+        ),
+    )
+    inboxes = [submit(running, each)[1] for each in (healthy, sick)]
+    for each, inbox in zip((healthy, sick), inboxes, strict=True):
+        hand_over(running, each, inbox)
+    assert isinstance(finish(inboxes[1])[1].error, EngineFault)
+    assert len(finish(inboxes[0])[0]) == 40
+    assert sessions(running) == []
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_reader_that_lags_pauses_only_its_own_session(running: Engine) -> None:
+    lagging, eager = task(20), task(20)
+    (_, slow), (_, fast) = submit(running, lagging), submit(running, eager)
+    for each, inbox in ((lagging, slow), (eager, fast)):
+        hand_over(running, each, inbox)
+    slow.until(Started)
+    slow.open = False
+    assert len(finish(fast)[0]) == 20
+    assert sessions(running) == [State.DECODE]
+    slow.open = True
+    running.wake()
+    assert isinstance(finish(slow)[1], Finished)
+
+
+def test_stopping_ends_everything_with_an_error(model: Model) -> None:
+    with engine(model, limits=Limits(max_sessions=1)) as running:
+        inboxes = [submit(running, task())[1] for _ in range(2)]
+        inboxes[0].until(Admitted)
+    assert all(isinstance(inbox.until(Finished).error, EngineStopped) for inbox in inboxes)
+    late = submit(running, task())[1].until(Finished)
+    assert isinstance(late.error, EngineStopped)
+    with pytest.raises(EngineStopped):
+        running.sessions().result(10)
+
+
+def test_a_bug_in_the_loop_leaves_nobody_waiting(model: Model) -> None:
+    raised: list[type[BaseException]] = []
+    hook, threading.excepthook = threading.excepthook, lambda args: raised.append(args.exc_type)
+    try:
+        running = Engine(model)
+        running._scheduler.expire = None
+        running.start()
+        inbox = submit(running, task())[1]
+        assert isinstance(inbox.until(Finished).error, EngineStopped)
+        running._thread.join(10)
+    finally:
+        threading.excepthook = hook
+    assert raised == [TypeError]
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"max_sessions": 0}, "max_sessions"),
+        ({"session_bytes": 0}, "session_bytes"),
+        ({"session_ttl_s": float("nan")}, "session_ttl_s"),
+        ({"chunk_tokens": 0}, "chunk_tokens"),
+    ],
+)
+def test_limits_are_checked(values: dict[str, float], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Limits(**values)
