@@ -1,0 +1,122 @@
+"""Segments: proved before use, reused, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from griffin_server.handoff import shared_memory
+from griffin_server.handoff.shared_memory import (
+    DATA_START,
+    DIRECTORY,
+    Segment,
+    SegmentPool,
+    attach_segment,
+    create_segment,
+    remove_stale_segments,
+)
+
+SIZE = 1 << 16
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    made = create_segment(SIZE)
+    assert made is not None
+    yield made
+    made.unlink()
+
+
+def files() -> set[str]:
+    return {path.name for path in DIRECTORY.glob(f"griffin-{os.getpid()}-*")}
+
+
+def test_both_ends_see_the_same_bytes(segment: Segment) -> None:
+    nonce = segment.write_nonce()
+    other = attach_segment(segment.name, SIZE, nonce)
+    assert other is not None
+    tensor = torch.arange(100, dtype=torch.float32)
+    written = other.write(DATA_START + 40, tensor)
+    assert segment.read(DATA_START + 40, tensor.nbytes) == bytes(written)
+    assert torch.equal(
+        torch.frombuffer(segment.read(DATA_START + 40, 400), dtype=torch.float32), tensor
+    )
+
+
+def test_an_offer_that_cannot_be_proved_is_declined(segment: Segment) -> None:
+    nonce = segment.write_nonce()
+    assert attach_segment(segment.name, SIZE, b"x" * 16) is None
+    assert attach_segment(segment.name, 4 * SIZE, nonce) is None
+    assert attach_segment(f"griffin-1-{'0' * 32}", SIZE, nonce) is None
+
+
+@pytest.mark.parametrize("name", ["../etc/passwd", "passwd", "", "griffin-1-xyz", "/dev/zero"])
+def test_names_that_are_not_segments_are_never_opened(name: str) -> None:
+    assert attach_segment(name, SIZE, b"0" * 16) is None
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "secret"
+    target.write_bytes(b"0" * SIZE)
+    name = f"griffin-{os.getpid()}-{'0' * 32}"
+    (DIRECTORY / name).symlink_to(target)
+    try:
+        assert attach_segment(name, SIZE, b"0" * 16) is None
+    finally:
+        (DIRECTORY / name).unlink()
+
+
+@pytest.mark.parametrize("offset", [0, DATA_START - 1, SIZE - 3, SIZE, -8])
+def test_nothing_outside_the_segment_is_touched(segment: Segment, offset: int) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        segment.write(offset, torch.zeros(1))
+    with pytest.raises(ValueError, match="outside"):
+        segment.read(offset, 4)
+
+
+def test_no_room_is_no_segment_and_leaves_no_file() -> None:
+    before = files()
+    assert create_segment(1 << 60) is None
+    assert files() == before
+
+
+def test_no_such_file_system_is_no_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "DIRECTORY", Path("/nonexistent"))
+    assert create_segment(SIZE) is None
+    remove_stale_segments()
+
+
+def test_the_pool_reuses_what_is_large_enough_and_keeps_few() -> None:
+    before = files()
+    pool = SegmentPool(keep=2)
+    small, middle, large = (pool.take(size) for size in (1000, 5000, 20000))
+    assert small and middle and large
+    for segment in (small, middle, large):
+        pool.give_back(segment)
+    assert files() - before == {middle.name, large.name}  # the smallest went
+    assert pool.take(4000) is middle
+    assert pool.take(4000) is large
+    pool.give_back(middle)
+    pool.give_back(large)
+    pool.close()
+    assert files() == before
+
+
+def test_segments_of_dead_processes_are_removed_and_those_of_live_ones_stay() -> None:
+    code = "from griffin_server.handoff.shared_memory import create_segment as c; print(c(99).name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    stale = DIRECTORY / done.stdout.strip()
+    live = create_segment(SIZE)
+    assert live is not None and stale.exists()
+    remove_stale_segments()
+    assert not stale.exists()
+    assert (DIRECTORY / live.name).exists()
+    live.unlink()
