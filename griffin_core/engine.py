@@ -148,6 +148,8 @@ class Engine:
         self.selection = selection or Selection(density=1.0)
         self._slim = slim or Packed()
         self._scheduler = Scheduler(self.limits)
+        # By the id of the turn, so that no turn of a session reaches into another.
+        self._turns: dict[str, Session] = {}
         self._intakes: dict[str, Intake] = {}
         self._own_prefills: dict[str, PrefillRun] = {}
         self._prefills: deque[PrefillRun] = deque()
@@ -176,25 +178,25 @@ class Engine:
         ``intake``. Whoever submits also calls ``cancel`` if it stops listening.
 
         Returns:
-            The session's id, for ``intake``, ``fail`` and ``cancel``.
+            The turn's id, for ``intake``, ``fail`` and ``cancel``. All three are without effect
+            once the turn is over.
         """
-        session_id = (isinstance(task, GenerateTask) and task.continues) or task.session_id
-        self._post(partial(self._submit, session_id, task, sink), partial(_refuse, sink))
-        return session_id
+        self._post(partial(self._submit, task, sink), partial(_refuse, sink))
+        return task.turn_id
 
-    def intake(self, session_id: str, event: PrefillEvent) -> None:
-        """Hands a session an event of its prefill; ignored if the session has ended."""
-        self._post(partial(self._with_session, session_id, partial(self._intake, event=event)))
+    def intake(self, turn_id: str, event: PrefillEvent) -> None:
+        """Hands a turn an event of its prefill."""
+        self._post(partial(self._with_turn, turn_id, partial(self._intake, event=event)))
 
-    def fail(self, session_id: str, error: Exception) -> None:
-        """Ends a session with an error."""
-        self._post(partial(self._with_session, session_id, partial(self._fail, error=error)))
+    def fail(self, turn_id: str, error: Exception) -> None:
+        """Ends a turn, and its session with it, with an error."""
+        self._post(partial(self._with_turn, turn_id, partial(self._fail, error=error)))
 
-    def cancel(self, session_id: str) -> None:
-        """Ends a session whose caller has gone. A session that is idle stays."""
-        if run := self._own_prefills.get(session_id):
+    def cancel(self, turn_id: str) -> None:
+        """Ends a turn whose caller has gone, and its session with it."""
+        if run := self._own_prefills.get(turn_id):
             run.cancel()
-        self._post(partial(self._cancel, session_id))
+        self._post(partial(self._with_turn, turn_id, self._forget))
 
     def close(self, session_id: str) -> Future[None]:
         """Frees a session in any state. The future raises SessionNotFound if there is none."""
@@ -299,14 +301,15 @@ class Engine:
             log.exception("session %s failed", session.session_id)
             self._fail(session, error=EngineFault(f"{type(error).__name__}: {error}"))
 
-    def _with_session(self, session_id: str, action: Callable[[Session], None]) -> None:
-        if session := self._scheduler.find(session_id):
+    def _with_turn(self, turn_id: str, action: Callable[[Session], None]) -> None:
+        if session := self._turns.get(turn_id):
             self._guarded(session, action)
 
-    def _submit(self, session_id: str, task: GenerateTask | ScoreTask, sink: Sink[Event]) -> None:
+    def _submit(self, task: GenerateTask | ScoreTask, sink: Sink[Event]) -> None:
         try:
-            session = self._session_for(session_id, task)
+            session = self._session_for(task)
             self._begin_turn(session, task, sink)
+            self._turns[task.turn_id] = session
             self._admit()  # now, so that the next in line does not find the queue full
         except Exception as error:
             if not isinstance(error, GriffinError):
@@ -314,14 +317,14 @@ class Engine:
                 error = EngineFault(f"{type(error).__name__}: {error}")
             sink.put(Failed(error=error))
 
-    def _session_for(self, session_id: str, task: GenerateTask | ScoreTask) -> Session:
+    def _session_for(self, task: GenerateTask | ScoreTask) -> Session:
         if isinstance(task, ScoreTask) or task.continues is None:
-            return Session(session_id)
-        kept = self._scheduler.find(session_id)
+            return Session(task.turn_id)
+        kept = self._scheduler.find(task.continues)
         if kept is None:
-            raise SessionNotFound(session_id)
+            raise SessionNotFound(task.continues)
         if kept.state is not State.IDLE:
-            raise SessionBusy(session_id)
+            raise SessionBusy(task.continues)
         return kept
 
     def _begin_turn(
@@ -354,6 +357,7 @@ class Engine:
         needed = kv_bytes(spec, decoder.dtype, capacity) + slim_bytes
         self._scheduler.enqueue(session, needed)
         session.begin_turn(
+            task.turn_id,
             prompt=task.prompt,
             capacity=capacity,
             selection=selection,
@@ -370,7 +374,7 @@ class Engine:
         else:
             cache = session.cache
             cache.grow(session.capacity)
-        self._intakes[session.session_id] = Intake(
+        self._intakes[session.turn_id] = Intake(
             decoder,
             self._slim,
             None if later_turn else cache,
@@ -390,20 +394,20 @@ class Engine:
                 chunk_tokens=self.limits.chunk_tokens,
             )
             run = PrefillRun(events, _OwnIntake(self, session))
-            self._own_prefills[session.session_id] = run
+            self._own_prefills[session.turn_id] = run
             self._prefills.append(run)
         session.sink.put(Admitted(handoff=None if later_turn else session.selection))
 
     def _intake(self, session: Session, *, event: PrefillEvent) -> None:
-        intake = self._intakes.get(session.session_id)
+        intake = self._intakes.get(session.turn_id)
         if intake is None:
             return
         if not isinstance(event, PrefillFinished):
             intake.take(event)
             return
         intake.finish(session)
-        del self._intakes[session.session_id]
-        self._own_prefills.pop(session.session_id, None)
+        del self._intakes[session.turn_id]
+        self._own_prefills.pop(session.turn_id, None)
         session.clock.prefilled = time.monotonic()
         session.clock.selection_s = event.selection_s
         session.clock.slim_build_s = intake.slim_build_s
@@ -414,6 +418,7 @@ class Engine:
         if not session.work.step(session):
             return
         if session.keep:
+            del self._turns[session.turn_id]
             self._scheduler.keep(session)
         else:
             self._forget(session)
@@ -444,11 +449,6 @@ class Engine:
         if done:
             self._prefills.remove(run)
 
-    def _cancel(self, session_id: str) -> None:
-        session = self._scheduler.find(session_id)
-        if session is not None and session.state is not State.IDLE:
-            self._forget(session)
-
     def _close(self, session_id: str) -> None:
         session = self._scheduler.find(session_id)
         if session is None:
@@ -464,8 +464,9 @@ class Engine:
 
     def _forget(self, session: Session) -> None:
         """The one place where a session's memory goes."""
-        self._intakes.pop(session.session_id, None)
-        if run := self._own_prefills.pop(session.session_id, None):
+        self._turns.pop(session.turn_id, None)
+        self._intakes.pop(session.turn_id, None)
+        if run := self._own_prefills.pop(session.turn_id, None):
             run.cancel()
         self._scheduler.drop(session)
 

@@ -62,6 +62,7 @@ class Session:
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
+        self.turn_id = ""
         self.opened = time.monotonic()
         self.state = State.QUEUED
         self.tokens: list[int] = []
@@ -77,6 +78,7 @@ class Session:
 
     def begin_turn(
         self,
+        turn_id: str,
         *,
         prompt: Sequence[int],
         capacity: int,
@@ -88,12 +90,14 @@ class Session:
         """Sets a turn up.
 
         Args:
+            turn_id: whoever holds it may feed, fail or cancel this turn, and no other.
             prompt: its token ids.
             capacity: tokens the KV cache must hold by the end of it.
             work: what to do after prefill.
             sink: where the events go.
             keep: stay idle for a next turn when done.
         """
+        self.turn_id = turn_id
         self.clock = Clock()
         self.turn_start = self.cache.length if self.cache else 0
         self.tokens += prompt

@@ -47,6 +47,7 @@ class GenerateTask:
         top_logprobs: None for no log-probabilities.
         continues: id of the kept session this is a later turn of.
         keep: keep the session afterwards.
+        turn_id: names this turn; also the id of the session it opens, unless it continues one.
     """
 
     prompt: tuple[int, ...]
@@ -56,7 +57,7 @@ class GenerateTask:
     top_logprobs: int | None = None
     continues: str | None = None
     keep: bool = False
-    session_id: str = field(default_factory=lambda: uuid4().hex)
+    turn_id: str = field(default_factory=lambda: uuid4().hex)
 
     def check(self, spec: ModelSpec, prompt_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model.
@@ -83,13 +84,14 @@ class ScoreTask:
 
     Args:
         seed: of the policies that draw.
+        turn_id: also the id of its session.
     """
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     pruning: PruningParams = field(default_factory=PruningParams)
     seed: int = 0
-    session_id: str = field(default_factory=lambda: uuid4().hex)
+    turn_id: str = field(default_factory=lambda: uuid4().hex)
 
     def check(self, spec: ModelSpec, context_field: str, continuation_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model."""

@@ -60,12 +60,11 @@ def hand_over(running: Engine, task: GenerateTask | ScoreTask, inbox: Inbox) -> 
         return
     prefilled = Inbox()
     running.prefill(PrefillTask(token_ids=task.prompt, selection=admitted.handoff), prefilled)
-    session_id = getattr(task, "continues", None) or task.session_id
     while True:
         event = prefilled.get()
         if isinstance(event, PrefillBegun):
             continue
-        running.intake(session_id, event)
+        running.intake(task.turn_id, event)
         if type(event).__name__ == "PrefillFinished":
             return
 

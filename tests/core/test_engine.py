@@ -164,7 +164,7 @@ def test_turns_of_a_kept_session_equal_one_shot_calls_with_the_whole_text(runnin
     assert sessions(running) == [State.IDLE]
     transcript = [*PROMPT, *tokens]
     for turn in ((7, 8, 9), (30,), (1, 2)):
-        asked = task(6, prompt=turn, continues=first.session_id, keep=True)
+        asked = task(6, prompt=turn, continues=first.turn_id, keep=True)
         tokens, finished = complete(running, asked)
         transcript += turn
         assert tokens == complete(running, task(6, prompt=tuple(transcript)))[0]
@@ -176,7 +176,7 @@ def test_turns_of_a_kept_session_equal_one_shot_calls_with_the_whole_text(runnin
 def test_a_later_turn_selects_from_the_statistic_of_all_turns(running: Engine) -> None:
     first = task(1, prompt=PROMPT, density=0.5, keep=True)
     tokens, _ = complete(running, first)
-    second = task(12, prompt=(5, 6, 7), density=0.5, continues=first.session_id)
+    second = task(12, prompt=(5, 6, 7), density=0.5, continues=first.turn_id)
     whole = task(12, prompt=(*PROMPT, *tokens, 5, 6, 7), density=0.5)
     later, later_finished = complete(running, second)
     at_once, at_once_finished = complete(running, whole)
@@ -190,11 +190,11 @@ def test_a_later_turn_keeps_density_and_policy_unless_told(running: Engine) -> N
     silent = GenerateTask(
         prompt=(1,),
         stopping=StoppingParams(max_tokens=1),
-        continues=first.session_id,
+        continues=first.turn_id,
         keep=True,
     )
     assert complete(running, silent)[1].pruning.density == 0.5
-    told = task(1, prompt=(1,), density=0.25, continues=first.session_id, keep=True)
+    told = task(1, prompt=(1,), density=0.25, continues=first.turn_id, keep=True)
     assert complete(running, told)[1].pruning.density == 0.25
 
 
@@ -206,12 +206,27 @@ def test_unknown_busy_and_overlong_sessions_are_refused(running: Engine) -> None
     _, inbox = submit(running, first)
     hand_over(running, first, inbox)
     inbox.until(Started)
-    busy = submit(running, task(continues=first.session_id))[1].until(Finished)
+    busy = submit(running, task(continues=first.turn_id))[1].until(Finished)
     assert isinstance(busy.error, SessionBusy)
     finish(inbox)
-    long = submit(running, task(continues=first.session_id, prompt=(1,) * 100))[1].until(Finished)
+    long = submit(running, task(continues=first.turn_id, prompt=(1,) * 100))[1].until(Finished)
     assert isinstance(long.error, InvalidRequest)
     assert sessions(running) == [State.IDLE]  # and is still there
+
+
+def test_ending_a_turn_that_was_refused_leaves_the_running_one_alone(running: Engine) -> None:
+    first = task(100, keep=True)
+    _, inbox = submit(running, first)
+    hand_over(running, first, inbox)
+    inbox.until(Started)
+    for end in (running.cancel, lambda turn: running.fail(turn, EngineFault("gone"))):
+        refused, other = submit(running, task(continues=first.turn_id))
+        assert isinstance(other.until(Finished).error, SessionBusy)
+        end(refused)
+    tokens, _ = finish(inbox)
+    assert len(tokens) == 100
+    running.cancel(first.turn_id)  # over already: the session was kept
+    assert sessions(running) == [State.IDLE]
 
 
 def test_kept_sessions_expire(model: Model) -> None:
@@ -227,7 +242,7 @@ def test_idle_sessions_give_way_the_longest_idle_first(model: Model) -> None:
         for each in kept:
             complete(running, each)
         left = [info.session_id for info in running.sessions().result(10)]
-        assert left == [each.session_id for each in kept[1:]]
+        assert left == [each.turn_id for each in kept[1:]]
 
 
 # -- admission -------------------------------------------------------------------------------------
@@ -336,7 +351,7 @@ def test_a_fault_in_one_session_leaves_the_others_running(
         Generation,
         "step",
         lambda self, session: (
-            step(self, session) if session.session_id == healthy.session_id else 1 // 0
+            step(self, session) if session.session_id == healthy.turn_id else 1 // 0
         ),
     )
     inboxes = [submit(running, each)[1] for each in (healthy, sick)]

@@ -199,9 +199,7 @@ def test_an_offer_that_was_declined_goes_by_chunks(
     segment.unlink()
 
 
-def test_messages_out_of_order_are_refused(
-    shape: HandoffShape, events: list[PrefillEvent]
-) -> None:
+def test_messages_out_of_order_are_refused(shape: HandoffShape, events: list[PrefillEvent]) -> None:
     header, *rest = messages(HandoffWriter(shape, None), events)
     with pytest.raises(HandoffBroken, match="out of order"):
         HandoffReader(shape, None).read(rest[0])

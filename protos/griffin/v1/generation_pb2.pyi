@@ -354,7 +354,8 @@ class GenerateRequest(_message.Message):
     """
     keep_session: _builtins.bool
     """Keep the session (KV cache, statistic, experts) for a next turn, until it has been idle for the
-    server's `--session-ttl-s` or is closed. Default false.
+    server's `--session-ttl-s` or is closed. A turn that fails or is cancelled frees it at once.
+    Default false.
     """
     request_id: _builtins.str
     """For logs and traces, at most 128 printable ASCII characters. Default: the `x-request-id`

@@ -83,7 +83,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[Event, None]:
         """Runs a task to its end. Closing the iterator ends it at once, wherever it is."""
         channel: Channel[Event] = Channel(TOKENS_AHEAD, self._engine.wake)
-        session_id = self._engine.submit(task, channel)
+        turn_id = self._engine.submit(task, channel)
         handoff: asyncio.Task[None] | None = None
         try:
             async for event in channel:
@@ -92,7 +92,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                         raise event.error
                     case Admitted(handoff=selection) if selection is not None:
                         prefill = PrefillTask(token_ids=task.prompt, selection=selection)
-                        handoff = asyncio.create_task(self._pull(session_id, prefill, context))
+                        handoff = asyncio.create_task(self._pull(turn_id, prefill, context))
                     case Admitted():
                         pass
                     case _:
@@ -100,22 +100,22 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 if isinstance(event, Finished | Scored):
                     return
         finally:
-            self._engine.cancel(session_id)
+            self._engine.cancel(turn_id)
             if handoff is not None:
                 handoff.cancel()
                 with suppress(asyncio.CancelledError):
                     await handoff
 
-    async def _pull(self, session_id: str, task: PrefillTask, context: Context) -> None:
-        """Pulls a prefill and hands what comes to the session."""
+    async def _pull(self, turn_id: str, task: PrefillTask, context: Context) -> None:
+        """Pulls a prefill and hands what comes to the turn."""
         try:
             async with aclosing(self._source.stream(task, context.time_remaining())) as events:
                 async for event in events:
-                    self._engine.intake(session_id, event)
+                    self._engine.intake(turn_id, event)
         except GriffinError as error:
-            self._engine.fail(session_id, error)
+            self._engine.fail(turn_id, error)
         except Exception as error:
-            self._engine.fail(session_id, EngineFault(f"{type(error).__name__}: {error}"))
+            self._engine.fail(turn_id, EngineFault(f"{type(error).__name__}: {error}"))
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: Context

@@ -1,0 +1,178 @@
+"""The services beside generation itself: sessions, model info, health, reflection, request ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from griffin.v1 import generation_pb2 as pb
+from griffin.v1 import generation_pb2_grpc
+from griffin_client import (
+    Cancelled,
+    FailedPrecondition,
+    GriffinClient,
+    NotFound,
+    Stopping,
+    Tokens,
+)
+from griffin_core.model.load import Model
+from griffin_server.app import GENERATION, PREFILL
+from tests.servers import Running, running
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LONG = Stopping(max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture
+def client(tiny_server: Running) -> Iterator[GriffinClient]:
+    with tiny_server.client() as connected:
+        yield connected
+
+
+@pytest.fixture
+def channel(tiny_server: Running) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(tiny_server.target) as connected:
+        yield connected
+
+
+def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], Model]) -> None:
+    model = tiny("llama")
+    info = client.model_info()
+    assert info.fingerprint == model.fingerprint
+    assert (info.family, info.layers, info.width, info.ff_width) == ("llama", 3, 48, 88)
+    assert (info.heads, info.kv_heads, info.head_dim) == (4, 2, 16)
+    assert (info.vocabulary, info.context_length) == (260, 256)
+    assert (info.dtype, info.device, info.role) == ("float32", "cpu", "all")
+    assert info.has_chat_template and info.default_density == 1.0
+
+
+def test_a_kept_session_is_listed_continued_and_closed(client: GriffinClient) -> None:
+    two = Stopping(max_tokens=2, ignore_eos=True)
+    first = client.complete("one", stopping=two, density=0.5, keep_session=True)
+    session_id = first.started.session_id
+    assert first.finished.session_kept
+
+    (session,) = client.list_sessions()
+    alone = client.get_session(session_id)
+    assert replace(alone, age_s=session.age_s, idle_s=session.idle_s) == session
+    assert (session.state, session.context_tokens, session.generated_tokens) == ("idle", 5, 2)
+    assert session.pruning.density == 0.5
+    assert session.pruning.kv_cache_bytes > 0
+
+    second = client.complete(" two", stopping=two, session_id=session_id, keep_session=True)
+    assert second.started.session_id == session_id
+    assert second.finished.pruning.density == 0.5  # inherited
+    assert second.finished.usage.context_tokens == 3 + 2 + 4 + 2
+    client.close_session(session_id)
+    assert client.list_sessions() == []
+    with pytest.raises(NotFound):
+        client.close_session(session_id)
+
+
+def test_closing_a_running_session_ends_its_stream(client: GriffinClient) -> None:
+    events = client.generate("a", stopping=LONG)
+    session_id = next(events).session_id  # type: ignore[union-attr]
+    client.close_session(session_id)
+    with pytest.raises(Cancelled, match="was closed"):
+        list(events)
+
+
+def test_a_session_takes_one_turn_at_a_time(client: GriffinClient) -> None:
+    kept = client.complete("a", stopping=Stopping(max_tokens=1), keep_session=True)
+    session_id = kept.started.session_id
+    events = client.generate("b", stopping=LONG, session_id=session_id, keep_session=True)
+    next(events)
+    with pytest.raises(FailedPrecondition, match="still in an earlier turn"):
+        client.complete("c", session_id=session_id)
+    assert len([e for e in events if isinstance(e, Tokens)]) == 200  # unharmed
+    client.close_session(session_id)
+
+
+def test_the_request_id_is_the_requests_or_the_metadatas_or_new(channel: grpc.Channel) -> None:
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+    def returned(request_id: str, metadata: tuple[tuple[str, str], ...] = ()) -> str:
+        request = pb.GenerateRequest(text="a", stopping=pb.Stopping(max_tokens=1))
+        request.request_id = request_id
+        call = stub.Generate(request, metadata=metadata, timeout=30)
+        started = next(iter(call)).started
+        assert dict(call.initial_metadata())["x-request-id"] == started.request_id
+        return started.request_id
+
+    given = (("x-request-id", "from-metadata"),)
+    assert returned("from-request", given) == "from-request"
+    assert returned("", given) == "from-metadata"
+    assert len(returned("")) == 32
+    assert returned("") != returned("")
+
+
+def test_a_failed_call_carries_its_request_id(client: GriffinClient) -> None:
+    with pytest.raises(NotFound) as caught:
+        client.complete("a", session_id="nobody", request_id="find-me")
+    assert caught.value.request_id == "find-me"
+
+
+def test_the_prefill_server_logs_the_same_request_id(
+    tiny: Callable[[str], Model], capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("griffin").setLevel(logging.INFO)
+    with (
+        running(tiny("llama"), role="prefill") as prefill,
+        running(tiny("llama"), role="decode", prefill_target=prefill.target) as decode,
+        decode.client() as client,
+    ):
+        client.complete("a", stopping=Stopping(max_tokens=1), request_id="both-sides")
+    lines = [line for line in capfd.readouterr().out.splitlines() if "both-sides" in line]
+    assert any("PrefillService/Prefill" in line for line in lines)
+    assert any("GenerationService/Generate" in line for line in lines)
+
+
+@pytest.mark.parametrize("role", ["all", "prefill", "decode"])
+def test_each_role_serves_its_services_and_says_so(role: str, tiny: Callable[[str], Model]) -> None:
+    target = {"prefill_target": "localhost:1"} if role == "decode" else {}
+    expected = {"all": {GENERATION, PREFILL}, "prefill": {PREFILL}, "decode": {GENERATION}}[role]
+    with (
+        running(tiny("llama"), role=role, **target) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = reflection.ServerReflectionInfo(iter([request]))
+        listed = {item.name for item in answer.list_services_response.service}
+        assert listed == expected | {
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", *expected):
+            request = health_pb2.HealthCheckRequest(service=service)
+            assert health.Check(request).status == SERVING
+        for service in {GENERATION, PREFILL} - expected:
+            with pytest.raises(grpc.RpcError) as caught:
+                health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_gives_the_public_descriptor(channel: grpc.Channel) -> None:
+    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=GENERATION)
+    (answer,) = reflection.ServerReflectionInfo(iter([request]))
+    assert pb.DESCRIPTOR.serialized_pb in answer.file_descriptor_response.file_descriptor_proto
+
+
+def test_watchers_of_health_see_the_shutdown(tiny: Callable[[str], Model]) -> None:
+    with running(tiny("llama")) as server:
+        channel = grpc.insecure_channel(server.target)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=GENERATION), timeout=60
+        )
+        assert next(watch).status == SERVING
+    assert next(watch).status == NOT_SERVING
+    channel.close()
