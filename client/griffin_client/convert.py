@@ -10,8 +10,10 @@ from google.protobuf.message import Message as ProtoMessage
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_client import types
+from griffin_client.errors import invalid_argument
 
 T = TypeVar("T")
+M = TypeVar("M", bound=ProtoMessage)
 
 
 def generate_request(
@@ -29,17 +31,21 @@ def generate_request(
     request_id: str | None,
 ) -> pb.GenerateRequest:
     pairs = [(m.role, m.content) if isinstance(m, types.Message) else m for m in messages or ()]
-    return pb.GenerateRequest(
+    return _message(
+        pb.GenerateRequest,
         text=prompt,
         token_ids=token_ids,
-        messages=[pb.ChatMessage(role=role, content=content) for role, content in pairs],
-        sampling=pb.Sampling(**asdict(sampling)),
-        stopping=pb.Stopping(**asdict(stopping)),
+        messages=[
+            _message(pb.ChatMessage, f"messages[{index}].", role=role, content=content)
+            for index, (role, content) in enumerate(pairs)
+        ],
+        sampling=_message(pb.Sampling, "sampling.", **asdict(sampling)),
+        stopping=_message(pb.Stopping, "stopping.", **asdict(stopping)),
         pruning=_pruning(density, policy),
         top_logprobs=top_logprobs,
-        session_id=session_id or "",
+        session_id=session_id,
         keep_session=keep_session,
-        request_id=request_id or "",
+        request_id=request_id,
     )
 
 
@@ -52,15 +58,17 @@ def score_request(
     seed: int | None,
     request_id: str | None,
 ) -> pb.ScoreRequest:
-    request = pb.ScoreRequest(
-        pruning=_pruning(density, policy), seed=seed, request_id=request_id or ""
+    inputs: dict[str, Any] = {
+        name if isinstance(value, str) else f"{name}_token_ids": value
+        for name, value in (("context", context), ("continuation", continuation))
+    }
+    return _message(
+        pb.ScoreRequest,
+        **inputs,
+        pruning=_pruning(density, policy),
+        seed=seed,
+        request_id=request_id,
     )
-    for name, value in (("context", context), ("continuation", continuation)):
-        if isinstance(value, str):
-            setattr(request, name, value)
-        else:
-            getattr(request, f"{name}_token_ids").extend(value)
-    return request
 
 
 def _pruning(density: float | None, policy: types.Policy | None) -> pb.Pruning:
@@ -69,7 +77,23 @@ def _pruning(density: float | None, policy: types.Policy | None) -> pb.Pruning:
         # An unknown name goes to the server as an unknown number, which refuses it like any other.
         name = f"SELECTION_POLICY_{policy.upper()}"
         number = dict(pb.SelectionPolicy.items()).get(name, -1)
-    return pb.Pruning(density=density, policy=cast("pb.SelectionPolicy.ValueType", number))
+    return _message(pb.Pruning, "pruning.", density=density, policy=number)
+
+
+def _message(kind: type[M], path: str = "", **values: Any) -> M:
+    """A message with these fields; None leaves a field unset.
+
+    Raises:
+        InvalidArgument: a value that the field's type cannot hold. Whether the server allows what
+            it can hold is the server's to say.
+    """
+    message = kind()
+    for name, value in values.items():
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise invalid_argument(f"{path}{name}", value, str(error)) from error
+    return message
 
 
 def event(response: pb.GenerateResponse) -> types.Event:

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 
 import grpc
@@ -92,6 +93,13 @@ EXCEPTIONS: dict[grpc.StatusCode, type[GriffinClientError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
 }
+
+
+def invalid_argument(field: str, given: object, problem: str) -> InvalidArgument:
+    """For a value that cannot even be sent; as if the server had refused it."""
+    description = f"got {reprlib.repr(given)}; {problem}"
+    details = StatusDetails(violations={field: description}, reason="INVALID_REQUEST")
+    return InvalidArgument(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {description}", details)
 
 
 def from_rpc_error(error: grpc.RpcError) -> GriffinClientError:

@@ -178,7 +178,7 @@ def test_an_unknown_session_is_not_found(client: GriffinClient) -> None:
 def test_a_chat_needs_a_template(tiny: Callable[[str], Model]) -> None:
     with running(tiny("opt")) as server, server.client() as client:
         assert not client.model_info().has_chat_template
-        with pytest.raises(InvalidArgument, match="messages: .*chat template"):
+        with pytest.raises(InvalidArgument, match=r"messages: .*chat template"):
             client.complete(messages=[("user", "hi")])
         serves(client)
 

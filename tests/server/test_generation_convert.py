@@ -92,7 +92,7 @@ def test_everything_the_client_sets_reaches_the_task(model: Model) -> None:
         top_logprobs=0,
         continues="s",
         keep=True,
-        session_id=task.session_id,
+        turn_id=task.turn_id,
     )
 
 

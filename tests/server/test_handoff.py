@@ -232,7 +232,7 @@ def test_experts_outside_the_layer_are_refused(shape: HandoffShape) -> None:
     reader = HandoffReader(shape, None)
     reader.read(HandoffWriter(shape, None).header())
     experts = (999).to_bytes(4, "little")
-    with pytest.raises(HandoffBroken, match="in .0, 88."):
+    with pytest.raises(HandoffBroken, match=r"in .0, 88."):
         reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"", experts=experts)))
 
 
