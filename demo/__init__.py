@@ -1,0 +1,1 @@
+"""`make demo`: an article summarised at three densities, by a prefill and a decode server."""

@@ -1,0 +1,201 @@
+"""How calls end when something else happens: cancelled, killed, shut down. Nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from griffin_client import (
+    Event,
+    Finished,
+    GriffinClient,
+    GriffinClientError,
+    Stopping,
+    Tokens,
+    Unavailable,
+)
+from griffin_core.engine import PrefillRun
+from griffin_core.kv_cache import KvCache
+from griffin_core.model.load import Model
+from griffin_server.handoff.shared_memory import DIRECTORY
+from tests.e2e.texts import LICENCE, cut
+from tests.servers import Process, Running, eventually, running
+
+ENDLESS = Stopping(max_tokens=5000, ignore_eos=True)
+FEW = Stopping(max_tokens=3, ignore_eos=True)
+
+
+def held(server: Running) -> tuple[int, int]:
+    """Sessions and bytes: as the engine counts them, and as the KV caches that are alive say."""
+    infos = server.app.engine.sessions().result(30)
+    gc.collect()
+    alive = sum(o.nbytes for o in gc.get_objects() if type(o) is KvCache)
+    return len(infos), sum(info.reserved_bytes for info in infos) + alive
+
+
+@pytest.fixture
+def one_at_a_time(smollm2: Model) -> Iterator[Running]:
+    with running(smollm2, max_sessions=1, density=0.5) as server:
+        yield server
+
+
+def test_a_client_that_cancels_in_the_queue_leaves_nothing(one_at_a_time: Running) -> None:
+    with one_at_a_time.client() as client:
+        holder = client.generate("a", stopping=ENDLESS)
+        next(holder)
+        waiting = client.generate("b", stopping=ENDLESS)
+        thread = threading.Thread(target=lambda: next(waiting, None), daemon=True)
+        thread.start()
+        states = lambda: [s.state for s in client.list_sessions()]  # noqa: E731
+        eventually(lambda: states() == ["decode", "queued"])
+        with GriffinClient(one_at_a_time.target) as other:  # its own connection, then gone
+            third = other.generate("c", stopping=ENDLESS)
+            threading.Thread(target=lambda: swallow(third), daemon=True).start()
+            eventually(lambda: states() == ["decode", "queued", "queued"])
+        eventually(lambda: states() == ["decode", "queued"])
+        holder.close()  # type: ignore[attr-defined]
+        thread.join(30)
+        eventually(lambda: states() == ["decode"])  # the one that waited
+    eventually(lambda: held(one_at_a_time) == (0, 0))
+
+
+def swallow(events: Iterator[Event]) -> None:
+    try:
+        next(events)
+    except GriffinClientError:
+        return
+
+
+def test_a_client_that_cancels_during_prefill_stops_it_within_a_chunk(
+    one_at_a_time: Running, smollm2: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[bool] = []
+    turn = PrefillRun.turn
+    monkeypatch.setattr(PrefillRun, "turn", lambda run: (turns.append(run.cancelled), turn(run))[1])
+    ids = cut(LICENCE, 2000, smollm2.tokenizer) * 4  # 16 chunks
+    with one_at_a_time.client() as client:
+        events = client.generate(token_ids=ids[:8000], stopping=FEW)
+        thread = threading.Thread(target=lambda: swallow(events), daemon=True)
+        thread.start()
+        eventually(lambda: len(turns) >= 2)
+        assert [s.state for s in client.list_sessions()] == ["prefill"]
+    # The client has gone, and its calls with it.
+    eventually(lambda: held(one_at_a_time) == (0, 0))
+    eventually(lambda: not one_at_a_time.app.engine._prefills)
+    assert len(turns) <= 6
+    with one_at_a_time.client() as client:
+        assert client.complete("a", stopping=FEW).finished.usage.generated_tokens == 3
+
+
+def test_a_client_that_cancels_during_decode_leaves_nothing(one_at_a_time: Running) -> None:
+    with one_at_a_time.client() as client:
+        for _ in range(3):
+            events = client.generate("Once upon a time", stopping=ENDLESS)
+            while not isinstance(next(events), Tokens):
+                pass
+            sessions, size = held(one_at_a_time)
+            assert sessions == 1 and size > 0
+            events.close()  # type: ignore[attr-defined]
+            eventually(lambda: held(one_at_a_time) == (0, 0))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "chunks"])
+def test_a_prefill_server_killed_during_a_handoff(shared_memory: bool, smollm2: Model) -> None:
+    options = ("--role", "prefill", "--dtype", "float32", "--prefill-chunk-tokens", "64")
+    segments = set(DIRECTORY.glob("griffin-*"))
+    with Process(*options) as prefill:
+        target = prefill.target()
+        with (
+            running(
+                smollm2, role="decode", prefill_target=target, shared_memory=shared_memory
+            ) as decode,
+            decode.client() as client,
+        ):
+            received: list[Event] = []
+            failure: list[Exception] = []
+
+            def call() -> None:
+                try:
+                    prompt = cut(LICENCE, 2000, smollm2.tokenizer)
+                    received.extend(client.generate(token_ids=prompt, stopping=FEW))
+                except GriffinClientError as error:
+                    failure.append(error)
+
+            thread = threading.Thread(target=call)
+            thread.start()
+            intakes = decode.app.engine._intakes
+            eventually(lambda: any(each._received[0] > 64 for each in list(intakes.values())))
+            prefill.kill()
+            thread.join(30)
+            assert isinstance(failure[0], Unavailable), failure
+            assert failure[0].reason in ("HANDOFF_BROKEN", "PREFILL_UNAVAILABLE")
+            assert received == []
+            eventually(lambda: held(decode) == (0, 0))
+            with pytest.raises(Unavailable) as caught:
+                client.complete("a", stopping=FEW)
+            assert caught.value.reason == "PREFILL_UNAVAILABLE"
+
+            with Process(*options, "--port", target.rpartition(":")[2]) as again:
+                again.target()
+                done = client.complete("a", stopping=FEW)
+                assert done.finished.usage.generated_tokens == 3
+    assert set(DIRECTORY.glob("griffin-*")) == segments
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("tokens", "grace_s", "finish"), [(40, 60, True), (5000, 0.5, False)], ids=["ends", "cut off"]
+)
+def test_sigterm_during_8_streams(tokens: int, grace_s: float, finish: bool) -> None:
+    stopping = Stopping(max_tokens=tokens, ignore_eos=True)
+    with (
+        Process("--dtype", "float32", "--shutdown-grace-s", str(grace_s)) as server,
+        GriffinClient(server.target()) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        under_way = threading.Barrier(9)
+
+        def stream(number: int) -> Finished | GriffinClientError:
+            events = client.generate(f"Count to {number}:", stopping=stopping)
+            next(events)
+            under_way.wait(60)
+            try:
+                *_, last = events
+            except GriffinClientError as error:
+                return error
+            assert isinstance(last, Finished)
+            return last
+
+        streams = [pool.submit(stream, number) for number in range(8)]
+        under_way.wait(60)
+        server.terminate()
+        ends = [each.result(120) for each in streams]
+        assert server.wait() == 0
+    for end in ends:
+        if finish:
+            assert isinstance(end, Finished) and end.usage.generated_tokens == tokens
+        else:
+            assert isinstance(end, Unavailable) and end.reason == "SHUTTING_DOWN"
+
+
+def test_a_server_that_has_shut_down_leaves_no_segments(
+    tiny_directory: Callable[[str], Path],
+) -> None:
+    before = set(DIRECTORY.glob("griffin-*"))
+    model = ("--model", str(tiny_directory("llama")))
+    with (
+        Process(*model, "--role", "prefill") as prefill,
+        Process(*model, "--role", "decode", "--prefill-target", prefill.target()) as decode,
+        GriffinClient(decode.target()) as client,
+    ):
+        client.complete("a", stopping=FEW)
+        for process in (decode, prefill):
+            process.terminate()
+            assert process.wait() == 0
+    assert set(DIRECTORY.glob("griffin-*")) == before

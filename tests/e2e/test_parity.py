@@ -1,0 +1,169 @@
+"""SmolLM2 through gRPC against transformers: token for token, and log-probability for
+log-probability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from griffin_client import GriffinClient, Sampling, Stopping
+from griffin_core.model.load import Model
+from griffin_core.model.source import DEFAULT_MODEL, resolve
+from tests.e2e.texts import ARTICLE, LICENCE, cut
+from tests.servers import Process, Running
+
+GREEDY_64 = Stopping(max_tokens=64)
+
+PROMPTS: dict[str, Any] = {
+    "1 token": ("Hello", 1),
+    "5 tokens": ("The capital of France is", 5),
+    "40 tokens": (ARTICLE, 40),
+    "400 tokens": (ARTICLE, 400),
+    "1500 tokens": (LICENCE, 1500),
+    "chat": [
+        ("system", "You answer in one sentence."),
+        ("user", "Why is the sky blue?"),
+        ("assistant", "Air scatters blue light most."),
+        ("user", "And why is a sunset red?"),
+    ],
+    "other scripts": "Привет, как дела? 今日は天気がいい。 مرحبا بالعالم. नमस्ते दुनिया। Γειά σου",
+    "emoji": "👩‍🚀🚀 launched at dawn 🌅 and the crowd 👏👏🏽 cheered: 🎉",
+}
+
+
+def prompt_ids(name: str, model: Model) -> list[int]:
+    prompt = PROMPTS[name]
+    if isinstance(prompt, list):
+        return model.tokenizer.encode_chat(prompt)
+    if isinstance(prompt, tuple):
+        return cut(*prompt, model.tokenizer)
+    return model.tokenizer.encode(prompt)
+
+
+def as_input(name: str, model: Model) -> dict[str, Any]:
+    """The prompt as a client would give it."""
+    prompt = PROMPTS[name]
+    if isinstance(prompt, list):
+        return {"messages": prompt}
+    if isinstance(prompt, tuple):
+        return {"token_ids": prompt_ids(name, model)}
+    return {"prompt": prompt}
+
+
+@pytest.fixture(scope="module")
+def reference() -> PreTrainedModel:
+    where = resolve(DEFAULT_MODEL, torch.float32, print)
+    return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(reference: PreTrainedModel, smollm2: Model) -> dict[str, tuple[int, ...]]:
+    """What transformers generates, by prompt."""
+    made = {}
+    for name in PROMPTS:
+        ids = torch.tensor([prompt_ids(name, smollm2)])
+        output = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64
+        )
+        made[name] = tuple(output[0, ids.shape[1] :].tolist())
+    return made
+
+
+@pytest.fixture(scope="module")
+def split() -> Iterator[GriffinClient]:
+    """A client of a decode process that pulls from a prefill process."""
+    common = ("--dtype", "float32", "--density", "1.0")
+    with (
+        Process("--role", "prefill", *common) as prefill,
+        Process("--role", "decode", "--prefill-target", prefill.target(), *common) as decode,
+        GriffinClient(decode.target()) as client,
+    ):
+        yield client
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", PROMPTS)
+def test_one_process_generates_what_transformers_does(
+    name: str, smollm2: Model, smollm2_server: Running, expected: dict[str, tuple[int, ...]]
+) -> None:
+    with smollm2_server.client() as client:
+        made = client.complete(**as_input(name, smollm2), stopping=GREEDY_64)
+    assert made.started.prompt_tokens == len(prompt_ids(name, smollm2))
+    assert made.token_ids == expected[name]
+    assert made.text == smollm2.tokenizer.decode(
+        [token for token in made.token_ids if token not in smollm2.eos_ids]
+    )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", PROMPTS)
+def test_two_processes_generate_what_transformers_does(
+    name: str, smollm2: Model, split: GriffinClient, expected: dict[str, tuple[int, ...]]
+) -> None:
+    made = split.complete(**as_input(name, smollm2), stopping=GREEDY_64)
+    assert made.token_ids == expected[name]
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"density": 0.5},
+        {"density": 0.5, "policy": "sampled"},
+        {"density": 0.3, "policy": "topk_sampled"},
+        {"density": 0.5, "policy": "random"},
+        {"density": 0.75, "policy": "magnitude"},
+    ],
+    ids=str,
+)
+def test_split_and_in_process_give_the_same_tokens_for_the_same_seed_and_so_do_two_runs(
+    pruning: dict[str, Any], smollm2: Model, smollm2_server: Running, split: GriffinClient
+) -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=11)
+    ids = cut(ARTICLE, 200, smollm2.tokenizer)
+    stopping = Stopping(max_tokens=16, ignore_eos=True)
+    with smollm2_server.client() as client:
+        runs = [
+            each.complete(token_ids=ids, sampling=sampling, stopping=stopping, **pruning)
+            for each in (client, client, split, split)
+        ]
+        other = client.complete(
+            token_ids=ids, sampling=Sampling(temperature=1.0, seed=12), stopping=stopping, **pruning
+        )
+    assert len({run.token_ids for run in runs}) == 1
+    assert len({run.finished.pruning.norm_mass for run in runs}) == 1
+    assert other.token_ids != runs[0].token_ids
+
+
+def test_scores_are_transformers_log_probabilities(
+    reference: PreTrainedModel, smollm2: Model, smollm2_server: Running
+) -> None:
+    cases = [
+        ("The capital of France is", " Paris."),
+        ("The capital of France is", " a purple elephant."),
+        (ARTICLE[:800], ARTICLE[800:1400]),
+        ("x", " y"),
+    ]
+    with smollm2_server.client() as client:
+        scores = [client.score(*case, density=1.0) for case in cases]
+        as_ids = client.score(*[smollm2.tokenizer.encode(part) for part in cases[0]], density=1.0)
+    assert as_ids.tokens == scores[0].tokens
+    for (context, continuation), score in zip(cases, scores, strict=True):
+        start = len(smollm2.tokenizer.encode(context))
+        ids = torch.tensor(smollm2.tokenizer.encode(context + continuation))
+        with torch.inference_mode():
+            logits = reference(ids[None]).logits[0, start - 1 : -1]
+        logprobs = logits.log_softmax(dim=1).gather(1, ids[start:, None])[:, 0]
+        assert [token.id for token in score.tokens] == ids[start:].tolist()
+        torch.testing.assert_close(
+            torch.tensor([token.logprob for token in score.tokens]), logprobs, atol=1e-3, rtol=1e-4
+        )
+        assert score.logprob == pytest.approx(logprobs.sum().item(), abs=1e-2, rel=1e-4)
+        greedy = (logits.argmax(dim=1) == ids[start:]).tolist()
+        assert [token.greedy for token in score.tokens] == greedy
+        assert score.greedy == all(greedy)
+    assert any(token.greedy for token in scores[0].tokens)
+    assert not scores[1].greedy
