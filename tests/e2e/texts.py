@@ -1,4 +1,4 @@
-"""Real text of known length: the demo's article and the licence, which the repository has anyway."""
+"""Real text of known length: the article of the demo, and the licence."""
 
 from __future__ import annotations
 

@@ -1,0 +1,133 @@
+"""The command: text for people, JSON for machines, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from griffin_core.model.load import Model
+from tests.servers import Running, running
+
+
+def griffin(
+    *arguments: str, given: str = "", status: int = 0, **environment: str
+) -> tuple[str, str]:
+    """Runs the command; its standard output and error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "griffin_server.cli", *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "TERM": "dumb", **environment},
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
+
+
+def lines(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_generate_streams_text_and_ends_in_a_line_of_figures(tiny_server: Running) -> None:
+    target = ("--target", tiny_server.target, "--raw")
+    out, err = griffin("generate", "abc", *target, "--max-tokens", "5", "--density", "0.5")
+    assert out.strip()
+    (line,) = err.strip().splitlines()
+    assert line.startswith("3 + ")
+    for words in ("tokens/s", "FF density 0.5 (44/88)", "norm mass 0.", "first token"):
+        assert words in line
+
+
+def test_generate_reads_standard_input_and_files(tiny_server: Running, tmp_path: Path) -> None:
+    options = ("--target", tiny_server.target, "--raw", "--max-tokens", "3", "--json")
+    (tmp_path / "prompt.txt").write_text("abc", encoding="utf-8")
+    given = griffin("generate", "abc", *options)[0]
+    piped = griffin("generate", "-", *options, given="abc")[0]
+    read = griffin("generate", f"@{tmp_path / 'prompt.txt'}", *options)[0]
+    texts = [[e for e in lines(out) if e["event"] == "tokens"] for out in (given, piped, read)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_generate_as_json_is_an_event_a_line(tiny_server: Running) -> None:
+    out, err = griffin(
+        "generate", "abc", "--target", tiny_server.target, "--max-tokens", "3", "--json"
+    )
+    events = lines(out)
+    assert events[0]["event"] == "started"
+    assert events[-1]["event"] == "finished"
+    assert events[-1]["pruning"]["ff_width"] == 88
+    assert err == ""
+
+
+def test_the_target_may_come_from_the_environment(tiny_server: Running) -> None:
+    out, _ = griffin("info", "--json", GRIFFIN_TARGET=tiny_server.target)
+    (info,) = lines(out)
+    assert info["model"]["family"] == "llama"
+    assert info["sessions"] == []
+
+
+def test_info_is_a_table(tiny_server: Running) -> None:
+    out, _ = griffin("info", "--target", tiny_server.target)
+    assert "ff width" in out and "88" in out and tiny_server.app.engine.model.fingerprint[:9] in out
+
+
+def test_chat_remembers_what_was_said(tiny_server: Running) -> None:
+    target = ("--target", tiny_server.target, "--max-tokens", "3", "--json")
+    out, _ = griffin("chat", *target, "--system", "Be brief.", given="hi\nwhy\n\n")
+    started = [event for event in lines(out) if event["event"] == "started"]
+    assert len(started) == 2
+    assert started[1]["prompt_tokens"] > started[0]["prompt_tokens"] + len("<user>why\n")
+
+
+def test_chat_without_a_template_says_what_to_do(tiny: Callable[[str], Model]) -> None:
+    with running(tiny("opt")) as server:
+        _, err = griffin("chat", "--target", server.target, given="hi\n", status=1)
+    assert "no chat template" in err and "griffin generate --raw" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["generate", "a", "--target", "127.0.0.1:1", "--timeout", "5"], 1, "UNAVAILABLE"),
+        (["generate", "@/no/such/file", "--target", "127.0.0.1:1"], 1, "/no/such/file"),
+        (["serve", "--density", "7"], 2, "density: got '7'"),
+        (["serve", "--config", "/no/such/file"], 2, "/no/such/file"),
+        (["serve", "--model", "/no/such/model"], 1, "no such file or directory"),
+        (["serve", "--role", "decode"], 2, "role decode needs one"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], status: int, words: str) -> None:
+    out, err = griffin(*arguments, status=status)
+    assert out == ""
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_refused_request_is_one_line(tiny_server: Running) -> None:
+    _, err = griffin(
+        "generate", "a", "--raw", "--target", tiny_server.target, "--density", "2", status=1
+    )
+    assert err.strip() == ("griffin: INVALID_ARGUMENT: pruning.density: got 2.0; allowed: (0, 1]")
+
+
+def test_a_port_that_is_taken_is_one_line(
+    tiny_server: Running, tiny_directory: Callable[[str], Path]
+) -> None:
+    port = tiny_server.target.rpartition(":")[2]
+    model = str(tiny_directory("llama"))
+    _, err = griffin("serve", "--model", model, "--port", port, "--log-level", "error", status=1)
+    assert f"cannot listen on 127.0.0.1:{port}" in err and "Traceback" not in err
+
+
+def test_help_of_serve_lists_every_setting() -> None:
+    out, _ = griffin("serve", "--help", COLUMNS="200")
+    for flag in ("--model", "--role", "--prefill-target", "--density", "--threads", "--config"):
+        assert flag in out
