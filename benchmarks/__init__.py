@@ -1,0 +1,1 @@
+"""Speed, measured: each module prints the physical ceiling first and one line of JSON last."""

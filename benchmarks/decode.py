@@ -1,0 +1,132 @@
+"""Decode of SmolLM2 after 384 prompt tokens: the engine at three densities, and transformers."""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.report import finish, interleaved_ms, read_bandwidth
+from griffin_core.decode.events import Admitted, Event, Failed, Finished
+from griffin_core.decode.stopping import StoppingParams
+from griffin_core.decode.task import GenerateTask, PruningParams
+from griffin_core.engine import Engine, PrefillBegun, PrefillTask
+from griffin_core.kv_cache import kv_bytes
+from griffin_core.model.load import load_model
+from griffin_core.model.source import DEFAULT_MODEL, resolve
+from griffin_core.prefill import PrefillFinished
+
+PROMPT, TOKENS = 384, 64
+DENSITIES = (1.0, 0.75, 0.5)
+
+
+class Inbox:
+    """A sink to wait at."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.put = self.events.put
+
+    def ready(self) -> bool:
+        return True
+
+
+def engine_s(engine: Engine, ids: list[int], density: float) -> float:
+    """Seconds a token, as the engine reports it."""
+    task = GenerateTask(
+        prompt=tuple(ids),
+        stopping=StoppingParams(max_tokens=TOKENS, ignore_eos=True),
+        pruning=PruningParams(density=density),
+    )
+    inbox, prefilled = Inbox(), Inbox()
+    engine.submit(task, inbox)
+    admitted: Event = inbox.events.get()
+    assert isinstance(admitted, Admitted) and admitted.handoff is not None
+    engine.prefill(PrefillTask(token_ids=task.prompt, selection=admitted.handoff), prefilled)
+    event: Any = None
+    while not isinstance(event, PrefillFinished):
+        event = prefilled.events.get()
+        if not isinstance(event, PrefillBegun):
+            engine.intake(task.turn_id, event)
+    while not isinstance(event, Finished):
+        event = inbox.events.get()
+        assert not isinstance(event, Failed), event
+    return event.timings.decode_s / (TOKENS - 1)
+
+
+@torch.inference_mode()
+def transformers_s(reference: PreTrainedModel, ids: list[int]) -> float:
+    """Seconds a token of eager ``generate``, its prefill taken off."""
+    prompt = torch.tensor([ids])
+    mask = torch.ones_like(prompt)
+
+    def generate(tokens: int) -> float:
+        clock = time.perf_counter()
+        reference.generate(
+            prompt,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+        )
+        return time.perf_counter() - clock
+
+    return (generate(TOKENS) - generate(1)) / (TOKENS - 1)
+
+
+def main() -> None:
+    model = load_model(DEFAULT_MODEL, progress=print)
+    decoder, spec = model.decoder, model.decoder.spec
+    where = resolve(DEFAULT_MODEL, decoder.dtype, print)
+    reference = AutoModelForCausalLM.from_pretrained(where, dtype=decoder.dtype).eval()
+    ids = list(range(1000, 1000 + PROMPT))
+
+    bandwidth = read_bandwidth()
+    weights = sum(p.numel() * p.element_size() for p in reference.parameters())
+    ff = sum(layer.ff.nbytes for layer in decoder.layers)
+    kv = kv_bytes(spec, decoder.dtype, PROMPT + TOKENS // 2)
+    ceiling_ms = {
+        str(d): round((weights - ff * (1 - d) + kv) / bandwidth * 1e3, 1) for d in DENSITIES
+    }
+    print(f"\n{TOKENS} tokens after {PROMPT}, {decoder.dtype}, {torch.get_num_threads()} threads")
+    print(
+        f"ceiling: {weights / 1e6:.0f} MB of weights ({ff / 1e6:.0f} MB FF) and {kv / 1e6:.0f} MB "
+        f"of KV a token, read at {bandwidth / 1e9:.1f} GB/s measured: {ceiling_ms} ms"
+    )
+    engine = Engine(model)
+    engine.start()
+    try:
+        ms = interleaved_ms(
+            {
+                **{f"density {d}": (lambda d=d: engine_s(engine, ids, d)) for d in DENSITIES},
+                "transformers": lambda: transformers_s(reference, ids),
+            }
+        )
+    finally:
+        engine.stop()
+    for name, value in ms.items():
+        print(f"{name:>16}  {value:7.2f} ms/token  {1e3 / value:6.1f} tokens/s")
+    dense = ms["density 1.0"]
+    ratios = {
+        "transformers/dense": round(ms["transformers"] / dense, 2),
+        **{f"dense/density {d}": round(dense / ms[f"density {d}"], 2) for d in DENSITIES[1:]},
+    }
+    print(f"ratios: {ratios}\n")
+    finish(
+        "decode",
+        {
+            "model": model.name,
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "prompt_tokens": PROMPT,
+            "ceiling_ms": ceiling_ms,
+            "median_ms": {name: round(value, 2) for name, value in ms.items()},
+            "ratios": ratios,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

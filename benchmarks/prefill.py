@@ -1,0 +1,74 @@
+"""Prefill of 384 tokens of SmolLM2: with the statistic, without it, and transformers' forward."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.report import finish, interleaved_ms, matmul_rate, timed
+from griffin_core.experts.selection import Selection
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.load import load_model
+from griffin_core.model.source import DEFAULT_MODEL, resolve
+from griffin_core.prefill import prefill
+
+TOKENS = 384
+
+
+def without_statistic(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """The same layers and cache, the plain FF blocks."""
+    cache = decoder.new_cache(len(ids))
+    hidden, run = decoder.begin(ids, 0)
+    for layer, block in enumerate(decoder.layers):
+        hidden = decoder.layer(layer, hidden, run, cache, block.ff)
+    cache.advance(len(ids))
+    return decoder.head(decoder.final_hidden(hidden[-1:]))
+
+
+@torch.inference_mode()
+def main() -> None:
+    model = load_model(DEFAULT_MODEL, progress=print)
+    decoder, spec = model.decoder, model.decoder.spec
+    where = resolve(DEFAULT_MODEL, decoder.dtype, print)
+    reference = AutoModelForCausalLM.from_pretrained(where, dtype=decoder.dtype).eval()
+    ids = torch.arange(1000, 1000 + TOKENS)
+    token_ids = ids.tolist()
+
+    rate = matmul_rate(decoder.dtype, TOKENS, spec.width, spec.ff_width)
+    weights = sum(p.numel() for p in reference.model.layers.parameters())
+    ceiling_ms = 2 * weights * TOKENS / rate * 1e3
+    print(f"\nprefill of {TOKENS} tokens, {decoder.dtype}, {torch.get_num_threads()} threads")
+    print(f"ceiling: {2 * weights * TOKENS / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s measured")
+
+    ms = interleaved_ms(
+        {
+            "with statistic": timed(
+                lambda: list(prefill(decoder, token_ids, Selection(density=0.5)))
+            ),
+            "without": timed(lambda: without_statistic(decoder, ids)),
+            "transformers": timed(lambda: reference(ids[None], logits_to_keep=1, use_cache=True)),
+        }
+    )
+    print(f"{'ceiling':>16}  {ceiling_ms:7.1f} ms")
+    for name, value in ms.items():
+        print(f"{name:>16}  {value:7.1f} ms")
+    ratios = {
+        "with/without": round(ms["with statistic"] / ms["without"], 3),
+        "with/transformers": round(ms["with statistic"] / ms["transformers"], 3),
+    }
+    print(f"ratios: {ratios}\n")
+    finish(
+        "prefill",
+        {
+            "model": model.name,
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "tokens": TOKENS,
+            "ceiling_ms": round(ceiling_ms, 1),
+            "median_ms": {name: round(value, 1) for name, value in ms.items()},
+            "ratios": ratios,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What every benchmark has in common: the machine, its ceilings, fair medians, the last line."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROUNDS = 9
+
+
+def interleaved_ms(candidates: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Median of each candidate's seconds over ROUNDS, in ms.
+
+    One warm-up each, then the candidates take turns, so that a noisy neighbour hits all alike.
+    """
+    for run in candidates.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(ROUNDS):
+        for name, run in candidates.items():
+            taken[name].append(run() * 1e3)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def timed(work: Callable[[], object]) -> Callable[[], float]:
+    """Seconds that a call takes."""
+
+    def run() -> float:
+        clock = time.perf_counter()
+        work()
+        return time.perf_counter() - clock
+
+    return run
+
+
+def read_bandwidth() -> float:
+    """Bytes/s of reading 1 GiB from memory, the best of several."""
+    data = torch.ones(1 << 28)
+    return data.nbytes / min(timed(data.sum)() for _ in range(7))
+
+
+def matmul_rate(dtype: torch.dtype, tokens: int, width: int, neurons: int) -> float:
+    """FLOP/s of a matrix product of the model's own shape, the best of several."""
+    x, w = torch.randn(tokens, width, dtype=dtype), torch.randn(neurons, width, dtype=dtype)
+    return (
+        2
+        * tokens
+        * width
+        * neurons
+        / min(timed(lambda: torch.nn.functional.linear(x, w))() for _ in range(50))
+    )
+
+
+def finish(benchmark: str, results: Mapping[str, Any]) -> None:
+    """Prints the last line."""
+    print(
+        json.dumps(
+            {
+                "benchmark": benchmark,
+                "commit": _git("rev-parse", "--short=12", "HEAD"),
+                "dirty": bool(_git("status", "--porcelain")),
+                "device": _device(),
+                "threads": torch.get_num_threads(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                **results,
+            }
+        )
+    )
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()
+
+
+def _device() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} CPUs" if names else platform.processor()
