@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.report import finish, interleaved_ms, read_bandwidth
+from benchmarks.report import Rounds, finish, read_bandwidth
 from griffin_core.decode.events import Admitted, Event, Failed, Finished
 from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
@@ -99,20 +99,23 @@ def main() -> None:
     engine = Engine(model)
     engine.start()
     try:
-        ms = interleaved_ms(
+        rounds = Rounds(
             {
                 **{f"density {d}": (lambda d=d: engine_s(engine, ids, d)) for d in DENSITIES},
                 "transformers": lambda: transformers_s(reference, ids),
-            }
+            },
+            rounds=5,
         )
     finally:
         engine.stop()
+    ms = rounds.median_ms()
     for name, value in ms.items():
         print(f"{name:>16}  {value:7.2f} ms/token  {1e3 / value:6.1f} tokens/s")
-    dense = ms["density 1.0"]
     ratios = {
-        "transformers/dense": round(ms["transformers"] / dense, 2),
-        **{f"dense/density {d}": round(dense / ms[f"density {d}"], 2) for d in DENSITIES[1:]},
+        "transformers/dense": rounds.ratio("transformers", "density 1.0"),
+        **{
+            f"dense/density {d}": rounds.ratio("density 1.0", f"density {d}") for d in DENSITIES[1:]
+        },
     }
     print(f"ratios: {ratios}\n")
     finish(
@@ -122,7 +125,7 @@ def main() -> None:
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "prompt_tokens": PROMPT,
             "ceiling_ms": ceiling_ms,
-            "median_ms": {name: round(value, 2) for name, value in ms.items()},
+            "median_ms": ms,
             "ratios": ratios,
         },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.report import finish, interleaved_ms, matmul_rate, timed
+from benchmarks.report import Rounds, finish, matmul_rate, timed
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
@@ -40,21 +40,23 @@ def main() -> None:
     print(f"\nprefill of {TOKENS} tokens, {decoder.dtype}, {torch.get_num_threads()} threads")
     print(f"ceiling: {2 * weights * TOKENS / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s measured")
 
-    ms = interleaved_ms(
+    rounds = Rounds(
         {
             "with statistic": timed(
                 lambda: list(prefill(decoder, token_ids, Selection(density=0.5)))
             ),
             "without": timed(lambda: without_statistic(decoder, ids)),
             "transformers": timed(lambda: reference(ids[None], logits_to_keep=1, use_cache=True)),
-        }
+        },
+        rounds=15,
     )
+    ms = rounds.median_ms()
     print(f"{'ceiling':>16}  {ceiling_ms:7.1f} ms")
     for name, value in ms.items():
         print(f"{name:>16}  {value:7.1f} ms")
     ratios = {
-        "with/without": round(ms["with statistic"] / ms["without"], 3),
-        "with/transformers": round(ms["with statistic"] / ms["transformers"], 3),
+        "with/without": rounds.ratio("with statistic", "without"),
+        "with/transformers": rounds.ratio("with statistic", "transformers"),
     }
     print(f"ratios: {ratios}\n")
     finish(
@@ -64,7 +66,7 @@ def main() -> None:
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "tokens": TOKENS,
             "ceiling_ms": round(ceiling_ms, 1),
-            "median_ms": {name: round(value, 1) for name, value in ms.items()},
+            "median_ms": ms,
             "ratios": ratios,
         },
     )

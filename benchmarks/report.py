@@ -14,21 +14,31 @@ from typing import Any
 import torch
 import transformers
 
-ROUNDS = 9
 
+class Rounds:
+    """Candidates that took turns, so that a noisy neighbour hits all alike.
 
-def interleaved_ms(candidates: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Median of each candidate's seconds over ROUNDS, in ms.
-
-    One warm-up each, then the candidates take turns, so that a noisy neighbour hits all alike.
+    Args:
+        candidates: each gives the seconds it took; called once more beforehand, to warm up.
+        rounds: turns of each.
     """
-    for run in candidates.values():
-        run()
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(ROUNDS):
-        for name, run in candidates.items():
-            taken[name].append(run() * 1e3)
-    return {name: statistics.median(values) for name, values in taken.items()}
+
+    def __init__(self, candidates: Mapping[str, Callable[[], float]], *, rounds: int) -> None:
+        for run in candidates.values():
+            run()
+        self._ms: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(rounds):
+            for name, run in candidates.items():
+                self._ms[name].append(run() * 1e3)
+
+    def median_ms(self) -> dict[str, float]:
+        """Median of each candidate."""
+        return {name: round(statistics.median(ms), 2) for name, ms in self._ms.items()}
+
+    def ratio(self, over: str, under: str) -> float:
+        """Median of the ratios within each round, which drift of the machine does not move."""
+        pairs = zip(self._ms[over], self._ms[under], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 3)
 
 
 def timed(work: Callable[[], object]) -> Callable[[], float]:
