@@ -1,0 +1,1 @@
+"""Quality, measured: how far generation on experts strays from the dense model."""
