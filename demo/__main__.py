@@ -89,7 +89,7 @@ def _address(process: subprocess.Popen[str]) -> str:
 
 def summarise(client: GriffinClient, prompt: str, density: float, dense: Run | None) -> Run:
     """Streams a summary to the screen."""
-    console.rule(f"density {density:g}", align="left")
+    console.rule(f"density {density:.2f}", align="left")
     text = ""
     stopping = Stopping(max_tokens=MAX_TOKENS)
     for event in client.generate(prompt, density=density, stopping=stopping):
@@ -115,7 +115,7 @@ def summarise(client: GriffinClient, prompt: str, density: float, dense: Run | N
 
 def table(runs: list[Run]) -> Table:
     """The figures of all runs, side by side."""
-    made = Table("density", *(f"{run.pruning.density:g}" for run in runs), title="What it did")
+    made = Table("density", *(f"{run.pruning.density:.2f}" for run in runs), title="What it did")
     rows = {
         "FF sparsity": [f"{1 - run.pruning.density:.0%}" for run in runs],
         "time to first token, s": [f"{run.finished.timings.first_token_s:.2f}" for run in runs],
