@@ -50,6 +50,10 @@ T = TypeVar("T")
 
 _STOPPING = "the server is shutting down"
 
+MAX_BEGUN_PREFILLS = 4
+"""Prefills under way at once, each with a KV cache. More than one, so that a reader that lags holds
+up nobody else; few, because no session's reservation covers them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillTask:
@@ -89,6 +93,11 @@ class PrefillRun:
         self._arrived = time.monotonic()
         self.sink = sink
         self.cancelled = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether it holds a KV cache of its own."""
+        return self._events is not None
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -154,6 +163,8 @@ class Engine:
         self._own_prefills: dict[str, PrefillRun] = {}
         self._prefills: deque[PrefillRun] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.ended: Future[None] = Future()
+        """Done when the thread has ended; with its exception if a bug ended it."""
         self._stopping = False
         self._stop_lock = threading.Lock()  # so that no command slips in behind the last one
         self._thread = threading.Thread(target=self._run, name="griffin-engine", daemon=True)
@@ -206,9 +217,15 @@ class Engine:
         """All sessions, oldest first."""
         return self._ask(lambda: [self._info(session) for session in self._scheduler])
 
-    def prefill(self, task: PrefillTask, sink: Sink[PrefillStreamEvent]) -> PrefillRun:
-        """Queues a prefill for somebody else's session. Events go to ``sink`` up to PrefillFinished
-        or Failed."""
+    def prefill(
+        self, task: PrefillTask, sink: Sink[PrefillStreamEvent], *, admitted: bool = False
+    ) -> PrefillRun:
+        """Queues a prefill. Events go to ``sink`` up to PrefillFinished or Failed.
+
+        Args:
+            admitted: it is for a session that this engine has admitted, so that the queue's limit
+                was applied already.
+        """
         events = partial(
             prefill,
             self.model.decoder,
@@ -217,7 +234,7 @@ class Engine:
             chunk_tokens=self.limits.chunk_tokens,
         )
         run = PrefillRun(events, sink)
-        self._post(partial(self._queue_prefill, run), partial(_refuse, sink))
+        self._post(partial(self._queue_prefill, run, admitted), partial(_refuse, sink))
         return run
 
     def wake(self) -> None:
@@ -239,9 +256,11 @@ class Engine:
         future: Future[T] = Future()
 
         def answer() -> None:
+            if not future.set_running_or_notify_cancel():  # whoever asked has gone
+                return
             try:
                 future.set_result(question())
-            except GriffinError as error:
+            except Exception as error:
                 future.set_exception(error)
 
         self._post(answer, future.set_exception)
@@ -250,14 +269,21 @@ class Engine:
     # -- in the engine's thread ------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            with torch.inference_mode():
+        fault: Exception | None = None
+        with torch.inference_mode():
+            try:
                 while not self._stopping:
                     self._turn()
-        finally:  # a bug above must not leave callers waiting
+            except Exception as error:  # a bug must not leave callers waiting
+                log.exception("the engine's thread ends")
+                fault = error
             with self._stop_lock:
                 self._stopping = True
             self._end_everything()
+        if fault is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(fault)
 
     def _turn(self) -> None:
         """A chunk of one prefill, a token of every session, and what has become due meanwhile."""
@@ -273,19 +299,36 @@ class Engine:
     def _admit(self) -> None:
         for session in self._scheduler.admit():
             self._guarded(session, self._begin_prefill)
+        while stuck := self._scheduler.deadlocked():
+            words = "memory: the kept session gave way while its next turn waited for room"
+            self._fail(stuck, error=CapacityExhausted(words, retry_after_s=None))
+            self._admit()
 
     def _take_commands(self, *, wait: bool) -> None:
         try:
             if wait:
-                self._commands.get(timeout=self._scheduler.next_expiry_s())()
+                self._run_command(self._commands.get(timeout=self._scheduler.next_expiry_s()))
             while True:
-                self._commands.get_nowait()()
+                self._run_command(self._commands.get_nowait())
         except queue.Empty:
             return
 
+    def _run_command(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception:  # a bug, and one caller's; the others go on
+            log.exception("command failed")
+
     def _has_work(self) -> bool:
-        prefills = any(run.cancelled or run.sink.ready() for run in self._prefills)
-        return prefills or bool(self._decoding())
+        cancelled = any(run.cancelled for run in self._prefills)
+        return (
+            cancelled or any(run.sink.ready() for run in self._may_run()) or bool(self._decoding())
+        )
+
+    def _may_run(self) -> list[PrefillRun]:
+        """Prefills in order of arrival, but no new one while MAX_BEGUN_PREFILLS hold a cache."""
+        begun = [run for run in self._prefills if run.begun]
+        return begun if len(begun) >= MAX_BEGUN_PREFILLS else list(self._prefills)
 
     def _decoding(self) -> list[Session]:
         """Sessions whose turn it is. One whose reader lags is left out until it has caught up."""
@@ -354,10 +397,12 @@ class Engine:
         capacity = min(length + more, spec.context_length)
         k = selection.experts_of(spec.ff_width)
         slim_bytes = sum(self._slim.planned_bytes(layer.ff, k) for layer in decoder.layers)
-        needed = kv_bytes(spec, decoder.dtype, capacity) + slim_bytes
+        held = session.cache.capacity if session.cache else 0  # a cache never shrinks
+        needed = kv_bytes(spec, decoder.dtype, max(capacity, held)) + slim_bytes
         self._scheduler.enqueue(session, needed)
         session.begin_turn(
             task.turn_id,
+            arrived=task.arrived,
             prompt=task.prompt,
             capacity=capacity,
             selection=selection,
@@ -423,8 +468,8 @@ class Engine:
         else:
             self._forget(session)
 
-    def _queue_prefill(self, run: PrefillRun) -> None:
-        if len(self._prefills) > self.limits.max_queue:
+    def _queue_prefill(self, run: PrefillRun, admitted: bool) -> None:
+        if not admitted and len(self._prefills) > self.limits.max_queue:  # one runs, others wait
             error = CapacityExhausted(
                 f"queue: {len(self._prefills)} prefills wait already, the most this server allows",
                 retry_after_s=self._scheduler.retry_after_s,
@@ -437,7 +482,7 @@ class Engine:
         """One chunk of the first prefill whose reader keeps up."""
         for cancelled in [run for run in self._prefills if run.cancelled]:
             self._prefills.remove(cancelled)
-        run = next((run for run in self._prefills if run.sink.ready()), None)
+        run = next((run for run in self._may_run() if run.sink.ready()), None)
         if run is None:
             return
         try:

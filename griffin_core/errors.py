@@ -54,7 +54,7 @@ class SessionNotFound(GriffinError):
     def __init__(self, session_id: str) -> None:
         super().__init__(
             f"session_id: no session {session_id[:80]!r}; it never was, was closed, "
-            "or was idle for longer than sessions are kept"
+            "was idle for longer than sessions are kept, or gave way to others"
         )
 
 

@@ -145,7 +145,8 @@ def score(response: pb.ScoreResponse) -> types.Score:
 
 
 def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:
-    return _fill(types.ModelInfo, response)
+    policy = _name(pb.SelectionPolicy, response.default_policy, "SELECTION_POLICY_")
+    return _fill(types.ModelInfo, response, default_policy=policy)
 
 
 def session(message: pb.Session) -> types.Session:

@@ -199,6 +199,7 @@ class ModelInfo:
     role: str
     has_chat_template: bool
     default_density: float
+    default_policy: Policy
     max_sessions: int
     version: str
 

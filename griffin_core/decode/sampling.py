@@ -43,7 +43,7 @@ class SamplingParams:
         check("top_k", self.top_k >= 0, ">= 0")
         check("top_p", 0 < self.top_p <= 1, "(0, 1]")
         check("min_p", 0 <= self.min_p <= 1, "[0, 1]")
-        check("repetition_penalty", self.repetition_penalty > 0, "> 0")
+        check("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "[0.01, 100]")
         check("presence_penalty", -2 <= self.presence_penalty <= 2, "[-2, 2]")
         check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "[-2, 2]")
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
@@ -114,8 +114,10 @@ class Sampler:
         p = self._params
         if p.temperature == 0:
             return int(logits.argmax())
-        # Shifted first: logits / 1e-40 is infinite, 0 / 1e-40 is not.
-        logits = ((logits - logits.max()) / p.temperature).cpu()
+        # In float64, where no temperature and no top_p that a request can hold is 0; and shifted
+        # first: logits / 1e-320 is infinite, 0 / 1e-320 is not.
+        logits = logits.cpu().double()
+        logits = (logits - logits.max()) / p.temperature
         probabilities = truncate(logits.softmax(dim=0), top_k=p.top_k, top_p=p.top_p, min_p=p.min_p)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 

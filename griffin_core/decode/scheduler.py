@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from griffin_core.decode.session import Session, State
 from griffin_core.errors import CapacityExhausted
 
+_LONGEST_WAIT_S = 3600.0  # a queue's time-out must be finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -108,10 +110,11 @@ class Scheduler:
         return max(0.1, self._turn_s / self._limits.max_sessions)
 
     def admit(self) -> list[Session]:
-        """Sessions that may begin now, in order of arrival; none overtakes."""
+        """Sessions that may begin now, in order of arrival. None overtakes, unless nothing runs
+        that the first in line could wait for."""
         admitted = []
-        while self._waiting and self._fits(self._waiting[0], self._waiting[0].needed_bytes):
-            session = self._waiting.popleft()
+        while session := self._next():
+            self._waiting.remove(session)
             self._make_room(session)
             self._idle.pop(session.session_id, None)
             session.reserved_bytes = session.needed_bytes
@@ -120,6 +123,22 @@ class Scheduler:
             self._live[session.session_id] = session
             admitted.append(session)
         return admitted
+
+    def _next(self) -> Session | None:
+        may_overtake = not self._live
+        for session in self._waiting:
+            if self._fits(session, session.needed_bytes):
+                return session
+            if not may_overtake:
+                return None
+        return None
+
+    def deadlocked(self) -> Session | None:
+        """The youngest kept session whose next turn waits, if nothing runs and nobody in the queue
+        fits: what it holds must go."""
+        if self._live or not self._waiting or self._next():
+            return None
+        return next((s for s in reversed(self._waiting) if s.session_id in self._idle), None)
 
     def keep(self, session: Session) -> None:
         """A live session's turn is over; it stays for the next."""
@@ -146,10 +165,11 @@ class Scheduler:
 
     def next_expiry_s(self) -> float | None:
         """Seconds until ``expire`` has something to do; None if never."""
-        if not self._idle:
+        idle = [s.clock.last_token for s in self._idle.values() if s.state is State.IDLE]
+        if not idle:
             return None
-        oldest = min(session.clock.last_token for session in self._idle.values())
-        return max(0.0, oldest + self._limits.session_ttl_s - time.monotonic())
+        left = min(idle) + self._limits.session_ttl_s - time.monotonic()
+        return min(max(0.0, left), _LONGEST_WAIT_S)
 
     def _evictable(self, but: Session) -> list[Session]:
         waiting = {session.session_id for session in self._waiting}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -30,7 +30,7 @@ class State(Enum):
 class Clock:
     """When things happened to the current turn, on ``time.monotonic``; 0 for not yet."""
 
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = 0.0
     admitted: float = 0.0
     prefilled: float = 0.0
     first_token: float = 0.0
@@ -80,6 +80,7 @@ class Session:
         self,
         turn_id: str,
         *,
+        arrived: float,
         prompt: Sequence[int],
         capacity: int,
         selection: Selection,
@@ -91,6 +92,7 @@ class Session:
 
         Args:
             turn_id: whoever holds it may feed, fail or cancel this turn, and no other.
+            arrived: when the call came, on ``time.monotonic``.
             prompt: its token ids.
             capacity: tokens the KV cache must hold by the end of it.
             work: what to do after prefill.
@@ -98,7 +100,7 @@ class Session:
             keep: stay idle for a next turn when done.
         """
         self.turn_id = turn_id
-        self.clock = Clock()
+        self.clock = Clock(arrived=arrived)
         self.turn_start = self.cache.length if self.cache else 0
         self.tokens += prompt
         self.turn_generated = 0

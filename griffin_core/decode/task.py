@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -47,6 +48,7 @@ class GenerateTask:
         top_logprobs: None for no log-probabilities.
         continues: id of the kept session this is a later turn of.
         keep: keep the session afterwards.
+        arrived: when the call came, on ``time.monotonic``.
         turn_id: names this turn; also the id of the session it opens, unless it continues one.
     """
 
@@ -58,6 +60,7 @@ class GenerateTask:
     continues: str | None = None
     keep: bool = False
     turn_id: str = field(default_factory=lambda: uuid4().hex)
+    arrived: float = field(default_factory=time.monotonic, compare=False)
 
     def check(self, spec: ModelSpec, prompt_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model.
@@ -85,6 +88,7 @@ class ScoreTask:
     Args:
         seed: of the policies that draw.
         turn_id: also the id of its session.
+        arrived: when the call came, on ``time.monotonic``.
     """
 
     prompt: tuple[int, ...]
@@ -92,6 +96,7 @@ class ScoreTask:
     pruning: PruningParams = field(default_factory=PruningParams)
     seed: int = 0
     turn_id: str = field(default_factory=lambda: uuid4().hex)
+    arrived: float = field(default_factory=time.monotonic, compare=False)
 
     def check(self, spec: ModelSpec, context_field: str, continuation_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model."""

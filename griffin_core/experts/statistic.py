@@ -23,7 +23,8 @@ def s2_of(z: Tensor) -> Tensor:
     """
     squares = z.float().square()
     row = squares.sum(dim=1)
-    weight = torch.where(row > 0, row.reciprocal(), torch.zeros_like(row))
+    tiny = torch.finfo(torch.float32).tiny  # below, a reciprocal is infinite
+    weight = torch.where(row >= tiny, row.reciprocal(), torch.zeros_like(row))
     return weight @ squares
 
 

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from griffin_core.decode.scheduler import Limits
 from griffin_core.engine import Engine
-from griffin_core.errors import GriffinError
+from griffin_core.errors import EngineFault, GriffinError
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
@@ -94,6 +94,9 @@ class App:
                 ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a friend
                 # Clients may ping this often to notice a dead server.
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                # A client that has vanished without a word gives its session back.
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
             ],
         )
         services = self._add_services()
@@ -162,12 +165,23 @@ class App:
 
 
 async def run(settings: Settings, model: Model) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        ListenError: see ``App.start``.
+        EngineFault: a bug has ended the engine; whoever supervises the process starts a new one.
+    """
     app = App(settings, model)
     await app.start()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await stop.wait()
+    signalled = asyncio.create_task(stop.wait())
+    ended = asyncio.wrap_future(app.engine.ended)
+    waited: set[asyncio.Future[Any]] = {signalled, ended}
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
     await app.stop()
+    if fault := ended.exception():
+        raise EngineFault(f"the engine ended: {type(fault).__name__}: {fault}")

@@ -41,8 +41,7 @@ class Channel(Generic[E]):
         """Loop's thread: the events, without end."""
         while True:
             event = await self._queue.get()
-            was_full = not self.ready()
             self._taken += 1
-            if was_full:
+            if self._put - self._taken >= self._capacity - 1:  # it was full a moment ago
                 self._wake()
             yield event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import State
 from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine, PrefillTask
+from griffin_core.engine import MAX_BEGUN_PREFILLS, Engine, PrefillTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
@@ -245,6 +246,62 @@ def test_idle_sessions_give_way_the_longest_idle_first(model: Model) -> None:
         assert left == [each.turn_id for each in kept[1:]]
 
 
+def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
+    model: Model,
+) -> None:
+    tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
+    with engine(model, limits=Limits(session_bytes=100 * tokens)) as running:
+        kept = task(29, keep=True)  # 49 of 100 tokens
+        complete(running, kept)
+        live, large = task(31), task(40)  # 51, and 60: more than there is beside either
+        later = task(1, prompt=(1,), continues=kept.turn_id)
+        inboxes = [submit(running, each)[1] for each in (live, large, later)]
+        for each, inbox in ((live, inboxes[0]), (later, inboxes[2]), (large, inboxes[1])):
+            hand_over(running, each, inbox)
+            assert isinstance(finish(inbox)[1], Finished)
+
+
+def test_kept_sessions_that_block_one_another_give_way(model: Model) -> None:
+    tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
+    with engine(model, limits=Limits(max_sessions=1, session_bytes=100 * tokens)) as running:
+        kept = [task(20, keep=True) for _ in range(2)]  # 40 of 100 tokens each
+        for each in kept:
+            complete(running, each)
+        live = task(1, prompt=(1, 2))
+        _, inbox = submit(running, live)
+        turns = [task(40, prompt=(1,), continues=each.turn_id) for each in kept]  # 81 each
+        inboxes = [submit(running, each)[1] for each in turns]
+        hand_over(running, live, inbox)
+        evicted = inboxes[1].until(Finished)
+        assert isinstance(evicted.error, CapacityExhausted)
+        assert isinstance(finish(inboxes[0])[1], Finished)
+
+
+def test_a_smaller_later_turn_reserves_what_the_cache_still_holds(running: Engine) -> None:
+    first = task(100, keep=True)
+    complete(running, first)
+    complete(running, task(1, prompt=(1,), continues=first.turn_id, keep=True))
+    (info,) = running.sessions().result(10)
+    assert info.reserved_bytes >= info.pruning.kv_cache_bytes
+
+
+def test_the_engine_sleeps_while_a_later_turn_waits(model: Model) -> None:
+    with engine(model, limits=Limits(max_sessions=1)) as running:
+        # The kept session's own next turn waits behind one whose prompt never comes.
+        kept = task(1, keep=True)
+        complete(running, kept)
+        submit(running, task())
+        submit(running, task(1, prompt=(1,), continues=kept.turn_id))
+        eventually(lambda: sessions(running) == [State.QUEUED, State.PREFILL])
+        assert running._scheduler.next_expiry_s() is None
+
+
+def test_an_endless_time_to_live_is_fine(model: Model) -> None:
+    with engine(model, limits=Limits(session_ttl_s=float("inf"))) as running:
+        complete(running, task(1, keep=True))
+        assert sessions(running) == [State.IDLE]
+
+
 # -- admission -------------------------------------------------------------------------------------
 
 
@@ -389,18 +446,70 @@ def test_stopping_ends_everything_with_an_error(model: Model) -> None:
 
 
 def test_a_bug_in_the_loop_leaves_nobody_waiting(model: Model) -> None:
-    raised: list[type[BaseException]] = []
-    hook, threading.excepthook = threading.excepthook, lambda args: raised.append(args.exc_type)
-    try:
-        running = Engine(model)
-        running._scheduler.expire = None
-        running.start()
-        inbox = submit(running, task())[1]
-        assert isinstance(inbox.until(Finished).error, EngineStopped)
-        running._thread.join(10)
-    finally:
-        threading.excepthook = hook
-    assert raised == [TypeError]
+    running = Engine(model)
+    running._scheduler.expire = None
+    running.start()
+    inbox = submit(running, task())[1]
+    assert isinstance(inbox.until(Finished).error, EngineStopped)
+    with pytest.raises(TypeError):
+        running.ended.result(10)
+
+
+def test_a_bug_in_a_command_is_that_callers_alone(running: Engine) -> None:
+    running._post(lambda: 1 // 0)
+    assert len(complete(running, task())[0]) == 8
+
+
+class Busy:
+    """Holds an engine's thread until released."""
+
+    def __init__(self, running: Engine) -> None:
+        self._entered, self._released = threading.Event(), threading.Event()
+        running._post(self._wait)
+        assert self._entered.wait(10)
+
+    def _wait(self) -> None:
+        self._entered.set()
+        self._released.wait(30)
+
+    def release(self) -> None:
+        self._released.set()
+
+
+def test_a_question_whose_asker_has_gone_harms_nobody(running: Engine) -> None:
+    busy = Busy(running)
+    asked = [running.sessions(), running.close("nobody"), running.sessions()]
+    assert all(question.cancel() for question in asked)
+    busy.release()
+    assert len(complete(running, task())[0]) == 8
+
+
+def test_the_wait_for_a_busy_engine_counts_as_queueing(running: Engine) -> None:
+    busy = Busy(running)
+    asked = task(1)
+    _, inbox = submit(running, asked)
+    timer = threading.Timer(0.2, busy.release)
+    timer.start()
+    hand_over(running, asked, inbox)
+    timings = finish(inbox)[1].timings
+    assert timings.queue_s >= 0.2
+    assert timings.first_token_s >= timings.queue_s + timings.prefill_s
+
+
+def test_a_handoff_that_arrives_while_the_engine_stops_is_no_fault(model: Model) -> None:
+    with engine(model) as running:
+        _, inbox = submit(running, asked := task())
+        admitted = inbox.until(Admitted)
+        prefilled = Inbox()
+        running.prefill(PrefillTask(token_ids=asked.prompt, selection=admitted.handoff), prefilled)
+        events = [prefilled.get()]
+        while not isinstance(events[-1], PrefillFinished):
+            events.append(prefilled.get())
+        busy = Busy(running)
+        for event in events[1:-1]:
+            running.intake(asked.turn_id, event)
+        threading.Timer(0.1, busy.release).start()  # by then it has been told to stop
+    assert isinstance(inbox.until(Finished).error, EngineStopped)
 
 
 @pytest.mark.parametrize(
@@ -415,3 +524,44 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(model: Model) -> None:
 def test_limits_are_checked(values: dict[str, float], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Limits(**values)
+
+
+# -- prefills ------------------------------------------------------------------------------------
+
+
+def test_admitted_sessions_are_not_refused_by_the_prefill_queue(model: Model) -> None:
+    """The queue's limit was applied when they were admitted."""
+    with engine(model, limits=Limits(max_queue=0)) as running:
+        busy = Busy(running)
+        inboxes = [Inbox() for _ in range(6)]
+        asked = PrefillTask(token_ids=PROMPT, selection=Selection(density=0.5))
+        for inbox in inboxes:
+            running.prefill(asked, inbox, admitted=True)
+        refused = Inbox()
+        running.prefill(asked, refused)
+        busy.release()
+        assert isinstance(refused.until(PrefillFinished).error, CapacityExhausted)
+        assert all(isinstance(i.until(PrefillFinished), PrefillFinished) for i in inboxes)
+
+
+def test_readers_that_lag_hold_few_caches(running: Engine) -> None:
+    asked = PrefillTask(token_ids=PROMPT, selection=Selection(density=0.5))
+    inboxes = [Inbox() for _ in range(2 * MAX_BEGUN_PREFILLS)]
+
+    def close_after_first(inbox: Inbox) -> Callable[[object], None]:
+        def put(event: object) -> None:
+            inbox.open = False
+            Inbox.put(inbox, event)
+
+        return put
+
+    for inbox in inboxes:
+        inbox.put = close_after_first(inbox)  # type: ignore[method-assign]
+        running.prefill(asked, inbox)
+    eventually(lambda: sum(run.begun for run in running._prefills) == MAX_BEGUN_PREFILLS)
+    assert len(running._prefills) == len(inboxes)
+    for inbox in inboxes:
+        inbox.put = partial(Inbox.put, inbox)  # type: ignore[method-assign]
+        inbox.open = True
+    running.wake()
+    assert all(isinstance(i.until(PrefillFinished), PrefillFinished) for i in inboxes)

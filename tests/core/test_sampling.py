@@ -134,7 +134,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
         ("top_p", 0.0, "(0, 1]"),
         ("top_p", 2.0, "(0, 1]"),
         ("min_p", -0.1, "[0, 1]"),
-        ("repetition_penalty", 0.0, "> 0"),
+        ("repetition_penalty", 0.0, "[0.01, 100]"),
         ("presence_penalty", 2.5, "[-2, 2]"),
         ("frequency_penalty", math.nan, "[-2, 2]"),
     ],
@@ -153,3 +153,26 @@ def test_logit_biases_out_of_range_are_refused() -> None:
         SamplingParams(logit_bias={3: math.nan})
     with pytest.raises(InvalidRequest, match="at most 1024"):
         SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1e-50},
+        {"temperature": 1e-320},
+        {"temperature": 1e30},
+        {"temperature": 1.0, "top_p": 1e-50},
+        {"temperature": 1.0, "min_p": 1.0},
+        {"temperature": 1e-300, "top_p": 1e-300, "repetition_penalty": 0.01},
+        {"temperature": 1.0, "repetition_penalty": 100.0},
+    ],
+    ids=str,
+)
+def test_every_allowed_value_draws_a_token(params: dict[str, float]) -> None:
+    logits = torch.tensor([1.0, 3.0, -2.0, 2.9])
+    sampler = Sampler(SamplingParams(**params), 4, CPU)
+    sampler.see_prompt([0, 1])
+    drawn = sampler.sample(logits)
+    assert 0 <= drawn < 4
+    if params["temperature"] < 1 and len(params) == 1:
+        assert drawn == 1  # as cold as that is greedy

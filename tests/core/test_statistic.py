@@ -108,3 +108,8 @@ def test_group_score_of_silent_prompts_is_zero_and_of_none_an_error() -> None:
     assert torch.equal(group_score([torch.zeros(4)]), torch.zeros(4))
     with pytest.raises(ValueError, match="at least one"):
         group_score([])
+
+
+def test_a_row_whose_squares_are_subnormal_adds_nothing() -> None:
+    z = torch.tensor([[1e-20, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    torch.testing.assert_close(s2_of(z), torch.tensor([0.5, 0.5, 0.0]))

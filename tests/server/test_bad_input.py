@@ -60,7 +60,12 @@ BAD = [
     ({"sampling": Sampling(temperature=INFINITY)}, "sampling.temperature", "inf", ">= 0"),
     ({"sampling": Sampling(temperature=NAN)}, "sampling.temperature", "nan", ">= 0"),
     ({"sampling": Sampling(min_p=1.5)}, "sampling.min_p", "1.5", "[0, 1]"),
-    ({"sampling": Sampling(repetition_penalty=0.0)}, "sampling.repetition_penalty", "0.0", "> 0"),
+    (
+        {"sampling": Sampling(repetition_penalty=0.0)},
+        "sampling.repetition_penalty",
+        "0.0",
+        "[0.01, 100]",
+    ),
     ({"sampling": Sampling(presence_penalty=3.0)}, "sampling.presence_penalty", "3.0", "[-2, 2]"),
     ({"sampling": Sampling(frequency_penalty=-3.0)}, "sampling.frequency_penalty", "-3.0", "2"),
     ({"sampling": Sampling(logit_bias={1: 101.0})}, "sampling.logit_bias[1]", "101", "[-100, 100]"),

@@ -50,7 +50,7 @@ def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], M
     assert (info.heads, info.kv_heads, info.head_dim) == (4, 2, 16)
     assert (info.vocabulary, info.context_length) == (260, 256)
     assert (info.dtype, info.device, info.role) == ("float32", "cpu", "all")
-    assert info.has_chat_template and info.default_density == 1.0
+    assert info.has_chat_template and (info.default_density, info.default_policy) == (1.0, "topk")
 
 
 def test_a_kept_session_is_listed_continued_and_closed(client: GriffinClient) -> None:

@@ -94,7 +94,7 @@ def test_no_such_file_system_is_no_segment(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_pool_reuses_what_is_large_enough_and_keeps_few() -> None:
     before = files()
-    pool = SegmentPool(keep=2)
+    pool = SegmentPool()
     small, middle, large = (pool.take(size) for size in (1000, 5000, 20000))
     assert small and middle and large
     for segment in (small, middle, large):
@@ -120,3 +120,47 @@ def test_segments_of_dead_processes_are_removed_and_those_of_live_ones_stay() ->
     assert not stale.exists()
     assert (DIRECTORY / live.name).exists()
     live.unlink()
+
+
+def test_a_segment_of_another_user_is_declined(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nonce = segment.write_nonce()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert attach_segment(segment.name, SIZE, nonce) is None
+
+
+def test_a_sparse_offer_is_filled_before_it_is_written() -> None:
+    name = f"griffin-{os.getpid()}-{'1' * 32}"
+    path = DIRECTORY / name
+    with path.open("wb") as file:
+        file.write(b"n" * 16)
+        file.truncate(SIZE)
+    assert attach_segment(name, SIZE, b"n" * 16) is not None
+    assert path.stat().st_blocks * 512 >= SIZE
+    path.unlink()
+
+
+def test_a_segment_that_comes_back_to_a_closed_pool_is_removed() -> None:
+    before = files()
+    pool = SegmentPool()
+    segment = pool.take(1000)
+    assert segment is not None
+    pool.close()
+    pool.give_back(segment)
+    assert files() == before
+
+
+def test_a_stale_segment_that_cannot_be_removed_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    path = DIRECTORY / f"griffin-999999999-{'0' * 32}"
+    path.touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        remove_stale_segments()
+    remove_stale_segments()
+    assert not path.exists()

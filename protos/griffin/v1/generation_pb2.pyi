@@ -36,7 +36,7 @@ class _SelectionPolicy:
 class _SelectionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SelectionPolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SELECTION_POLICY_UNSPECIFIED: _SelectionPolicy.ValueType  # 0
-    """The default: TOPK."""
+    """Whatever the server or the session has as its default."""
     SELECTION_POLICY_TOPK: _SelectionPolicy.ValueType  # 1
     """The K neurons of the largest s. Ties go to the lower index."""
     SELECTION_POLICY_SAMPLED: _SelectionPolicy.ValueType  # 2
@@ -52,7 +52,7 @@ class SelectionPolicy(_SelectionPolicy, metaclass=_SelectionPolicyEnumTypeWrappe
     """How the experts of a request are chosen from the statistic s of its prompt."""
 
 SELECTION_POLICY_UNSPECIFIED: SelectionPolicy.ValueType  # 0
-"""The default: TOPK."""
+"""Whatever the server or the session has as its default."""
 SELECTION_POLICY_TOPK: SelectionPolicy.ValueType  # 1
 """The K neurons of the largest s. Ties go to the lower index."""
 SELECTION_POLICY_SAMPLED: SelectionPolicy.ValueType  # 2
@@ -132,7 +132,7 @@ class Pruning(_message.Message):
     Default: the server's `--density` (GetModelInfo tells it).
     """
     policy: Global___SelectionPolicy.ValueType
-    """Default: TOPK."""
+    """Default: the server's `--policy` (GetModelInfo tells it)."""
     def __init__(
         self,
         *,
@@ -195,7 +195,9 @@ class Sampling(_message.Message):
     min_p: _builtins.float
     """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]. Default 0."""
     repetition_penalty: _builtins.float
-    """Divides positive and multiplies negative logits of tokens in prompt or output; > 0. Default 1."""
+    """Divides positive and multiplies negative logits of tokens in prompt or output, in [0.01, 100].
+    Default 1.
+    """
     presence_penalty: _builtins.float
     """Subtracted from the logit of each token already in the output, in [-2, 2]. Default 0."""
     frequency_penalty: _builtins.float
@@ -354,8 +356,8 @@ class GenerateRequest(_message.Message):
     """
     keep_session: _builtins.bool
     """Keep the session (KV cache, statistic, experts) for a next turn, until it has been idle for the
-    server's `--session-ttl-s` or is closed. A turn that fails or is cancelled frees it at once.
-    Default false.
+    server's `--session-ttl-s`, is closed, or gives way to others that need the memory. A turn that
+    fails or is cancelled frees it at once. Default false.
     """
     request_id: _builtins.str
     """For logs and traces, at most 128 printable ASCII characters. Default: the `x-request-id`
@@ -880,6 +882,7 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_DENSITY_FIELD_NUMBER: _builtins.int
     MAX_SESSIONS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    DEFAULT_POLICY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The directory, file or hub id the server was started with; paths are reduced to their last part."""
     family: _builtins.str
@@ -914,6 +917,8 @@ class GetModelInfoResponse(_message.Message):
     """Most sessions that are live at once."""
     version: _builtins.str
     """The server's version, "1.2.3"."""
+    default_policy: Global___SelectionPolicy.ValueType
+    """What a request that names no policy gets."""
     def __init__(
         self,
         *,
@@ -935,10 +940,11 @@ class GetModelInfoResponse(_message.Message):
         default_density: _builtins.float = ...,
         max_sessions: _builtins.int = ...,
         version: _builtins.str = ...,
+        default_policy: Global___SelectionPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_density", b"default_density", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -958,7 +964,7 @@ class Session(_message.Message):
     session_id: _builtins.str
     state: Global___SessionState.ValueType
     context_tokens: _builtins.int
-    """Tokens whose KV the session holds."""
+    """Tokens of all its turns, the prompt of a waiting one included."""
     generated_tokens: _builtins.int
     """Tokens generated over all turns."""
     age_s: _builtins.float

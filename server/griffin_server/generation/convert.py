@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Any
 
 from griffin.v1 import generation_pb2 as pb
@@ -73,6 +74,7 @@ def generate_task(
     Raises:
         InvalidRequest: naming field, value and range.
     """
+    arrived = time.monotonic()
     given = {
         "text": request.HasField("text"),
         "token_ids": bool(request.token_ids),
@@ -93,6 +95,7 @@ def generate_task(
         top_logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
         continues=request.session_id or None,
         keep=request.keep_session,
+        arrived=arrived,
     )
     task.check(spec, field)
     return task
@@ -104,6 +107,7 @@ def score_task(request: pb.ScoreRequest, tokenizer: Tokenizer, spec: ModelSpec) 
     Raises:
         InvalidRequest: naming field, value and range.
     """
+    arrived = time.monotonic()
     context = _exactly_one(
         "context",
         {
@@ -138,6 +142,7 @@ def score_task(request: pb.ScoreRequest, tokenizer: Tokenizer, spec: ModelSpec) 
         continuation=tuple(rest),
         pruning=pruning,
         seed=_seed(request),
+        arrived=arrived,
     )
     task.check(spec, context, continuation)
     return task

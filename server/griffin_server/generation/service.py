@@ -138,6 +138,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             role=self._role,
             has_chat_template=model.tokenizer.has_chat_template,
             default_density=self._engine.selection.density,
+            default_policy=convert.policy_to_pb(self._engine.selection.policy),
             max_sessions=self._engine.limits.max_sessions,
             version=__version__,
         )

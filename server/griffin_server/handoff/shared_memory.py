@@ -14,6 +14,9 @@ import mmap
 import os
 import re
 import secrets
+import stat
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +105,8 @@ def create_segment(size_bytes: int) -> Segment | None:
 
 
 def attach_segment(name: str, size_bytes: int, nonce: bytes) -> Segment | None:
-    """Maps a segment somebody offers; None unless it is there and starts with ``nonce``."""
+    """Maps a segment somebody offers; None unless it is there, belongs to this user and starts with
+    ``nonce``."""
     if not _NAME.fullmatch(name):  # also keeps paths out
         return None
     try:
@@ -110,8 +114,11 @@ def attach_segment(name: str, size_bytes: int, nonce: bytes) -> Segment | None:
     except OSError:
         return None
     try:
-        if os.fstat(descriptor).st_size < max(size_bytes, DATA_START):
+        found = os.fstat(descriptor)
+        mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+        if not mine or found.st_size < max(size_bytes, DATA_START):
             return None
+        os.posix_fallocate(descriptor, 0, size_bytes)  # a hole that cannot be filled kills
         segment = Segment(name, mmap.mmap(descriptor, size_bytes))
     except (OSError, ValueError):
         return None
@@ -122,31 +129,38 @@ def attach_segment(name: str, size_bytes: int, nonce: bytes) -> Segment | None:
 
 class SegmentPool:
     """Segments kept for reuse: the first touch of a page costs eight times a later one
-    (docs/LOG.md). At most ``keep`` lie idle."""
+    (docs/LOG.md). At most KEEP lie idle. Any thread may call it."""
 
-    def __init__(self, keep: int = 2) -> None:
-        self._keep = keep
+    KEEP = 2
+
+    def __init__(self) -> None:
         self._free: list[Segment] = []
+        self._closed = False
+        self._lock = threading.Lock()
 
     def take(self, size_bytes: int) -> Segment | None:
         """A segment of at least that size, or None."""
-        for segment in self._free:
-            if segment.size_bytes >= size_bytes:
-                self._free.remove(segment)
-                return segment
+        with self._lock:
+            for segment in self._free:
+                if segment.size_bytes >= size_bytes:
+                    self._free.remove(segment)
+                    return segment
         return create_segment(1 << (size_bytes - 1).bit_length())
 
     def give_back(self, segment: Segment) -> None:
         """Takes a segment back that nobody else writes to any more."""
-        self._free.append(segment)
-        while len(self._free) > self._keep:
-            min(self._free, key=lambda s: s.size_bytes).unlink()
-            self._free.remove(min(self._free, key=lambda s: s.size_bytes))
+        with self._lock:
+            self._free.append(segment)
+            self._free.sort(key=lambda s: s.size_bytes)
+            while len(self._free) > (0 if self._closed else self.KEEP):
+                self._free.pop(0).unlink()
 
     def close(self) -> None:
-        """Removes all idle segments."""
-        while self._free:
-            self._free.pop().unlink()
+        """Removes all idle segments, and whatever still comes back."""
+        with self._lock:
+            self._closed = True
+            while self._free:
+                self._free.pop().unlink()
 
 
 def remove_stale_segments() -> None:
@@ -154,4 +168,5 @@ def remove_stale_segments() -> None:
     for path in DIRECTORY.glob("griffin-*"):
         match = _NAME.fullmatch(path.name)
         if match and not Path(f"/proc/{match[1]}").exists():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's, or just gone
+                path.unlink()

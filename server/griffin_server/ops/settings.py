@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="GRIFFIN_",
         extra="forbid",
+        allow_inf_nan=False,
         frozen=True,
         cli_prog_name="griffin serve",
         cli_kebab_case=True,

@@ -75,7 +75,7 @@ class LocalPrefill:
         self, task: PrefillTask, timeout_s: float | None
     ) -> AsyncGenerator[PrefillEvent, None]:
         channel: Channel[PrefillStreamEvent] = Channel(EVENTS_AHEAD, self._engine.wake)
-        run = self._engine.prefill(task, channel)
+        run = self._engine.prefill(task, channel, admitted=True)
         try:
             async for event in channel:
                 if isinstance(event, Failed):
@@ -114,11 +114,11 @@ class RemotePrefill:
         self, task: PrefillTask, timeout_s: float | None
     ) -> AsyncGenerator[PrefillEvent, None]:
         shape = handoff_shape(self._model, task)
+        await self._connect()
         segment = await self._segment(shape)
         reader = HandoffReader(shape, segment)
         call: Any = None
         try:
-            await self._connect()
             call = self._stub.Prefill(
                 _request(task, shape, segment, reader.nonce),
                 timeout=timeout_s,
@@ -155,7 +155,17 @@ class RemotePrefill:
         if not self._offers_segments:
             return None
         # Taking fresh memory costs a millisecond for each MB or so.
-        return await asyncio.to_thread(self._pool.take, DATA_START + shape.kv_bytes)
+        size = DATA_START + shape.kv_bytes
+        taking = asyncio.ensure_future(asyncio.to_thread(self._pool.take, size))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:  # the thread goes on: what it takes must come back
+            taking.add_done_callback(self._take_back)
+            raise
+
+    def _take_back(self, taking: asyncio.Future[Segment | None]) -> None:
+        if (segment := taking.result()) is not None:
+            self._pool.give_back(segment)
 
     def _release(self, segment: Segment | None, reader: HandoffReader) -> None:
         if segment is None:
@@ -191,7 +201,11 @@ def _to_error(target: str, error: grpc.aio.AioRpcError) -> GriffinError:
             return FingerprintMismatch(words)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return CapacityExhausted(words, retry_after_s=_retry_after_s(error) or 1.0)
-        case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.INTERNAL:
+        case (
+            grpc.StatusCode.INVALID_ARGUMENT
+            | grpc.StatusCode.INTERNAL
+            | grpc.StatusCode.UNIMPLEMENTED  # not a prefill server at all
+        ):
             return EngineFault(words)
         case _:
             return HandoffBroken(words)
