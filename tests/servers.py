@@ -102,7 +102,11 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
+        self.terminate()
+        try:
+            self.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
         self._reader.join()
         assert self._process.stderr is not None
         self._process.stderr.close()

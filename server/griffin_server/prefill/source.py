@@ -108,6 +108,7 @@ class RemotePrefill:
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = prefill_pb2_grpc.PrefillServiceStub(self._channel)
         self._pool = SegmentPool()
+        self._abandoned: set[asyncio.Future[Segment | None]] = set()
         self._offers_segments = shared_memory
 
     async def stream(
@@ -140,6 +141,7 @@ class RemotePrefill:
 
     async def close(self) -> None:
         """Closes the connection and removes segments."""
+        await asyncio.gather(*self._abandoned)
         self._pool.close()
         await self._channel.close()
 
@@ -160,10 +162,12 @@ class RemotePrefill:
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:  # the thread goes on: what it takes must come back
+            self._abandoned.add(taking)
             taking.add_done_callback(self._take_back)
             raise
 
     def _take_back(self, taking: asyncio.Future[Segment | None]) -> None:
+        self._abandoned.discard(taking)
         if (segment := taking.result()) is not None:
             self._pool.give_back(segment)
 
