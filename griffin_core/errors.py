@@ -7,6 +7,7 @@
     ├── SessionNotFound         no session of that id, or not any more
     ├── SessionBusy             the session is still in an earlier turn
     ├── SessionClosed           ended from outside while it was running
+    ├── ReaderTooSlow           its client has stopped reading
     ├── CapacityExhausted       no room: now (retry later) or ever
     ├── ModelError
     │   ├── ModelNotFound       no such directory, file or hub id
@@ -49,13 +50,14 @@ class InvalidRequest(GriffinError):
 
 
 class SessionNotFound(GriffinError):
-    """No session of that id is live or kept."""
+    """No session of that id is live or kept.
 
-    def __init__(self, session_id: str) -> None:
-        super().__init__(
-            f"session_id: no session {session_id[:80]!r}; it never was, was closed, "
-            "was idle for longer than sessions are kept, or gave way to others"
-        )
+    Args:
+        why: what became of it, as far as is known.
+    """
+
+    def __init__(self, session_id: str, why: str) -> None:
+        super().__init__(f"session_id: no session {session_id[:80]!r}: {why}")
 
 
 class SessionBusy(GriffinError):
@@ -67,6 +69,10 @@ class SessionBusy(GriffinError):
 
 class SessionClosed(GriffinError):
     """A running session was closed by another call."""
+
+
+class ReaderTooSlow(GriffinError):
+    """A client has stopped reading what its session makes."""
 
 
 class CapacityExhausted(GriffinError):

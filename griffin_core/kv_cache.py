@@ -26,43 +26,49 @@ class KvCache:
     def __init__(
         self, spec: ModelSpec, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._spec = spec
-        shape = (len(spec.layers), 2, spec.kv_heads, capacity, spec.head_dim)
-        self._data = torch.empty(shape, dtype=dtype, device=device)
+        shape = (2, spec.kv_heads, capacity, spec.head_dim)
+        self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in spec.layers]
+        self.capacity = capacity
         self.length = 0
 
     @property
-    def capacity(self) -> int:
-        return self._data.shape[3]
-
-    @property
     def nbytes(self) -> int:
-        return self._data.numel() * self._data.element_size()
+        return sum(layer.numel() * layer.element_size() for layer in self._layers)
 
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts k, v [T, kv_heads, head_dim] at positions start..start+T and returns the layer's
-        keys and values up to there, each [kv_heads, start + T, head_dim], without a copy."""
-        end = start + k.shape[0]
+    def write(self, layer: int, start: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts keys and values at positions start..start+T.
+
+        Args:
+            kv: [T, 2 · kv_heads, head_dim], the heads of the keys, then those of the values.
+
+        Returns:
+            The layer's keys and values up to there, each [kv_heads, start + T, head_dim], without
+            a copy.
+        """
+        tokens, _, head_dim = kv.shape
+        end = start + tokens
+        self.room(layer, start, end).copy_(kv.view(tokens, 2, -1, head_dim).permute(1, 2, 0, 3))
+        keys, values = self._layers[layer][:, :, :end].unbind()
+        return keys, values
+
+    def room(self, layer: int, start: int, end: int) -> Tensor:
+        """A view [2, kv_heads, end - start, head_dim] of keys and values, to read or to fill."""
         if not 0 <= start <= end <= self.capacity:
             raise ValueError(f"tokens {start}..{end} do not fit a cache of {self.capacity}")
-        keys, values = self._data[layer]
-        keys[:, start:end] = k.transpose(0, 1)
-        values[:, start:end] = v.transpose(0, 1)
-        return keys[:, :end], values[:, :end]
-
-    def read(self, layer: int, start: int, end: int) -> Tensor:
-        """A view [2, kv_heads, end - start, head_dim] of keys and values."""
-        return self._data[layer, :, :, start:end]
+        return self._layers[layer][:, :, start:end]
 
     def advance(self, tokens: int) -> None:
         """Says that every layer now holds that many tokens more."""
         self.length += tokens
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for ``capacity`` tokens in all, by a copy; never shrinks."""
-        if capacity <= self.capacity:
-            return
-        old = self._data
-        shape = (*old.shape[:3], capacity, old.shape[4])
-        self._data = torch.empty(shape, dtype=old.dtype, device=old.device)
-        self._data[:, :, :, : self.length] = old[:, :, :, : self.length]
+    def resize(self, capacity: int) -> None:
+        """Makes room for ``capacity`` tokens in all, or gives room back, by a copy of one layer
+        after the other."""
+        if not self.length <= capacity:
+            raise ValueError(f"{self.length} tokens do not fit a cache of {capacity}")
+        for index, old in enumerate(self._layers):
+            heads, head_dim = old.shape[1], old.shape[3]
+            new = old.new_empty((2, heads, capacity, head_dim))
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self._layers[index] = new
+        self.capacity = capacity

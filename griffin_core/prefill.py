@@ -60,7 +60,12 @@ class PrefillFinished:
     selection_s: float
 
 
-PrefillEvent = LayerKv | LayerExperts | PrefillFinished
+@dataclass(frozen=True, kw_only=True)
+class PrefillRestarted:
+    """Another server begins the prefill anew: what came so far does not count."""
+
+
+PrefillEvent = LayerKv | LayerExperts | PrefillFinished | PrefillRestarted
 
 
 class Statistic:
@@ -128,11 +133,11 @@ def prefill(
         start, end = first + begin, first + begin + chunk.shape[0]
         is_last = begin + chunk_tokens >= len(token_ids)
         clock = time.perf_counter()
-        hidden, run = decoder.begin(chunk, start)
+        hidden, batch = decoder.begin(chunk, [(cache, chunk.shape[0])])
         for layer in range(len(decoder.layers)):
-            hidden = decoder.layer(layer, hidden, run, cache, statistic.dense(layer))
+            hidden = decoder.layer(layer, hidden, batch, statistic.dense(layer))
             compute_s += time.perf_counter() - clock
-            yield LayerKv(layer=layer, first_token=start, kv=cache.read(layer, start, end))
+            yield LayerKv(layer=layer, first_token=start, kv=cache.room(layer, start, end))
             clock = time.perf_counter()
             if is_last:
                 finished = _select(decoder, statistic, layer, selection)
@@ -153,6 +158,6 @@ def _select(
 ) -> LayerExperts:
     s2 = statistic.s2[layer]
     experts = select_experts(
-        s2, selection, layer=layer, magnitude=decoder.layers[layer].ff.magnitude
+        s2, selection, layer=layer, magnitude=decoder.layers[layer].neurons.magnitude
     )
     return LayerExperts(layer=layer, s=s2.sqrt(), experts=experts)

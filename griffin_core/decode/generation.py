@@ -3,54 +3,58 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from griffin_core.decode.events import Finished, Started, Timings, TokensMade
 from griffin_core.decode.sampling import Sampler, logprobs_at
 from griffin_core.decode.session import Session
-from griffin_core.decode.step import decode_tokens
 from griffin_core.decode.stopping import FinishReason, StopChecker
 from griffin_core.decode.task import GenerateTask
 from griffin_core.model.load import Model
 
 
 class Generation:
-    """One turn: draw, show, stop or run the token. ``Work`` of a session."""
+    """One turn: draw a token, show it, stop or have it run. ``Work`` of a session."""
 
     def __init__(self, model: Model, task: GenerateTask) -> None:
         self._model = model
-        self._decoder = model.decoder
         self._task = task
         self._sampler = Sampler(task.sampling, model.decoder.spec.vocabulary, model.decoder.device)
 
-    def begin(self, session: Session, last_hidden: Tensor) -> None:
-        """Announces the turn; the first token is drawn by the first step."""
-        decoder = self._decoder
-        self._logits = decoder.head(last_hidden.to(decoder.device, decoder.dtype)[None])[0]
+    def begin(self, session: Session, logits: Tensor) -> bool:
+        """Announces the turn and draws its first token, which needs no experts yet."""
+        spec = self._model.decoder.spec
         self._sampler.see_prompt(session.tokens)
         self._checker = StopChecker(
             self._task.stopping,
             self._model.tokenizer.stream(),
             self._model.eos_ids,
-            room=decoder.spec.context_length - len(session.tokens),
+            room=spec.context_length - len(session.tokens),
         )
         session.sink.put(
             Started(
                 session_id=session.session_id,
                 prompt_tokens=session.prompt_tokens,
                 prefill_s=session.clock.prefilled - session.clock.admitted,
-                pruning=session.figures(decoder.spec.ff_width),
+                pruning=session.figures(spec.ff_width),
             )
         )
+        return self._draw(session, logits, None)
 
-    def step(self, session: Session) -> bool:
-        """Draws a token; unless it is the last, runs it to get the next one's logits."""
-        assert session.cache is not None and session.view is not None
-        token = self._sampler.sample(self._logits)
+    def tokens(self) -> list[int]:
+        """The token drawn last."""
+        return [self._token]
+
+    def read(self, session: Session, logits: Tensor, likeliest: Sequence[int]) -> bool:
+        """Draws the next token."""
+        return self._draw(session, logits[0], likeliest[0])
+
+    def _draw(self, session: Session, logits: Tensor, likeliest: int | None) -> bool:
+        token = self._token = self._sampler.sample(logits, likeliest)
         top = self._task.top_logprobs
-        logprobs = () if top is None else (logprobs_at(self._logits, token, top),)
+        logprobs = () if top is None else (logprobs_at(logits, token, top),)
         text, reason = self._checker.push(token)
         session.tokens.append(token)
         session.generated_tokens += 1
@@ -60,11 +64,7 @@ class Generation:
         session.sink.put(TokensMade(ids=(token,), text=text, logprobs=logprobs))
         if reason is not None:
             session.sink.put(self._finished(session, reason))
-            return True
-        ids = torch.tensor([token], device=self._decoder.device)
-        hidden = decode_tokens(self._decoder, session.cache, session.view, ids)
-        self._logits = self._decoder.head(hidden)[0]
-        return False
+        return reason is not None
 
     def _finished(self, session: Session, reason: FinishReason) -> Finished:
         clock = session.clock
@@ -78,10 +78,10 @@ class Generation:
                 queue_s=clock.admitted - clock.arrived,
                 prefill_s=clock.prefilled - clock.admitted,
                 selection_s=clock.selection_s,
-                slim_build_s=clock.slim_build_s,
+                slim_build_s=max(0.0, clock.view_ready - clock.prefilled),
                 first_token_s=clock.first_token - clock.arrived,
                 decode_s=clock.last_token - clock.first_token,
             ),
-            pruning=session.figures(self._decoder.spec.ff_width),
+            pruning=session.figures(self._model.decoder.spec.ff_width),
             kept=session.keep,
         )

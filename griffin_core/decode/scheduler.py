@@ -3,59 +3,76 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from griffin_core.decode.session import Session, State
+from griffin_core.decode.session import Reservation, Session, State
 from griffin_core.errors import CapacityExhausted
 
 _LONGEST_WAIT_S = 3600.0  # a queue's time-out must be finite
+_REMEMBERED = 1024  # kept sessions whose end can still be explained
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the engine may hold.
+    """What the engine may hold, and for how long.
 
     Args:
         max_sessions: sessions in prefill or decode at once.
         max_queue: sessions, and prefills for other servers, that may wait.
         session_bytes: KV caches and slim views of all sessions together.
+        idle_bytes: the share of it that kept sessions between turns may hold.
         session_ttl_s: how long a kept session may be idle.
+        reader_timeout_s: how long a session waits for a client that does not read.
         chunk_tokens: prompt tokens prefilled between two decode steps.
+        prefill_share: share of the time that prefills get while sessions decode, in (0, 1].
     """
 
-    max_sessions: int = 16
-    max_queue: int = 64
+    max_sessions: int = 64
+    max_queue: int = 256
     session_bytes: int = 4 << 30
+    idle_bytes: int = 1 << 30
     session_ttl_s: float = 600.0
+    reader_timeout_s: float = 60.0
     chunk_tokens: int = 512
+    prefill_share: float = 0.5
 
     def __post_init__(self) -> None:
         for name, least in (
             ("max_sessions", 1),
             ("max_queue", 0),
             ("session_bytes", 1),
+            ("idle_bytes", 0),
             ("session_ttl_s", 0),
+            ("reader_timeout_s", 0),
             ("chunk_tokens", 1),
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: >= {least}")
+        if not 0 < self.prefill_share <= 1:
+            raise ValueError(f"prefill_share: got {self.prefill_share}; allowed: (0, 1]")
 
 
 class Scheduler:
     """Every session there is, and the bytes they have reserved. Owned by the engine's thread.
 
     A session reserves the most it can come to need when it is admitted, so one that has begun never
-    runs out. Idle sessions give way to new ones, the longest idle first.
+    runs out (docs/adr/0007). Idle sessions give way to new ones, the longest idle first.
+
+    Args:
+        free: called with each kept session that has to go, and why.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, free: Callable[[Session], None]) -> None:
         self._limits = limits
+        self._free = free
         self._waiting: deque[Session] = deque()
+        self._needs: dict[str, Reservation] = {}  # of those that wait
         self._live: dict[str, Session] = {}
         self._idle: dict[str, Session] = {}  # oldest idle first
-        self._turn_s = 1.0  # smoothed, for retry hints
+        self._gone: OrderedDict[str, str] = OrderedDict()  # session id -> why
+        self._turn_s: float | None = None  # smoothed, of turns that came to their end
 
     def __iter__(self) -> Iterator[Session]:
         """All sessions, oldest first."""
@@ -68,46 +85,67 @@ class Scheduler:
         found = self._live.get(session_id) or self._idle.get(session_id)
         return found or next((s for s in self._waiting if s.session_id == session_id), None)
 
+    def why_gone(self, session_id: str) -> str:
+        """What became of a session that is not there."""
+        return self._gone.get(session_id, "it never was, or ended long ago")
+
     @property
     def live(self) -> list[Session]:
         """Sessions in prefill or decode."""
         return list(self._live.values())
 
-    @property
-    def reserved_bytes(self) -> int:
-        """What admitted and idle sessions hold."""
-        return sum(s.reserved_bytes for s in (*self._live.values(), *self._idle.values()))
-
-    def enqueue(self, session: Session, bytes_needed: int) -> None:
+    def enqueue(self, session: Session, needs: Reservation, deadline: float | None) -> None:
         """Puts a new session, or an idle one with a new turn, at the end of the queue.
 
         Args:
-            bytes_needed: the most it will hold, what it holds now included.
+            needs: the most it will hold, what it holds now included.
+            deadline: on ``time.monotonic``; who cannot begin before it is refused now.
 
         Raises:
-            CapacityExhausted: the queue is full, or the session alone is over the limit.
+            CapacityExhausted: the queue is full or too slow, or the session alone is over the
+                limit.
         """
-        if bytes_needed > self._limits.session_bytes:
+        if needs.kv + needs.view > self._limits.session_bytes:
             raise CapacityExhausted(
-                f"memory: the request needs {bytes_needed} bytes of KV cache and slim view; the "
-                f"server allows {self._limits.session_bytes} in all. Ask for fewer tokens",
+                f"memory: the request needs {needs.kv + needs.view} bytes of KV cache and slim "
+                f"view; the server allows {self._limits.session_bytes} in all. Ask for fewer "
+                "tokens",
                 retry_after_s=None,
             )
-        full = len(self._waiting) >= self._limits.max_queue
-        if full and (self._waiting or not self._fits(session, bytes_needed)):
-            raise CapacityExhausted(
-                f"queue: {len(self._waiting)} requests wait already, the most this server allows",
-                retry_after_s=self.retry_after_s,
-            )
-        session.needed_bytes = bytes_needed
+        begins_now = not self._waiting and self._fits(session, needs)
+        if not begins_now:
+            if len(self._waiting) >= self._limits.max_queue:
+                raise CapacityExhausted(
+                    f"queue: {len(self._waiting)} requests wait already, the most this server "
+                    "allows",
+                    retry_after_s=self.retry_after_s,
+                )
+            wait_s, now = self.expected_wait_s, time.monotonic()
+            # One that has passed already is no matter of room; the caller's own clock ends the call.
+            if deadline is not None and now < deadline < now + wait_s:
+                raise CapacityExhausted(
+                    f"queue: with {len(self._waiting)} requests ahead it would begin in about "
+                    f"{wait_s:.1f} s, after its deadline",
+                    retry_after_s=max(wait_s, self.retry_after_s),
+                )
+        self._needs[session.session_id] = needs
         session.state = State.QUEUED
         self._waiting.append(session)
 
     @property
     def retry_after_s(self) -> float:
-        """When a place in the queue is likely to be free: the usual length of a turn, shared by the
-        sessions that run at once."""
-        return max(0.1, self._turn_s / self._limits.max_sessions)
+        """When a place is likely to be free."""
+        turn_s = 1.0 if self._turn_s is None else self._turn_s
+        return max(0.1, turn_s / max(1, len(self._live)))
+
+    @property
+    def expected_wait_s(self) -> float:
+        """How long the next in the queue is likely to wait: the usual length of a turn, shared by
+        the sessions that run at once, for each one ahead and itself. 0 while no turn has shown its
+        length."""
+        if self._turn_s is None:
+            return 0.0
+        return (len(self._waiting) + 1) * self._turn_s / max(1, len(self._live))
 
     def admit(self) -> list[Session]:
         """Sessions that may begin now, in order of arrival. None overtakes, unless nothing runs
@@ -117,7 +155,7 @@ class Scheduler:
             self._waiting.remove(session)
             self._make_room(session)
             self._idle.pop(session.session_id, None)
-            session.reserved_bytes = session.needed_bytes
+            session.reservation = self._needs.pop(session.session_id)
             session.state = State.PREFILL
             session.clock.admitted = time.monotonic()
             self._live[session.session_id] = session
@@ -127,7 +165,7 @@ class Scheduler:
     def _next(self) -> Session | None:
         may_overtake = not self._live
         for session in self._waiting:
-            if self._fits(session, session.needed_bytes):
+            if self._fits(session, self._needs[session.session_id]):
                 return session
             if not may_overtake:
                 return None
@@ -140,28 +178,38 @@ class Scheduler:
             return None
         return next((s for s in reversed(self._waiting) if s.session_id in self._idle), None)
 
-    def keep(self, session: Session) -> None:
-        """A live session's turn is over; it stays for the next."""
+    def keep(self, session: Session, held_bytes: int) -> None:
+        """A live session's turn is over; it stays for the next, with the bytes it still holds."""
         self._note_turn(session)
         del self._live[session.session_id]
         session.state = State.IDLE
+        session.reservation = Reservation(kv=held_bytes)
         self._idle[session.session_id] = session
+        while sum(s.reservation.kv for s in self._idle.values()) > self._limits.idle_bytes:
+            oldest = next(iter(self._evictable(None)), None)
+            if oldest is None:
+                return
+            self._evict(oldest, "it gave way to sessions kept later (--idle-memory-gib)")
 
-    def drop(self, session: Session) -> None:
-        """Forgets a session, wherever it is, and with it all it holds."""
+    def drop(self, session: Session, why: str) -> None:
+        """Forgets a session, wherever it is."""
         if session.session_id in self._live and session.clock.first_token:
             self._note_turn(session)
         if session in self._waiting:
             self._waiting.remove(session)
+        self._needs.pop(session.session_id, None)
         self._live.pop(session.session_id, None)
         self._idle.pop(session.session_id, None)
+        self._gone[session.session_id] = why
+        while len(self._gone) > _REMEMBERED:
+            self._gone.popitem(last=False)
 
     def expire(self) -> None:
         """Drops kept sessions that were idle for too long."""
         oldest_allowed = time.monotonic() - self._limits.session_ttl_s
-        for session in list(self._idle.values()):
-            if session.clock.last_token < oldest_allowed and session not in self._waiting:
-                del self._idle[session.session_id]
+        for session in self._evictable(None):
+            if session.clock.last_token < oldest_allowed:
+                self._evict(session, f"it was idle for {self._limits.session_ttl_s:g} s")
 
     def next_expiry_s(self) -> float | None:
         """Seconds until ``expire`` has something to do; None if never."""
@@ -171,29 +219,40 @@ class Scheduler:
         left = min(idle) + self._limits.session_ttl_s - time.monotonic()
         return min(max(0.0, left), _LONGEST_WAIT_S)
 
-    def _evictable(self, but: Session) -> list[Session]:
+    def _evictable(self, but: Session | None) -> list[Session]:
         waiting = {session.session_id for session in self._waiting}
-        return [
-            s
-            for s in self._idle.values()
-            if s.session_id != but.session_id and s.session_id not in waiting
-        ]
+        return [s for s in self._idle.values() if s is not but and s.session_id not in waiting]
 
-    def _fits(self, session: Session, bytes_needed: int) -> bool:
-        freeable = sum(s.reserved_bytes for s in self._evictable(session))
-        taken = self.reserved_bytes - freeable - session.reserved_bytes
-        return (
-            len(self._live) < self._limits.max_sessions
-            and taken + bytes_needed <= self._limits.session_bytes
-        )
+    def _evict(self, session: Session, why: str) -> None:
+        self.drop(session, why)
+        self._free(session)
+
+    def _fits(self, session: Session, needs: Reservation) -> bool:
+        """Whether there is room once every idle session that may go has gone."""
+        if len(self._live) >= self._limits.max_sessions:
+            return False
+        freeable = self._evictable(session)
+        stays = [s for s in self._idle.values() if s is not session and s not in freeable]
+        return self._total(stays, needs) <= self._limits.session_bytes
 
     def _make_room(self, session: Session) -> None:
+        needs = self._needs[session.session_id]
         for idle in self._evictable(session):
-            taken = self.reserved_bytes - session.reserved_bytes
-            if taken + session.needed_bytes <= self._limits.session_bytes:
+            stays = [s for s in self._idle.values() if s is not session]
+            if self._total(stays, needs) <= self._limits.session_bytes:
                 return
-            del self._idle[idle.session_id]
+            self._evict(idle, "it gave way to requests that needed its memory")
+
+    def _total(self, idle: list[Session], more: Reservation) -> int:
+        """Bytes that the live sessions, these idle ones and one more can come to hold."""
+        everyone = [*(s.reservation for s in (*self._live.values(), *idle)), more]
+        total = sum(r.kv + (0 if r.pool else r.view) for r in everyone)
+        sharing = Counter((r.pool, r.view) for r in everyone if r.pool)
+        for (pool, view), sessions in sharing.items():
+            total += min(sessions, pool.most_views) * view
+        return total
 
     def _note_turn(self, session: Session) -> None:
         turn_s = time.monotonic() - session.clock.admitted
-        self._turn_s += 0.2 * (turn_s - self._turn_s)
+        before = turn_s if self._turn_s is None else self._turn_s
+        self._turn_s = before + 0.2 * (turn_s - before)

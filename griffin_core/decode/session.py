@@ -6,15 +6,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
 from griffin_core.decode.events import Event, PruningFigures, Sink
 from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.experts.selection import Selection
+from griffin_core.experts.selection import PolicyName, Selection
 from griffin_core.kv_cache import KvCache
-from griffin_core.slim.base import SlimView
+from griffin_core.slim.views import SlimView
+
+Sharing = Literal["private", "shared", "auto"]
+"""Whether a session may run on one expert set with others: never, with all that may, or as soon as
+private sets cost more than they save."""
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 
 
 class State(Enum):
@@ -26,6 +31,35 @@ class State(Enum):
     IDLE = "idle"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ViewPool:
+    """Sessions that may share expert sets reserve their slim views together.
+
+    Args:
+        density, policy: what they have in common.
+        most_views: they never hold more than this, however many they are.
+    """
+
+    density: float
+    policy: PolicyName
+    most_views: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation:
+    """The most bytes a session can come to hold.
+
+    Args:
+        kv: of its KV cache.
+        view: of a slim view.
+        pool: with whom it shares views; None if its view is its own.
+    """
+
+    kv: int
+    view: int = 0
+    pool: ViewPool | None = None
+
+
 @dataclass
 class Clock:
     """When things happened to the current turn, on ``time.monotonic``; 0 for not yet."""
@@ -34,20 +68,31 @@ class Clock:
     admitted: float = 0.0
     prefilled: float = 0.0
     first_token: float = 0.0
+    view_ready: float = 0.0
     last_token: float = 0.0
+    stalled: float = 0.0
+    """Since when its reader lags; 0 if it keeps up."""
     selection_s: float = 0.0
-    slim_build_s: float = 0.0
 
 
 class Work(Protocol):
-    """What a session does once its prompt is read: generate, or score."""
+    """What a session does once its prompt is read: generate, or score.
 
-    def begin(self, session: Session, last_hidden: Tensor) -> None:
-        """Takes the final hidden state [D] of the prompt's last token."""
+    It is asked which tokens to run, and told what the model makes of them. It puts events into the
+    session's sink.
+    """
+
+    def begin(self, session: Session, logits: Tensor) -> bool:
+        """Takes the logits [V] behind the prompt. True when nothing is left to do."""
         ...
 
-    def step(self, session: Session) -> bool:
-        """One engine step. Puts events into the session's sink; True when done."""
+    def tokens(self) -> Sequence[int]:
+        """The tokens to run next, at least one."""
+        ...
+
+    def read(self, session: Session, logits: Tensor, likeliest: Sequence[int]) -> bool:
+        """Takes the logits [T, V] behind each of ``tokens()``, and the index of the largest of
+        each. True when nothing is left to do."""
         ...
 
 
@@ -68,12 +113,13 @@ class Session:
         self.tokens: list[int] = []
         """All tokens of all turns; the cache may lack the last ones."""
         self.generated_tokens = 0
-        self.needed_bytes = 0
-        self.reserved_bytes = 0
+        self.reservation = Reservation(kv=0)
         self.cache: KvCache | None = None
         self.s2: Tensor | None = None
         self.experts: ExpertSet | None = None
+        """What its own statistic chose; in a group it may run on others."""
         self.view: SlimView | None = None
+        """What it runs on; None while that is being built. Its expert group owns it."""
         self.norm_mass: tuple[float, ...] = ()
 
     def begin_turn(
@@ -84,6 +130,7 @@ class Session:
         prompt: Sequence[int],
         capacity: int,
         selection: Selection,
+        sharing: Sharing,
         work: Work,
         sink: Sink[Event],
         keep: bool,
@@ -97,6 +144,7 @@ class Session:
             capacity: tokens the KV cache must hold by the end of it.
             work: what to do after prefill.
             sink: where the events go.
+            sharing: with whom it may run on one expert set.
             keep: stay idle for a next turn when done.
         """
         self.turn_id = turn_id
@@ -106,9 +154,18 @@ class Session:
         self.turn_generated = 0
         self.capacity = capacity
         self.selection = selection
+        self.sharing = sharing
         self.work = work
         self.sink = sink
         self.keep = keep
+
+    def use(self, view: SlimView | None) -> None:
+        """Runs on a view from now on, or waits for one."""
+        self.view = view
+        if view is not None:
+            assert self.s2 is not None
+            self.norm_mass = view.experts.norm_mass(self.s2)
+            self.clock.view_ready = self.clock.view_ready or time.monotonic()
 
     @property
     def prompt_tokens(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from uuid import uuid4
 
 from griffin_core.decode.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from griffin_core.decode.session import Sharing
 from griffin_core.decode.stopping import StoppingParams
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName, Selection
@@ -18,12 +19,16 @@ from griffin_core.model.spec import ModelSpec
 class PruningParams:
     """What a request says of its experts; what it leaves open is None.
 
+    Args:
+        sharing: see ``session.Sharing``.
+
     Raises:
         InvalidRequest: density is not in (0, 1].
     """
 
     density: float | None = None
     policy: PolicyName | None = None
+    sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
         if self.density is not None and not 0 < self.density <= 1:  # NaN fails too
@@ -49,6 +54,7 @@ class GenerateTask:
         continues: id of the kept session this is a later turn of.
         keep: keep the session afterwards.
         arrived: when the call came, on ``time.monotonic``.
+        deadline: on the same clock, or None: until when the caller waits.
         turn_id: names this turn; also the id of the session it opens, unless it continues one.
     """
 
@@ -61,6 +67,7 @@ class GenerateTask:
     keep: bool = False
     turn_id: str = field(default_factory=lambda: uuid4().hex)
     arrived: float = field(default_factory=time.monotonic, compare=False)
+    deadline: float | None = None
 
     def check(self, spec: ModelSpec, prompt_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model.
@@ -89,6 +96,7 @@ class ScoreTask:
         seed: of the policies that draw.
         turn_id: also the id of its session.
         arrived: when the call came, on ``time.monotonic``.
+        deadline: on the same clock, or None: until when the caller waits.
     """
 
     prompt: tuple[int, ...]
@@ -97,6 +105,7 @@ class ScoreTask:
     seed: int = 0
     turn_id: str = field(default_factory=lambda: uuid4().hex)
     arrived: float = field(default_factory=time.monotonic, compare=False)
+    deadline: float | None = None
 
     def check(self, spec: ModelSpec, context_field: str, continuation_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model."""

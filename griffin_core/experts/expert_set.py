@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -34,6 +35,22 @@ class ExpertSet:
         kept = sum(experts.numel() for experts in self.layers)
         return kept / (self.ff_width * len(self.layers))
 
+    def digest(self) -> bytes:
+        """16 bytes that equal sets share and different ones do not."""
+        digest = blake2b(digest_size=16)
+        for experts in self.layers:
+            digest.update(experts.numel().to_bytes(4, "little") + pack_indices(experts))
+        return digest.digest()
+
+    def norm_mass(self, s2: Tensor) -> tuple[float, ...]:
+        """For each layer the share of its statistic s2 [L, F] that its experts hold, in [0, 1]; 1
+        if nothing fired at all."""
+        kept = torch.stack(
+            [row[experts.long()].sum() for row, experts in zip(s2, self.layers, strict=True)]
+        )
+        total = s2.sum(dim=1)
+        return tuple(torch.where(total > 0, kept / total, torch.ones_like(total)).tolist())
+
     def jaccard(self, other: ExpertSet) -> list[float]:
         """|A ∩ B| / |A ∪ B| for each layer.
 
@@ -64,12 +81,6 @@ def check_experts(experts: Tensor, ff_width: int, *, layer: int) -> None:
         raise ValueError(
             f"experts of layer {layer}: indices must be ascending, distinct and in [0, {ff_width})"
         )
-
-
-def norm_mass(s2: Tensor, experts: Tensor) -> float:
-    """Share of a layer's s2 [F] that its experts [K] hold, in [0, 1]; 1 if nothing fired at all."""
-    total = s2.sum().item()
-    return s2[experts.long()].sum().item() / total if total > 0 else 1.0
 
 
 def pack_indices(experts: Tensor) -> bytes:

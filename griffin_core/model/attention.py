@@ -10,20 +10,24 @@ from torch import Tensor
 
 from griffin_core.model.spec import RotarySpec
 
+Rotation = tuple[Tensor, Tensor]
+"""Factors of ``rotate`` for some positions, two [N, 1, head_dim]."""
 
-def rotary_tables(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for ``apply_rotary``: positions [T] -> two [T, 1, head_dim] of ``dtype``."""
+
+def rotation(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> Rotation:
+    """cos, and sin with the sign of the half it falls on, for positions [N]."""
     frequencies = torch.tensor(spec.inverse_frequencies, device=positions.device)
     angles = positions[:, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return (angles.cos() * spec.scale).to(dtype), (angles.sin() * spec.scale).to(dtype)
+    cos, sin = angles.cos() * spec.scale, angles.sin() * spec.scale
+    return torch.cat((cos, cos), 1)[:, None].to(dtype), torch.cat((-sin, sin), 1)[:, None].to(dtype)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (i, i + head_dim / 2) of x [T, heads, head_dim], the layout of Hugging Face
-    checkpoints."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+def rotate(x: Tensor, by: Rotation) -> None:
+    """Rotates pairs (i, i + head_dim / 2) of x [N, heads, head_dim] in place, in the layout of
+    Hugging Face checkpoints."""
+    cos, sin = by
+    swapped = x.roll(x.shape[-1] // 2, -1).mul_(sin)
+    x.mul_(cos).add_(swapped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,8 @@ def attend(
     """
     tokens, heads, _ = q.shape
     q = q.transpose(0, 1)
-    k, v = k[:, visible.first :], v[:, visible.first :]
+    if visible.first:
+        k, v = k[:, visible.first :], v[:, visible.first :]
     if softcap is None:
         out = F.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=visible.mask, scale=scale, enable_gqa=True

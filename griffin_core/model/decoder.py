@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,29 +11,20 @@ from torch import Tensor
 
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.attention import (
+    Rotation,
     Visible,
-    apply_rotary,
     attend,
-    rotary_tables,
+    rotate,
+    rotation,
     visible_tokens,
 )
-from griffin_core.model.feedforward import FeedForward
+from griffin_core.model.feedforward import FeedForward, Neurons
+from griffin_core.model.linear import Linear
 from griffin_core.model.spec import ModelSpec
 
 RunFF = Callable[[Tensor], Tensor]
-"""[T, D] -> [T, D]: what a layer runs as its FF block: the dense one, one that also takes the
-statistic, or a slim view."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """weight [out, in], bias [out] or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+"""[N, D] -> [N, D]: what a layer runs as its FF block: the dense one, one that also takes the
+statistic, or slim views of several sessions, each on its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +49,17 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Weights of one decoder layer. The optional norms are there if the family has them."""
+    """Weights of one decoder layer. The optional norms are there if the family has them.
 
-    q: Linear
-    k: Linear
-    v: Linear
+    Args:
+        qkv: to queries, keys and values, one below the other.
+        neurons: the FF's weights by neuron, for those who take some of them.
+        ff: the FF on all of them.
+    """
+
+    qkv: Linear
     o: Linear
+    neurons: Neurons
     ff: FeedForward
     attention_norm: Norm
     ff_norm: Norm
@@ -79,7 +75,7 @@ class DecoderWeights:
 
     Args:
         embedding: [V, embed width].
-        head: [V, embed width]; the embedding itself where the model ties them.
+        head: to V logits; of the embedding itself where the model ties them.
         positions: learned position table, or None.
         project_in, project_out: between embedding width and D (OPT-350m), or None.
     """
@@ -87,7 +83,7 @@ class DecoderWeights:
     embedding: Tensor
     layers: tuple[Layer, ...]
     final_norm: Norm | None
-    head: Tensor
+    head: Linear
     positions: Tensor | None = None
     project_in: Tensor | None = None
     project_out: Tensor | None = None
@@ -95,18 +91,33 @@ class DecoderWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRun:
-    """Consecutive tokens on their way through the layers: what all layers share.
+    """Consecutive tokens of one sequence.
 
     Args:
-        start: position of the first; everything before it is in the cache.
-        rotary: cos and sin of each kind of rotary positions, as in ``ModelSpec.rotaries``.
-        visible: what the tokens see, by the layer's window.
+        cache: of the sequence; holds everything before them, gets their keys and values.
+        start: position of the first.
+        first_row: where they begin in the batch.
+        tokens: how many they are.
+        visible: what they see, by the layer's window.
     """
 
+    cache: KvCache
     start: int
+    first_row: int
     tokens: int
-    rotary: tuple[tuple[Tensor, Tensor], ...]
     visible: dict[int | None, Visible]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tokens of one or more sequences on their way through the layers: what all layers share.
+
+    Args:
+        rotations: of each kind of rotary positions, as in ``ModelSpec.rotaries``.
+    """
+
+    runs: tuple[TokenRun, ...]
+    rotations: tuple[Rotation, ...]
 
 
 class Decoder:
@@ -135,31 +146,46 @@ class Decoder:
         """An empty cache for that many tokens."""
         return KvCache(self.spec, capacity, dtype=self.dtype, device=self.device)
 
-    def begin(self, token_ids: Tensor, start: int) -> tuple[Tensor, TokenRun]:
-        """Token ids [T] int64 at positions start.. -> embeddings [T, D] and what layers share."""
+    def begin(self, token_ids: Tensor, runs: Sequence[tuple[KvCache, int]]) -> tuple[Tensor, Batch]:
+        """Embeds tokens of several sequences, one sequence behind the other.
+
+        Args:
+            token_ids: [N] int64.
+            runs: each sequence's cache, and how many of the tokens are its own; they stand behind
+                what the cache holds.
+
+        Returns:
+            Embeddings [N, D], and what the layers share.
+        """
         w = self._weights
-        tokens = token_ids.shape[0]
-        positions = torch.arange(start, start + tokens, device=self.device)
         x = F.embedding(token_ids, w.embedding)
         if self.spec.embed_scale != 1.0:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
         if w.project_in is not None:
             x = F.linear(x, w.project_in)
+        batch_runs: list[TokenRun] = []
+        row = 0
+        for cache, tokens in runs:
+            start = cache.length
+            visible = {n: visible_tokens(start, tokens, n, self.device) for n in self._windows}
+            batch_runs.append(
+                TokenRun(cache=cache, start=start, first_row=row, tokens=tokens, visible=visible)
+            )
+            row += tokens
+        positions = torch.tensor(
+            [p for run in batch_runs for p in range(run.start, run.start + run.tokens)],
+            device=self.device,
+        )
         if w.positions is not None:
             x = x + w.positions[positions + self.spec.position_offset]
-        run = TokenRun(
-            start=start,
-            tokens=tokens,
-            rotary=tuple(rotary_tables(r, positions, self.dtype) for r in self.spec.rotaries),
-            visible={n: visible_tokens(start, tokens, n, self.device) for n in self._windows},
-        )
-        return x, run
+        rotations = tuple(rotation(r, positions, self.dtype) for r in self.spec.rotaries)
+        return x, Batch(runs=tuple(batch_runs), rotations=rotations)
 
-    def layer(self, index: int, x: Tensor, run: TokenRun, cache: KvCache, ff: RunFF) -> Tensor:
-        """x [T, D] through layer ``index``; writes its keys and values into the cache."""
+    def layer(self, index: int, x: Tensor, batch: Batch, ff: RunFF) -> Tensor:
+        """x [N, D] through layer ``index``; writes its keys and values into the caches."""
         w = self.layers[index]
         before = self.spec.norm_before
-        attention = self._attention(index, w.attention_norm(x) if before else x, run, cache)
+        attention = self._attention(index, w.attention_norm(x) if before else x, batch)
         if w.attention_out_norm is not None:
             attention = w.attention_out_norm(attention)
         x = x + attention
@@ -171,31 +197,38 @@ class Decoder:
         x = x + out
         return x if before else w.ff_norm(x)
 
-    def _attention(self, index: int, x: Tensor, run: TokenRun, cache: KvCache) -> Tensor:
+    def _attention(self, index: int, x: Tensor, batch: Batch) -> Tensor:
         w, spec, layer = self.layers[index], self.spec, self.spec.layers[index]
-        q = w.q(x).view(run.tokens, spec.heads, spec.head_dim)
-        k = w.k(x).view(run.tokens, spec.kv_heads, spec.head_dim)
-        v = w.v(x).view(run.tokens, spec.kv_heads, spec.head_dim)
+        heads, kv_heads = spec.heads, spec.kv_heads
+        qkv = w.qkv(x).view(x.shape[0], heads + 2 * kv_heads, spec.head_dim)
+        q, k, qk = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, : heads + kv_heads]
         if w.q_norm is not None and w.k_norm is not None:
-            q, k = w.q_norm(q), w.k_norm(k)
+            q.copy_(w.q_norm(q))
+            k.copy_(w.k_norm(k))
         if layer.rotary is not None:
-            cos, sin = run.rotary[layer.rotary]
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        keys, values = cache.write(index, run.start, k, v)
-        visible = run.visible[layer.window]
-        out = attend(q, keys, values, visible, spec.query_scale, spec.attention_softcap)
-        return w.o(out)
+            rotate(qk, batch.rotations[layer.rotary])
+        # The one loop over sequences: each has its own length, and torch's CPU has no attention
+        # that takes many lengths without padding them to the longest.
+        out = []
+        for run in batch.runs:
+            rows = slice(run.first_row, run.first_row + run.tokens)
+            keys, values = run.cache.write(index, run.start, qkv[rows, heads:])
+            visible = run.visible[layer.window]
+            out.append(
+                attend(q[rows], keys, values, visible, spec.query_scale, spec.attention_softcap)
+            )
+        return w.o(out[0] if len(out) == 1 else torch.cat(out))
 
     def final_hidden(self, x: Tensor) -> Tensor:
-        """Output of the last layer [T, D] -> what the head reads [T, D]."""
+        """Output of the last layer [N, D] -> what the head reads [N, D]."""
         norm = self._weights.final_norm
         return x if norm is None else norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Final hidden state [T, D] -> logits [T, V] float32."""
+        """Final hidden state [N, D] -> logits [N, V] float32."""
         w = self._weights
         if w.project_out is not None:
             hidden = F.linear(hidden, w.project_out)
-        logits = F.linear(hidden, w.head).float()
+        logits = w.head(hidden).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

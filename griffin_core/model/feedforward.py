@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from griffin_core.model.linear import Linear, linear_bytes
 from griffin_core.model.spec import Activation
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -21,58 +22,45 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedForward:
+class Neurons:
     """Weights of one FF block, stored neuron-major: row f of every matrix belongs to neuron f.
 
     Gated: ``Z = act(x gateᵀ) · (x upᵀ)``; plain: ``Z = act(x upᵀ + up_bias)``; output ``Z down``.
 
     Args:
-        gate: [F, D], or None for a plain FF.
-        up: [F, D].
+        w_in: [2, F, D], gate then up; [1, F, D], up alone, for a plain FF.
         down: [F, D]: the transpose of the usual W_down, so that a neuron is one contiguous row.
-        up_bias: [F] or None.
+        up_bias: [F] or None; plain FF only.
         down_bias: [D] or None.
     """
 
     activation: Activation
-    gate: Tensor | None
-    up: Tensor
+    w_in: Tensor
     down: Tensor
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
     @property
-    def neurons(self) -> int:
+    def count(self) -> int:
         """F, or K after ``take``."""
-        return self.up.shape[0]
+        return self.down.shape[0]
+
+    @property
+    def gated(self) -> bool:
+        return self.w_in.shape[0] == 2
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        tensors = (self.gate, self.up, self.down, self.up_bias, self.down_bias)
+        tensors = (self.w_in, self.down, self.up_bias, self.down_bias)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def activations(self, x: Tensor) -> Tensor:
-        """[T, D] -> Z [T, F], what the statistic is taken of."""
-        act = ACTIVATIONS[self.activation]
-        up = F.linear(x, self.up, self.up_bias)
-        return act(up) if self.gate is None else act(F.linear(x, self.gate)).mul_(up)
-
-    def output(self, z: Tensor) -> Tensor:
-        """Z [T, F] -> [T, D]."""
-        return F.linear(z, self.down.t(), self.down_bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        return self.output(self.activations(x))
-
-    def take(self, experts: Tensor) -> FeedForward:
-        """A copy that holds only the given neurons: experts [K] -> FF of width K."""
+    def take(self, experts: Tensor) -> Neurons:
+        """A copy of the given neurons: experts [K] -> Neurons of K."""
         index = experts.long()
-        return FeedForward(
+        return Neurons(
             activation=self.activation,
-            gate=None if self.gate is None else self.gate[index],
-            up=self.up[index],
+            w_in=self.w_in[:, index],
             down=self.down[index],
             up_bias=None if self.up_bias is None else self.up_bias[index],
             down_bias=self.down_bias,
@@ -82,6 +70,47 @@ class FeedForward:
         """Static strength of each neuron, [F] float32: the l2 norm of its row of W_1, or for a
         gated FF the product of the norms of its rows of W_gate and W_up (the baseline of arXiv
         2404.01365, section 5)."""
-        norm = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
-        up: Tensor = norm(self.up)
-        return up if self.gate is None else up * norm(self.gate)
+        norms: Tensor = torch.linalg.vector_norm(self.w_in, dim=2, dtype=torch.float32)
+        return norms.prod(dim=0)
+
+
+class FeedForward:
+    """An FF block ready to run.
+
+    Args:
+        neurons: all of a layer's, or a subset. Where the device wants its weights laid out
+            otherwise the block holds copies, and needs the given ones no more.
+    """
+
+    def __init__(self, neurons: Neurons) -> None:
+        self._activation = ACTIVATIONS[neurons.activation]
+        self._gated = neurons.gated
+        self._in = Linear(neurons.w_in.flatten(0, 1), neurons.up_bias)
+        self._out = Linear(neurons.down.t(), neurons.down_bias)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """[T, D] -> Z [T, F], what the statistic is taken of."""
+        z = self._in(x)
+        if not self._gated:
+            return self._activation(z)
+        gate, up = z.chunk(2, dim=-1)
+        return self._activation(gate).mul_(up)
+
+    def output(self, z: Tensor) -> Tensor:
+        """Z [T, F] -> [T, D]."""
+        return self._out(z)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.output(self.activations(x))
+
+
+def feedforward_bytes(neurons: Neurons, k: int) -> int:
+    """Most bytes a FeedForward of k of these neurons holds."""
+    width, dtype = neurons.down.shape[1], neurons.down.dtype
+    biases = ((neurons.up_bias, k), (neurons.down_bias, width))
+    return (
+        linear_bytes(neurons.w_in.shape[0] * k, width, dtype)
+        + linear_bytes(width, k, dtype)
+        + sum(n * dtype.itemsize for bias, n in biases if bias is not None)
+    )

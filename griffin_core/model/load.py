@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def load_model(
 ) -> Model:
     """Loads config, tokenizer and weights.
 
+    Done on a thread that ends with it, so that the caller's keeps no OpenMP workers: see
+    ``Engine``.
+
     Args:
         model: a directory, a path to a .gguf file, a hub id, or ``source.DEFAULT_MODEL``.
         dtype: of weights, activations and KV; ``default_dtype`` if None.
@@ -65,9 +69,13 @@ def load_model(
     Raises:
         ModelNotFound, UnknownFamily, BadModelFile: see ``griffin_core.errors``.
     """
+    with ThreadPoolExecutor(1, "griffin-load") as loader:
+        return loader.submit(_load, model, dtype, torch.device(device), progress).result()
+
+
+def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress: Progress) -> Model:
     if not sys.stderr.isatty():  # bars are for people
         transformers_logging.disable_progress_bar()
-    device = torch.device(device)
     dtype = dtype or default_dtype(device)
     where = resolve(model, dtype, progress)
     config = _config(model, where)

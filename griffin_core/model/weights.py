@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from griffin_core.errors import BadModelFile
-from griffin_core.model.decoder import DecoderWeights, Layer, Linear, Norm
-from griffin_core.model.feedforward import FeedForward
+from griffin_core.model.decoder import DecoderWeights, Layer, Norm
+from griffin_core.model.feedforward import FeedForward, Neurons
+from griffin_core.model.linear import Linear
 from griffin_core.model.spec import ModelSpec
 
 FINGERPRINT_SAMPLES = 1024
@@ -19,7 +20,8 @@ FINGERPRINT_SAMPLES = 1024
 def weights_from_state(spec: ModelSpec, state: Mapping[str, Tensor]) -> DecoderWeights:
     """Sorts a state dict of one of the known families into place.
 
-    The FF's down projection is copied into neuron-major order; all else is used as it is.
+    Queries, keys and values become one product, gate and up another; the FF's weights are kept by
+    neuron. Nothing else of the state dict is copied, but for what ``Linear`` lays out anew.
 
     Raises:
         BadModelFile: a tensor is missing or has the wrong shape.
@@ -57,9 +59,20 @@ class _Reader:
         return tensor
 
     def _linear(self, name: str, out: int, inner: int) -> Linear:
-        return Linear(
-            weight=self._get(f"{name}.weight", out, inner), bias=self._state.get(f"{name}.bias")
-        )
+        return Linear(self._get(f"{name}.weight", out, inner), self._state.get(f"{name}.bias"))
+
+    def _qkv(self, attention: str) -> Linear:
+        s = self._spec
+        rows = {"q_proj": s.heads, "k_proj": s.kv_heads, "v_proj": s.kv_heads}
+        names = [f"{attention}{name}" for name in rows]
+        weights = [
+            self._get(f"{name}.weight", heads * s.head_dim, s.width)
+            for name, heads in zip(names, rows.values(), strict=True)
+        ]
+        biases = [b for name in names if (b := self._state.get(f"{name}.bias")) is not None]
+        if len(biases) not in (0, len(names)):
+            raise BadModelFile(f"weights: some of {attention}[qkv]_proj have a bias, others none")
+        return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def _norm(self, name: str, size: int) -> Norm:
         weight = self._state.get(f"{name}.weight")  # OPT may have norms without weights
@@ -82,7 +95,7 @@ class _Reader:
             embedding=embedding,
             layers=tuple(self._llama_layer(f"model.layers.{i}.") for i in range(len(s.layers))),
             final_norm=self._norm("model.norm", s.width),
-            head=self._state.get("lm_head.weight", embedding),
+            head=Linear(self._state.get("lm_head.weight", embedding)),
         )
 
     def _llama_layer(self, prefix: str) -> Layer:
@@ -90,11 +103,12 @@ class _Reader:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         post_attention = f"{prefix}post_attention_layernorm"
         return Layer(
-            q=self._linear(f"{attention}q_proj", s.heads * s.head_dim, s.width),
-            k=self._linear(f"{attention}k_proj", s.kv_heads * s.head_dim, s.width),
-            v=self._linear(f"{attention}v_proj", s.kv_heads * s.head_dim, s.width),
+            qkv=self._qkv(attention),
             o=self._linear(f"{attention}o_proj", s.width, s.heads * s.head_dim),
-            ff=self._feedforward(f"{mlp}gate_proj", f"{mlp}up_proj", f"{mlp}down_proj"),
+            neurons=(
+                neurons := self._neurons(f"{mlp}gate_proj", f"{mlp}up_proj", f"{mlp}down_proj")
+            ),
+            ff=FeedForward(neurons),
             attention_norm=self._norm(f"{prefix}input_layernorm", s.width),
             ff_norm=self._norm(
                 f"{prefix}pre_feedforward_layernorm" if s.sandwich_norms else post_attention,
@@ -117,7 +131,7 @@ class _Reader:
             embedding=embedding,
             layers=tuple(self._opt_layer(f"{root}layers.{i}.") for i in range(len(s.layers))),
             final_norm=self._norm(f"{root}final_layer_norm", s.width) if s.final_norm else None,
-            head=self._state.get("lm_head.weight", embedding),
+            head=Linear(self._state.get("lm_head.weight", embedding)),
             positions=self._get(f"{root}embed_positions.weight", rows, s.width),
             project_in=self._state.get(f"{root}project_in.weight"),
             project_out=self._state.get(f"{root}project_out.weight"),
@@ -127,24 +141,22 @@ class _Reader:
         s = self._spec
         attention = f"{prefix}self_attn."
         return Layer(
-            q=self._linear(f"{attention}q_proj", s.width, s.width),
-            k=self._linear(f"{attention}k_proj", s.width, s.width),
-            v=self._linear(f"{attention}v_proj", s.width, s.width),
+            qkv=self._qkv(attention),
             o=self._linear(f"{attention}out_proj", s.width, s.width),
-            ff=self._feedforward(None, f"{prefix}fc1", f"{prefix}fc2"),
+            neurons=(neurons := self._neurons(None, f"{prefix}fc1", f"{prefix}fc2")),
+            ff=FeedForward(neurons),
             attention_norm=self._norm(f"{prefix}self_attn_layer_norm", s.width),
             ff_norm=self._norm(f"{prefix}final_layer_norm", s.width),
         )
 
-    def _feedforward(self, gate: str | None, up: str, down: str) -> FeedForward:
+    def _neurons(self, gate: str | None, up: str, down: str) -> Neurons:
         s = self._spec
-        for name in (gate, up) if gate else ():
-            if f"{name}.bias" in self._state:
-                raise BadModelFile(f"weights: a gated FF with a bias ('{name}.bias') is not known")
-        return FeedForward(
+        inputs = (gate, up) if gate else (up,)
+        if gate and any(f"{name}.bias" in self._state for name in inputs):
+            raise BadModelFile(f"weights: a gated FF with a bias ('{up}.bias') is not known")
+        return Neurons(
             activation=s.activation,
-            gate=self._get(f"{gate}.weight", s.ff_width, s.width) if gate else None,
-            up=self._get(f"{up}.weight", s.ff_width, s.width),
+            w_in=torch.stack([self._get(f"{name}.weight", s.ff_width, s.width) for name in inputs]),
             down=self._get(f"{down}.weight", s.width, s.ff_width).t().contiguous(),
             up_bias=self._state.get(f"{up}.bias"),
             down_bias=self._state.get(f"{down}.bias"),

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from griffin_core.model.feedforward import FeedForward
+from griffin_core.model.decoder import Layer
 
-
-class SlimFF(Protocol):
-    """One layer's FF on one expert set. Called with x [T, D], gives [T, D]."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beyond the model's own weights."""
-        ...
-
-    def __call__(self, x: Tensor) -> Tensor: ...
+SlimFF = Callable[[Tensor], Tensor]
+"""One layer's FF on one expert set: [T, D] -> [T, D]."""
 
 
 class SlimForm(Protocol):
@@ -27,33 +19,12 @@ class SlimForm(Protocol):
     One object serves all sessions and layers and holds no state of any.
     """
 
-    def build(self, ff: FeedForward, experts: Tensor) -> SlimFF:
-        """The FF block ``ff`` on ``experts`` [K], ascending int32 on any device."""
+    def build(self, layer: Layer, experts: Tensor) -> SlimFF:
+        """The layer's FF block on ``experts`` [K], ascending int32 on any device. All neurons give
+        the layer's own dense block."""
         ...
 
-    def planned_bytes(self, ff: FeedForward, k: int) -> int:
-        """What ``build`` will hold for K = k: known before any expert is chosen."""
+    def planned_bytes(self, layer: Layer, k: int) -> int:
+        """Most bytes that ``build`` holds beyond the model's own weights for K = k: known before
+        any expert is chosen."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseFF:
-    """All neurons: the model's own block, nothing held beside it."""
-
-    ff: FeedForward
-    nbytes: int = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ff(x)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlimView:
-    """A session's FF blocks, one for each layer."""
-
-    layers: tuple[SlimFF, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beyond the model's own weights."""
-        return sum(layer.nbytes for layer in self.layers)

@@ -5,32 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin_core.model.feedforward import FeedForward
+from griffin_core.model.decoder import Layer
 from griffin_core.slim.base import SlimFF
 
 
 class Masked:
-    """Builds ``MaskedFF``."""
+    """Runs all neurons and keeps what the experts say."""
 
-    def build(self, ff: FeedForward, experts: Tensor) -> SlimFF:
-        mask = torch.zeros(ff.neurons, dtype=ff.up.dtype, device=ff.up.device)
+    def build(self, layer: Layer, experts: Tensor) -> SlimFF:
+        if experts.shape[0] == layer.neurons.count:
+            return layer.ff
+        down = layer.neurons.down
+        mask = torch.zeros(down.shape[0], dtype=down.dtype, device=down.device)
         mask[experts.long().to(mask.device)] = 1
-        return MaskedFF(ff, mask)
+        return lambda x: layer.ff.output(layer.ff.activations(x) * mask)
 
-    def planned_bytes(self, ff: FeedForward, k: int) -> int:
-        return ff.neurons * ff.up.element_size()
-
-
-class MaskedFF:
-    """mask [F], 1 for experts."""
-
-    def __init__(self, ff: FeedForward, mask: Tensor) -> None:
-        self._ff = ff
-        self._mask = mask
-
-    @property
-    def nbytes(self) -> int:
-        return self._mask.numel() * self._mask.element_size()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._ff.output(self._ff.activations(x) * self._mask)
+    def planned_bytes(self, layer: Layer, k: int) -> int:
+        down = layer.neurons.down
+        return 0 if k == down.shape[0] else down.shape[0] * down.element_size()

@@ -1,23 +1,21 @@
-"""Copies of the experts' rows, gathered once a session: the form for CPUs."""
+"""Copies of the experts' rows, laid out for the library that multiplies: the form for CPUs."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from griffin_core.model.feedforward import FeedForward
-from griffin_core.slim.base import DenseFF, SlimFF
+from griffin_core.model.decoder import Layer
+from griffin_core.model.feedforward import FeedForward, feedforward_bytes
+from griffin_core.slim.base import SlimFF
 
 
 class Packed:
-    """Builds a FeedForward that has only the experts' neurons. All neurons are not copied."""
+    """Builds a FeedForward that has only the experts' neurons."""
 
-    def build(self, ff: FeedForward, experts: Tensor) -> SlimFF:
-        if experts.shape[0] == ff.neurons:
-            return DenseFF(ff=ff)
-        return ff.take(experts.to(ff.up.device))
+    def build(self, layer: Layer, experts: Tensor) -> SlimFF:
+        if experts.shape[0] == layer.neurons.count:
+            return layer.ff
+        return FeedForward(layer.neurons.take(experts.to(layer.neurons.down.device)))
 
-    def planned_bytes(self, ff: FeedForward, k: int) -> int:
-        if k == ff.neurons:
-            return 0
-        shared = 0 if ff.down_bias is None else ff.down_bias.numel() * ff.down_bias.element_size()
-        return (ff.nbytes - shared) * k // ff.neurons + shared
+    def planned_bytes(self, layer: Layer, k: int) -> int:
+        return 0 if k == layer.neurons.count else feedforward_bytes(layer.neurons, k)

@@ -1,0 +1,495 @@
+"""All sessions of an engine, from the queue to their last token."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from griffin_core.budget import Budget
+from griffin_core.decode.events import Admitted, Event, Failed, PruningFigures, Sink
+from griffin_core.decode.generation import Generation
+from griffin_core.decode.intake import Intake
+from griffin_core.decode.scheduler import Limits, Scheduler
+from griffin_core.decode.scoring import Scoring
+from griffin_core.decode.session import Reservation, Session, Sharing, State, Work
+from griffin_core.decode.sharing import ExpertGroups
+from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.decode.task import GenerateTask, ScoreTask
+from griffin_core.errors import (
+    CapacityExhausted,
+    EngineFault,
+    GriffinError,
+    InvalidRequest,
+    ReaderTooSlow,
+    SessionBusy,
+    SessionClosed,
+    SessionNotFound,
+)
+from griffin_core.experts.selection import Selection
+from griffin_core.kv_cache import KvCache, kv_bytes
+from griffin_core.model.load import Model
+from griffin_core.prefill import PrefillEvent, PrefillFinished, PrefillRestarted, prefill
+from griffin_core.prefill_queue import (
+    PrefillBegun,
+    PrefillQueue,
+    PrefillRun,
+    PrefillStreamEvent,
+)
+from griffin_core.slim.base import SlimForm
+from griffin_core.slim.crossover import PrivateLimit
+from griffin_core.slim.views import SlimViews
+
+log = logging.getLogger(__name__)
+
+BUILD_S = 0.01
+"""For about how long slim views are built between two steps, or as long as a step takes: whoever
+waits for a view is then delayed about as much as those who do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """A session as others may see it.
+
+    Args:
+        reserved_bytes: the most its KV cache, and its slim view if that is its own, can come to
+            hold.
+    """
+
+    session_id: str
+    state: State
+    context_tokens: int
+    generated_tokens: int
+    age_s: float
+    idle_s: float
+    reserved_bytes: int
+    pruning: PruningFigures
+
+
+class Decoding:
+    """The sessions, and what each of them is doing. Owned by the engine's thread.
+
+    Args:
+        model: what to run.
+        limits: what may be held.
+        selection, sharing: of requests that name none.
+        slim: how sessions run on their experts.
+        private_limit: see ``crossover``.
+        prefills: where prompts queue that this engine runs itself.
+        own_prefill_tokens: prompts of a new session up to this many tokens are among them; None
+            for all.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        limits: Limits,
+        selection: Selection,
+        sharing: Sharing,
+        slim: SlimForm,
+        private_limit: PrivateLimit,
+        prefills: PrefillQueue,
+        own_prefill_tokens: int | None,
+    ) -> None:
+        self._model = model
+        self._decoder = model.decoder
+        self._limits = limits
+        self._selection = selection
+        self._sharing: Sharing = sharing
+        self._prefills = prefills
+        self._own_prefill_tokens = own_prefill_tokens
+        self.budget = Budget(limits.session_bytes)
+        self.scheduler = Scheduler(limits, self._free)
+        self._views = SlimViews(model.decoder, slim, self.budget)
+        self._groups = ExpertGroups(model.decoder, self._views, private_limit)
+        # By the id of the turn, so that no turn of a session reaches into another.
+        self._turns: dict[str, Session] = {}
+        self._intakes: dict[str, Intake] = {}
+        self._own_prefills: dict[str, PrefillRun] = {}
+        self._step_s = 0.0  # what the last step took
+
+    def private_limit(self, limit: PrivateLimit) -> None:
+        """Sets up to how many sessions ``auto`` gives a set each."""
+        self._groups.private_limit = limit
+
+    # -- what comes from callers -----------------------------------------------------------------
+
+    def submit(self, task: GenerateTask | ScoreTask, sink: Sink[Event]) -> None:
+        """Queues a task, or tells its sink why not."""
+        try:
+            session = self._session_for(task)
+            self._begin_turn(session, task, sink)
+            self._turns[task.turn_id] = session
+            self._admit()  # now, so that the next in line does not find the queue full
+        except Exception as error:
+            if not isinstance(error, GriffinError):
+                log.exception("task refused")
+                error = EngineFault(f"{type(error).__name__}: {error}")
+            sink.put(Failed(error=error))
+
+    def intake(self, turn_id: str, event: PrefillEvent) -> None:
+        """An event of a turn's prefill."""
+        self._with_turn(turn_id, partial(self._intake, event=event))
+
+    def fail(self, turn_id: str, error: Exception) -> None:
+        """Ends a turn, and its session with it, with an error."""
+        self._with_turn(turn_id, partial(self._fail, error=error))
+
+    def cancel(self, turn_id: str) -> None:
+        """Ends a turn whose caller has gone, and its session with it."""
+        self._with_turn(turn_id, partial(self._forget, why="its caller went away"))
+
+    def stop_prefill(self, turn_id: str) -> None:
+        """From any thread: a turn's own prefill is to end at once."""
+        if run := self._own_prefills.get(turn_id):
+            run.cancel()
+
+    def close(self, session_id: str) -> None:
+        """Frees a session in any state.
+
+        Raises:
+            SessionNotFound: there is none.
+        """
+        session = self._find(session_id)
+        if session.state is State.IDLE:
+            self._forget(session, why="it was closed")
+        else:
+            self._fail(session, error=SessionClosed(f"session {session_id!r} was closed"))
+
+    def end(self, error: Exception) -> None:
+        """Frees everything and tells whoever waits."""
+        for session in list(self.scheduler):
+            if session.state is State.IDLE:
+                self._forget(session, why=str(error))
+            else:
+                self._fail(session, error=error)
+
+    def info(self, session_id: str) -> SessionInfo:
+        """One session.
+
+        Raises:
+            SessionNotFound: there is none.
+        """
+        return self._info(self._find(session_id))
+
+    def infos(self) -> list[SessionInfo]:
+        """All sessions, oldest first."""
+        return [self._info(session) for session in self.scheduler]
+
+    # -- what becomes due ------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Does what time has made due, and lets sessions in."""
+        self.scheduler.expire()
+        self._watch_readers()
+        self._admit()
+
+    def _admit(self) -> None:
+        for session in self.scheduler.admit():
+            self._guarded(session, self._begin_prefill)
+        while stuck := self.scheduler.deadlocked():
+            words = "memory: the kept session gave way while its next turn waited for room"
+            self._fail(stuck, error=CapacityExhausted(words, retry_after_s=None))
+            self._admit()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` would do something."""
+        return self._groups.choosing or bool(self._runnable())
+
+    def next_due_s(self) -> float | None:
+        """Seconds until something becomes due by itself; None if nothing will."""
+        now = time.monotonic()
+        stalled = [
+            s.clock.stalled + self._limits.reader_timeout_s - now
+            for s in self.scheduler.live
+            if s.clock.stalled
+        ]
+        expiry = self.scheduler.next_expiry_s()
+        due = [*stalled, *([] if expiry is None else [expiry])]
+        return max(0.0, min(due)) if due else None
+
+    def step(self) -> None:
+        """A token for every session whose view is built and whose reader keeps up."""
+        if self._groups.choosing:
+            self._views.build(max(BUILD_S, self._step_s))
+            self._groups.advance()
+        sessions = self._runnable()
+        if not sessions:
+            return
+        clock = time.monotonic()
+        try:
+            self._run(sessions)
+        except Exception as error:
+            if len(sessions) == 1:
+                self._end_with(sessions[0], error)
+                return
+            log.exception("a step of %d sessions failed; each is tried alone", len(sessions))
+            for session in sessions:
+                self._guarded(session, lambda s: self._run([s]))
+        self._step_s = time.monotonic() - clock
+
+    def _run(self, sessions: list[Session]) -> None:
+        logits = decode_tokens(self._decoder, [_step_tokens(s) for s in sessions])
+        likeliest = torch.cat(logits).argmax(dim=1).tolist()
+        for session, rows in zip(sessions, logits, strict=True):
+            best, likeliest = likeliest[: len(rows)], likeliest[len(rows) :]
+            self._guarded(session, partial(self._read, logits=rows, likeliest=best))
+
+    def _read(self, session: Session, *, logits: Tensor, likeliest: list[int]) -> None:
+        if session.work.read(session, logits, likeliest):
+            self._finish(session)
+
+    def _runnable(self) -> list[Session]:
+        """Sessions of the next step. Of those that score, which bring many tokens, only one."""
+        scoring = False
+        sessions = []
+        for session in self.scheduler.live:
+            if session.state is not State.DECODE or session.view is None:
+                continue
+            if not session.sink.ready():
+                continue
+            if isinstance(session.work, Scoring):
+                if scoring:
+                    continue
+                scoring = True
+            sessions.append(session)
+        return sessions
+
+    def _watch_readers(self) -> None:
+        now = time.monotonic()
+        for session in self.scheduler.live:
+            if session.state is not State.DECODE or session.sink.ready():
+                session.clock.stalled = 0.0
+            elif not session.clock.stalled:
+                session.clock.stalled = now
+            elif now - session.clock.stalled >= self._limits.reader_timeout_s:
+                words = f"nobody has read for {self._limits.reader_timeout_s:g} s"
+                self._fail(session, error=ReaderTooSlow(f"session {session.session_id!r}: {words}"))
+
+    # -- a session's life ------------------------------------------------------------------------
+
+    def _find(self, session_id: str) -> Session:
+        session = self.scheduler.find(session_id)
+        if session is None:
+            raise SessionNotFound(session_id, self.scheduler.why_gone(session_id))
+        return session
+
+    def _session_for(self, task: GenerateTask | ScoreTask) -> Session:
+        if isinstance(task, ScoreTask) or task.continues is None:
+            return Session(task.turn_id)
+        kept = self._find(task.continues)
+        if kept.state is not State.IDLE:
+            raise SessionBusy(task.continues)
+        return kept
+
+    def _begin_turn(
+        self, session: Session, task: GenerateTask | ScoreTask, sink: Sink[Event]
+    ) -> None:
+        spec, dtype = self._decoder.spec, self._decoder.dtype
+        work: Work
+        keep = False
+        later_turn = bool(session.tokens)
+        if isinstance(task, ScoreTask):
+            selection = task.pruning.selection(self._selection, task.seed)
+            more = len(task.continuation)
+            work = Scoring(self._decoder, task)
+        else:
+            base = session.selection if later_turn else self._selection
+            selection = task.pruning.selection(base, task.sampling.seed)
+            more = task.stopping.max_tokens
+            work = Generation(self._model, task)
+            keep = task.keep
+        length = len(session.tokens) + len(task.prompt)
+        if length >= spec.context_length:
+            raise InvalidRequest(
+                "session_id",
+                f"{length} tokens with the turns before",
+                f"at most {spec.context_length - 1}, one less than the context length",
+            )
+        capacity = min(length + more, spec.context_length)
+        kv = kv_bytes(spec, dtype, capacity)
+        if later_turn or keep:  # its cache is resized, by a copy of one layer after the other
+            kv += kv // len(spec.layers)
+        sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)
+        needs = Reservation(
+            kv=kv,
+            view=self._views.planned_bytes(selection.experts_of(spec.ff_width)),
+            pool=self._groups.pool(selection, sharing),
+        )
+        self.scheduler.enqueue(session, needs, task.deadline)
+        session.begin_turn(
+            task.turn_id,
+            arrived=task.arrived,
+            prompt=task.prompt,
+            capacity=capacity,
+            selection=selection,
+            sharing=sharing,
+            work=work,
+            sink=sink,
+            keep=keep and kv_bytes(spec, dtype, capacity) <= self._limits.idle_bytes,
+        )
+
+    def _begin_prefill(self, session: Session) -> None:
+        later_turn = session.cache is not None
+        self._make_cache(session)
+        limit = self._own_prefill_tokens
+        own = later_turn or limit is None or session.prompt_tokens <= limit
+        self._intakes[session.turn_id] = self._new_intake(session, in_place=own)
+        if own:
+            events = partial(
+                prefill,
+                self._decoder,
+                session.tokens[session.turn_start :],
+                session.selection,
+                cache=session.cache,
+                s2=session.s2,
+                chunk_tokens=self._limits.chunk_tokens,
+            )
+            run = PrefillRun(events, _OwnIntake(self, session), admitted=True)
+            self._own_prefills[session.turn_id] = run
+            self._prefills.add(run, 0.0)
+        session.sink.put(Admitted(handoff=None if own else session.selection))
+
+    def _make_cache(self, session: Session) -> None:
+        """Takes the KV cache's bytes and the cache, or lets the cache of the turn before grow."""
+        if session.cache is None:
+            self.budget.take(kv_bytes(self._decoder.spec, self._decoder.dtype, session.capacity))
+            session.cache = self._decoder.new_cache(session.capacity)
+        else:
+            self._resize_cache(session.cache, session.capacity)
+
+    def _resize_cache(self, cache: KvCache, capacity: int) -> None:
+        held = cache.nbytes
+        layer = held // len(self._decoder.layers)
+        new = kv_bytes(self._decoder.spec, self._decoder.dtype, capacity)
+        self.budget.take(max(0, new - held) + layer)
+        cache.resize(capacity)
+        self.budget.give_back(max(0, held - new) + layer)
+
+    def _new_intake(self, session: Session, *, in_place: bool) -> Intake:
+        assert session.cache is not None
+        return Intake(
+            self._decoder,
+            session.cache,
+            in_place=in_place,
+            tokens=session.prompt_tokens,
+            experts_per_layer=session.selection.experts_of(self._decoder.spec.ff_width),
+        )
+
+    def _intake(self, session: Session, *, event: PrefillEvent) -> None:
+        intake = self._intakes.get(session.turn_id)
+        if intake is None:
+            return
+        if isinstance(event, PrefillRestarted):
+            self._intakes[session.turn_id] = self._new_intake(session, in_place=False)
+        elif isinstance(event, PrefillFinished):
+            self._begin_decode(session, intake, event)
+        else:
+            intake.take(event)
+
+    def _begin_decode(self, session: Session, intake: Intake, event: PrefillFinished) -> None:
+        """The handoff is whole: the first token is drawn and goes out, and only then are the
+        experts that the second one needs laid out."""
+        intake.finish(session)
+        del self._intakes[session.turn_id]
+        self._own_prefills.pop(session.turn_id, None)
+        session.clock.prefilled = time.monotonic()
+        session.clock.selection_s = event.selection_s
+        session.state = State.DECODE
+        hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
+        if session.work.begin(session, self._decoder.head(hidden[None])[0]):
+            self._finish(session)
+        else:
+            self._groups.join(session)
+
+    def _finish(self, session: Session) -> None:
+        if not session.keep:
+            self._forget(session, why="it was not kept")
+            return
+        assert session.cache is not None
+        del self._turns[session.turn_id]
+        self._groups.leave(session)
+        self._resize_cache(session.cache, session.cache.length)
+        self.scheduler.keep(session, session.cache.nbytes)
+
+    def _fail(self, session: Session, *, error: Exception) -> None:
+        session.sink.put(Failed(error=error))
+        self._forget(session, why=f"its last turn failed: {error}")
+
+    def _forget(self, session: Session, *, why: str) -> None:
+        self.scheduler.drop(session, why)
+        self._free(session)
+
+    def _free(self, session: Session) -> None:
+        """The one place where a session's memory goes."""
+        self._turns.pop(session.turn_id, None)
+        self._intakes.pop(session.turn_id, None)
+        if run := self._own_prefills.pop(session.turn_id, None):
+            run.cancel()
+        self._groups.leave(session)
+        if session.cache is not None:
+            self.budget.give_back(session.cache.nbytes)
+            session.cache = None
+
+    def _with_turn(self, turn_id: str, action: Callable[[Session], None]) -> None:
+        if session := self._turns.get(turn_id):
+            self._guarded(session, action)
+
+    def _guarded(self, session: Session, action: Callable[[Session], None]) -> None:
+        """Whatever goes wrong in a session's turn ends that session alone."""
+        try:
+            action(session)
+        except Exception as error:
+            self._end_with(session, error)
+
+    def _end_with(self, session: Session, error: Exception) -> None:
+        if not isinstance(error, GriffinError):
+            log.exception("session %s failed", session.session_id)
+            error = EngineFault(f"{type(error).__name__}: {error}")
+        self._fail(session, error=error)
+
+    def _info(self, session: Session) -> SessionInfo:
+        now = time.monotonic()
+        idle = session.state is State.IDLE
+        reserved = session.reservation
+        return SessionInfo(
+            session_id=session.session_id,
+            state=session.state,
+            context_tokens=len(session.tokens),
+            generated_tokens=session.generated_tokens,
+            age_s=now - session.opened,
+            idle_s=now - session.clock.last_token if idle else 0.0,
+            reserved_bytes=reserved.kv + (0 if reserved.pool else reserved.view),
+            pruning=session.figures(self._decoder.spec.ff_width),
+        )
+
+
+def _step_tokens(session: Session) -> StepTokens:
+    assert session.cache is not None and session.view is not None
+    return StepTokens(
+        cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
+    )
+
+
+class _OwnIntake:
+    """The sink of a prefill that the engine runs for a session of its own."""
+
+    def __init__(self, decoding: Decoding, session: Session) -> None:
+        self._decoding = decoding
+        self._turn_id = session.turn_id
+
+    def put(self, event: PrefillStreamEvent) -> None:
+        if isinstance(event, Failed):
+            self._decoding.fail(self._turn_id, event.error)
+        elif not isinstance(event, PrefillBegun):
+            self._decoding.intake(self._turn_id, event)
+
+    def ready(self) -> bool:
+        return True
