@@ -10,6 +10,7 @@ with GriffinClient("localhost:50051") as client:
 from griffin_client.aio import AsyncGriffinClient
 from griffin_client.client import GriffinClient
 from griffin_client.errors import (
+    Aborted,
     Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
@@ -30,6 +31,7 @@ from griffin_client.types import (
     Sampling,
     Score,
     Session,
+    Sharing,
     Started,
     Stopping,
     Timings,
@@ -41,6 +43,7 @@ from griffin_client.types import (
 )
 
 __all__ = [
+    "Aborted",
     "AsyncGriffinClient",
     "Cancelled",
     "Completion",
@@ -60,6 +63,7 @@ __all__ = [
     "Score",
     "ServerFault",
     "Session",
+    "Sharing",
     "Started",
     "Stopping",
     "Timings",

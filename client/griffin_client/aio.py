@@ -22,6 +22,7 @@ from griffin_client.types import (
     Sampling,
     Score,
     Session,
+    Sharing,
     Stopping,
 )
 
@@ -65,6 +66,7 @@ class AsyncGriffinClient:
         token_ids: Sequence[int] | None = None,
         density: float | None = None,
         policy: Policy | None = None,
+        sharing: Sharing | None = None,
         sampling: Sampling | None = None,
         stopping: Stopping | None = None,
         top_logprobs: int | None = None,
@@ -80,6 +82,7 @@ class AsyncGriffinClient:
             token_ids=token_ids,
             density=density,
             policy=policy,
+            sharing=sharing,
             sampling=sampling or Sampling(),
             stopping=stopping or Stopping(),
             top_logprobs=top_logprobs,
@@ -107,6 +110,7 @@ class AsyncGriffinClient:
         *,
         density: float | None = None,
         policy: Policy | None = None,
+        sharing: Sharing | None = None,
         seed: int | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
@@ -117,6 +121,7 @@ class AsyncGriffinClient:
             continuation,
             density=density,
             policy=policy,
+            sharing=sharing,
             seed=seed,
             request_id=request_id,
         )

@@ -21,6 +21,7 @@ from griffin_client.types import (
     Sampling,
     Score,
     Session,
+    Sharing,
     Stopping,
 )
 
@@ -72,6 +73,7 @@ class GriffinClient:
         token_ids: Sequence[int] | None = None,
         density: float | None = None,
         policy: Policy | None = None,
+        sharing: Sharing | None = None,
         sampling: Sampling | None = None,
         stopping: Stopping | None = None,
         top_logprobs: int | None = None,
@@ -89,6 +91,7 @@ class GriffinClient:
                 (role, content) pairs.
             density: fraction of FF neurons generation runs on, in (0, 1]; None takes the server's.
             policy: how they are chosen; None takes the server's.
+            sharing: with whom the session may run on one expert set; None takes the server's.
             top_logprobs: how many alternatives to report at each token; None for no
                 log-probabilities at all.
             session_id: a kept session to continue.
@@ -100,6 +103,7 @@ class GriffinClient:
             token_ids=token_ids,
             density=density,
             policy=policy,
+            sharing=sharing,
             sampling=sampling or Sampling(),
             stopping=stopping or Stopping(),
             top_logprobs=top_logprobs,
@@ -130,6 +134,7 @@ class GriffinClient:
         *,
         density: float | None = None,
         policy: Policy | None = None,
+        sharing: Sharing | None = None,
         seed: int | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
@@ -144,6 +149,7 @@ class GriffinClient:
             continuation,
             density=density,
             policy=policy,
+            sharing=sharing,
             seed=seed,
             request_id=request_id,
         )

@@ -23,6 +23,7 @@ def generate_request(
     token_ids: Sequence[int] | None,
     density: float | None,
     policy: types.Policy | None,
+    sharing: types.Sharing | None,
     sampling: types.Sampling,
     stopping: types.Stopping,
     top_logprobs: int | None,
@@ -41,7 +42,7 @@ def generate_request(
         ],
         sampling=_message(pb.Sampling, "sampling.", **asdict(sampling)),
         stopping=_message(pb.Stopping, "stopping.", **asdict(stopping)),
-        pruning=_pruning(density, policy),
+        pruning=_pruning(density, policy, sharing),
         top_logprobs=top_logprobs,
         session_id=session_id,
         keep_session=keep_session,
@@ -55,6 +56,7 @@ def score_request(
     *,
     density: float | None,
     policy: types.Policy | None,
+    sharing: types.Sharing | None,
     seed: int | None,
     request_id: str | None,
 ) -> pb.ScoreRequest:
@@ -65,19 +67,28 @@ def score_request(
     return _message(
         pb.ScoreRequest,
         **inputs,
-        pruning=_pruning(density, policy),
+        pruning=_pruning(density, policy, sharing),
         seed=seed,
         request_id=request_id,
     )
 
 
-def _pruning(density: float | None, policy: types.Policy | None) -> pb.Pruning:
-    number = None
-    if policy is not None:
-        # An unknown name goes to the server as an unknown number, which refuses it like any other.
-        name = f"SELECTION_POLICY_{policy.upper()}"
-        number = dict(pb.SelectionPolicy.items()).get(name, -1)
-    return _message(pb.Pruning, "pruning.", density=density, policy=number)
+def _pruning(
+    density: float | None, policy: types.Policy | None, sharing: types.Sharing | None
+) -> pb.Pruning:
+    return _message(
+        pb.Pruning,
+        "pruning.",
+        density=density,
+        policy=_number(pb.SelectionPolicy, policy, "SELECTION_POLICY_"),
+        sharing=_number(pb.ExpertSharing, sharing, "EXPERT_SHARING_"),
+    )
+
+
+def _number(enum: Any, name: str | None, prefix: str) -> int | None:
+    """A name's number. An unknown name goes to the server as an unknown number, which refuses it
+    like any other."""
+    return None if name is None else dict(enum.items()).get(f"{prefix}{name.upper()}", -1)
 
 
 def _message(kind: type[M], path: str = "", **values: Any) -> M:
@@ -146,7 +157,8 @@ def score(response: pb.ScoreResponse) -> types.Score:
 
 def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:
     policy = _name(pb.SelectionPolicy, response.default_policy, "SELECTION_POLICY_")
-    return _fill(types.ModelInfo, response, default_policy=policy)
+    sharing = _name(pb.ExpertSharing, response.default_sharing, "EXPERT_SHARING_")
+    return _fill(types.ModelInfo, response, default_policy=policy, default_sharing=sharing)
 
 
 def session(message: pb.Session) -> types.Session:

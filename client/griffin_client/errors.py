@@ -10,6 +10,7 @@
     ├── Unavailable             the server, or its prefill server, cannot be reached
     ├── DeadlineExceeded        the timeout ran out
     ├── Cancelled               the call was cancelled, or the session closed
+    ├── Aborted                 nobody read what the call streamed, for too long
     └── ServerFault             a bug on the server's side
 """
 
@@ -79,6 +80,10 @@ class Cancelled(GriffinClientError):
     """The call was cancelled, or its session closed by another."""
 
 
+class Aborted(GriffinClientError):
+    """The server ended a stream that its client had stopped reading."""
+
+
 class ServerFault(GriffinClientError):
     """Any other status: a bug on the server's side."""
 
@@ -92,6 +97,7 @@ EXCEPTIONS: dict[grpc.StatusCode, type[GriffinClientError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.ABORTED: Aborted,
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Policy = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
+Sharing = Literal["private", "shared", "auto"]
 FinishReason = Literal["eos", "stop_sequence", "max_tokens", "context_length"]
 SessionState = Literal["queued", "prefill", "decode", "idle"]
 
@@ -200,6 +201,7 @@ class ModelInfo:
     has_chat_template: bool
     default_density: float
     default_policy: Policy
+    default_sharing: Sharing
     max_sessions: int
     version: str
 
@@ -215,3 +217,4 @@ class Session:
     pruning: PruningFigures
     age_s: float
     idle_s: float
+    reserved_bytes: int

@@ -13,24 +13,25 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
-from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2_grpc
 from griffin_core.decode.scheduler import Limits
 from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault, GriffinError
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
+from griffin_core.slim.crossover import assumed_private_limit
 from griffin_server.generation.service import GenerationServicer
 from griffin_server.handoff.shared_memory import remove_stale_segments
+from griffin_server.ops.cpus import available_cpus
 from griffin_server.ops.interceptors import CallInterceptor
 from griffin_server.ops.settings import Settings
 from griffin_server.prefill.service import PrefillServicer
-from griffin_server.prefill.source import LocalPrefill, PrefillSource, RemotePrefill
+from griffin_server.prefill.source import PREFILL_SERVICE, PrefillServer, PrefillServers
 
 log = structlog.get_logger("griffin.app")
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
-PREFILL = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
 
 
 class ListenError(GriffinError):
@@ -43,8 +44,6 @@ def load(settings: Settings, progress: Progress) -> Model:
     Raises:
         ModelError: see ``load_model``.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,20 +61,28 @@ class App:
 
     def __init__(self, settings: Settings, model: Model) -> None:
         self._settings = settings
+        self.threads = settings.threads or available_cpus()
         self.engine = Engine(
             model,
             limits=Limits(
                 max_sessions=settings.max_sessions,
                 max_queue=settings.max_queue,
                 session_bytes=int(settings.session_memory_gib * (1 << 30)),
+                idle_bytes=int(settings.idle_memory_gib * (1 << 30)),
                 session_ttl_s=settings.session_ttl_s,
+                reader_timeout_s=settings.reader_timeout_s,
                 chunk_tokens=settings.prefill_chunk_tokens,
+                prefill_share=settings.prefill_share,
             ),
             selection=Selection(density=settings.density, policy=settings.policy),
+            sharing=settings.sharing,
+            private_limit=assumed_private_limit if settings.role == "prefill" else None,
+            own_prefill_tokens=settings.own_prefill_tokens if settings.prefill_target else None,
+            threads=self.threads,
         )
         self._calls = CallInterceptor()
         self._health = health.HealthServicer()
-        self._source: PrefillSource | None = None
+        self._prefill: PrefillServers | None = None
         self._server: Any = None
         self.port = 0
         """The port that is listened on, once started."""
@@ -115,29 +122,30 @@ class App:
             role=settings.role,
             model=self.engine.model.name,
             dtype=str(self.engine.model.decoder.dtype).removeprefix("torch."),
-            threads=torch.get_num_threads(),
+            threads=self.threads,
         )
 
     def _add_services(self) -> list[str]:
         """Registers what the role serves and returns the names."""
         settings, engine, services = self._settings, self.engine, []
         if settings.role in ("all", "decode"):
-            if settings.prefill_target is None:
-                self._source = LocalPrefill(engine)
-            else:
+            if settings.prefill_target:
                 remove_stale_segments()
-                self._source = RemotePrefill(
-                    settings.prefill_target, engine.model, shared_memory=settings.shared_memory
+                self._prefill = PrefillServers(
+                    [
+                        PrefillServer(target, engine.model, shared_memory=settings.shared_memory)
+                        for target in settings.prefill_target
+                    ]
                 )
             generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-                GenerationServicer(engine, self._source, settings.role), self._server
+                GenerationServicer(engine, self._prefill, settings.role), self._server
             )
             services.append(GENERATION)
         if settings.role in ("all", "prefill"):
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(
                 PrefillServicer(engine), self._server
             )
-            services.append(PREFILL)
+            services.append(PREFILL_SERVICE)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (
@@ -159,8 +167,8 @@ class App:
         await asyncio.wait({stopping}, timeout=self._settings.shutdown_grace_s)
         await asyncio.to_thread(self.engine.stop)
         await stopping
-        if self._source is not None:
-            await self._source.close()
+        if self._prefill is not None:
+            await self._prefill.close()
         log.info("stopped")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from griffin_client import (
     Stopping,
     Tokens,
 )
+from griffin_server.bench import Load, print_results, run_load
 
 app = typer.Typer(
     add_completion=False,
@@ -178,6 +180,56 @@ def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
         console.print(listing)
 
 
+@app.command()
+def bench(
+    target: Target = "localhost:50051",
+    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 64,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Closed loop: so many at once, until all are done.")
+    ] = 8,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Open loop instead: so many a second on average, at random moments (Poisson)."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[str, typer.Option(help="A number, or least:most.")] = "128",
+    output_tokens: Annotated[str, typer.Option(help="A number, or least:most.")] = "64",
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="Repeat it for several, taken in turn; the server's if not given."),
+    ] = None,
+    sharing: Annotated[
+        str | None, typer.Option(help="private, shared or auto; the server's if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of lengths, prompts and moments.")] = 0,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for each request.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a running server under load, and say how it took it."""
+    if rate is not None and not 0 < rate < math.inf:
+        _fail(f"rate: got {rate}; allowed: > 0", status=2)
+    load = Load(
+        requests=requests,
+        concurrency=concurrency,
+        rate=rate,
+        prompt_tokens=_range("prompt-tokens", prompt_tokens),
+        output_tokens=_range("output-tokens", output_tokens),
+        densities=density or [None],
+        sharing=sharing,  # type: ignore[arg-type]  # the server names the allowed ones
+        seed=seed,
+        timeout_s=timeout,
+    )
+    with _errors():
+        results = asyncio.run(run_load(target, load, err))
+    if as_json:
+        print(json.dumps(results.summary()))
+    else:
+        print_results(results, Console(highlight=False))
+    if not results.end_to_end_s:
+        _fail("no request came to its end")
+
+
 def figures_line(started: Started, finished: Finished) -> str:
     """One line on how a completion went."""
     usage, pruning = finished.usage, finished.pruning
@@ -219,6 +271,17 @@ def _read(prompt: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         _fail(f"prompt: {error}")
     return prompt
+
+
+def _range(name: str, text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    try:
+        values = int(least), int(most or least)
+    except ValueError:
+        values = 0, 0
+    if not 1 <= values[0] <= values[1]:
+        _fail(f"{name}: got {text!r}; allowed: a number >= 1, or least:most", status=2)
+    return values
 
 
 def _ask(as_json: bool) -> str:

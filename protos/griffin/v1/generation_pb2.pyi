@@ -65,6 +65,44 @@ SELECTION_POLICY_RANDOM: SelectionPolicy.ValueType  # 5
 """K neurons drawn uniformly. A baseline."""
 Global___SelectionPolicy: _TypeAlias = SelectionPolicy  # noqa: Y015
 
+class _ExpertSharing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExpertSharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertSharing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPERT_SHARING_UNSPECIFIED: _ExpertSharing.ValueType  # 0
+    """Whatever the server or the session has as its default."""
+    EXPERT_SHARING_PRIVATE: _ExpertSharing.ValueType  # 1
+    """A set of its own: what it generates does not depend on who else is there."""
+    EXPERT_SHARING_SHARED: _ExpertSharing.ValueType  # 2
+    """One set with all that may share and have its density and policy, chosen from the sum of their
+    statistics, and again whenever one joins or leaves.
+    """
+    EXPERT_SHARING_AUTO: _ExpertSharing.ValueType  # 3
+    """PRIVATE while there are few such sessions; SHARED once sets of their own would cost more time
+    than running dense, as the server measured it at its start.
+    """
+
+class ExpertSharing(_ExpertSharing, metaclass=_ExpertSharingEnumTypeWrapper):
+    """Whether a session may run on one expert set with others. One set for several costs less; a set of
+    its own serves a session better.
+    """
+
+EXPERT_SHARING_UNSPECIFIED: ExpertSharing.ValueType  # 0
+"""Whatever the server or the session has as its default."""
+EXPERT_SHARING_PRIVATE: ExpertSharing.ValueType  # 1
+"""A set of its own: what it generates does not depend on who else is there."""
+EXPERT_SHARING_SHARED: ExpertSharing.ValueType  # 2
+"""One set with all that may share and have its density and policy, chosen from the sum of their
+statistics, and again whenever one joins or leaves.
+"""
+EXPERT_SHARING_AUTO: ExpertSharing.ValueType  # 3
+"""PRIVATE while there are few such sessions; SHARED once sets of their own would cost more time
+than running dense, as the server measured it at its start.
+"""
+Global___ExpertSharing: _TypeAlias = ExpertSharing  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -127,21 +165,25 @@ class Pruning(_message.Message):
 
     DENSITY_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    SHARING_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     """Fraction of FF neurons kept, in (0, 1]; K = max(1, floor(F * density)). 1 is the dense model.
     Default: the server's `--density` (GetModelInfo tells it).
     """
     policy: Global___SelectionPolicy.ValueType
     """Default: the server's `--policy` (GetModelInfo tells it)."""
+    sharing: Global___ExpertSharing.ValueType
+    """Default: the server's `--sharing` (GetModelInfo tells it)."""
     def __init__(
         self,
         *,
         density: _builtins.float | None = ...,
         policy: Global___SelectionPolicy.ValueType = ...,
+        sharing: Global___ExpertSharing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "policy", b"policy", "sharing", b"sharing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
     _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
@@ -648,7 +690,7 @@ class Timings(_message.Message):
     selection_s: _builtins.float
     """Choosing the experts of all layers, as the prefill side measured it."""
     slim_build_s: _builtins.float
-    """Building the slim views of all layers."""
+    """From a verified handoff until the slim view was there; the first token is on its way meanwhile."""
     first_token_s: _builtins.float
     """From arrival to the first token."""
     decode_s: _builtins.float
@@ -883,6 +925,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_SESSIONS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     DEFAULT_POLICY_FIELD_NUMBER: _builtins.int
+    DEFAULT_SHARING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The directory, file or hub id the server was started with; paths are reduced to their last part."""
     family: _builtins.str
@@ -919,6 +962,8 @@ class GetModelInfoResponse(_message.Message):
     """The server's version, "1.2.3"."""
     default_policy: Global___SelectionPolicy.ValueType
     """What a request that names no policy gets."""
+    default_sharing: Global___ExpertSharing.ValueType
+    """What a request that names no sharing gets."""
     def __init__(
         self,
         *,
@@ -941,10 +986,11 @@ class GetModelInfoResponse(_message.Message):
         max_sessions: _builtins.int = ...,
         version: _builtins.str = ...,
         default_policy: Global___SelectionPolicy.ValueType = ...,
+        default_sharing: Global___ExpertSharing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -961,6 +1007,7 @@ class Session(_message.Message):
     PRUNING_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     IDLE_S_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     state: Global___SessionState.ValueType
     context_tokens: _builtins.int
@@ -971,6 +1018,10 @@ class Session(_message.Message):
     """Since the session was opened."""
     idle_s: _builtins.float
     """Since the last token or turn; 0 unless IDLE."""
+    reserved_bytes: _builtins.int
+    """The most its KV cache, and its slim view if that is its own, can come to hold; what its KV cache
+    holds if IDLE.
+    """
     @_builtins.property
     def pruning(self) -> Global___PruningFigures: ...
     def __init__(
@@ -983,10 +1034,11 @@ class Session(_message.Message):
         pruning: Global___PruningFigures | None = ...,
         age_s: _builtins.float = ...,
         idle_s: _builtins.float = ...,
+        reserved_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pruning", b"pruning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "context_tokens", b"context_tokens", "generated_tokens", b"generated_tokens", "idle_s", b"idle_s", "pruning", b"pruning", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "context_tokens", b"context_tokens", "generated_tokens", b"generated_tokens", "idle_s", b"idle_s", "pruning", b"pruning", "reserved_bytes", b"reserved_bytes", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

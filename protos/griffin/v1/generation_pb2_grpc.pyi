@@ -47,9 +47,11 @@ class GenerationServiceStub:
     """Streams one completion: `Started` once, `Tokens` as they are made, `Finished` last.
     A stream that ends without `Finished` ended with an error status.
       INVALID_ARGUMENT    a field is out of range (the message names field, value and range)
-      NOT_FOUND           `session_id` names no kept session
+      NOT_FOUND           `session_id` names no kept session (the message says what became of it)
       FAILED_PRECONDITION the prefill server holds another model
-      RESOURCE_EXHAUSTED  the request does not fit now (`RetryInfo`), or never will
+      RESOURCE_EXHAUSTED  the request does not fit now or would begin after its deadline
+                          (`RetryInfo`), or never will fit
+      ABORTED             the client did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the prefill server went away, or this server is shutting down
     """
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
@@ -74,9 +76,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Streams one completion: `Started` once, `Tokens` as they are made, `Finished` last.
     A stream that ends without `Finished` ended with an error status.
       INVALID_ARGUMENT    a field is out of range (the message names field, value and range)
-      NOT_FOUND           `session_id` names no kept session
+      NOT_FOUND           `session_id` names no kept session (the message says what became of it)
       FAILED_PRECONDITION the prefill server holds another model
-      RESOURCE_EXHAUSTED  the request does not fit now (`RetryInfo`), or never will
+      RESOURCE_EXHAUSTED  the request does not fit now or would begin after its deadline
+                          (`RetryInfo`), or never will fit
+      ABORTED             the client did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the prefill server went away, or this server is shutting down
     """
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
@@ -104,9 +108,11 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams one completion: `Started` once, `Tokens` as they are made, `Finished` last.
         A stream that ends without `Finished` ended with an error status.
           INVALID_ARGUMENT    a field is out of range (the message names field, value and range)
-          NOT_FOUND           `session_id` names no kept session
+          NOT_FOUND           `session_id` names no kept session (the message says what became of it)
           FAILED_PRECONDITION the prefill server holds another model
-          RESOURCE_EXHAUSTED  the request does not fit now (`RetryInfo`), or never will
+          RESOURCE_EXHAUSTED  the request does not fit now or would begin after its deadline
+                              (`RetryInfo`), or never will fit
+          ABORTED             the client did not read for the server's `--reader-timeout-s`
           UNAVAILABLE         the prefill server went away, or this server is shutting down
         """
 

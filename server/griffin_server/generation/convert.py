@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from griffin.v1 import generation_pb2 as pb
+from griffin_core.decode.decoding import SessionInfo
 from griffin_core.decode.events import (
     Finished,
     PruningFigures,
@@ -15,14 +17,15 @@ from griffin_core.decode.events import (
     TokensMade,
 )
 from griffin_core.decode.sampling import Logprobs, SamplingParams
-from griffin_core.decode.session import State
+from griffin_core.decode.session import Sharing, State
 from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import SessionInfo
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
+
+N = TypeVar("N", bound=str)
 
 _POLICIES: dict[PolicyName, pb.SelectionPolicy.ValueType] = {
     "topk": pb.SELECTION_POLICY_TOPK,
@@ -30,6 +33,12 @@ _POLICIES: dict[PolicyName, pb.SelectionPolicy.ValueType] = {
     "topk_sampled": pb.SELECTION_POLICY_TOPK_SAMPLED,
     "magnitude": pb.SELECTION_POLICY_MAGNITUDE,
     "random": pb.SELECTION_POLICY_RANDOM,
+}
+
+_SHARINGS: dict[Sharing, pb.ExpertSharing.ValueType] = {
+    "private": pb.EXPERT_SHARING_PRIVATE,
+    "shared": pb.EXPERT_SHARING_SHARED,
+    "auto": pb.EXPERT_SHARING_AUTO,
 }
 
 _REASONS = {
@@ -57,19 +66,33 @@ def policy_from_pb(field: str, value: int) -> PolicyName | None:
     Raises:
         InvalidRequest: a number that names no policy.
     """
-    if value == pb.SELECTION_POLICY_UNSPECIFIED:
+    return _named(_POLICIES, field, value)
+
+
+def sharing_to_pb(sharing: Sharing) -> pb.ExpertSharing.ValueType:
+    return _SHARINGS[sharing]
+
+
+def _named(names: Mapping[N, int], field: str, value: int) -> N | None:
+    if value == 0:  # UNSPECIFIED
         return None
-    for name, number in _POLICIES.items():
+    for name, number in names.items():
         if number == value:
             return name
-    allowed = ", ".join(f"{number} ({name})" for name, number in _POLICIES.items())
+    allowed = ", ".join(f"{number} ({name})" for name, number in names.items())
     raise InvalidRequest(field, value, allowed)
 
 
 def generate_task(
-    request: pb.GenerateRequest, tokenizer: Tokenizer, spec: ModelSpec
+    request: pb.GenerateRequest,
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    timeout_s: float | None = None,
 ) -> GenerateTask:
     """Tokenizes and checks a request.
+
+    Args:
+        timeout_s: how long the caller waits; None for ever.
 
     Raises:
         InvalidRequest: naming field, value and range.
@@ -96,13 +119,22 @@ def generate_task(
         continues=request.session_id or None,
         keep=request.keep_session,
         arrived=arrived,
+        deadline=None if timeout_s is None else arrived + timeout_s,
     )
     task.check(spec, field)
     return task
 
 
-def score_task(request: pb.ScoreRequest, tokenizer: Tokenizer, spec: ModelSpec) -> ScoreTask:
+def score_task(
+    request: pb.ScoreRequest,
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    timeout_s: float | None = None,
+) -> ScoreTask:
     """Tokenizes and checks a request.
+
+    Args:
+        timeout_s: how long the caller waits; None for ever.
 
     Raises:
         InvalidRequest: naming field, value and range.
@@ -143,6 +175,7 @@ def score_task(request: pb.ScoreRequest, tokenizer: Tokenizer, spec: ModelSpec) 
         pruning=pruning,
         seed=_seed(request),
         arrived=arrived,
+        deadline=None if timeout_s is None else arrived + timeout_s,
     )
     task.check(spec, context, continuation)
     return task
@@ -217,6 +250,7 @@ def _stopping(message: pb.Stopping) -> StoppingParams:
 def _pruning(message: pb.Pruning) -> PruningParams:
     return PruningParams(
         policy=policy_from_pb("pruning.policy", message.policy),
+        sharing=_named(_SHARINGS, "pruning.sharing", message.sharing),
         **_set_fields(message, "density"),
     )
 
@@ -315,4 +349,5 @@ def session_to_pb(info: SessionInfo) -> pb.Session:
         pruning=figures_to_pb(info.pruning),
         age_s=info.age_s,
         idle_s=info.idle_s,
+        reserved_bytes=info.reserved_bytes,
     )

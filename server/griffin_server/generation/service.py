@@ -21,13 +21,14 @@ from griffin_core.decode.events import (
     TokensMade,
 )
 from griffin_core.decode.task import GenerateTask, ScoreTask
-from griffin_core.engine import Engine, PrefillTask
-from griffin_core.errors import EngineFault, GriffinError, SessionNotFound
+from griffin_core.engine import Engine
+from griffin_core.errors import EngineFault, GriffinError
+from griffin_core.prefill_queue import PrefillTask
 from griffin_server import __version__
 from griffin_server.channel import Channel
 from griffin_server.generation import convert
 from griffin_server.ops.interceptors import request_id_var
-from griffin_server.prefill.source import PrefillSource
+from griffin_server.prefill.source import PrefillServers
 
 TOKENS_AHEAD = 64
 """Events that may wait for a client that does not read before its session is paused."""
@@ -39,14 +40,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Turns calls into the engine's tasks and pulls their prefills.
 
     Args:
-        source: where prompts are run.
+        prefill: where prompts are run that the engine does not run itself; None if there are none.
         role: "all" or "decode", for GetModelInfo.
     """
 
-    def __init__(self, engine: Engine, source: PrefillSource, role: str) -> None:
+    def __init__(self, engine: Engine, prefill: PrefillServers | None, role: str) -> None:
         self._engine = engine
         self._model = engine.model
-        self._source = source
+        self._prefill = prefill
         self._role = role
 
     async def Generate(
@@ -55,7 +56,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         model = self._model
         # A long text takes the tokenizer tens of milliseconds.
         task = await asyncio.to_thread(
-            convert.generate_task, request, model.tokenizer, model.decoder.spec
+            convert.generate_task,
+            request,
+            model.tokenizer,
+            model.decoder.spec,
+            context.time_remaining(),
         )
         async with aclosing(self._events(task, context)) as events:
             async for event in events:
@@ -70,7 +75,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         model = self._model
         task = await asyncio.to_thread(
-            convert.score_task, request, model.tokenizer, model.decoder.spec
+            convert.score_task,
+            request,
+            model.tokenizer,
+            model.decoder.spec,
+            context.time_remaining(),
         )
         async with aclosing(self._events(task, context)) as events:
             async for event in events:
@@ -108,8 +117,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _pull(self, turn_id: str, task: PrefillTask, context: Context) -> None:
         """Pulls a prefill and hands what comes to the turn."""
+        assert self._prefill is not None, "an engine without prefill servers hands nothing over"
         try:
-            async with aclosing(self._source.stream(task, context.time_remaining())) as events:
+            async with aclosing(self._prefill.stream(task, context.time_remaining())) as events:
                 async for event in events:
                     self._engine.intake(turn_id, event)
         except GriffinError as error:
@@ -139,6 +149,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             has_chat_template=model.tokenizer.has_chat_template,
             default_density=self._engine.selection.density,
             default_policy=convert.policy_to_pb(self._engine.selection.policy),
+            default_sharing=convert.sharing_to_pb(self._engine.sharing),
             max_sessions=self._engine.limits.max_sessions,
             version=__version__,
         )
@@ -146,10 +157,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def GetSession(
         self, request: pb.GetSessionRequest, context: Context
     ) -> pb.GetSessionResponse:
-        for info in await asyncio.wrap_future(self._engine.sessions()):
-            if info.session_id == request.session_id:
-                return pb.GetSessionResponse(session=convert.session_to_pb(info))
-        raise SessionNotFound(request.session_id)
+        info = await asyncio.wrap_future(self._engine.session(request.session_id))
+        return pb.GetSessionResponse(session=convert.session_to_pb(info))
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context

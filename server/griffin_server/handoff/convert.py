@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.engine import PrefillTask
 from griffin_core.errors import FingerprintMismatch, HandoffBroken
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
+from griffin_core.prefill_queue import PrefillTask
 from griffin_server.handoff.shared_memory import DATA_START, Segment
 
 CHUNK_BYTES = 1 << 20

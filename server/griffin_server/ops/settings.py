@@ -8,17 +8,19 @@ import tomllib
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
+from griffin_core.decode.session import Sharing
 from griffin_core.experts.selection import PolicyName
 from griffin_core.model.source import DEFAULT_MODEL
 from griffin_server.ops.logging import LogFormat
@@ -54,8 +56,13 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every one.")
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    prefill_target: str | None = Field(
-        None, description="host:port of the prefill server; needed by, and only by, role decode."
+    prefill_target: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="A prefill server: host:port, or a gRPC name such as dns:///prefill:50052. May "
+        "be repeated, or list several with commas. Needed by, and only by, role decode.",
+    )
+    own_prefill_tokens: int = Field(
+        32, ge=0, description="Role decode runs prompts of up to so many tokens itself."
     )
     shared_memory: bool = Field(
         True, description="Take KV through shared memory from a prefill server on the same host."
@@ -64,7 +71,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights, activations and KV; auto is what the device is fast in."
     )
-    threads: int = Field(0, ge=0, description="CPU threads of the model; 0 is one a core.")
+    threads: int = Field(
+        0, ge=0, description="CPU threads of the model; 0 is one for each CPU there is to use."
+    )
     density: float = Field(
         0.75,
         gt=0,
@@ -73,14 +82,28 @@ class Settings(BaseSettings):
         "choice for 7B models and larger; small models need more.",
     )
     policy: PolicyName = Field("topk", description="Selection policy of requests that name none.")
-    max_sessions: int = Field(16, ge=1, description="Sessions in prefill or decode at once.")
-    max_queue: int = Field(64, ge=0, description="Requests that may wait; more are refused.")
+    sharing: Sharing = Field(
+        "private",
+        description="Of requests that name none. private: a set of experts each; shared: one for "
+        "all of one density; auto: shared once private ones cost more than they save.",
+    )
+    max_sessions: int = Field(64, ge=1, description="Sessions in prefill or decode at once.")
+    max_queue: int = Field(256, ge=0, description="Requests that may wait; more are refused.")
     session_memory_gib: float = Field(
         4.0, gt=0, description="KV caches and slim views of all sessions together."
     )
+    idle_memory_gib: float = Field(
+        1.0, ge=0, description="The share of it that kept sessions may hold between their turns."
+    )
     session_ttl_s: float = Field(600.0, ge=0, description="How long a kept session may be idle.")
+    reader_timeout_s: float = Field(
+        60.0, ge=0, description="How long a session waits for a client that does not read."
+    )
     prefill_chunk_tokens: int = Field(
         512, ge=1, description="Prompt tokens that run at once, between two decode steps."
+    )
+    prefill_share: float = Field(
+        0.5, gt=0, le=1, description="Of the time, for prompts while sessions decode."
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
     shutdown_grace_s: float = Field(
@@ -89,12 +112,19 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info")
     log_format: LogFormat = Field("auto", description="auto: console on a terminal, else json.")
 
+    @field_validator("prefill_target", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        parts = [value] if isinstance(value, str) else value
+        return tuple(item.strip() for part in parts for item in part.split(",") if item.strip())
+
     @model_validator(mode="after")
     def _target_if_decode(self) -> Settings:
-        if (self.role == "decode") != (self.prefill_target is not None):
+        if (self.role == "decode") != bool(self.prefill_target):
+            given = ", ".join(self.prefill_target) or None
             raise ValueError(
-                f"prefill_target: got {self.prefill_target!r} with role {self.role!r}; role decode "
-                "needs one, the other roles take none"
+                f"prefill_target: got {given!r} with role {self.role!r}; role decode needs one, "
+                "the other roles take none"
             )
         return self
 

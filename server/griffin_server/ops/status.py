@@ -20,6 +20,7 @@ from griffin_core.errors import (
     HandoffBroken,
     InvalidRequest,
     PrefillUnavailable,
+    ReaderTooSlow,
     SessionBusy,
     SessionClosed,
     SessionNotFound,
@@ -34,6 +35,7 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     SessionNotFound: (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
     SessionBusy: (grpc.StatusCode.FAILED_PRECONDITION, "SESSION_BUSY"),
     SessionClosed: (grpc.StatusCode.CANCELLED, "SESSION_CLOSED"),
+    ReaderTooSlow: (grpc.StatusCode.ABORTED, "READER_TOO_SLOW"),
     CapacityExhausted: (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED"),
     FingerprintMismatch: (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH"),
     # Both are worth another try: the handoff is gone, the request is not at fault.

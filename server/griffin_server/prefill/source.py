@@ -1,18 +1,20 @@
-"""Decode's way to a prefill: in this process or on another server, through one interface."""
+"""Decode's way to its prefill servers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
 
 import grpc
+import structlog
 from google.rpc.error_details_pb2 import RetryInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
-from griffin_core.decode.events import Failed
-from griffin_core.engine import Engine, PrefillBegun, PrefillStreamEvent, PrefillTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
@@ -22,19 +24,26 @@ from griffin_core.errors import (
     PrefillUnavailable,
 )
 from griffin_core.model.load import Model
-from griffin_core.prefill import PrefillEvent, PrefillFinished
-from griffin_server.channel import Channel
+from griffin_core.prefill import PrefillEvent, PrefillRestarted
+from griffin_core.prefill_queue import PrefillTask
 from griffin_server.generation.convert import policy_to_pb
 from griffin_server.handoff.convert import HandoffReader, HandoffShape, handoff_shape
 from griffin_server.handoff.shared_memory import DATA_START, Segment, SegmentPool
 from griffin_server.ops.interceptors import REQUEST_ID_KEY, request_id_var
 from griffin_server.ops.status import details_of
-from griffin_server.prefill.service import EVENTS_AHEAD
+
+log = structlog.get_logger("griffin.prefill")
 
 CONNECT_S = 2.0
 """How long a call waits for a prefill server that is not connected."""
 
+PROBE_S = 0.5
+"""Between two health checks of a server that was set aside, and how long each may take."""
+
+PREFILL_SERVICE = pb.DESCRIPTOR.services_by_name["PrefillService"].full_name
+
 CHANNEL_OPTIONS = [
+    ("grpc.lb_policy_name", "round_robin"),
     # A single token's KV in one layer may be larger than a chunk; nothing comes near this.
     ("grpc.max_receive_message_length", 64 << 20),
     # A restarted prefill server is found again within CONNECT_S.
@@ -46,72 +55,112 @@ CHANNEL_OPTIONS = [
 ]
 
 
-class PrefillSource(Protocol):
-    """Something that runs prompts."""
+class PrefillServers:
+    """Several prefill servers as one: each prompt goes to the one with the fewest tokens to run.
 
-    def stream(
-        self, task: PrefillTask, timeout_s: float | None
-    ) -> AsyncGenerator[PrefillEvent, None]:
-        """The events of a prefill, PrefillFinished last and verified. Closing the iterator ends the
-        work behind it.
+    A server that fails is set aside until a health check finds it serving again. Whose handoff it
+    broke gets one more try on another, if there is one and time is left.
 
-        Raises:
-            GriffinError: it did not come to its end.
-        """
-        ...
+    Args:
+        servers: at least one.
+    """
 
-    async def close(self) -> None:
-        """Frees what the source holds."""
-        ...
-
-
-class LocalPrefill:
-    """Prefill by an engine of this process."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, servers: Sequence[PrefillServer]) -> None:
+        self._servers = servers
+        self._probes: set[asyncio.Task[None]] = set()
 
     async def stream(
         self, task: PrefillTask, timeout_s: float | None
     ) -> AsyncGenerator[PrefillEvent, None]:
-        channel: Channel[PrefillStreamEvent] = Channel(EVENTS_AHEAD, self._engine.wake)
-        run = self._engine.prefill(task, channel, admitted=True)
+        """The events of a prefill, PrefillFinished last and verified. PrefillRestarted says that
+        those before it do not count. Closing the iterator ends the work behind it.
+
+        Raises:
+            GriffinError: it did not come to its end.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        server = self._choose(self._servers)
         try:
-            async for event in channel:
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, PrefillBegun):
-                    continue
-                yield event
-                if isinstance(event, PrefillFinished):
-                    return
-        finally:
-            run.cancel()
-            self._engine.wake()
+            async with aclosing(server.stream(task, timeout_s)) as events:
+                async for event in events:
+                    yield event
+            return
+        except (HandoffBroken, PrefillUnavailable, CapacityExhausted) as error:
+            if not isinstance(error, CapacityExhausted):
+                self._set_aside(server)
+            others = [other for other in self._servers if other is not server]
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if not others or (left_s is not None and left_s <= 0):
+                raise
+            log.warning("prefill retried", failed=server.target, error=str(error))
+        yield PrefillRestarted()
+        server = self._choose(others)
+        try:
+            async with aclosing(server.stream(task, left_s)) as events:
+                async for event in events:
+                    yield event
+        except (HandoffBroken, PrefillUnavailable):
+            self._set_aside(server)
+            raise
 
     async def close(self) -> None:
-        """Holds nothing."""
+        """Frees what the servers' connections hold."""
+        for probe in self._probes:
+            probe.cancel()
+        await asyncio.gather(*self._probes, return_exceptions=True)
+        await asyncio.gather(*(server.close() for server in self._servers))
+
+    @staticmethod
+    def _choose(servers: Sequence[PrefillServer]) -> PrefillServer:
+        """The least busy of those that answer; if none does, of all."""
+        serving = [server for server in servers if not server.set_aside]
+        return min(serving or servers, key=lambda server: server.outstanding_tokens)
+
+    def _set_aside(self, server: PrefillServer) -> None:
+        if server.set_aside:
+            return
+        server.set_aside = True
+        probe = asyncio.create_task(server.wait_until_serving())
+        self._probes.add(probe)
+        probe.add_done_callback(self._probes.discard)
 
 
-class RemotePrefill:
-    """Prefill by another server.
+class PrefillServer:
+    """One prefill server, and the connection to it.
 
     Args:
-        target: its gRPC name, host:port say.
+        target: its gRPC name: host:port, or dns:///name for all addresses of a name, in turn.
         model: this side's; the other must hold the same.
         shared_memory: whether to offer a segment for the KV.
     """
 
     def __init__(self, target: str, model: Model, *, shared_memory: bool) -> None:
-        self._target = target
+        self.target = target
+        self.outstanding_tokens = 0
+        """Of the prompts it is running."""
+        self.set_aside = False
+        """Whether it failed and has not been found serving since."""
         self._model = model
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = prefill_pb2_grpc.PrefillServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._pool = SegmentPool()
         self._abandoned: set[asyncio.Future[Segment | None]] = set()
         self._offers_segments = shared_memory
 
     async def stream(
+        self, task: PrefillTask, timeout_s: float | None
+    ) -> AsyncGenerator[PrefillEvent, None]:
+        """See ``PrefillServers.stream``; without a second try."""
+        self.outstanding_tokens += len(task.token_ids)
+        try:
+            async with aclosing(self._stream(task, timeout_s)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.outstanding_tokens -= len(task.token_ids)
+
+    async def _stream(
         self, task: PrefillTask, timeout_s: float | None
     ) -> AsyncGenerator[PrefillEvent, None]:
         shape = handoff_shape(self._model, task)
@@ -129,9 +178,9 @@ class RemotePrefill:
                 if (event := reader.read(message)) is not None:
                     yield event
             if not reader.finished:
-                raise HandoffBroken(f"handoff: {self._target} ended the stream before its end")
+                raise HandoffBroken(f"handoff: {self.target} ended the stream before its end")
         except grpc.aio.AioRpcError as error:
-            raise _to_error(self._target, error) from error
+            raise _to_error(self.target, error) from error
         finally:
             if call is not None:
                 call.cancel()
@@ -145,12 +194,25 @@ class RemotePrefill:
         self._pool.close()
         await self._channel.close()
 
+    async def wait_until_serving(self) -> None:
+        """Asks its health service until it says SERVING."""
+        request = health_pb2.HealthCheckRequest(service=PREFILL_SERVICE)
+        while self.set_aside:
+            try:
+                response = await self._health.Check(request, timeout=PROBE_S)
+                self.set_aside = response.status != health_pb2.HealthCheckResponse.SERVING
+            except grpc.aio.AioRpcError:
+                pass
+            if self.set_aside:
+                await asyncio.sleep(PROBE_S)
+        log.info("prefill server serves again", target=self.target)
+
     async def _connect(self) -> None:
         try:
             await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
         except TimeoutError:
             raise PrefillUnavailable(
-                f"prefill: no server answers at {self._target} (waited {CONNECT_S:g} s)"
+                f"prefill: no server answers at {self.target} (waited {CONNECT_S:g} s)"
             ) from None
 
     async def _segment(self, shape: HandoffShape) -> Segment | None:

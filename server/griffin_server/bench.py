@@ -1,0 +1,195 @@
+"""`griffin bench`: load on a running server, and how it took it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from griffin_client import (
+    AsyncGriffinClient,
+    Finished,
+    GriffinClientError,
+    Sampling,
+    Sharing,
+    Stopping,
+    Tokens,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What to send.
+
+    Args:
+        requests: how many in all.
+        concurrency: closed loop: so many at once, the next as soon as one ends.
+        rate: open loop: so many a second on average, at random moments (Poisson), however many are
+            under way by then. None for a closed loop.
+        prompt_tokens, output_tokens: (least, most) of each request, drawn uniformly. Prompts are
+            random tokens; completions do not end before they have as many tokens as asked for.
+        densities: taken in turn; None is the server's default.
+        seed: of lengths, prompts and moments.
+        timeout_s: deadline of each request, or None.
+    """
+
+    requests: int
+    concurrency: int
+    rate: float | None
+    prompt_tokens: tuple[int, int]
+    output_tokens: tuple[int, int]
+    densities: Sequence[float | None]
+    sharing: Sharing | None
+    seed: int
+    timeout_s: float | None
+
+
+@dataclass
+class Results:
+    """What came back. Times in seconds, on this side's monotonic clock."""
+
+    first_token_s: list[float] = field(default_factory=list)
+    inter_token_s: list[float] = field(default_factory=list)
+    end_to_end_s: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    wall_s: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """For machines: seconds, counts, tokens a second."""
+        return {
+            "completed": len(self.end_to_end_s),
+            "errors": dict(self.errors),
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "wall_s": self.wall_s,
+            "tokens_per_s": self.generated_tokens / self.wall_s if self.wall_s else 0.0,
+            "time_to_first_token_s": percentiles(self.first_token_s),
+            "inter_token_latency_s": percentiles(self.inter_token_s),
+            "end_to_end_s": percentiles(self.end_to_end_s),
+        }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    """p50, p90 and p99; None of nothing."""
+    if len(values) < 2:
+        return dict.fromkeys(("p50", "p90", "p99"), values[0]) if values else None
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
+
+
+async def run_load(target: str, load: Load, console: Console) -> Results:
+    """Sends a load and gathers what comes back.
+
+    Raises:
+        GriffinClientError: the server does not say what model it holds.
+    """
+    results = Results()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    async with AsyncGriffinClient(target) as client:
+        vocabulary = (await client.model_info(timeout_s=10)).vocabulary
+        clock = time.monotonic()
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("requests", total=load.requests, note="")
+
+            async def one(number: int) -> None:
+                await _one(client, load, number, vocabulary, results)
+                rate = results.generated_tokens / (time.monotonic() - clock)
+                errors = f" · {results.errors.total()} errors" if results.errors else ""
+                progress.update(bar, advance=1, note=f"{rate:.1f} tokens/s{errors}")
+
+            if load.rate is None:
+                await _closed_loop(load, one)
+            else:
+                await _open_loop(load, load.rate, one)
+        results.wall_s = time.monotonic() - clock
+    return results
+
+
+async def _closed_loop(load: Load, one: Any) -> None:
+    numbers = iter(range(load.requests))
+
+    async def worker() -> None:
+        for number in numbers:
+            await one(number)
+
+    await asyncio.gather(*(worker() for _ in range(load.concurrency)))
+
+
+async def _open_loop(load: Load, rate: float, one: Any) -> None:
+    draw = random.Random(load.seed)
+    begin, due = time.monotonic(), 0.0
+    async with asyncio.TaskGroup() as group:
+        for number in range(load.requests):
+            due += draw.expovariate(rate)
+            await asyncio.sleep(max(0.0, begin + due - time.monotonic()))
+            group.create_task(one(number))
+
+
+async def _one(
+    client: AsyncGriffinClient, load: Load, number: int, vocabulary: int, results: Results
+) -> None:
+    draw = random.Random(f"{load.seed} {number}")
+    prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(*load.prompt_tokens))]
+    stopping = Stopping(max_tokens=draw.randint(*load.output_tokens), ignore_eos=True)
+    begin = last = time.monotonic()
+    first = 0.0
+    try:
+        async for event in client.generate(
+            token_ids=prompt,
+            density=load.densities[number % len(load.densities)],
+            sharing=load.sharing,
+            sampling=Sampling(seed=number),
+            stopping=stopping,
+            timeout_s=load.timeout_s,
+        ):
+            now = time.monotonic()
+            if isinstance(event, Tokens) and event.ids:
+                results.generated_tokens += len(event.ids)
+                if first:
+                    results.inter_token_s.append(now - last)
+                else:
+                    first = now
+                    results.first_token_s.append(now - begin)
+                last = now
+            elif isinstance(event, Finished):
+                results.prompt_tokens += event.usage.prompt_tokens
+                results.end_to_end_s.append(now - begin)
+    except GriffinClientError as error:
+        results.errors[error.code.name] += 1
+
+
+def print_results(results: Results, console: Console) -> None:
+    """For people."""
+    summary = results.summary()
+    console.print(
+        f"{summary['completed']} completed in {results.wall_s:.1f} s · "
+        f"{results.generated_tokens} tokens generated · {summary['tokens_per_s']:.1f} tokens/s"
+    )
+    table = Table("milliseconds", "p50", "p90", "p99", box=None)
+    for name, key in (
+        ("time to first token", "time_to_first_token_s"),
+        ("between tokens", "inter_token_latency_s"),
+        ("end to end", "end_to_end_s"),
+    ):
+        if values := summary[key]:
+            table.add_row(name, *(f"{value * 1e3:.1f}" for value in values.values()))
+    console.print(table)
+    for code, count in results.errors.items():
+        console.print(f"{count} × {code}")
