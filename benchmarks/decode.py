@@ -10,14 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.report import Rounds, finish, read_bandwidth
-from griffin_core.decode.events import Admitted, Event, Failed, Finished
+from griffin_core.decode.events import Failed, Finished
 from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine, PrefillBegun, PrefillTask
+from griffin_core.engine import Engine
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL, resolve
-from griffin_core.prefill import PrefillFinished
 
 PROMPT, TOKENS = 384, 64
 DENSITIES = (1.0, 0.75, 0.5)
@@ -41,16 +40,9 @@ def engine_s(engine: Engine, ids: list[int], density: float) -> float:
         stopping=StoppingParams(max_tokens=TOKENS, ignore_eos=True),
         pruning=PruningParams(density=density),
     )
-    inbox, prefilled = Inbox(), Inbox()
+    inbox = Inbox()
     engine.submit(task, inbox)
-    admitted: Event = inbox.events.get()
-    assert isinstance(admitted, Admitted) and admitted.handoff is not None
-    engine.prefill(PrefillTask(token_ids=task.prompt, selection=admitted.handoff), prefilled)
     event: Any = None
-    while not isinstance(event, PrefillFinished):
-        event = prefilled.events.get()
-        if not isinstance(event, PrefillBegun):
-            engine.intake(task.turn_id, event)
     while not isinstance(event, Finished):
         event = inbox.events.get()
         assert not isinstance(event, Failed), event
@@ -86,7 +78,7 @@ def main() -> None:
 
     bandwidth = read_bandwidth()
     weights = sum(p.numel() * p.element_size() for p in reference.parameters())
-    ff = sum(layer.ff.nbytes for layer in decoder.layers)
+    ff = sum(layer.neurons.nbytes for layer in decoder.layers)
     kv = kv_bytes(spec, decoder.dtype, PROMPT + TOKENS // 2)
     ceiling_ms = {
         str(d): round((weights - ff * (1 - d) + kv) / bandwidth * 1e3, 1) for d in DENSITIES

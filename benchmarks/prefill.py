@@ -18,9 +18,9 @@ TOKENS = 384
 def without_statistic(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     """The same layers and cache, the plain FF blocks."""
     cache = decoder.new_cache(len(ids))
-    hidden, run = decoder.begin(ids, 0)
+    hidden, batch = decoder.begin(ids, [(cache, len(ids))])
     for layer, block in enumerate(decoder.layers):
-        hidden = decoder.layer(layer, hidden, run, cache, block.ff)
+        hidden = decoder.layer(layer, hidden, batch, block.ff)
     cache.advance(len(ids))
     return decoder.head(decoder.final_hidden(hidden[-1:]))
 

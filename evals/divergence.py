@@ -17,12 +17,11 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from griffin_core.decode.step import decode_tokens
+from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection
 from griffin_core.model.load import Model, load_model
 from griffin_core.model.source import DEFAULT_MODEL
 from griffin_core.prefill import LayerExperts, prefill
-from griffin_core.slim.base import SlimView
 from griffin_core.slim.packed import Packed
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +38,9 @@ def logprobs(
     events = prefill(decoder, token_ids[:prompt_tokens], selection, cache=cache)
     experts = [event.experts for event in events if isinstance(event, LayerExperts)]
     layers = zip(decoder.layers, experts, strict=True)
-    view = SlimView(layers=tuple(Packed().build(layer.ff, kept) for layer, kept in layers))
-    hidden = decode_tokens(decoder, cache, view, torch.tensor(token_ids[prompt_tokens:]))
-    return decoder.head(hidden).log_softmax(dim=1)
+    view = [Packed().build(layer, kept) for layer, kept in layers]
+    rest = StepTokens(cache=cache, view=view, token_ids=token_ids[prompt_tokens:])
+    return decode_tokens(decoder, [rest])[0].log_softmax(dim=1)
 
 
 def divergence(

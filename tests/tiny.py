@@ -44,6 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, "sliding_window": 7, "layer_types": _SLIDING, "query_pre_attn_scalar": 24},
     ),
     "opt": ("opt", _OPT),
+    "llama-long": ("llama", {**_LLAMA, "max_position_embeddings": 4096}),
     "llama-relu": ("llama", {**_LLAMA, "hidden_act": "relu", "tie_word_embeddings": True}),
     "llama-biased-attention": ("llama", {**_LLAMA, "attention_bias": True}),
     "llama3-rope": (

@@ -37,6 +37,7 @@ THREE = Stopping(max_tokens=3, ignore_eos=True)
 def test_exactly_these_names_are_exported() -> None:
     """A name that leaves this list breaks somebody's import: say so in the CHANGELOG."""
     assert sorted(griffin_client.__all__) == [
+        "Aborted",
         "AsyncGriffinClient",
         "Cancelled",
         "Completion",
@@ -56,6 +57,7 @@ def test_exactly_these_names_are_exported() -> None:
         "Score",
         "ServerFault",
         "Session",
+        "Sharing",
         "Started",
         "Stopping",
         "Timings",

@@ -9,8 +9,9 @@ from typing import Any
 
 from griffin_core.decode.events import Admitted, Failed, Finished, Scored, TokensMade
 from griffin_core.decode.task import GenerateTask, ScoreTask
-from griffin_core.engine import Engine, PrefillBegun, PrefillTask
+from griffin_core.engine import Engine
 from griffin_core.model.load import Model
+from griffin_core.prefill_queue import PrefillBegun, PrefillTask
 
 
 class Inbox:
@@ -38,7 +39,8 @@ class Inbox:
 
 @contextlib.contextmanager
 def engine(model: Model, **options: Any) -> Iterator[Engine]:
-    running = Engine(model, **options)
+    """Runs an engine; whose caller brings it every prompt's prefill, unless told otherwise."""
+    running = Engine(model, **{"own_prefill_tokens": 0, **options})
     running.start()
     try:
         yield running

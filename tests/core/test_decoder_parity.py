@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from griffin_core.decode.step import decode_tokens
+from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, PrefillFinished, prefill
-from griffin_core.slim.base import DenseFF, SlimView
 from griffin_core.slim.masked import Masked
 from tests.tiny import MODELS, VOCABULARY
 
@@ -47,9 +46,10 @@ def test_prefill_and_32_steps_give_transformers_logits(
     )
     finished = next(event for event in events if isinstance(event, PrefillFinished))
     logits = [decoder.head(finished.last_hidden[None])[0]]
-    view = SlimView(layers=tuple(DenseFF(ff=layer.ff) for layer in decoder.layers))
-    for token in ids[20:]:
-        logits.append(decoder.head(decode_tokens(decoder, cache, view, token[None]))[0])
+    dense = [layer.ff for layer in decoder.layers]
+    for token in ids[20:].tolist():
+        step = StepTokens(cache=cache, view=dense, token_ids=[token])
+        logits.append(decode_tokens(decoder, [step])[0][0])
 
     torch.testing.assert_close(torch.stack(logits), expected[19:], atol=1e-4, rtol=1e-4)
 
@@ -67,8 +67,9 @@ def test_half_density_equals_transformers_with_the_other_neurons_masked(
     events = list(prefill(decoder, ids[:16].tolist(), Selection(density=0.5), cache=cache))
     experts = [event.experts for event in events if isinstance(event, LayerExperts)]
     layers = zip(decoder.layers, experts, strict=True)
-    view = SlimView(layers=tuple(Masked().build(layer.ff, kept) for layer, kept in layers))
-    ours = decoder.head(decode_tokens(decoder, cache, view, ids[16:]))
+    view = [Masked().build(layer, kept) for layer, kept in layers]
+    step = StepTokens(cache=cache, view=view, token_ids=ids[16:].tolist())
+    (ours,) = decode_tokens(decoder, [step])
 
     reference = AutoModelForCausalLM.from_pretrained(
         tiny_directory(name), dtype=torch.float32, attn_implementation="eager"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from griffin_core.experts.expert_set import ExpertSet, norm_mass, pack_indices, unpack_indices
+from griffin_core.experts.expert_set import ExpertSet, pack_indices, unpack_indices
 
 
 def experts(*indices: int) -> torch.Tensor:
@@ -53,7 +53,14 @@ def test_density_is_the_kept_fraction() -> None:
 
 
 def test_norm_mass_is_the_experts_share_of_s2() -> None:
-    s2 = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert norm_mass(s2, experts(1, 3)) == pytest.approx(0.6)
-    assert norm_mass(s2, experts(0, 1, 2, 3)) == pytest.approx(1.0)
-    assert norm_mass(torch.zeros(4), experts(0)) == 1.0
+    s2 = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    kept = ExpertSet(ff_width=4, layers=(experts(1, 3), experts(0, 1, 2, 3), experts(0)))
+    assert kept.norm_mass(s2) == pytest.approx((0.6, 1.0, 1.0))
+
+
+def test_the_digest_tells_sets_apart() -> None:
+    def digest(*layers: torch.Tensor) -> bytes:
+        return ExpertSet(ff_width=10, layers=layers).digest()
+
+    assert digest(experts(1, 2), experts(3)) == digest(experts(1, 2), experts(3))
+    assert digest(experts(1, 2), experts(3)) != digest(experts(1), experts(2, 3))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from griffin_core.model.feedforward import FeedForward
+from griffin_core.model.decoder import Layer, Norm
+from griffin_core.model.feedforward import FeedForward, Neurons
+from griffin_core.model.linear import Linear
 from griffin_core.model.spec import Activation
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
@@ -14,19 +16,26 @@ D, F = 40, 67
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def random_ff(
-    activation: Activation, *, gated: bool, bias: bool, dtype: torch.dtype
-) -> FeedForward:
+def random_layer(activation: Activation, *, gated: bool, bias: bool, dtype: torch.dtype) -> Layer:
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)
 
-    return FeedForward(
+    neurons = Neurons(
         activation=activation,
-        gate=weight(F, D) if gated else None,
-        up=weight(F, D),
+        w_in=weight(2 if gated else 1, F, D),
         down=weight(F, D),
-        up_bias=weight(F) if bias else None,
+        up_bias=weight(F) if bias and not gated else None,
         down_bias=weight(D) if bias else None,
+    )
+    norm = Norm(kind="rms", eps=1e-5, weight=None)
+    unused = Linear(weight(D, D))
+    return Layer(
+        qkv=unused,
+        o=unused,
+        neurons=neurons,
+        ff=FeedForward(neurons),
+        attention_norm=norm,
+        ff_norm=norm,
     )
 
 
@@ -38,34 +47,43 @@ def random_ff(
 def test_packed_is_masked(
     activation: Activation, gated: bool, bias: bool, dtype: torch.dtype, k: int
 ) -> None:
-    ff = random_ff(activation, gated=gated, bias=bias, dtype=dtype)
+    layer = random_layer(activation, gated=gated, bias=bias, dtype=dtype)
     experts = torch.randperm(F)[:k].sort().values.int()
     x = torch.randn(5, D).to(dtype)
-    packed = Packed().build(ff, experts)(x)
-    masked = Masked().build(ff, experts)(x)
+    packed = Packed().build(layer, experts)(x)
+    masked = Masked().build(layer, experts)(x)
     scale = masked.float().abs().max().item()
     torch.testing.assert_close(packed, masked, atol=TOLERANCE[dtype] * scale, rtol=0)
 
 
-@pytest.mark.parametrize("form", [Packed(), Masked()], ids=["packed", "masked"])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("k", [1, 33, F])
-def test_planned_bytes_are_never_less_than_what_is_held(
-    form: Packed | Masked, gated: bool, k: int
-) -> None:
-    ff = random_ff("silu", gated=gated, bias=not gated, dtype=torch.float32)
-    built = form.build(ff, torch.arange(k, dtype=torch.int32))
-    assert form.planned_bytes(ff, k) >= built.nbytes
+@pytest.mark.parametrize("k", [1, 33, F - 1])
+def test_planned_bytes_are_never_less_than_the_rows_themselves(gated: bool, k: int) -> None:
+    layer = random_layer("silu", gated=gated, bias=not gated, dtype=torch.float32)
+    rows = layer.neurons.take(torch.arange(k))
+    assert Packed().planned_bytes(layer, k) >= rows.nbytes
 
 
-def test_all_neurons_cost_nothing() -> None:
-    ff = random_ff("silu", gated=True, bias=False, dtype=torch.float32)
-    assert Packed().build(ff, torch.arange(F, dtype=torch.int32)).nbytes == 0
+@pytest.mark.parametrize("form", [Packed(), Masked()], ids=["packed", "masked"])
+def test_all_neurons_are_the_dense_block_and_cost_nothing(form: Packed | Masked) -> None:
+    layer = random_layer("silu", gated=True, bias=False, dtype=torch.float32)
+    assert form.build(layer, torch.arange(F, dtype=torch.int32)) is layer.ff
+    assert form.planned_bytes(layer, F) == 0
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_row_does_not_depend_on_the_rows_beside_it(gated: bool) -> None:
+    layer = random_layer("silu", gated=gated, bias=not gated, dtype=torch.float32)
+    slim = Packed().build(layer, torch.arange(0, F, 2, dtype=torch.int32))
+    x = torch.randn(32, D)
+    alone = torch.cat([slim(row[None]) for row in x])
+    for rows in (2, 3, 7, 16, 32):
+        torch.testing.assert_close(slim(x[:rows]), alone[:rows], rtol=1e-6, atol=1e-6)
 
 
 def test_magnitude_is_the_row_norm_or_for_gated_ff_the_product_of_row_norms() -> None:
-    plain = random_ff("relu", gated=False, bias=True, dtype=torch.float32)
-    torch.testing.assert_close(plain.magnitude(), plain.up.norm(dim=1))
-    gated = random_ff("silu", gated=True, bias=False, dtype=torch.float32)
-    assert gated.gate is not None
-    torch.testing.assert_close(gated.magnitude(), gated.up.norm(dim=1) * gated.gate.norm(dim=1))
+    plain = random_layer("relu", gated=False, bias=True, dtype=torch.float32).neurons
+    torch.testing.assert_close(plain.magnitude(), plain.w_in[0].norm(dim=1))
+    gated = random_layer("silu", gated=True, bias=False, dtype=torch.float32).neurons
+    gate, up = gated.w_in
+    torch.testing.assert_close(gated.magnitude(), up.norm(dim=1) * gate.norm(dim=1))

@@ -19,9 +19,9 @@ from griffin_client import (
     Tokens,
     Unavailable,
 )
-from griffin_core.engine import PrefillRun
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.load import Model
+from griffin_core.prefill_queue import PrefillRun
 from griffin_server.handoff.shared_memory import DIRECTORY
 from tests.e2e.texts import LICENCE, cut
 from tests.servers import Process, Running, eventually, running
@@ -86,7 +86,7 @@ def test_a_client_that_cancels_during_prefill_stops_it_within_a_chunk(
         assert [s.state for s in client.list_sessions()] == ["prefill"]
     # The client has gone, and its calls with it.
     eventually(lambda: held(one_at_a_time) == (0, 0))
-    eventually(lambda: not one_at_a_time.app.engine._prefills)
+    eventually(lambda: not one_at_a_time.app.engine._prefills._runs)
     assert len(turns) <= 6
     with one_at_a_time.client() as client:
         assert client.complete("a", stopping=FEW).finished.usage.generated_tokens == 3
@@ -129,7 +129,7 @@ def test_a_prefill_server_killed_during_a_handoff(shared_memory: bool, smollm2: 
 
             thread = threading.Thread(target=call)
             thread.start()
-            intakes = decode.app.engine._intakes
+            intakes = decode.app.engine._decoding._intakes
             eventually(lambda: any(each._received[0] > 64 for each in list(intakes.values())))
             prefill.kill()
             thread.join(30)

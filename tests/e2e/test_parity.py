@@ -79,7 +79,11 @@ def split() -> Iterator[GriffinClient]:
     common = ("--dtype", "float32", "--density", "1.0")
     with (
         Process("--role", "prefill", *common) as prefill,
-        Process("--role", "decode", "--prefill-target", prefill.target(), *common) as decode,
+        Process(
+            *("--role", "decode", "--prefill-target", prefill.target()),
+            *("--own-prefill-tokens", "0"),
+            *common,
+        ) as decode,
         GriffinClient(decode.target()) as client,
     ):
         yield client

@@ -11,11 +11,11 @@ from griffin_client import Sampling, Stopping
 from griffin_client import convert as client_convert
 from griffin_client import types as client_types
 from griffin_core.decode import events
+from griffin_core.decode.decoding import SessionInfo
 from griffin_core.decode.sampling import Logprobs, SamplingParams
 from griffin_core.decode.session import State
 from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import SessionInfo
 from griffin_core.experts.selection import POLICIES
 from griffin_core.model.load import Model
 from griffin_server.generation import convert
@@ -54,6 +54,7 @@ def test_everything_the_client_sets_reaches_the_task(model: Model) -> None:
         token_ids=[1, 2, 3],
         density=0.25,
         policy="topk_sampled",
+        sharing="shared",
         sampling=Sampling(
             temperature=0.5,
             top_k=7,
@@ -88,7 +89,7 @@ def test_everything_the_client_sets_reaches_the_task(model: Model) -> None:
         stopping=StoppingParams(
             max_tokens=9, stop=("a", "é"), stop_token_ids=frozenset([3]), ignore_eos=True
         ),
-        pruning=PruningParams(density=0.25, policy="topk_sampled"),
+        pruning=PruningParams(density=0.25, policy="topk_sampled", sharing="shared"),
         top_logprobs=0,
         continues="s",
         keep=True,

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from griffin_core.engine import PrefillTask
 from griffin_core.errors import EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
+from griffin_core.prefill_queue import PrefillTask
 from griffin_server.handoff import shared_memory
 from griffin_server.handoff.shared_memory import DIRECTORY, Segment
-from griffin_server.prefill.source import RemotePrefill
+from griffin_server.prefill.source import PrefillServer
 from tests.servers import Running, running
 
 TASK = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
@@ -33,7 +33,7 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
         return create(size_bytes)
 
     monkeypatch.setattr(shared_memory, "create_segment", slow)
-    source = RemotePrefill(tiny_server.target, tiny("llama"), shared_memory=True)
+    source = PrefillServer(tiny_server.target, tiny("llama"), shared_memory=True)
     pull = asyncio.create_task(anext(source.stream(TASK, None)))
     await asyncio.to_thread(begun.wait, 10)
     pull.cancel()
@@ -47,14 +47,14 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
 async def test_a_server_that_does_not_prefill_is_named(tiny: Callable[[str], Model]) -> None:
     target = "127.0.0.1:1"
     with running(tiny("llama"), role="decode", prefill_target=target) as decode:
-        source = RemotePrefill(decode.target, tiny("llama"), shared_memory=False)
+        source = PrefillServer(decode.target, tiny("llama"), shared_memory=False)
         with pytest.raises(EngineFault, match=decode.target):
             await anext(source.stream(TASK, None))
         await source.close()
 
 
 async def test_no_server_is_unavailable(tiny: Callable[[str], Model]) -> None:
-    source = RemotePrefill("127.0.0.1:1", tiny("llama"), shared_memory=True)
+    source = PrefillServer("127.0.0.1:1", tiny("llama"), shared_memory=True)
     with pytest.raises(PrefillUnavailable, match=r"127\.0\.0\.1:1"):
         await anext(source.stream(TASK, None))
     await source.close()

@@ -22,7 +22,8 @@ from griffin_client import (
     Tokens,
 )
 from griffin_core.model.load import Model
-from griffin_server.app import GENERATION, PREFILL
+from griffin_server.app import GENERATION
+from griffin_server.prefill.source import PREFILL_SERVICE as PREFILL
 from tests.servers import Running, running
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -64,7 +64,7 @@ def test_every_setting_is_a_flag_and_an_environment_variable_and_a_line_of_the_f
         path.write_text(text + ('role = "decode"\n' if name == "prefill_target" else ""))
         arguments += ["--config", str(path)]
         if free_text:
-            assert getattr(load_settings(arguments), name) == bad
+            assert getattr(load_settings(arguments), name) in (bad, (bad,))
         else:
             with pytest.raises((ValidationError, SystemExit)) as caught:
                 load_settings(arguments)

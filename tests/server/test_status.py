@@ -45,7 +45,7 @@ def test_an_unlisted_error_takes_the_row_of_its_base() -> None:
     class Special(SessionNotFound):
         pass
 
-    assert code_of(Special("x")) == (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND")
+    assert code_of(Special("x", "why")) == (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND")
 
 
 def test_an_invalid_field_is_named_in_the_details() -> None:

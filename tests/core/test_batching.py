@@ -1,0 +1,201 @@
+"""One step for all sessions: what each makes does not depend on who else is there."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from griffin_core.decode.events import Finished, Started, TokensMade
+from griffin_core.decode.sampling import SamplingParams
+from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.decode.stopping import StoppingParams
+from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.experts.selection import POLICIES, Selection
+from griffin_core.kv_cache import KvCache
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.load import Model
+from griffin_core.prefill import LayerExperts, prefill
+from griffin_core.slim.base import SlimFF
+from griffin_core.slim.packed import Packed
+from tests.core.engines import Inbox, complete, engine, finish, submit
+from tests.tiny import MODELS
+
+
+@pytest.fixture
+def model(tiny: Callable[[str], Model]) -> Model:
+    return tiny("llama")
+
+
+def random_task(number: int) -> GenerateTask:
+    """Some prompt, length, density, policy, seed and sampling, the same for the same number."""
+    draw = random.Random(number)
+    return GenerateTask(
+        prompt=tuple(draw.randrange(256) for _ in range(draw.choice((1, 3, 20, 60)))),
+        sampling=SamplingParams(
+            temperature=draw.choice((0.0, 0.8)),
+            top_p=draw.choice((1.0, 0.9)),
+            repetition_penalty=draw.choice((1.0, 1.2)),
+            seed=number,
+        ),
+        stopping=StoppingParams(max_tokens=draw.randrange(1, 40), ignore_eos=True),
+        pruning=PruningParams(
+            density=draw.choice((1.0, 0.5, 0.25, 0.01)), policy=draw.choice(POLICIES)
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_32_sessions_that_come_and_go_make_what_each_makes_alone(
+    name: str, tiny: Callable[[str], Model]
+) -> None:
+    tasks = [random_task(number) for number in range(32)]
+    with engine(tiny(name), own_prefill_tokens=None) as running:
+        alone = [complete(running, each)[0] for each in tasks]
+    draw = random.Random(0)
+    with engine(
+        tiny(name), own_prefill_tokens=None, limits=Limits(max_sessions=24, chunk_tokens=16)
+    ) as running:
+        inboxes = []
+        for number, each in enumerate(tasks):
+            again = random_task(number)  # a turn of its own
+            assert again.prompt == each.prompt
+            inboxes.append(submit(running, again)[1])
+            time.sleep(draw.choice((0.0, 0.0, 0.002, 0.01)))
+        assert [finish(inbox)[0] for inbox in inboxes] == alone
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_a_step_of_several_sessions_is_several_steps_of_one(
+    name: str, tiny: Callable[[str], Model]
+) -> None:
+    """Ragged lengths, several tokens at once, dense and slim views, in every family."""
+    decoder = tiny(name).decoder
+
+    def session(number: int) -> tuple[KvCache, list[SlimFF]]:
+        cache = decoder.new_cache(64)
+        ids = [(7 * number + i) % 256 for i in range(1 + 9 * number)]
+        selection = Selection(density=(1.0, 0.5, 0.25)[number % 3])
+        events = prefill(decoder, ids, selection, cache=cache)
+        experts = [event.experts for event in events if isinstance(event, LayerExperts)]
+        layers = zip(decoder.layers, experts, strict=True)
+        return cache, [Packed().build(layer, kept) for layer, kept in layers]
+
+    def steps(sessions: list[tuple[KvCache, list[SlimFF]]]) -> list[StepTokens]:
+        return [
+            StepTokens(cache=cache, view=view, token_ids=range(5, 6 + number))
+            for number, (cache, view) in enumerate(sessions)
+        ]
+
+    together = decode_tokens(decoder, steps([session(number) for number in range(5)]))
+    alone = [
+        decode_tokens(decoder, [step])[0]
+        for step in steps([session(number) for number in range(5)])
+    ]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_sessions_with_one_view_share_its_products(model: Model) -> None:
+    """In whatever order they stand."""
+    decoder = model.decoder
+    rows: list[int] = []
+
+    def view() -> list[SlimFF]:
+        def block(x: torch.Tensor) -> torch.Tensor:
+            rows.append(x.shape[0])
+            return x
+
+        return [block for _ in decoder.layers]
+
+    one, other = view(), view()
+    steps = [
+        StepTokens(cache=decoder.new_cache(4), view=each, token_ids=[3])
+        for each in (one, other, one, other, one)
+    ]
+    decode_tokens(decoder, steps)
+    assert rows == [3, 2] * len(decoder.layers)
+
+
+def test_scoring_runs_beside_generation(model: Model) -> None:
+    generate = random_task(3)
+    score = ScoreTask(prompt=(1, 2, 3), continuation=tuple(range(40, 140)))
+    with engine(model, own_prefill_tokens=None) as running:
+        alone = complete(running, random_task(3))[0], complete(running, score)[1].logprobs
+    with engine(model, own_prefill_tokens=None) as running:
+        again = ScoreTask(prompt=(1, 2, 3), continuation=tuple(range(40, 140)))
+        inboxes = [submit(running, each)[1] for each in (generate, again, score)]
+        tokens, first, second = (finish(inbox) for inbox in inboxes)
+    assert tokens[0] == alone[0]
+    assert first[1].logprobs == pytest.approx(alone[1], abs=1e-5)
+    assert second[1].logprobs == pytest.approx(alone[1], abs=1e-5)
+
+
+# -- prefills between steps ------------------------------------------------------------------------
+
+
+def chunks_and_steps(model: Model, monkeypatch: pytest.MonkeyPatch, share: float) -> list[str]:
+    """What the model runs, in order, while a long prompt arrives beside a stream."""
+    log: list[str] = []
+    begin = Decoder.begin
+
+    def noted(self: Decoder, ids: torch.Tensor, runs: object) -> object:
+        log.append("chunk" if len(ids) == 8 else "step")
+        return begin(self, ids, runs)
+
+    monkeypatch.setattr(Decoder, "begin", noted)
+    stopping = StoppingParams(max_tokens=250, ignore_eos=True)
+    stream = GenerateTask(prompt=(1, 2, 3), stopping=stopping)
+    long = GenerateTask(prompt=tuple(range(160)), stopping=StoppingParams(max_tokens=1))
+    limits = Limits(chunk_tokens=8, prefill_share=share)
+    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+        _, inbox = submit(running, stream)
+        inbox.until(TokensMade)
+        finish(submit(running, long)[1])
+        running.cancel(stream.turn_id)
+    assert log.count("chunk") == 20
+    first = log.index("chunk")
+    last = len(log) - log[::-1].index("chunk")
+    return log[first:last]
+
+
+def test_a_long_prompt_stalls_streams_for_no_more_than_a_chunk(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = chunks_and_steps(model, monkeypatch, share=1.0)
+    assert log == ["chunk", "step"] * 19 + ["chunk"]
+
+
+def test_the_smaller_the_share_the_more_steps_between_chunks(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = chunks_and_steps(model, monkeypatch, share=0.9)
+    monkeypatch.undo()
+    small = chunks_and_steps(model, monkeypatch, share=0.2)
+    assert small.count("step") > 1.5 * large.count("step")
+
+
+# -- slow readers ----------------------------------------------------------------------------------
+
+
+def test_a_reader_that_stops_is_ended_after_the_stated_time(model: Model) -> None:
+    limits = Limits(reader_timeout_s=0.2)
+    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+        stream = GenerateTask(prompt=(1,), stopping=StoppingParams(max_tokens=200, ignore_eos=True))
+        inbox = Inbox()
+        running.submit(stream, inbox)
+        inbox.until(Started)
+        inbox.open = False
+        clock = time.monotonic()
+        failed = inbox.until(Finished)
+        assert type(failed.error).__name__ == "ReaderTooSlow"
+        assert "0.2 s" in str(failed.error)
+        assert 0.2 <= time.monotonic() - clock < 5
+        assert running.sessions().result(10) == []
+        assert running.held_bytes == 0
