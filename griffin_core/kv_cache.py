@@ -28,8 +28,16 @@ class KvCache:
     ) -> None:
         shape = (2, spec.kv_heads, capacity, spec.head_dim)
         self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in spec.layers]
+        self._addresses: list[int] | None = None
         self.capacity = capacity
         self.length = 0
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where each layer [2, kv_heads, capacity, head_dim] lies."""
+        if self._addresses is None:
+            self._addresses = [layer.data_ptr() for layer in self._layers]
+        return self._addresses
 
     @property
     def nbytes(self) -> int:
@@ -71,4 +79,5 @@ class KvCache:
             new = old.new_empty((2, heads, capacity, head_dim))
             new[:, :, : self.length] = old[:, :, : self.length]
             self._layers[index] = new
+        self._addresses = None
         self.capacity = capacity

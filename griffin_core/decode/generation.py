@@ -12,11 +12,14 @@ from griffin_core.decode.sampling import Sampler, logprobs_at
 from griffin_core.decode.session import Session
 from griffin_core.decode.stopping import FinishReason, StopChecker
 from griffin_core.decode.task import GenerateTask
+from griffin_core.model.linear import Rows
 from griffin_core.model.load import Model
 
 
 class Generation:
     """One turn: draw a token, show it, stop or have it run. ``Work`` of a session."""
+
+    rows: Rows = "one"
 
     def __init__(self, model: Model, task: GenerateTask) -> None:
         self._model = model

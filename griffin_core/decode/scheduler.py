@@ -121,7 +121,7 @@ class Scheduler:
                     retry_after_s=self.retry_after_s,
                 )
             wait_s, now = self.expected_wait_s, time.monotonic()
-            # One that has passed already is no matter of room; the caller's own clock ends the call.
+            # One that has passed is no matter of room: the caller's own clock ends the call.
             if deadline is not None and now < deadline < now + wait_s:
                 raise CapacityExhausted(
                     f"queue: with {len(self._waiting)} requests ahead it would begin in about "

@@ -11,6 +11,7 @@ from griffin_core.decode.events import Scored
 from griffin_core.decode.session import Session
 from griffin_core.decode.task import ScoreTask
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.linear import Rows
 
 STEP_TOKENS = 256
 """Continuation tokens a step: bounds the logits held at once to this times V."""
@@ -18,6 +19,8 @@ STEP_TOKENS = 256
 
 class Scoring:
     """``Work`` of a session that scores."""
+
+    rows: Rows = "many"
 
     def __init__(self, decoder: Decoder, task: ScoreTask) -> None:
         self._decoder = decoder

@@ -14,6 +14,7 @@ from griffin_core.decode.events import Event, PruningFigures, Sink
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import PolicyName, Selection
 from griffin_core.kv_cache import KvCache
+from griffin_core.model.linear import Rows
 from griffin_core.slim.views import SlimView
 
 Sharing = Literal["private", "shared", "auto"]
@@ -81,6 +82,9 @@ class Work(Protocol):
     It is asked which tokens to run, and told what the model makes of them. It puts events into the
     session's sink.
     """
+
+    rows: Rows
+    """How many tokens it mostly runs at once."""
 
     def begin(self, session: Session, logits: Tensor) -> bool:
         """Takes the logits [V] behind the prompt. True when nothing is left to do."""

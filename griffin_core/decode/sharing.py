@@ -15,6 +15,7 @@ from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import PolicyName, Selection, select_experts
 from griffin_core.experts.statistic import group_score
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.linear import Rows
 from griffin_core.slim.crossover import PrivateLimit
 from griffin_core.slim.views import SlimView, SlimViews
 
@@ -50,7 +51,8 @@ class ExpertGroup:
             if len(self.members) < 2:  # it has reserved one view, and is to hold no two
                 self._drop_view(views)
             self._next_members = list(self.members)
-            self._next = views.acquire(select_group(decoder, self.members))
+            rows: Rows = self.members[0].work.rows if len(self.members) == 1 else "many"
+            self._next = views.acquire(select_group(decoder, self.members), rows)
             self.stale = False
             if self._next.ready:  # somebody had the same experts
                 self._switch(views)

@@ -75,10 +75,16 @@ def attend(
     Returns:
         [T, H * head_dim].
     """
-    tokens, heads, _ = q.shape
-    q = q.transpose(0, 1)
+    tokens, heads, head_dim = q.shape
     if visible.first:
         k, v = k[:, visible.first :], v[:, visible.first :]
+    if softcap is None and tokens == 1:
+        # The heads of a group read the same keys, so they pass as one head's rows: with enable_gqa
+        # torch's CPU kernel reads them once for each, in bfloat16 four times slower (docs/LOG.md).
+        rows = q.view(1, k.shape[0], -1, head_dim)
+        out = F.scaled_dot_product_attention(rows, k[None], v[None], scale=scale)
+        return out.reshape(1, -1)
+    q = q.transpose(0, 1)
     if softcap is None:
         out = F.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=visible.mask, scale=scale, enable_gqa=True

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from griffin_core.kernels.attention import CacheTable, attend_rows, cache_table
+from griffin_core.kernels.norm import MAX_VALUES, rms_norm
+from griffin_core.kernels.team import runs_kernels
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.attention import (
     Rotation,
@@ -42,6 +45,14 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         shape = x.shape[-1:]
+        if (
+            self.kind == "rms"
+            and self.weight is not None
+            and runs_kernels(x.dtype, x.device)
+            and x.numel() <= MAX_VALUES
+            and x.is_contiguous()
+        ):
+            return rms_norm(x, self.weight, self.eps)
         if self.kind == "rms":
             return F.rms_norm(x.float(), shape, self.weight, self.eps).to(x.dtype)
         return F.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)
@@ -114,10 +125,12 @@ class Batch:
 
     Args:
         rotations: of each kind of rotary positions, as in ``ModelSpec.rotaries``.
+        table: of the caches, if each run is one token and a kernel attends for all of them.
     """
 
     runs: tuple[TokenRun, ...]
     rotations: tuple[Rotation, ...]
+    table: CacheTable | None
 
 
 class Decoder:
@@ -179,7 +192,10 @@ class Decoder:
         if w.positions is not None:
             x = x + w.positions[positions + self.spec.position_offset]
         rotations = tuple(rotation(r, positions, self.dtype) for r in self.spec.rotaries)
-        return x, Batch(runs=tuple(batch_runs), rotations=rotations)
+        table = None
+        if runs_kernels(self.dtype, self.device) and all(tokens == 1 for _, tokens in runs):
+            table = cache_table([(c.addresses, c.length, c.capacity) for c, _ in runs])
+        return x, Batch(runs=tuple(batch_runs), rotations=rotations, table=table)
 
     def layer(self, index: int, x: Tensor, batch: Batch, ff: RunFF) -> Tensor:
         """x [N, D] through layer ``index``; writes its keys and values into the caches."""
@@ -205,8 +221,22 @@ class Decoder:
         if w.q_norm is not None and w.k_norm is not None:
             q.copy_(w.q_norm(q))
             k.copy_(w.k_norm(k))
-        if layer.rotary is not None:
-            rotate(qk, batch.rotations[layer.rotary])
+        rotation = None if layer.rotary is None else batch.rotations[layer.rotary]
+        if batch.table is not None:
+            return w.o(
+                attend_rows(
+                    qkv,
+                    heads,
+                    rotation,
+                    batch.table,
+                    index,
+                    window=layer.window,
+                    scale=spec.query_scale,
+                    softcap=spec.attention_softcap,
+                )
+            )
+        if rotation is not None:
+            rotate(qk, rotation)
         # The one loop over sequences: each has its own length, and torch's CPU has no attention
         # that takes many lengths without padding them to the longest.
         out = []

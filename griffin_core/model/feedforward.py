@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.model.linear import Linear, linear_bytes
+from griffin_core.kernels.rows import ACTIVATION_CODES, feedforward_row
+from griffin_core.kernels.team import runs_kernels
+from griffin_core.model.linear import Linear, Rows, linear_bytes
 from griffin_core.model.spec import Activation
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -78,15 +80,19 @@ class FeedForward:
     """An FF block ready to run.
 
     Args:
-        neurons: all of a layer's, or a subset. Where the device wants its weights laid out
-            otherwise the block holds copies, and needs the given ones no more.
+        neurons: all of a layer's, or a copy of some.
+        rows: what it is laid out for. Unless that is "one" the block holds copies of the weights
+            where the device wants them laid out otherwise.
     """
 
-    def __init__(self, neurons: Neurons) -> None:
+    def __init__(self, neurons: Neurons, rows: Rows = "any") -> None:
         self._activation = ACTIVATIONS[neurons.activation]
         self._gated = neurons.gated
-        self._in = Linear(neurons.w_in.flatten(0, 1), neurons.up_bias)
-        self._out = Linear(neurons.down.t(), neurons.down_bias)
+        has_kernel = runs_kernels(neurons.down.dtype, neurons.down.device)
+        self._row = neurons if has_kernel and rows != "many" else None
+        layout: Rows = "many" if rows == "any" else rows
+        self._in = Linear(neurons.w_in.flatten(0, 1), neurons.up_bias, rows=layout)
+        self._out = Linear(neurons.down.t(), neurons.down_bias, rows=layout)
 
     def activations(self, x: Tensor) -> Tensor:
         """[T, D] -> Z [T, F], what the statistic is taken of."""
@@ -102,6 +108,11 @@ class FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
+        if self._row is not None and x.shape[0] == 1:
+            n = self._row
+            return feedforward_row(
+                x, n.w_in, n.down, n.up_bias, n.down_bias, ACTIVATION_CODES[n.activation]
+            )
         return self.output(self.activations(x))
 
 

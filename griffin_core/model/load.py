@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from griffin_core.errors import BadModelFile, ModelError, ModelNotFound
+from griffin_core.kernels.team import compile_kernels, runs_kernels
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.source import Progress, resolve
 from griffin_core.model.spec import spec_from_config
@@ -39,14 +40,14 @@ class Model:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32.
-
-    On a CPU that means AMX: with AVX-512 bf16 alone the matrix products of a 135M model took 1.3 to
-    1.7 times as long as in float32 (docs/LOG.md).
-    """
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    return torch.bfloat16
+    """bfloat16 where the device multiplies it natively, else float32. On a CPU that takes AMX or
+    AVX-512 bf16."""
+    native = (
+        device.type != "cpu"
+        or torch.cpu._is_amx_tile_supported()
+        or torch.cpu._is_avx512_bf16_supported()
+    )
+    return torch.bfloat16 if native else torch.float32
 
 
 def load_model(
@@ -82,6 +83,8 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     spec = spec_from_config(config)
     progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
     state = _state(model, where, dtype, device)
+    if runs_kernels(dtype, device):
+        compile_kernels()
     tokenizer = load_tokenizer(where)
     return Model(
         name=Path(model).name if Path(model).exists() else model,

@@ -49,7 +49,7 @@ def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
         UnknownFamily: a GGUF file of another architecture.
     """
     if model == DEFAULT_MODEL:
-        return str(_converted(_packaged_default(), dtype, progress))
+        return str(_converted(packaged_default(), dtype, progress))
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -64,7 +64,12 @@ def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
     return model
 
 
-def _packaged_default() -> Path:
+def packaged_default() -> Path:
+    """The default model's GGUF file.
+
+    Raises:
+        ModelNotFound: its package is not installed.
+    """
     # The package's own code needs llama.cpp; only the file beside it is wanted.
     found = importlib.util.find_spec(_DEFAULT_PACKAGE)
     if found is None or found.origin is None:

@@ -42,7 +42,7 @@ def measure_private_limit(decoder: Decoder, form: SlimForm) -> PrivateLimit:
     dense = {rows: _seconds(decoder, [layer.ff for layer in layers], rows) for rows in _ROWS}
     width = decoder.spec.ff_width
     half = torch.arange(Selection(density=0.5).experts_of(width), dtype=torch.int32)
-    slim = _seconds(decoder, [form.build(layer, half) for layer in layers], 1)
+    slim = _seconds(decoder, [form.build(layer, half, "one") for layer in layers], 1)
 
     def limit(density: float) -> int:
         alone = max(0.0, slim + (density - 0.5) / 0.5 * (dense[1] - slim))

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from griffin_core.model.decoder import Layer
+from griffin_core.model.linear import Rows
 from griffin_core.slim.base import SlimFF
 
 
 class Masked:
     """Runs all neurons and keeps what the experts say."""
 
-    def build(self, layer: Layer, experts: Tensor) -> SlimFF:
+    def build(self, layer: Layer, experts: Tensor, rows: Rows) -> SlimFF:
         if experts.shape[0] == layer.neurons.count:
             return layer.ff
         down = layer.neurons.down

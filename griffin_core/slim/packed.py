@@ -6,16 +6,17 @@ from torch import Tensor
 
 from griffin_core.model.decoder import Layer
 from griffin_core.model.feedforward import FeedForward, feedforward_bytes
+from griffin_core.model.linear import Rows
 from griffin_core.slim.base import SlimFF
 
 
 class Packed:
     """Builds a FeedForward that has only the experts' neurons."""
 
-    def build(self, layer: Layer, experts: Tensor) -> SlimFF:
+    def build(self, layer: Layer, experts: Tensor, rows: Rows) -> SlimFF:
         if experts.shape[0] == layer.neurons.count:
             return layer.ff
-        return FeedForward(layer.neurons.take(experts.to(layer.neurons.down.device)))
+        return FeedForward(layer.neurons.take(experts.to(layer.neurons.down.device)), rows)
 
     def planned_bytes(self, layer: Layer, k: int) -> int:
         return 0 if k == layer.neurons.count else feedforward_bytes(layer.neurons, k)

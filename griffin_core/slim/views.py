@@ -9,7 +9,10 @@ from collections import OrderedDict, deque
 from griffin_core.budget import Budget
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.linear import Rows
 from griffin_core.slim.base import SlimFF, SlimForm
+
+Key = tuple[bytes, Rows]
 
 
 class SlimView:
@@ -17,14 +20,21 @@ class SlimView:
 
     Args:
         experts: what it is built of.
+        rows: for how many at once.
         nbytes: the most it will hold beyond the model's own weights.
     """
 
-    def __init__(self, experts: ExpertSet, nbytes: int) -> None:
+    def __init__(self, experts: ExpertSet, rows: Rows, nbytes: int) -> None:
         self.experts = experts
+        self.rows: Rows = rows
         self.nbytes = nbytes
         self.layers: list[SlimFF] = []
         self.users = 0
+
+    @property
+    def key(self) -> Key:
+        """What views are told apart by."""
+        return self.experts.digest(), self.rows
 
     @property
     def ready(self) -> bool:
@@ -46,7 +56,7 @@ class SlimViews:
         self._decoder = decoder
         self._form = form
         self._budget = budget
-        self._views: OrderedDict[bytes, SlimView] = OrderedDict()  # longest unused first
+        self._views: OrderedDict[Key, SlimView] = OrderedDict()  # longest unused first
         self._unbuilt: deque[SlimView] = deque()
         budget.on_short(self._drop_unused)
 
@@ -57,12 +67,16 @@ class SlimViews:
         """Most bytes a view of k experts a layer holds."""
         return sum(self._form.planned_bytes(layer, k) for layer in self._decoder.layers)
 
-    def acquire(self, experts: ExpertSet) -> SlimView:
-        """The view of an expert set, perhaps still to be built. ``release`` it after use."""
-        key = experts.digest()
+    def acquire(self, experts: ExpertSet, rows: Rows) -> SlimView:
+        """The view of an expert set, perhaps still to be built. ``release`` it after use.
+
+        Args:
+            rows: how many tokens its users together will mostly run at once.
+        """
+        key: Key = experts.digest(), rows
         view = self._views.get(key)
         if view is None:
-            view = SlimView(experts, self.planned_bytes(experts.layers[0].numel()))
+            view = SlimView(experts, rows, self.planned_bytes(experts.layers[0].numel()))
             self._budget.take(view.nbytes)
             self._views[key] = view
             self._unbuilt.append(view)
@@ -83,7 +97,7 @@ class SlimViews:
             view = self._unbuilt[0]
             layer = len(view.layers)
             experts = view.experts.layers[layer]
-            view.layers.append(self._form.build(self._decoder.layers[layer], experts))
+            view.layers.append(self._form.build(self._decoder.layers[layer], experts, view.rows))
             if view.ready:
                 self._unbuilt.popleft()
             if time.monotonic() >= until:
@@ -104,5 +118,5 @@ class SlimViews:
     def _drop(self, view: SlimView) -> None:
         if view in self._unbuilt:
             self._unbuilt.remove(view)
-        del self._views[view.experts.digest()]
+        del self._views[view.key]
         self._budget.give_back(view.nbytes)

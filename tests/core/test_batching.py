@@ -84,7 +84,7 @@ def test_a_step_of_several_sessions_is_several_steps_of_one(
         events = prefill(decoder, ids, selection, cache=cache)
         experts = [event.experts for event in events if isinstance(event, LayerExperts)]
         layers = zip(decoder.layers, experts, strict=True)
-        return cache, [Packed().build(layer, kept) for layer, kept in layers]
+        return cache, [Packed().build(layer, kept, "many") for layer, kept in layers]
 
     def steps(sessions: list[tuple[KvCache, list[SlimFF]]]) -> list[StepTokens]:
         return [

@@ -165,7 +165,7 @@ def test_turns_of_a_kept_session_equal_one_shot_calls_with_the_whole_text(runnin
     tokens, _ = complete(running, first)
     assert sessions(running) == [State.IDLE]
     transcript = [*PROMPT, *tokens]
-    for turn in ((7, 8, 9), (30,), (1, 2)):
+    for turn in ((7, 8, 9), (30,), (1, 2)) * 3:
         asked = task(6, prompt=turn, continues=first.turn_id, keep=True)
         tokens, finished = complete(running, asked)
         transcript += turn

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MambaConfig
 
 from griffin_core.errors import BadModelFile, ModelNotFound, UnknownFamily
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.source import DEFAULT_MODEL, _packaged_default, resolve
+from griffin_core.model.source import DEFAULT_MODEL, packaged_default, resolve
 from griffin_core.model.spec import spec_from_config
 
 
@@ -114,7 +114,7 @@ def test_a_truncated_gguf_is_a_bad_file_and_leaves_no_copy(
 ) -> None:
     monkeypatch.setenv("GRIFFIN_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "model.gguf"
-    with _packaged_default().open("rb") as whole:
+    with packaged_default().open("rb") as whole:
         path.write_bytes(whole.read(3_000_000))
     with pytest.raises(BadModelFile, match="truncated"):
         load(path)

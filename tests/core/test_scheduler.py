@@ -41,6 +41,7 @@ def test_a_request_that_cannot_begin_before_its_deadline_is_refused_at_once(
 ) -> None:
     with engine(model, own_prefill_tokens=None, limits=Limits(max_sessions=1)) as running:
         complete(running, task(200))  # shows how long a turn takes
+        assert running.sessions().result(10) == []  # and it is noted
         turn_s = running._decoding.scheduler._turn_s
         holder = Inbox()
         running.submit(task(200), holder)

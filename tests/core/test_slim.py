@@ -7,7 +7,7 @@ import torch
 
 from griffin_core.model.decoder import Layer, Norm
 from griffin_core.model.feedforward import FeedForward, Neurons
-from griffin_core.model.linear import Linear
+from griffin_core.model.linear import Linear, Rows
 from griffin_core.model.spec import Activation
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
@@ -44,14 +44,21 @@ def random_layer(activation: Activation, *, gated: bool, bias: bool, dtype: torc
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("k", [1, 33, F])
+@pytest.mark.parametrize(("rows", "tokens"), [("one", 1), ("one", 5), ("many", 1), ("many", 5)])
 def test_packed_is_masked(
-    activation: Activation, gated: bool, bias: bool, dtype: torch.dtype, k: int
+    activation: Activation,
+    gated: bool,
+    bias: bool,
+    dtype: torch.dtype,
+    k: int,
+    rows: Rows,
+    tokens: int,
 ) -> None:
     layer = random_layer(activation, gated=gated, bias=bias, dtype=dtype)
     experts = torch.randperm(F)[:k].sort().values.int()
-    x = torch.randn(5, D).to(dtype)
-    packed = Packed().build(layer, experts)(x)
-    masked = Masked().build(layer, experts)(x)
+    x = torch.randn(tokens, D).to(dtype)
+    packed = Packed().build(layer, experts, rows)(x)
+    masked = Masked().build(layer, experts, rows)(x)
     scale = masked.float().abs().max().item()
     torch.testing.assert_close(packed, masked, atol=TOLERANCE[dtype] * scale, rtol=0)
 
@@ -67,14 +74,14 @@ def test_planned_bytes_are_never_less_than_the_rows_themselves(gated: bool, k: i
 @pytest.mark.parametrize("form", [Packed(), Masked()], ids=["packed", "masked"])
 def test_all_neurons_are_the_dense_block_and_cost_nothing(form: Packed | Masked) -> None:
     layer = random_layer("silu", gated=True, bias=False, dtype=torch.float32)
-    assert form.build(layer, torch.arange(F, dtype=torch.int32)) is layer.ff
+    assert form.build(layer, torch.arange(F, dtype=torch.int32), "one") is layer.ff
     assert form.planned_bytes(layer, F) == 0
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_row_does_not_depend_on_the_rows_beside_it(gated: bool) -> None:
     layer = random_layer("silu", gated=gated, bias=not gated, dtype=torch.float32)
-    slim = Packed().build(layer, torch.arange(0, F, 2, dtype=torch.int32))
+    slim = Packed().build(layer, torch.arange(0, F, 2, dtype=torch.int32), "many")
     x = torch.randn(32, D)
     alone = torch.cat([slim(row[None]) for row in x])
     for rows in (2, 3, 7, 16, 32):

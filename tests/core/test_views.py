@@ -32,7 +32,7 @@ def views_of(model: Model, room: float) -> tuple[SlimViews, Budget]:
 
 
 def built(views: SlimViews, of: ExpertSet) -> SlimView:
-    view = views.acquire(of)
+    view = views.acquire(of, "one")
     while not view.ready:
         views.build(0.0)
     return view
@@ -40,7 +40,7 @@ def built(views: SlimViews, of: ExpertSet) -> SlimView:
 
 def test_a_view_is_built_layer_by_layer(model: Model) -> None:
     views, _ = views_of(model, 1)
-    view = views.acquire(experts(0))
+    view = views.acquire(experts(0), "one")
     for layers in range(3):
         assert len(view.layers) == layers and not view.ready
         views.build(0.0)
@@ -52,6 +52,11 @@ def test_equal_sets_share_a_view(model: Model) -> None:
     one, same, other = built(views, experts(0)), built(views, experts(0)), built(views, experts(1))
     assert one is same and one is not other
     assert budget.held == one.nbytes + other.nbytes
+
+
+def test_a_view_for_one_row_is_another_than_one_for_many(model: Model) -> None:
+    views, _ = views_of(model, 2)
+    assert views.acquire(experts(0), "one") is not views.acquire(experts(0), "many")
 
 
 def test_all_neurons_hold_nothing(model: Model) -> None:
@@ -67,11 +72,11 @@ def test_unused_views_stay_until_their_bytes_are_needed_the_longest_unused_first
     first, second = built(views, experts(0)), built(views, experts(1))
     views.release(first)
     views.release(second)
-    assert views.acquire(experts(0)) is first  # still there, and in use again
+    assert views.acquire(experts(0), "one") is first  # still there, and in use again
     views.release(first)
     built(views, experts(2))  # one must go, and first was used last
     assert len(views) == 2
-    assert views.acquire(experts(0)) is first
+    assert views.acquire(experts(0), "one") is first
     assert budget.peak <= budget.limit
 
 
@@ -79,12 +84,12 @@ def test_a_view_in_use_never_gives_way(model: Model) -> None:
     views, _ = views_of(model, 1.5)
     built(views, experts(0))
     with pytest.raises(MemoryError, match="session memory"):
-        views.acquire(experts(1))
+        views.acquire(experts(1), "one")
 
 
 def test_a_view_that_is_dropped_half_built_is_forgotten(model: Model) -> None:
     views, budget = views_of(model, 1)
-    view = views.acquire(experts(0))
+    view = views.acquire(experts(0), "one")
     views.build(0.0)
     views.release(view)
     assert not views.building and len(views) == 0 and budget.held == 0

@@ -131,3 +131,49 @@ def test_help_of_serve_lists_every_setting() -> None:
     out, _ = griffin("serve", "--help", COLUMNS="200")
     for flag in ("--model", "--role", "--prefill-target", "--density", "--threads", "--config"):
         assert flag in out
+
+
+def test_bench_says_how_a_server_takes_a_load(tiny_server: Running) -> None:
+    load = ("--requests", "6", "--prompt-tokens", "3:20", "--output-tokens", "5:9")
+    target = ("--target", tiny_server.target)
+    (result,) = lines(griffin("bench", *target, *load, "--density", "0.5", "--json")[0])
+    assert (result["completed"], result["errors"]) == (6, {})
+    assert 6 * 3 <= result["prompt_tokens"] <= 6 * 20
+    assert 6 * 5 <= result["generated_tokens"] <= 6 * 9
+    for name in ("time_to_first_token_s", "inter_token_latency_s", "end_to_end_s"):
+        values = result[name]
+        assert 0 < values["p50"] <= values["p90"] <= values["p99"]
+    out, _ = griffin("bench", *target, *load, "--rate", "50", "--sharing", "shared")
+    for words in ("6 completed", "tokens/s", "p99", "time to first token", "between tokens"):
+        assert words in out
+
+
+def test_bench_repeats_a_load_for_the_same_seed(tiny_server: Running) -> None:
+    load = ("bench", "--target", tiny_server.target, "--requests", "5", "--json")
+    lengths = ("--prompt-tokens", "1:50", "--output-tokens", "1:30", "--seed")
+    one, same, other = (lines(griffin(*load, *lengths, seed)[0])[0] for seed in "778")
+    counts = [(run["prompt_tokens"], run["generated_tokens"]) for run in (one, same, other)]
+    assert counts[0] == counts[1] != counts[2]
+
+
+def test_bench_counts_errors_by_status(tiny_server: Running) -> None:
+    load = ("--requests", "3", "--prompt-tokens", "5000", "--json")
+    out, err = griffin("bench", "--target", tiny_server.target, *load, status=1)
+    assert lines(out)[0]["errors"] == {"INVALID_ARGUMENT": 3}
+    assert "no request came to its end" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--prompt-tokens", "0", "prompt-tokens: got '0'"),
+        ("--output-tokens", "9:3", "output-tokens: got '9:3'"),
+        ("--rate", "0", "rate: got 0"),
+        ("--rate", "nan", "rate: got nan"),
+    ],
+)
+def test_bench_refuses_bad_options_by_name(
+    option: str, value: str, words: str, tiny_server: Running
+) -> None:
+    _, err = griffin("bench", "--target", tiny_server.target, option, value, status=2)
+    assert words in err and "Traceback" not in err
