@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import queue
 import time
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.ceiling import step_bytes, step_ceilings_ms
+from benchmarks.load import submit
 from benchmarks.report import Rounds, finish, read_bandwidth
-from griffin_core.decode.events import Failed, Finished
-from griffin_core.decode.stopping import StoppingParams
-from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
-from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL, resolve
 
@@ -22,31 +18,11 @@ PROMPT, TOKENS = 384, 64
 DENSITIES = (1.0, 0.75, 0.5)
 
 
-class Inbox:
-    """A sink to wait at."""
-
-    def __init__(self) -> None:
-        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.put = self.events.put
-
-    def ready(self) -> bool:
-        return True
-
-
 def engine_s(engine: Engine, ids: list[int], density: float) -> float:
     """Seconds a token, as the engine reports it."""
-    task = GenerateTask(
-        prompt=tuple(ids),
-        stopping=StoppingParams(max_tokens=TOKENS, ignore_eos=True),
-        pruning=PruningParams(density=density),
-    )
-    inbox = Inbox()
-    engine.submit(task, inbox)
-    event: Any = None
-    while not isinstance(event, Finished):
-        event = inbox.events.get()
-        assert not isinstance(event, Failed), event
-    return event.timings.decode_s / (TOKENS - 1)
+    inbox = submit(engine, ids, TOKENS, density=density, sharing="private")
+    _, finished = inbox.until_finished()
+    return finished.timings.decode_s / (TOKENS - 1)
 
 
 @torch.inference_mode()
@@ -71,22 +47,18 @@ def transformers_s(reference: PreTrainedModel, ids: list[int]) -> float:
 
 def main() -> None:
     model = load_model(DEFAULT_MODEL, progress=print)
-    decoder, spec = model.decoder, model.decoder.spec
+    decoder = model.decoder
     where = resolve(DEFAULT_MODEL, decoder.dtype, print)
     reference = AutoModelForCausalLM.from_pretrained(where, dtype=decoder.dtype).eval()
     ids = list(range(1000, 1000 + PROMPT))
 
     bandwidth = read_bandwidth()
-    weights = sum(p.numel() * p.element_size() for p in reference.parameters())
-    ff = sum(layer.neurons.nbytes for layer in decoder.layers)
-    kv = kv_bytes(spec, decoder.dtype, PROMPT + TOKENS // 2)
-    ceiling_ms = {
-        str(d): round((weights - ff * (1 - d) + kv) / bandwidth * 1e3, 1) for d in DENSITIES
-    }
+    cached = PROMPT + TOKENS // 2
+    ceiling_ms = step_ceilings_ms(decoder, DENSITIES, cached, bandwidth)
     print(f"\n{TOKENS} tokens after {PROMPT}, {decoder.dtype}, {torch.get_num_threads()} threads")
     print(
-        f"ceiling: {weights / 1e6:.0f} MB of weights ({ff / 1e6:.0f} MB FF) and {kv / 1e6:.0f} MB "
-        f"of KV a token, read at {bandwidth / 1e9:.1f} GB/s measured: {ceiling_ms} ms"
+        f"ceiling: {step_bytes(decoder, 1.0, cached) / 1e6:.0f} MB a token, dense, read at "
+        f"{bandwidth / 1e9:.1f} GB/s measured: {ceiling_ms} ms"
     )
     engine = Engine(model)
     engine.start()

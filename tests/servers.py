@@ -88,6 +88,10 @@ class Process:
                     return str(event["address"])
         raise AssertionError(f"the server ended: {''.join(self.log)}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()

@@ -171,3 +171,27 @@ def test_scores_are_transformers_log_probabilities(
         assert score.greedy == all(greedy)
     assert any(token.greedy for token in scores[0].tokens)
     assert not scores[1].greedy
+
+
+def test_a_chat_of_ten_turns_is_ten_calls_with_the_whole_transcript(
+    smollm2_server: Running, smollm2: Model
+) -> None:
+    asked = [f"Name {n} things that {what}." for n in (2, 3) for what in ("fly", "burn", "sing")]
+    asked += ["Say it again.", "Shorter.", "Why?", "Thank you."]
+    stopping = Stopping(max_tokens=12)
+    transcript: list[int] = []
+    session = None
+    with smollm2_server.client() as client:
+        for words in asked:
+            turn = smollm2.tokenizer.encode(f"<|im_start|>user\n{words}<|im_end|>\n")
+            turn += smollm2.tokenizer.encode("<|im_start|>assistant\n")
+            reply = client.complete(
+                token_ids=turn, session_id=session, keep_session=True, stopping=stopping
+            )
+            session = reply.started.session_id
+            transcript += turn
+            whole = client.complete(token_ids=transcript, stopping=stopping)
+            assert reply.token_ids == whole.token_ids
+            transcript += reply.token_ids
+        assert client.get_session(session).context_tokens == len(transcript)
+        client.close_session(session)

@@ -1,0 +1,32 @@
+"""What a decode step of one session must read at least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from griffin_core.kv_cache import kv_bytes
+from griffin_core.model.decoder import Decoder
+
+
+def step_bytes(decoder: Decoder, density: float, cached_tokens: int) -> float:
+    """Bytes of the weights that a token passes, and of its session's KV."""
+    spec = decoder.spec
+    heads = 2 * (spec.heads + spec.kv_heads) * spec.head_dim  # queries and out, keys and values
+    attention = len(spec.layers) * heads * spec.width * decoder.dtype.itemsize
+    ff = sum(layer.neurons.nbytes for layer in decoder.layers)
+    head = spec.vocabulary * spec.width * decoder.dtype.itemsize
+    return attention + ff * density + head + kv_bytes(spec, decoder.dtype, cached_tokens)
+
+
+def step_ceilings_ms(
+    decoder: Decoder, densities: Sequence[float], cached_tokens: int, bandwidth: float
+) -> dict[str, float]:
+    """Milliseconds of a step at each density, were nothing but reading to be done.
+
+    Args:
+        bandwidth: bytes/s.
+    """
+    return {
+        str(density): round(step_bytes(decoder, density, cached_tokens) / bandwidth * 1e3, 1)
+        for density in densities
+    }

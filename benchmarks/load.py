@@ -1,0 +1,81 @@
+"""An engine under load, without a server: what several sessions make, and when."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from griffin_core.decode.events import Failed, Finished, TokensMade
+from griffin_core.decode.session import Sharing
+from griffin_core.decode.stopping import StoppingParams
+from griffin_core.decode.task import GenerateTask, PruningParams
+from griffin_core.engine import Engine
+
+
+class Inbox:
+    """A sink to wait at."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
+
+    def put(self, event: Any) -> None:
+        self._events.put((time.perf_counter(), event))
+
+    def ready(self) -> bool:
+        return True
+
+    def until_finished(self) -> tuple[list[float], Finished]:
+        """The moment of each token, and the last event."""
+        moments = []
+        while True:
+            moment, event = self._events.get()
+            assert not isinstance(event, Failed), event
+            if isinstance(event, TokensMade):
+                moments.append(moment)
+            if isinstance(event, Finished):
+                return moments, event
+
+
+def prompt(number: int, tokens: int) -> list[int]:
+    """Some token ids, others for each number."""
+    return [(number * 37 + index) % 40_000 + 5 for index in range(tokens)]
+
+
+def submit(
+    engine: Engine, token_ids: Sequence[int], tokens: int, *, density: float, sharing: Sharing
+) -> Inbox:
+    """Begins a completion of so many tokens."""
+    inbox = Inbox()
+    task = GenerateTask(
+        prompt=tuple(token_ids),
+        stopping=StoppingParams(max_tokens=tokens, ignore_eos=True),
+        pruning=PruningParams(density=density, sharing=sharing),
+    )
+    engine.submit(task, inbox)
+    return inbox
+
+
+def engine_moments(
+    engine: Engine,
+    sessions: int,
+    prompt_tokens: int,
+    tokens: int,
+    *,
+    density: float,
+    sharing: Sharing,
+) -> list[list[float]]:
+    """For each of several sessions the moments of its tokens."""
+    inboxes = [
+        submit(engine, prompt(number, prompt_tokens), tokens, density=density, sharing=sharing)
+        for number in range(sessions)
+    ]
+    return [inbox.until_finished()[0] for inbox in inboxes]
+
+
+def step_s(moments: Sequence[Sequence[float]]) -> float:
+    """Seconds of a step while all sessions are live and past their second token."""
+    begin, end = max(own[1] for own in moments), min(own[-1] for own in moments)
+    made = sum(begin < moment <= end for own in moments for moment in own)
+    return (end - begin) * len(moments) / made

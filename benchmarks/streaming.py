@@ -1,0 +1,83 @@
+"""What gRPC costs: 16 streams of SmolLM2 from the engine alone, and through server and client.
+
+The server is a process of its own, the client is this one; all share the machine's CPUs, so what
+the client takes is counted as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import torch
+
+from benchmarks.ceiling import step_ceilings_ms
+from benchmarks.load import engine_moments, prompt, step_s
+from benchmarks.report import Rounds, finish, read_bandwidth
+from demo.__main__ import server
+from griffin_client import AsyncGriffinClient, Stopping, Tokens
+from griffin_core.engine import Engine
+from griffin_core.model.load import load_model
+from griffin_core.model.source import DEFAULT_MODEL
+
+SESSIONS, PROMPT, TOKENS, DENSITY = 16, 128, 256, 0.5
+
+
+async def client_moments(target: str) -> list[list[float]]:
+    """For each stream the moments its tokens came."""
+
+    async def stream(client: AsyncGriffinClient, number: int) -> list[float]:
+        events = client.generate(
+            token_ids=prompt(number, PROMPT),
+            density=DENSITY,
+            sharing="shared",
+            stopping=Stopping(max_tokens=TOKENS, ignore_eos=True),
+        )
+        return [time.perf_counter() async for event in events if isinstance(event, Tokens)]
+
+    async with AsyncGriffinClient(target) as client:
+        return await asyncio.gather(*(stream(client, number) for number in range(SESSIONS)))
+
+
+def main() -> None:
+    model = load_model(DEFAULT_MODEL, progress=print)
+    ceiling_ms = step_ceilings_ms(model.decoder, (DENSITY,), PROMPT, read_bandwidth())
+    print(f"\n{SESSIONS} streams, {model.decoder.dtype}, {torch.get_num_threads()} threads")
+    print(f"ceiling by bytes, were there one stream: {ceiling_ms} ms a step")
+    engine = Engine(model)
+    engine.start()
+    try:
+        with server() as target:
+            rounds = Rounds(
+                {
+                    "engine": lambda: step_s(
+                        engine_moments(
+                            engine, SESSIONS, PROMPT, TOKENS, density=DENSITY, sharing="shared"
+                        )
+                    ),
+                    "client": lambda: step_s(asyncio.run(client_moments(target))),
+                },
+                rounds=5,
+            )
+    finally:
+        engine.stop()
+    ms = rounds.median_ms()
+    for name, value in ms.items():
+        print(f"{name:>10}  {value:7.2f} ms/step  {1e3 * SESSIONS / value:6.1f} tokens/s")
+    cost = rounds.ratio("client", "engine") - 1
+    print(f"gRPC and the client take {cost:.1%} of the engine's throughput\n")
+    finish(
+        "streaming",
+        {
+            "model": model.name,
+            "dtype": str(model.decoder.dtype).removeprefix("torch."),
+            "sessions": SESSIONS,
+            "ceiling_ms": ceiling_ms,
+            "median_ms": ms,
+            "cost": round(cost, 4),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

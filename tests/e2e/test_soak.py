@@ -1,0 +1,130 @@
+"""Minutes of load on real processes: `make test-slow`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from griffin_client import AsyncGriffinClient, GriffinClient, Sampling, Tokens
+from griffin_core.model.load import Model
+from tests.e2e.test_load import PROMPT, at_baseline, prefill_command, several
+from tests.servers import Process, eventually, running
+
+pytestmark = pytest.mark.slow
+
+SOAK_S = 300.0
+STREAMS = 64
+DENSITIES = (1.0, 0.75, 0.5)
+
+
+@pytest.mark.timeout(SOAK_S + 180)
+async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind() -> None:
+    """On SmolLM2. Memory is the server's resident set, in the first minute of full load and in the
+    last."""
+    with Process("--max-sessions", str(STREAMS)) as server:
+        target = server.target()
+        process = psutil.Process(server.pid)
+        resident: list[tuple[float, int]] = []
+        done: Counter[str] = Counter()
+        clock = time.monotonic()
+
+        def left() -> float:
+            return SOAK_S - (time.monotonic() - clock)
+
+        async with AsyncGriffinClient(target) as client:
+
+            async def stream(number: int) -> None:
+                draw = random.Random(number)
+                while left() > 0:
+                    tokens = draw.randint(16, 64)
+                    made = 0
+                    async for event in client.generate(
+                        token_ids=[draw.randrange(1000, 40_000) for _ in range(256)],
+                        density=draw.choice(DENSITIES),
+                        sharing=draw.choice(("private", "shared", "auto")),
+                        sampling=Sampling(temperature=draw.choice((0.0, 0.8)), seed=number),
+                        stopping=several(tokens),
+                    ):
+                        made += len(event.ids) if isinstance(event, Tokens) else 0
+                    assert made == tokens
+                    done["requests"] += 1
+                    done["tokens"] += made
+
+            async def watch() -> None:
+                while left() > 0:
+                    resident.append((time.monotonic() - clock, process.memory_info().rss))
+                    await asyncio.sleep(1)
+
+            await asyncio.gather(watch(), *(stream(number) for number in range(STREAMS)))
+            assert await client.list_sessions() == []
+        first = statistics.median(rss for at, rss in resident if 60 <= at < 120)
+        last = statistics.median(rss for at, rss in resident if at >= SOAK_S - 60)
+        print(
+            f"{done['requests']} requests, {done['tokens']} tokens; resident {first / 1e6:.0f} MB "
+            f"in the second minute, {last / 1e6:.0f} MB in the last"
+        )
+        assert last < 1.05 * first
+        server.terminate()
+        assert server.wait() == 0
+
+
+@pytest.mark.timeout(300)
+def test_prefill_servers_killed_every_20_seconds_fail_no_request_and_change_no_token(
+    tiny: Callable[[str], Model], tiny_directory: Callable[[str], object]
+) -> None:
+    model = tiny("llama-long")
+    command = prefill_command(str(tiny_directory("llama-long")))
+    prompts = [PROMPT[: 500 + 250 * number] for number in range(8)]
+    with running(model, density=0.5) as alone, alone.client() as client:
+        expected = [client.complete(token_ids=p, stopping=several(20)).token_ids for p in prompts]
+    with (
+        Process(*command) as one,
+        Process(*command) as other,
+        running(
+            model, role="decode", density=0.5, prefill_target=[one.target(), other.target()]
+        ) as decode,
+    ):
+        servers = decode.app._prefill._servers
+        processes, done, failures = [one, other], Counter(), []
+        until = time.monotonic() + 130
+
+        def stream(number: int) -> None:
+            with GriffinClient(decode.target) as client:
+                while time.monotonic() < until:
+                    try:
+                        made = client.complete(
+                            token_ids=prompts[number], stopping=several(20), timeout_s=60
+                        )
+                        assert made.token_ids == expected[number]
+                        done["requests"] += 1
+                    except Exception as error:
+                        failures.append(error)
+                        return
+
+        threads = [threading.Thread(target=stream, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for kill in range(6):
+            threads[0].join(20)
+            busy = kill % 2
+            processes[busy].kill()
+            done["kills"] += 1
+            port = servers[busy].target.rpartition(":")[2]
+            processes[busy] = Process(*command, "--port", port)
+            processes[busy].target()
+        for thread in threads:
+            thread.join(90)
+        for process in processes:
+            process.__exit__()
+        assert failures == []
+        assert done["kills"] == 6 and done["requests"] > 50
+        print(f"{done['requests']} requests, {done['kills']} kills")
+        eventually(lambda: at_baseline(decode))
