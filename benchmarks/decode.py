@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.ceiling import step_bytes, step_ceilings_ms
 from benchmarks.load import submit
-from benchmarks.report import Rounds, finish, read_bandwidth
+from benchmarks.report import Rounds, apart, finish, read_bandwidth
 from griffin_core.engine import Engine
 from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL, resolve
@@ -66,7 +66,7 @@ def main() -> None:
         rounds = Rounds(
             {
                 **{f"density {d}": (lambda d=d: engine_s(engine, ids, d)) for d in DENSITIES},
-                "transformers": lambda: transformers_s(reference, ids),
+                "transformers": lambda: apart(lambda: transformers_s(reference, ids)),
             },
             rounds=5,
         )

@@ -20,6 +20,7 @@ from benchmarks.gguf_bf16 import write_bf16
 from benchmarks.load import engine_moments, prompt, step_s
 from benchmarks.peer import PEERS
 from benchmarks.report import Rounds, finish, read_bandwidth
+from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import Sharing
 from griffin_core.engine import Engine
 from griffin_core.model.load import load_model
@@ -72,7 +73,7 @@ def engine_step_s(engine: Engine, density: float, sharing: Sharing) -> float:
     """Seconds of a decode step of many sessions, the first of which are still there when the last
     has joined."""
     return step_s(
-        engine_moments(engine, MANY, PROMPT, 4 * TOKENS, density=density, sharing=sharing)
+        engine_moments(engine, MANY, PROMPT, 2 * TOKENS, density=density, sharing=sharing)
     )
 
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{TOKENS} tokens after {PROMPT}, {DTYPE}, {torch.get_num_threads()} threads")
     print(f"ceiling by bytes, one session: {ceiling_ms} ms a step")
 
-    engine = Engine(model)
+    engine = Engine(model, limits=Limits(prefill_share=1.0))  # so that all are soon live
     engine.start()
     candidates: dict[str, Callable[[], float]] = {
         "1 × griffin, dense": lambda: engine_s(engine, ids, 1.0),

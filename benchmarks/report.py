@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,22 @@ def timed(work: Callable[[], object]) -> Callable[[], float]:
     return run
 
 
+def apart(work: Callable[[], float]) -> float:
+    """What a call returns that is made on a thread of its own. When that ends, so do the workers
+    OpenMP gave it; were there more of them than CPUs, those of an engine in this process would wait
+    for one another by sleeping (docs/LOG.md)."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
 def read_bandwidth() -> float:
     """Bytes/s of reading 1 GiB from memory, the best of several."""
-    data = torch.ones(1 << 28)
-    return data.nbytes / min(timed(data.sum)() for _ in range(7))
+
+    def best() -> float:
+        data = torch.ones(1 << 28)
+        return data.nbytes / min(timed(data.sum)() for _ in range(7))
+
+    return apart(best)
 
 
 def matmul_rate(dtype: torch.dtype, tokens: int, width: int, neurons: int) -> float:

@@ -16,6 +16,7 @@ from benchmarks.load import engine_moments, prompt, step_s
 from benchmarks.report import Rounds, finish, read_bandwidth
 from demo.__main__ import server
 from griffin_client import AsyncGriffinClient, Stopping, Tokens
+from griffin_core.decode.scheduler import Limits
 from griffin_core.engine import Engine
 from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL
@@ -44,10 +45,10 @@ def main() -> None:
     ceiling_ms = step_ceilings_ms(model.decoder, (DENSITY,), PROMPT, read_bandwidth())
     print(f"\n{SESSIONS} streams, {model.decoder.dtype}, {torch.get_num_threads()} threads")
     print(f"ceiling by bytes, were there one stream: {ceiling_ms} ms a step")
-    engine = Engine(model)
+    engine = Engine(model, limits=Limits(prefill_share=1.0))  # so that all are soon live
     engine.start()
     try:
-        with server() as target:
+        with server("--prefill-share", "1.0") as target:
             rounds = Rounds(
                 {
                     "engine": lambda: step_s(

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.kernels.attention import CacheTable, attend_rows, cache_table
+from griffin_core.kernels.attention import CacheTable, attend_kernel, attend_rows, cache_table
 from griffin_core.kernels.norm import MAX_VALUES, rms_norm
-from griffin_core.kernels.team import runs_kernels
+from griffin_core.kernels.team import compile_kernels, runs_kernels
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.attention import (
     Rotation,
@@ -146,6 +146,10 @@ class Decoder:
         self.layers = weights.layers
         self._weights = weights
         self._windows = {s.window for s in spec.layers}
+        self._runs_kernels = runs_kernels(self.dtype, self.device)
+        if self._runs_kernels:
+            attend_kernel(spec.head_dim, spec.heads // spec.kv_heads)
+            compile_kernels()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -193,7 +197,7 @@ class Decoder:
             x = x + w.positions[positions + self.spec.position_offset]
         rotations = tuple(rotation(r, positions, self.dtype) for r in self.spec.rotaries)
         table = None
-        if runs_kernels(self.dtype, self.device) and all(tokens == 1 for _, tokens in runs):
+        if self._runs_kernels and all(tokens == 1 for _, tokens in runs):
             table = cache_table([(c.addresses, c.length, c.capacity) for c, _ in runs])
         return x, Batch(runs=tuple(batch_runs), rotations=rotations, table=table)
 

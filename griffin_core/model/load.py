@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from griffin_core.errors import BadModelFile, ModelError, ModelNotFound
-from griffin_core.kernels.team import compile_kernels, runs_kernels
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.source import Progress, resolve
 from griffin_core.model.spec import spec_from_config
@@ -83,8 +82,6 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     spec = spec_from_config(config)
     progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
     state = _state(model, where, dtype, device)
-    if runs_kernels(dtype, device):
-        compile_kernels()
     tokenizer = load_tokenizer(where)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
