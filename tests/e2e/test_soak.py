@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import statistics
 import threading
@@ -86,6 +87,7 @@ def test_prefill_servers_killed_every_20_seconds_fail_no_request_and_change_no_t
     with running(model, density=0.5) as alone, alone.client() as client:
         expected = [client.complete(token_ids=p, stopping=several(20)).token_ids for p in prompts]
     with (
+        contextlib.ExitStack() as stack,
         Process(*command) as one,
         Process(*command) as other,
         running(
@@ -118,12 +120,10 @@ def test_prefill_servers_killed_every_20_seconds_fail_no_request_and_change_no_t
             processes[busy].kill()
             done["kills"] += 1
             port = servers[busy].target.rpartition(":")[2]
-            processes[busy] = Process(*command, "--port", port)
+            processes[busy] = stack.enter_context(Process(*command, "--port", port))
             processes[busy].target()
         for thread in threads:
             thread.join(90)
-        for process in processes:
-            process.__exit__()
         assert failures == []
         assert done["kills"] == 6 and done["requests"] > 50
         print(f"{done['requests']} requests, {done['kills']} kills")
