@@ -17,6 +17,7 @@
     │   ├── FingerprintMismatch the two ends hold different models
     │   ├── HandoffBroken       the handoff ended early or did not verify
     │   └── PrefillUnavailable  no prefill server answers
+    ├── DeadlinePassed          the caller's time ran out on the way
     ├── EngineStopped           shutting down
     └── EngineFault             a bug, or the machine gave out (memory, device)
 
@@ -118,6 +119,10 @@ class HandoffBroken(HandoffError):
 
 class PrefillUnavailable(HandoffError):
     """No prefill server answers."""
+
+
+class DeadlinePassed(GriffinError):
+    """The caller's own deadline ran out while others worked for it."""
 
 
 class EngineStopped(GriffinError):

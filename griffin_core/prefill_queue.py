@@ -112,8 +112,9 @@ class PrefillQueue:
         Args:
             retry_after_s: when to come back.
         """
-        if not run.admitted and len(self._runs) > self._max_waiting:
-            words = f"queue: {len(self._runs)} prefills wait already, the most this server allows"
+        waiting = sum(not other.cancelled for other in self._runs)
+        if not run.admitted and waiting > self._max_waiting:
+            words = f"queue: {waiting} prefills wait already, the most this server allows"
             run.sink.put(Failed(error=CapacityExhausted(words, retry_after_s=retry_after_s)))
         else:
             self._runs.append(run)

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from griffin_core.budget import Budget
 from griffin_core.decode.events import Admitted, Event, Failed, PruningFigures, Sink
 from griffin_core.decode.generation import Generation
@@ -19,7 +16,7 @@ from griffin_core.decode.scheduler import Limits, Scheduler
 from griffin_core.decode.scoring import Scoring
 from griffin_core.decode.session import Reservation, Session, Sharing, State, Work
 from griffin_core.decode.sharing import ExpertGroups
-from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.decode.step import StepLogits, StepTokens, decode_tokens
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
@@ -46,6 +43,9 @@ from griffin_core.slim.crossover import PrivateLimit
 from griffin_core.slim.views import SlimViews
 
 log = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 3600.0
+"""A queue's time-out must be finite."""
 
 BUILD_S = 0.01
 """For about how long slim views are built between two steps, or as long as a step takes: whoever
@@ -213,13 +213,14 @@ class Decoding:
         ]
         expiry = self.scheduler.next_expiry_s()
         due = [*stalled, *([] if expiry is None else [expiry])]
-        return max(0.0, min(due)) if due else None
+        return max(0.0, min(*due, LONGEST_WAIT_S)) if due else None
 
     def step(self) -> None:
         """A token for every session whose view is built and whose reader keeps up."""
         if self._groups.choosing:
             self._views.build(max(BUILD_S, self._step_s))
-            self._groups.advance()
+            for session, error in self._groups.advance():
+                self._end_with(session, error)
         sessions = self._runnable()
         if not sessions:
             return
@@ -236,14 +237,12 @@ class Decoding:
         self._step_s = time.monotonic() - clock
 
     def _run(self, sessions: list[Session]) -> None:
-        logits = decode_tokens(self._decoder, [_step_tokens(s) for s in sessions])
-        likeliest = torch.cat(logits).argmax(dim=1).tolist()
-        for session, rows in zip(sessions, logits, strict=True):
-            best, likeliest = likeliest[: len(rows)], likeliest[len(rows) :]
-            self._guarded(session, partial(self._read, logits=rows, likeliest=best))
+        results = decode_tokens(self._decoder, [_step_tokens(s) for s in sessions])
+        for session, result in zip(sessions, results, strict=True):
+            self._guarded(session, partial(self._read, result=result))
 
-    def _read(self, session: Session, *, logits: Tensor, likeliest: list[int]) -> None:
-        if session.work.read(session, logits, likeliest):
+    def _read(self, session: Session, *, result: StepLogits) -> None:
+        if session.work.read(session, result.logits, result.likeliest):
             self._finish(session)
 
     def _runnable(self) -> list[Session]:
@@ -255,6 +254,7 @@ class Decoding:
                 continue
             if not session.sink.ready():
                 continue
+            session.clock.stalled = 0.0
             if isinstance(session.work, Scoring):
                 if scoring:
                     continue
@@ -360,8 +360,13 @@ class Decoding:
     def _make_cache(self, session: Session) -> None:
         """Takes the KV cache's bytes and the cache, or lets the cache of the turn before grow."""
         if session.cache is None:
-            self.budget.take(kv_bytes(self._decoder.spec, self._decoder.dtype, session.capacity))
-            session.cache = self._decoder.new_cache(session.capacity)
+            size = kv_bytes(self._decoder.spec, self._decoder.dtype, session.capacity)
+            self.budget.take(size)
+            try:
+                session.cache = self._decoder.new_cache(session.capacity)
+            except BaseException:
+                self.budget.give_back(size)
+                raise
         else:
             self._resize_cache(session.cache, session.capacity)
 
@@ -369,9 +374,12 @@ class Decoding:
         held = cache.nbytes
         layer = held // len(self._decoder.layers)
         new = kv_bytes(self._decoder.spec, self._decoder.dtype, capacity)
-        self.budget.take(max(0, new - held) + layer)
-        cache.resize(capacity)
-        self.budget.give_back(max(0, held - new) + layer)
+        taken = max(0, new - held) + layer
+        self.budget.take(taken)
+        try:
+            cache.resize(capacity)
+        finally:  # halfway, some layers have the old size and some the new
+            self.budget.give_back(held + taken - cache.nbytes)
 
     def _new_intake(self, session: Session, *, in_place: bool) -> Intake:
         assert session.cache is not None
@@ -451,7 +459,7 @@ class Decoding:
 
     def _end_with(self, session: Session, error: Exception) -> None:
         if not isinstance(error, GriffinError):
-            log.exception("session %s failed", session.session_id)
+            log.error("session %s failed", session.session_id, exc_info=error)
             error = EngineFault(f"{type(error).__name__}: {error}")
         self._fail(session, error=error)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from griffin_core.decode.session import Reservation, Session, State
 from griffin_core.errors import CapacityExhausted
 
-_LONGEST_WAIT_S = 3600.0  # a queue's time-out must be finite
 _REMEMBERED = 1024  # kept sessions whose end can still be explained
 
 
@@ -185,15 +184,16 @@ class Scheduler:
         session.state = State.IDLE
         session.reservation = Reservation(kv=held_bytes)
         self._idle[session.session_id] = session
-        while sum(s.reservation.kv for s in self._idle.values()) > self._limits.idle_bytes:
-            oldest = next(iter(self._evictable(None)), None)
-            if oldest is None:
-                return
-            self._evict(oldest, "it gave way to sessions kept later (--idle-memory-gib)")
+        # Those whose next turn waits are as good as live.
+        others = self._evictable(session)
+        while (
+            others and held_bytes + sum(s.reservation.kv for s in others) > self._limits.idle_bytes
+        ):
+            self._evict(others.pop(0), "it gave way to sessions kept later (--idle-memory-gib)")
 
     def drop(self, session: Session, why: str) -> None:
         """Forgets a session, wherever it is."""
-        if session.session_id in self._live and session.clock.first_token:
+        if session.session_id in self._live and session.clock.prefilled:
             self._note_turn(session)
         if session in self._waiting:
             self._waiting.remove(session)
@@ -216,8 +216,7 @@ class Scheduler:
         idle = [s.clock.last_token for s in self._idle.values() if s.state is State.IDLE]
         if not idle:
             return None
-        left = min(idle) + self._limits.session_ttl_s - time.monotonic()
-        return min(max(0.0, left), _LONGEST_WAIT_S)
+        return max(0.0, min(idle) + self._limits.session_ttl_s - time.monotonic())
 
     def _evictable(self, but: Session | None) -> list[Session]:
         waiting = {session.session_id for session in self._waiting}

@@ -44,7 +44,13 @@ class ExpertGroup:
         return self.stale or self._next is not None
 
     def advance(self, decoder: Decoder, views: SlimViews) -> None:
-        """Goes on with what the group waits for."""
+        """Goes on with what the group waits for.
+
+        Raises:
+            Exception: its experts cannot be chosen, or its view cannot be built.
+        """
+        if self._next is not None and self._next.error is not None:
+            raise self._next.error
         if self._next is not None and self._next.ready:
             self._switch(views)
         if self.stale and self._next is None:
@@ -130,13 +136,15 @@ class ExpertGroups:
                         self._put(member, self._shared_group(kind))
                 else:
                     self._put(session, ExpertGroup())
-        self.advance()
+        self._groups[session.session_id].advance(self._decoder, self._views)
 
     def leave(self, session: Session) -> None:
         """A session has ended, or goes elsewhere. Without effect if it is in no group."""
         kind = _kind(session)
         if session in (alone := self._auto.get(kind, [])):
             alone.remove(session)
+            if not alone:
+                del self._auto[kind]
         group = self._groups.pop(session.session_id, None)
         if group is None:
             return
@@ -154,10 +162,19 @@ class ExpertGroups:
         """Whether some group waits for a choice or its view."""
         return any(group.choosing for group in self._groups.values())
 
-    def advance(self) -> None:
-        """Goes on with every group's choice."""
+    def advance(self) -> list[tuple[Session, Exception]]:
+        """Goes on with every group's choice.
+
+        Returns:
+            The sessions whose group failed, and how.
+        """
+        failed: list[tuple[Session, Exception]] = []
         for group in {id(group): group for group in self._groups.values()}.values():
-            group.advance(self._decoder, self._views)
+            try:
+                group.advance(self._decoder, self._views)
+            except Exception as error:
+                failed += [(session, error) for session in group.members]
+        return failed
 
     def _put(self, session: Session, group: ExpertGroup) -> None:
         group.members.append(session)

@@ -28,12 +28,26 @@ class StepTokens:
     token_ids: Sequence[int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepLogits:
+    """What the model makes of one session's tokens.
+
+    Args:
+        logits: [T, V] float32, behind each of them.
+        likeliest: T token ids, the largest of each row.
+    """
+
+    logits: Tensor
+    likeliest: Sequence[int]
+
+
 @torch.inference_mode()
-def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[Tensor]:
-    """Runs each session's tokens behind its cached ones, all in one batch.
+def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[StepLogits]:
+    """Runs each session's tokens behind its cached ones, all in one batch. If it raises, no cache
+    has moved on, and the same tokens may be run again.
 
     Returns:
-        For each session, in the given order, the logits [T, V] float32.
+        One for each session, in the given order.
     """
     ranks: dict[int, int] = {}
     for session in sessions:
@@ -45,12 +59,15 @@ def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[Tens
     groups = _groups(ordered)
     for layer in range(len(decoder.layers)):
         x = decoder.layer(layer, x, batch, _grouped(groups, layer))
+    logits = decoder.head(decoder.final_hidden(x))
+    likeliest = logits.argmax(dim=1).tolist()
+    results: dict[int, StepLogits] = {}
+    for index, run in zip(order, batch.runs, strict=True):
+        rows = slice(run.first_row, run.first_row + run.tokens)
+        results[index] = StepLogits(logits=logits[rows], likeliest=likeliest[rows])
     for session in ordered:
         session.cache.advance(len(session.token_ids))
-    logits = torch.split_with_sizes(
-        decoder.head(decoder.final_hidden(x)), [len(s.token_ids) for s in ordered]
-    )
-    return [rows for _, rows in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]
+    return [results[index] for index in range(len(sessions))]
 
 
 def _groups(ordered: Sequence[StepTokens]) -> list[tuple[int, Sequence[SlimFF]]]:

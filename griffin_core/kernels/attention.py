@@ -233,7 +233,8 @@ def attend_rows(
     parts = max(1, -(-2 * threads // (rows * kv_heads)))
     out = qkv.new_empty((rows, heads * size))
     scratch = torch.empty(
-        threads * group * (size + BLOCK) + rows * kv_heads * parts * group * (size + 2)
+        threads * group * (size + BLOCK) + rows * kv_heads * parts * group * (size + 2),
+        dtype=torch.float32,
     )
     cos, sin = rotation or (None, None)
     attend_kernel(size, group)(

@@ -23,7 +23,7 @@ def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [1, in], weight [out, in], bias [out] -> x weightᵀ + bias [1, out]."""
     out, inner = weight.shape
     y = x.new_empty((1, out))
-    scratch = torch.empty(torch.get_num_threads() * inner)
+    scratch = torch.empty(torch.get_num_threads() * inner, dtype=torch.float32)
     _linear(
         x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), scratch.data_ptr(), out, inner
     )
@@ -63,7 +63,7 @@ def feedforward_row(
     """
     neurons, width = down.shape
     y = torch.empty_like(x)
-    scratch = torch.empty(neurons + 2 * torch.get_num_threads() * width)
+    scratch = torch.empty(neurons + 2 * torch.get_num_threads() * width, dtype=torch.float32)
     _feedforward(
         x.data_ptr(),
         w_in.data_ptr(),

@@ -19,9 +19,9 @@ import torch
 from numba import cfunc, types
 from torch import Tensor
 
-team_rank = types.ExternalFunction("omp_get_thread_num", types.int32())
-team_size = types.ExternalFunction("omp_get_num_threads", types.int32())
-team_barrier = types.ExternalFunction("GOMP_barrier", types.void())
+team_rank = types.ExternalFunction("griffin_team_rank", types.int32())
+team_size = types.ExternalFunction("griffin_team_size", types.int32())
+team_barrier = types.ExternalFunction("griffin_team_barrier", types.void())
 
 
 FAST = {"contract", "reassoc", "nsz"}
@@ -33,10 +33,16 @@ and NaN."""
 def _gomp() -> Any:
     """The libgomp that torch has loaded; None if its threads are other ones."""
     try:
-        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL)
+        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
     except OSError:
         return None
-    llvmlite.binding.load_library_permanently("libgomp.so.1")
+    # By names of our own: another OpenMP in the process has functions of the same names.
+    for name, function in (
+        ("griffin_team_rank", library.omp_get_thread_num),
+        ("griffin_team_size", library.omp_get_num_threads),
+        ("griffin_team_barrier", library.GOMP_barrier),
+    ):
+        llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     library.GOMP_parallel.argtypes = (
         ctypes.c_void_p,
         ctypes.c_void_p,

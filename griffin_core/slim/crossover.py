@@ -27,7 +27,7 @@ _ROUNDS = 3
 
 def assumed_private_limit(density: float) -> int:
     """What counting bytes alone says."""
-    return max(1, int(1 / density))
+    return max(1, int(min(_ROWS[-1], 1 / density)))
 
 
 @torch.inference_mode()

@@ -29,6 +29,8 @@ class SlimView:
         self.rows: Rows = rows
         self.nbytes = nbytes
         self.layers: list[SlimFF] = []
+        self.error: Exception | None = None
+        """Why it cannot be built."""
         self.users = 0
 
     @property
@@ -91,14 +93,19 @@ class SlimViews:
             self._drop(view)
 
     def build(self, seconds: float) -> None:
-        """Builds layers of the views that wait, in order, for about so long; at least one layer."""
+        """Builds layers of the views that wait, in order, for about so long; at least one layer.
+        What goes wrong becomes the view's ``error``."""
         until = time.monotonic() + seconds
         while self._unbuilt:
             view = self._unbuilt[0]
             layer = len(view.layers)
             experts = view.experts.layers[layer]
-            view.layers.append(self._form.build(self._decoder.layers[layer], experts, view.rows))
-            if view.ready:
+            try:
+                block = self._form.build(self._decoder.layers[layer], experts, view.rows)
+                view.layers.append(block)
+            except Exception as error:
+                view.error = error
+            if view.ready or view.error:
                 self._unbuilt.popleft()
             if time.monotonic() >= until:
                 return

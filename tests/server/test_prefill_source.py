@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
+import grpc
 import pytest
 
-from griffin_core.errors import EngineFault, PrefillUnavailable
+from griffin_core.errors import DeadlinePassed, EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
-from griffin_core.prefill_queue import PrefillTask
+from griffin_core.prefill_queue import PrefillRun, PrefillTask
 from griffin_server.handoff import shared_memory
 from griffin_server.handoff.shared_memory import DIRECTORY, Segment
-from griffin_server.prefill.source import PrefillServer
+from griffin_server.prefill.service import PrefillServicer
+from griffin_server.prefill.source import PrefillServer, PrefillServers
 from tests.servers import Running, running
 
 TASK = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
@@ -58,3 +61,74 @@ async def test_no_server_is_unavailable(tiny: Callable[[str], Model]) -> None:
     with pytest.raises(PrefillUnavailable, match=r"127\.0\.0\.1:1"):
         await anext(source.stream(TASK, None))
     await source.close()
+
+
+# -- what is the server's fault, and what is not ---------------------------------------------------
+
+
+async def events_of(servers: PrefillServers, timeout_s: float | None = None) -> list[str]:
+    return [type(event).__name__ async for event in servers.stream(TASK, timeout_s)]
+
+
+@pytest.fixture
+async def two(tiny: Callable[[str], Model]) -> AsyncIterator[tuple[PrefillServers, list[Running]]]:
+    model = tiny("llama")
+    with running(model, role="prefill") as one, running(model, role="prefill") as other:
+        servers = PrefillServers(
+            [PrefillServer(each.target, model, shared_memory=False) for each in (one, other)]
+        )
+        yield servers, [one, other]
+        await servers.close()
+
+
+async def test_how_a_call_ends_behind_a_verified_handoff_is_no_matter(
+    two: tuple[PrefillServers, list[Running]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, _ = two
+    whole = PrefillServicer.Prefill
+
+    async def dies(self: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for message in whole(self, request, context):
+            yield message
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "killed before its trailers")
+
+    monkeypatch.setattr(PrefillServicer, "Prefill", dies)
+    for _ in range(3):
+        made = await events_of(servers)
+        assert made[-1] == "PrefillFinished" and "PrefillRestarted" not in made
+    assert not any(server.set_aside for server in servers._servers)
+
+
+async def test_a_server_with_another_model_is_passed_over(tiny: Callable[[str], Model]) -> None:
+    model = tiny("llama")
+    with running(tiny("qwen2"), role="prefill") as bad, running(model, role="prefill") as good:
+        servers = PrefillServers(
+            [PrefillServer(each.target, model, shared_memory=False) for each in (bad, good)]
+        )
+        assert "PrefillRestarted" in await events_of(servers)
+        for _ in range(3):
+            assert "PrefillRestarted" not in await events_of(servers)
+        await servers.close()
+
+
+async def test_a_server_that_fails_inside_is_set_aside_and_the_prompt_goes_elsewhere(
+    two: tuple[PrefillServers, list[Running]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, (one, _) = two
+    broken = one.app.engine
+    monkeypatch.setattr(broken, "prefill", lambda *_: 1 / 0)
+    made = await events_of(servers)
+    assert made[-1] == "PrefillFinished" and made.count("PrefillRestarted") == 1
+
+
+async def test_a_callers_own_deadline_is_no_fault_of_the_server(
+    two: tuple[PrefillServers, list[Running]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, apps = two
+    for each in apps:  # they never answer
+        monkeypatch.setattr(
+            each.app.engine, "prefill", lambda task, sink: PrefillRun(iter, sink, admitted=False)
+        )
+    with pytest.raises(DeadlinePassed):
+        await events_of(servers, timeout_s=0.2)
+    assert not any(server.set_aside for server in servers._servers)

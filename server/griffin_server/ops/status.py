@@ -13,6 +13,7 @@ from google.rpc.status_pb2 import Status
 
 from griffin_core.errors import (
     CapacityExhausted,
+    DeadlinePassed,
     EngineFault,
     EngineStopped,
     FingerprintMismatch,
@@ -41,6 +42,7 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     # Both are worth another try: the handoff is gone, the request is not at fault.
     HandoffBroken: (grpc.StatusCode.UNAVAILABLE, "HANDOFF_BROKEN"),
     PrefillUnavailable: (grpc.StatusCode.UNAVAILABLE, "PREFILL_UNAVAILABLE"),
+    DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     EngineStopped: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     EngineFault: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
     GriffinError: (grpc.StatusCode.INTERNAL, "INTERNAL"),

@@ -17,10 +17,12 @@ from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
 from griffin_core.errors import (
     CapacityExhausted,
+    DeadlinePassed,
     EngineFault,
     FingerprintMismatch,
     GriffinError,
     HandoffBroken,
+    HandoffError,
     PrefillUnavailable,
 )
 from griffin_core.model.load import Model
@@ -40,6 +42,9 @@ CONNECT_S = 2.0
 PROBE_S = 0.5
 """Between two health checks of a server that was set aside, and how long each may take."""
 
+MISMATCH_S = 60.0
+"""For how long a server that holds another model is left alone."""
+
 PREFILL_SERVICE = pb.DESCRIPTOR.services_by_name["PrefillService"].full_name
 
 CHANNEL_OPTIONS = [
@@ -58,8 +63,8 @@ CHANNEL_OPTIONS = [
 class PrefillServers:
     """Several prefill servers as one: each prompt goes to the one with the fewest tokens to run.
 
-    A server that fails is set aside until a health check finds it serving again. Whose handoff it
-    broke gets one more try on another, if there is one and time is left.
+    A server that fails is set aside until a health check finds it serving again. The prompt it
+    failed gets one more try on another, if there is one and time is left.
 
     Args:
         servers: at least one.
@@ -85,9 +90,8 @@ class PrefillServers:
                 async for event in events:
                     yield event
             return
-        except (HandoffBroken, PrefillUnavailable, CapacityExhausted) as error:
-            if not isinstance(error, CapacityExhausted):
-                self._set_aside(server)
+        except (HandoffError, EngineFault, CapacityExhausted) as error:
+            self._note_failure(server, error)
             others = [other for other in self._servers if other is not server]
             left_s = None if deadline is None else deadline - time.monotonic()
             if not others or (left_s is not None and left_s <= 0):
@@ -99,8 +103,8 @@ class PrefillServers:
             async with aclosing(server.stream(task, left_s)) as events:
                 async for event in events:
                     yield event
-        except (HandoffBroken, PrefillUnavailable):
-            self._set_aside(server)
+        except (HandoffError, EngineFault) as error:
+            self._note_failure(server, error)
             raise
 
     async def close(self) -> None:
@@ -116,11 +120,14 @@ class PrefillServers:
         serving = [server for server in servers if not server.set_aside]
         return min(serving or servers, key=lambda server: server.outstanding_tokens)
 
-    def _set_aside(self, server: PrefillServer) -> None:
-        if server.set_aside:
+    def _note_failure(self, server: PrefillServer, error: GriffinError) -> None:
+        """Sets a server aside, unless it was only full."""
+        if isinstance(error, CapacityExhausted) or server.set_aside:
             return
         server.set_aside = True
-        probe = asyncio.create_task(server.wait_until_serving())
+        # One that holds another model says SERVING, too.
+        rest_s = MISMATCH_S if isinstance(error, FingerprintMismatch) else 0.0
+        probe = asyncio.create_task(server.wait_until_serving(rest_s))
         self._probes.add(probe)
         probe.add_done_callback(self._probes.discard)
 
@@ -177,8 +184,9 @@ class PrefillServer:
             async for message in call:
                 if (event := reader.read(message)) is not None:
                     yield event
-            if not reader.finished:
-                raise HandoffBroken(f"handoff: {self.target} ended the stream before its end")
+                if reader.finished:  # how the call ends is no matter any more
+                    return
+            raise HandoffBroken(f"handoff: {self.target} ended the stream before its end")
         except grpc.aio.AioRpcError as error:
             raise _to_error(self.target, error) from error
         finally:
@@ -194,8 +202,9 @@ class PrefillServer:
         self._pool.close()
         await self._channel.close()
 
-    async def wait_until_serving(self) -> None:
-        """Asks its health service until it says SERVING."""
+    async def wait_until_serving(self, rest_s: float) -> None:
+        """Asks its health service, after a rest, until it says SERVING."""
+        await asyncio.sleep(rest_s)
         request = health_pb2.HealthCheckRequest(service=PREFILL_SERVICE)
         while self.set_aside:
             try:
@@ -267,6 +276,8 @@ def _to_error(target: str, error: grpc.aio.AioRpcError) -> GriffinError:
             return FingerprintMismatch(words)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return CapacityExhausted(words, retry_after_s=_retry_after_s(error) or 1.0)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:  # the client's; no fault of the server
+            return DeadlinePassed(words)
         case (
             grpc.StatusCode.INVALID_ARGUMENT
             | grpc.StatusCode.INTERNAL

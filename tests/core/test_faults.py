@@ -1,0 +1,226 @@
+"""When something inside fails, it costs the sessions it hits and nothing else: no other session, no
+byte, no token."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from griffin_core.decode import sharing
+from griffin_core.decode.events import Finished, Started, TokensMade
+from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.stopping import StoppingParams
+from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine import Engine
+from griffin_core.errors import EngineFault
+from griffin_core.kv_cache import kv_bytes
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.load import Model
+from griffin_core.slim.packed import Packed
+from tests.core.engines import Inbox, complete, engine, finish, submit
+from tests.servers import eventually
+
+
+@pytest.fixture
+def model(tiny: Callable[[str], Model]) -> Model:
+    return tiny("llama")
+
+
+@pytest.fixture
+def running(model: Model) -> Iterator[Engine]:
+    with engine(model, own_prefill_tokens=None) as started:
+        yield started
+
+
+def task(max_tokens: int = 30, first: int = 1, **more: object) -> GenerateTask:
+    return GenerateTask(
+        prompt=tuple(range(first, first + 9)),
+        stopping=StoppingParams(max_tokens=max_tokens, ignore_eos=True),
+        **{"pruning": PruningParams(density=0.5), **more},
+    )
+
+
+class Once:
+    """Makes a method fail the first time that a condition holds."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, when: Callable[..., bool]
+    ) -> None:
+        self.failed = False
+        whole = getattr(owner, name)
+
+        def method(*arguments: object, **named: object) -> object:
+            if not self.failed and when(*arguments, **named):
+                self.failed = True
+                raise MemoryError("no memory, this once")
+            return whole(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, method)
+
+
+def without_a_trace(running: Engine) -> bool:
+    decoding = running._decoding
+    views = decoding._views._views.values()
+    return (
+        running.sessions().result(10) == []
+        and not any(view.users for view in views)
+        and running.held_bytes == sum(view.nbytes for view in views)
+        and not decoding._groups._groups
+    )
+
+
+@pytest.mark.parametrize("how", ["private", "shared"])
+def test_a_view_that_cannot_be_built_ends_its_own_sessions_alone(
+    how: sharing.Sharing, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bystander = submit(running, task(200))[1]
+    for _ in range(2):  # the second needs its view
+        bystander.until(TokensMade)
+    once = Once(monkeypatch, Packed, "build", lambda *_: True)
+    pruning = PruningParams(density=0.5, sharing=how)
+    hit = submit(running, task(first=50, pruning=pruning))[1].until(Finished)
+    assert once.failed
+    assert isinstance(hit.error, EngineFault) and "no memory" in str(hit.error)
+    assert len(finish(bystander)[0]) == 198  # and the two that were waited for
+    assert isinstance(complete(running, task(first=50, pruning=pruning))[1], Finished)
+    eventually(lambda: without_a_trace(running))
+
+
+def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bystander = submit(running, task(200))[1]
+    shared = PruningParams(density=0.5, sharing="shared")
+    turns = [submit(running, task(200, first=40 * n, pruning=shared)) for n in range(3)]
+    for _, inbox in turns:
+        inbox.until(Started)
+        inbox.open = False
+    eventually(lambda: not running._decoding._groups.choosing)
+    Once(monkeypatch, sharing, "select_group", lambda _, members: len(members) == 2)
+    running.cancel(turns[0][0])
+    for _, inbox in turns[1:]:
+        assert isinstance(inbox.until(Finished).error, EngineFault)
+    assert isinstance(finish(bystander)[1], Finished)
+    eventually(lambda: without_a_trace(running))
+
+
+def test_a_cache_that_cannot_be_made_holds_nothing(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Once(monkeypatch, Decoder, "new_cache", lambda *_: True)
+    assert isinstance(submit(running, task())[1].until(Finished).error, EngineFault)
+    eventually(lambda: without_a_trace(running))
+    assert running.held_bytes == 0
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_cache_that_breaks_while_it_grows_holds_nothing(
+    layer: int, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = task(5, keep=True, pruning=PruningParams(density=1.0))
+    complete(running, first)
+    assert len(running.sessions().result(10)) == 1  # and its cache has shrunk
+    calls: list[int] = []
+    empty = torch.Tensor.new_empty
+
+    def limited(self: torch.Tensor, size: object, **named: object) -> torch.Tensor:
+        if isinstance(size, tuple) and len(size) == 4:
+            calls.append(1)
+            if len(calls) == layer + 1:
+                raise MemoryError("no memory for this layer")
+        return empty(self, size, **named)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", limited)
+    hit = submit(running, task(continues=first.turn_id))[1].until(Finished)
+    assert isinstance(hit.error, EngineFault)
+    eventually(lambda: without_a_trace(running))
+    assert running.held_bytes == 0
+
+
+@pytest.mark.parametrize("method", ["head", "final_hidden", "layer"])
+def test_a_step_that_fails_is_run_again_and_changes_no_token(
+    method: str, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [complete(running, task(60, first=n))[0] for n in (1, 90)]
+    rows = {"head": 1, "final_hidden": 1, "layer": 2}[method]
+    once = Once(monkeypatch, Decoder, method, lambda *a: a[rows].shape[0] == 2)
+    inboxes = [submit(running, task(60, first=n))[1] for n in (1, 90)]
+    assert [finish(inbox)[0] for inbox in inboxes] == alone
+    assert once.failed
+
+
+def test_a_session_whose_client_was_told_it_is_kept_is_kept(model: Model) -> None:
+    """Also when others whose next turn waits hold all that idle ones may."""
+    one = kv_bytes(model.decoder.spec, torch.float32, 10)
+    limits = Limits(idle_bytes=2 * one, max_sessions=1)
+    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+        kept = [task(2, first=20 * n, keep=True) for n in range(2)]
+        for each in kept:
+            complete(running, each)
+        last, inbox = task(2, first=100, keep=True), Inbox()
+        inbox.open = False
+        running.submit(last, inbox)
+        waiting = [submit(running, task(2, continues=each.turn_id))[1] for each in kept]
+        assert running.sessions().result(10)
+        inbox.open = True
+        running.wake()
+        assert finish(inbox)[1].kept
+        for other in waiting:
+            assert isinstance(finish(other)[1], Finished)
+        assert isinstance(complete(running, task(2, continues=last.turn_id))[1], Finished)
+
+
+@pytest.mark.parametrize("timeout_s", [1e10, math.inf])
+def test_an_endless_reader_time_out_is_fine(timeout_s: float, model: Model) -> None:
+    limits = Limits(reader_timeout_s=timeout_s)
+    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+        _, inbox = submit(running, task(100))
+        inbox.until(TokensMade)
+        inbox.open = False
+        eventually(lambda: any(s.clock.stalled for s in running._decoding.scheduler.live))
+        inbox.open = True
+        running.wake()
+        assert isinstance(finish(inbox)[1], Finished)
+
+
+def test_a_reader_that_reads_slowly_is_not_one_that_has_stopped(model: Model) -> None:
+    """It takes one event at a time, and the engine fills the gap before it looks for stalls."""
+
+    class Slow(Inbox):
+        allowed = 3
+
+        def put(self, event: object) -> None:
+            super().put(event)
+            self.allowed -= 1
+
+        def ready(self) -> bool:
+            return self.allowed > 0
+
+    with engine(model, own_prefill_tokens=None, limits=Limits(reader_timeout_s=0.3)) as running:
+        inbox = Slow()
+        running.submit(task(40), inbox)
+        for _ in range(12):
+            time.sleep(0.06)
+            inbox.allowed += 1
+            running.wake()
+        inbox.allowed += 1000
+        running.wake()
+        assert isinstance(finish(inbox)[1], Finished)
+
+
+def test_densities_that_came_once_are_forgotten(running: Engine) -> None:
+    for number in range(1, 20):
+        pruning = PruningParams(density=number / 50, sharing="auto")
+        complete(running, task(3, pruning=pruning))
+    running.sessions().result(10)
+    assert not running._decoding._groups._auto
+
+
+def test_scores_show_how_long_turns_take(running: Engine) -> None:
+    complete(running, ScoreTask(prompt=(1, 2), continuation=(3, 4)))
+    running.sessions().result(10)
+    assert running._decoding.scheduler._turn_s is not None
