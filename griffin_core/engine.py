@@ -18,10 +18,10 @@ from typing import TypeVar
 
 import torch
 
-from griffin_core.decode.decoding import Decoding, SessionInfo
+from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import Sharing
+from griffin_core.decode.session import SessionInfo, Sharing
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import EngineStopped
 from griffin_core.experts.selection import Selection

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from griffin_core.budget import Budget
-from griffin_core.decode.events import Admitted, Event, Failed, PruningFigures, Sink
+from griffin_core.decode.caches import Caches
+from griffin_core.decode.events import Admitted, Event, Failed, Sink
 from griffin_core.decode.generation import Generation
 from griffin_core.decode.intake import Intake
 from griffin_core.decode.scheduler import Limits, Scheduler
 from griffin_core.decode.scoring import Scoring
-from griffin_core.decode.session import Reservation, Session, Sharing, State, Work
+from griffin_core.decode.session import Reservation, Session, SessionInfo, Sharing, State, Work
 from griffin_core.decode.sharing import ExpertGroups
 from griffin_core.decode.step import StepLogits, StepTokens, decode_tokens
 from griffin_core.decode.task import GenerateTask, ScoreTask
@@ -29,7 +29,6 @@ from griffin_core.errors import (
     SessionNotFound,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.kv_cache import KvCache, kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.prefill import PrefillEvent, PrefillFinished, PrefillRestarted, prefill
 from griffin_core.prefill_queue import (
@@ -50,25 +49,6 @@ LONGEST_WAIT_S = 3600.0
 BUILD_S = 0.01
 """For about how long slim views are built between two steps, or as long as a step takes: whoever
 waits for a view is then delayed about as much as those who do not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionInfo:
-    """A session as others may see it.
-
-    Args:
-        reserved_bytes: the most its KV cache, and its slim view if that is its own, can come to
-            hold.
-    """
-
-    session_id: str
-    state: State
-    context_tokens: int
-    generated_tokens: int
-    age_s: float
-    idle_s: float
-    reserved_bytes: int
-    pruning: PruningFigures
 
 
 class Decoding:
@@ -106,6 +86,7 @@ class Decoding:
         self._own_prefill_tokens = own_prefill_tokens
         self.budget = Budget(limits.session_bytes)
         self.scheduler = Scheduler(limits, self._free)
+        self._caches = Caches(model.decoder, self.budget)
         self._views = SlimViews(model.decoder, slim, self.budget)
         self._groups = ExpertGroups(model.decoder, self._views, private_limit)
         # By the id of the turn, so that no turn of a session reaches into another.
@@ -176,11 +157,11 @@ class Decoding:
         Raises:
             SessionNotFound: there is none.
         """
-        return self._info(self._find(session_id))
+        return self._find(session_id).info(self._decoder.spec.ff_width)
 
     def infos(self) -> list[SessionInfo]:
         """All sessions, oldest first."""
-        return [self._info(session) for session in self.scheduler]
+        return [session.info(self._decoder.spec.ff_width) for session in self.scheduler]
 
     # -- what becomes due ------------------------------------------------------------------------
 
@@ -292,7 +273,7 @@ class Decoding:
     def _begin_turn(
         self, session: Session, task: GenerateTask | ScoreTask, sink: Sink[Event]
     ) -> None:
-        spec, dtype = self._decoder.spec, self._decoder.dtype
+        spec = self._decoder.spec
         work: Work
         keep = False
         later_turn = bool(session.tokens)
@@ -314,12 +295,9 @@ class Decoding:
                 f"at most {spec.context_length - 1}, one less than the context length",
             )
         capacity = min(length + more, spec.context_length)
-        kv = kv_bytes(spec, dtype, capacity)
-        if later_turn or keep:  # its cache is resized, by a copy of one layer after the other
-            kv += kv // len(spec.layers)
         sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)
         needs = Reservation(
-            kv=kv,
+            kv=self._caches.most_bytes(capacity, resized=later_turn or keep),
             view=self._views.planned_bytes(selection.experts_of(spec.ff_width)),
             pool=self._groups.pool(selection, sharing),
         )
@@ -333,12 +311,12 @@ class Decoding:
             sharing=sharing,
             work=work,
             sink=sink,
-            keep=keep and kv_bytes(spec, dtype, capacity) <= self._limits.idle_bytes,
+            keep=keep and self._caches.nbytes(capacity) <= self._limits.idle_bytes,
         )
 
     def _begin_prefill(self, session: Session) -> None:
         later_turn = session.cache is not None
-        self._make_cache(session)
+        self._caches.prepare(session)
         limit = self._own_prefill_tokens
         own = later_turn or limit is None or session.prompt_tokens <= limit
         self._intakes[session.turn_id] = self._new_intake(session, in_place=own)
@@ -356,30 +334,6 @@ class Decoding:
             self._own_prefills[session.turn_id] = run
             self._prefills.add(run, 0.0)
         session.sink.put(Admitted(handoff=None if own else session.selection))
-
-    def _make_cache(self, session: Session) -> None:
-        """Takes the KV cache's bytes and the cache, or lets the cache of the turn before grow."""
-        if session.cache is None:
-            size = kv_bytes(self._decoder.spec, self._decoder.dtype, session.capacity)
-            self.budget.take(size)
-            try:
-                session.cache = self._decoder.new_cache(session.capacity)
-            except BaseException:
-                self.budget.give_back(size)
-                raise
-        else:
-            self._resize_cache(session.cache, session.capacity)
-
-    def _resize_cache(self, cache: KvCache, capacity: int) -> None:
-        held = cache.nbytes
-        layer = held // len(self._decoder.layers)
-        new = kv_bytes(self._decoder.spec, self._decoder.dtype, capacity)
-        taken = max(0, new - held) + layer
-        self.budget.take(taken)
-        try:
-            cache.resize(capacity)
-        finally:  # halfway, some layers have the old size and some the new
-            self.budget.give_back(held + taken - cache.nbytes)
 
     def _new_intake(self, session: Session, *, in_place: bool) -> Intake:
         assert session.cache is not None
@@ -424,7 +378,7 @@ class Decoding:
         assert session.cache is not None
         del self._turns[session.turn_id]
         self._groups.leave(session)
-        self._resize_cache(session.cache, session.cache.length)
+        self._caches.resize(session.cache, session.cache.length)
         self.scheduler.keep(session, session.cache.nbytes)
 
     def _fail(self, session: Session, *, error: Exception) -> None:
@@ -442,9 +396,7 @@ class Decoding:
         if run := self._own_prefills.pop(session.turn_id, None):
             run.cancel()
         self._groups.leave(session)
-        if session.cache is not None:
-            self.budget.give_back(session.cache.nbytes)
-            session.cache = None
+        self._caches.free(session)
 
     def _with_turn(self, turn_id: str, action: Callable[[Session], None]) -> None:
         if session := self._turns.get(turn_id):
@@ -462,21 +414,6 @@ class Decoding:
             log.error("session %s failed", session.session_id, exc_info=error)
             error = EngineFault(f"{type(error).__name__}: {error}")
         self._fail(session, error=error)
-
-    def _info(self, session: Session) -> SessionInfo:
-        now = time.monotonic()
-        idle = session.state is State.IDLE
-        reserved = session.reservation
-        return SessionInfo(
-            session_id=session.session_id,
-            state=session.state,
-            context_tokens=len(session.tokens),
-            generated_tokens=session.generated_tokens,
-            age_s=now - session.opened,
-            idle_s=now - session.clock.last_token if idle else 0.0,
-            reserved_bytes=reserved.kv + (0 if reserved.pool else reserved.view),
-            pruning=session.figures(self._decoder.spec.ff_width),
-        )
 
 
 def _step_tokens(session: Session) -> StepTokens:

@@ -61,6 +61,25 @@ class Reservation:
     pool: ViewPool | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """A session as others may see it.
+
+    Args:
+        reserved_bytes: the most its KV cache, and its slim view if that is its own, can come to
+            hold.
+    """
+
+    session_id: str
+    state: State
+    context_tokens: int
+    generated_tokens: int
+    age_s: float
+    idle_s: float
+    reserved_bytes: int
+    pruning: PruningFigures
+
+
 @dataclass
 class Clock:
     """When things happened to the current turn, on ``time.monotonic``; 0 for not yet."""
@@ -186,4 +205,18 @@ class Session:
             norm_mass=self.norm_mass,
             slim_view_bytes=self.view.nbytes if self.view else 0,
             kv_cache_bytes=self.cache.nbytes if self.cache else 0,
+        )
+
+    def info(self, ff_width: int) -> SessionInfo:
+        """What others may see of it."""
+        now, reserved = time.monotonic(), self.reservation
+        return SessionInfo(
+            session_id=self.session_id,
+            state=self.state,
+            context_tokens=len(self.tokens),
+            generated_tokens=self.generated_tokens,
+            age_s=now - self.opened,
+            idle_s=now - self.clock.last_token if self.state is State.IDLE else 0.0,
+            reserved_bytes=reserved.kv + (0 if reserved.pool else reserved.view),
+            pruning=self.figures(ff_width),
         )

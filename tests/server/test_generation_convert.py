@@ -11,9 +11,8 @@ from griffin_client import Sampling, Stopping
 from griffin_client import convert as client_convert
 from griffin_client import types as client_types
 from griffin_core.decode import events
-from griffin_core.decode.decoding import SessionInfo
 from griffin_core.decode.sampling import Logprobs, SamplingParams
-from griffin_core.decode.session import State
+from griffin_core.decode.session import SessionInfo, State
 from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import POLICIES

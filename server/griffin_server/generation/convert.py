@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.decode.decoding import SessionInfo
 from griffin_core.decode.events import (
     Finished,
     PruningFigures,
@@ -17,7 +16,7 @@ from griffin_core.decode.events import (
     TokensMade,
 )
 from griffin_core.decode.sampling import Logprobs, SamplingParams
-from griffin_core.decode.session import Sharing, State
+from griffin_core.decode.session import SessionInfo, Sharing, State
 from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
