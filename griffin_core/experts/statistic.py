@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from griffin_core.kernels.statistic import s2_rows
+from griffin_core.kernels.team import runs_kernels
+
 
 def s2_of(z: Tensor) -> Tensor:
     """Activations [T, F] of any float dtype -> s2 [F] float32.
@@ -21,7 +24,9 @@ def s2_of(z: Tensor) -> Tensor:
     Summed over neurons, s2 is the number of the other rows. Only real tokens may be in ``z``:
     padding would be counted.
     """
-    squares = z.float().square_() if z.dtype is not torch.float32 else z.square()
+    if runs_kernels(z.dtype, z.device):
+        return s2_rows(z)
+    squares = z.float().square()
     row = squares.sum(dim=1)
     tiny = torch.finfo(torch.float32).tiny  # below, a reciprocal is infinite
     weight = torch.where(row >= tiny, row.reciprocal(), torch.zeros_like(row))

@@ -13,6 +13,7 @@ from torch import Tensor
 from griffin_core.kernels.attention import attend_rows, cache_table
 from griffin_core.kernels.norm import rms_norm
 from griffin_core.kernels.rows import ACTIVATION_CODES, feedforward_row, linear_row
+from griffin_core.kernels.statistic import s2_rows
 from griffin_core.kernels.team import runs_kernels
 from griffin_core.model.attention import rotate
 from griffin_core.model.feedforward import ACTIVATIONS
@@ -140,6 +141,18 @@ def test_attention_over_caches_of_many_lengths(
 def test_rms_norm(shape: tuple[int, ...]) -> None:
     x, w = torch.randn(shape).bfloat16(), torch.randn(shape[-1:])
     close(rms_norm(x, w, 1e-5), F.rms_norm(x.double(), shape[-1:], w.double(), 1e-5))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("tokens", "neurons"), [(1, 1), (3, 67), (37, 300)])
+def test_the_statistic(tokens: int, neurons: int) -> None:
+    z = torch.randn(tokens, neurons).bfloat16()
+    z[tokens // 2] = 0
+    rows = z.double()
+    norms = rows.norm(dim=1, keepdim=True)
+    exact = (rows / norms.where(norms > 0, 1.0)).square().sum(dim=0)
+    torch.testing.assert_close(s2_rows(z).double(), exact, rtol=1e-5, atol=1e-9)
+    assert torch.equal(s2_rows(torch.cat((z, z), dim=1)[:, :neurons]), s2_rows(z))
 
 
 @pytest.mark.parametrize("name", MODELS)
