@@ -31,6 +31,9 @@ from griffin_server.prefill.source import PREFILL_SERVICE, PrefillServer, Prefil
 
 log = structlog.get_logger("griffin.app")
 
+STATUSES_S, WATCHERS_S = 5.0, 2.0
+"""How long the last calls have to learn how they ended."""
+
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
@@ -162,11 +165,10 @@ class App:
         those that have not with UNAVAILABLE, and frees everything."""
         log.info("stopping", active=self._calls.active, grace_s=self._settings.shutdown_grace_s)
         await self._health.enter_graceful_shutdown()
-        # The extra seconds are for the statuses of calls that the engine's end will fail.
-        stopping = asyncio.create_task(self._server.stop(self._settings.shutdown_grace_s + 5))
-        await asyncio.wait({stopping}, timeout=self._settings.shutdown_grace_s)
+        await self._calls.close(self._settings.shutdown_grace_s)
         await asyncio.to_thread(self.engine.stop)
-        await stopping
+        # What is left are statuses on their way, and watchers of health, who would never end.
+        await self._server.stop(STATUSES_S if self._calls.active else WATCHERS_S)
         if self._prefill is not None:
             await self._prefill.close()
         log.info("stopped")

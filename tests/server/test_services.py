@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,15 +15,19 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
 from griffin_client import (
+    AsyncGriffinClient,
     Cancelled,
     FailedPrecondition,
+    Finished,
     GriffinClient,
     NotFound,
     Stopping,
     Tokens,
+    Unavailable,
 )
 from griffin_core.model.load import Model
-from griffin_server.app import GENERATION
+from griffin_server.app import GENERATION, App
+from griffin_server.ops.settings import Settings
 from griffin_server.prefill.source import PREFILL_SERVICE as PREFILL
 from tests.servers import Running, running
 
@@ -177,3 +182,23 @@ def test_watchers_of_health_see_the_shutdown(tiny: Callable[[str], Model]) -> No
         assert next(watch).status == SERVING
     assert next(watch).status == NOT_SERVING
     channel.close()
+
+
+async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
+    tiny: Callable[[str], Model],
+) -> None:
+    app = App(Settings(port=0, density=1.0), tiny("llama"))
+    await app.start()
+    async with AsyncGriffinClient(f"127.0.0.1:{app.port}") as client:
+        stream = client.generate("a", stopping=Stopping(max_tokens=250, ignore_eos=True))
+        await anext(stream)
+        stopping = asyncio.create_task(app.stop())
+        while not app._calls._closed:
+            await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as refused:
+            await client.complete("b")
+        assert refused.value.reason == "SHUTTING_DOWN"
+        events = [event async for event in stream]
+        assert isinstance(events[-1], Finished)
+        assert events[-1].usage.generated_tokens == 250
+    await stopping

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeAlias, cast
 from uuid import uuid4
@@ -13,7 +13,7 @@ from uuid import uuid4
 import grpc
 import structlog
 
-from griffin_core.errors import EngineFault, GriffinError, InvalidRequest
+from griffin_core.errors import EngineFault, EngineStopped, GriffinError, InvalidRequest
 from griffin_server.ops.status import abort, code_of
 
 REQUEST_ID_KEY = "x-request-id"
@@ -34,6 +34,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self) -> None:
         self.active = 0
         """Calls being served."""
+        self._closed = False
+        self._idle = asyncio.Event()
+
+    async def close(self, grace_s: float) -> None:
+        """Refuses new calls, and waits for the running ones, so long at most."""
+        self._closed = True
+        if self.active:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), grace_s)
 
     async def intercept_service(
         self,
@@ -78,6 +87,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.active += 1
         code = "OK"
         try:
+            if self._closed:
+                raise EngineStopped("the server is shutting down")
             request_id = _request_id(request, context)
             request_id_var.set(request_id)
             structlog.contextvars.bind_contextvars(request_id=request_id)
@@ -97,6 +108,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await abort(context, EngineFault(f"{type(error).__name__}: {error}"))
         finally:
             self.active -= 1
+            if self._closed and not self.active:
+                self._idle.set()
             seconds = round(time.perf_counter() - clock, 6)
             log.info("call", method=method, code=code, seconds=seconds)
 
