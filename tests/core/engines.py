@@ -86,3 +86,19 @@ def complete(running: Engine, task: GenerateTask | ScoreTask) -> tuple[list[int]
     _, inbox = submit(running, task)
     hand_over(running, task, inbox)
     return finish(inbox)
+
+
+def at_baseline(running: Engine) -> bool:
+    """No session and nothing under way; of bytes, only views that nobody uses and that would give
+    way."""
+    decoding = running._decoding
+    views = decoding._views._views.values()
+    return (
+        running.sessions().result(30) == []
+        and not any(view.users for view in views)
+        and running.held_bytes == sum(view.nbytes for view in views)
+        and not decoding._turns
+        and not decoding._intakes
+        and not decoding._groups._groups
+        and not running._prefills._runs
+    )

@@ -21,7 +21,7 @@ from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.slim.packed import Packed
-from tests.core.engines import Inbox, complete, engine, finish, submit
+from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 
 
@@ -62,17 +62,6 @@ class Once:
         monkeypatch.setattr(owner, name, method)
 
 
-def without_a_trace(running: Engine) -> bool:
-    decoding = running._decoding
-    views = decoding._views._views.values()
-    return (
-        running.sessions().result(10) == []
-        and not any(view.users for view in views)
-        and running.held_bytes == sum(view.nbytes for view in views)
-        and not decoding._groups._groups
-    )
-
-
 @pytest.mark.parametrize("how", ["private", "shared"])
 def test_a_view_that_cannot_be_built_ends_its_own_sessions_alone(
     how: sharing.Sharing, running: Engine, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +76,7 @@ def test_a_view_that_cannot_be_built_ends_its_own_sessions_alone(
     assert isinstance(hit.error, EngineFault) and "no memory" in str(hit.error)
     assert len(finish(bystander)[0]) == 198  # and the two that were waited for
     assert isinstance(complete(running, task(first=50, pruning=pruning))[1], Finished)
-    eventually(lambda: without_a_trace(running))
+    eventually(lambda: at_baseline(running))
 
 
 def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
@@ -105,7 +94,7 @@ def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
     for _, inbox in turns[1:]:
         assert isinstance(inbox.until(Finished).error, EngineFault)
     assert isinstance(finish(bystander)[1], Finished)
-    eventually(lambda: without_a_trace(running))
+    eventually(lambda: at_baseline(running))
 
 
 def test_a_cache_that_cannot_be_made_holds_nothing(
@@ -113,7 +102,7 @@ def test_a_cache_that_cannot_be_made_holds_nothing(
 ) -> None:
     Once(monkeypatch, Decoder, "new_cache", lambda *_: True)
     assert isinstance(submit(running, task())[1].until(Finished).error, EngineFault)
-    eventually(lambda: without_a_trace(running))
+    eventually(lambda: at_baseline(running))
     assert running.held_bytes == 0
 
 
@@ -137,7 +126,7 @@ def test_a_cache_that_breaks_while_it_grows_holds_nothing(
     monkeypatch.setattr(torch.Tensor, "new_empty", limited)
     hit = submit(running, task(continues=first.turn_id))[1].until(Finished)
     assert isinstance(hit.error, EngineFault)
-    eventually(lambda: without_a_trace(running))
+    eventually(lambda: at_baseline(running))
     assert running.held_bytes == 0
 
 

@@ -137,6 +137,32 @@ def test_attention_over_caches_of_many_lengths(
         close(got[row], exact.flatten())
 
 
+def test_scratch_does_not_follow_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops write float32, whatever a program that embeds them has as its default."""
+    made: list[Tensor] = []
+    empty = torch.empty
+
+    def noted(*shape: object, **named: object) -> Tensor:
+        made.append(empty(*shape, **named))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", noted)
+    x, w = torch.randn(1, 8).bfloat16(), weight(8, 8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        linear_row(x, w, None)
+        feedforward_row(x, w[None], w, None, None, 0)
+        s2_rows(x)
+        held = weight(2, 1, 4, 8)
+        table = cache_table([([held.data_ptr()], 1, 4)])
+        qkv = weight(1, 3, 8)
+        attend_rows(qkv, 1, None, table, 0, window=None, scale=1.0, softcap=None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(made) == 5
+    assert {each.dtype for each in made} == {torch.float32}
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (7, 577), (3, 4, 64)])
 def test_rms_norm(shape: tuple[int, ...]) -> None:
     x, w = torch.randn(shape).bfloat16(), torch.randn(shape[-1:])

@@ -24,6 +24,7 @@ from griffin_client import (
 )
 from griffin_core.model.load import Model
 from griffin_server.handoff.shared_memory import DIRECTORY
+from tests.core.engines import at_baseline
 from tests.servers import Process, Running, eventually, running
 
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0)]
@@ -37,21 +38,6 @@ def model(tiny: Callable[[str], Model]) -> Model:
 
 def several(tokens: int) -> Stopping:
     return Stopping(max_tokens=tokens, ignore_eos=True)
-
-
-def at_baseline(server: Running) -> bool:
-    """No session; of bytes, only views that nobody uses and that would give way."""
-    engine = server.app.engine
-    decoding = engine._decoding
-    views = decoding._views._views.values()
-    return (
-        engine.sessions().result(30) == []
-        and not any(view.users for view in views)
-        and engine.held_bytes == sum(view.nbytes for view in views)
-        and not decoding._turns
-        and not decoding._intakes
-        and not engine._prefills._runs
-    )
 
 
 @pytest.mark.timeout(300)
@@ -111,7 +97,7 @@ async def test_cancels_deadlines_and_readers_that_stop_leave_nothing_and_harm_no
             calls = [hangs_up] * 500 + [times_out] * 200 + [stops_reading] * 50 + [reads] * 50
             draw.shuffle(calls)
             await asyncio.gather(*(call(number) for number, call in enumerate(calls)))
-        eventually(lambda: at_baseline(server))
+        eventually(lambda: at_baseline(server.app.engine))
         assert ends["hung up"] == 500
         assert ends["in time"] + ends["DeadlineExceeded"] + ends["ResourceExhausted"] == 200
         assert ends["aborted"] == 50
@@ -216,5 +202,5 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
             processes[busy] = stack.enter_context(again)
             processes[busy].target()
             eventually(lambda set_aside=servers[busy]: not set_aside.set_aside)
-        eventually(lambda: at_baseline(decode))
+        eventually(lambda: at_baseline(decode.app.engine))
     assert set(DIRECTORY.glob("griffin-*")) == segments

@@ -16,7 +16,8 @@ import pytest
 
 from griffin_client import AsyncGriffinClient, GriffinClient, Sampling, Tokens
 from griffin_core.model.load import Model
-from tests.e2e.test_load import PROMPT, at_baseline, prefill_command, several
+from tests.core.engines import at_baseline
+from tests.e2e.test_load import PROMPT, prefill_command, several
 from tests.servers import Process, eventually, running
 
 pytestmark = pytest.mark.slow
@@ -127,4 +128,4 @@ def test_prefill_servers_killed_every_20_seconds_fail_no_request_and_change_no_t
         assert failures == []
         assert done["kills"] == 6 and done["requests"] > 50
         print(f"{done['requests']} requests, {done['kills']} kills")
-        eventually(lambda: at_baseline(decode))
+        eventually(lambda: at_baseline(decode.app.engine))
