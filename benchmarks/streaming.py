@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
+import uvloop
 
 from benchmarks.ceiling import step_ceilings_ms
 from benchmarks.load import engine_moments, prompt, step_s
@@ -22,6 +25,8 @@ from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL
 
 SESSIONS, PROMPT, TOKENS, DENSITY = 16, 128, 256, 0.5
+INTERVALS = (1, 4)
+"""Tokens a message."""
 
 
 async def client_moments(target: str) -> list[list[float]]:
@@ -34,7 +39,12 @@ async def client_moments(target: str) -> list[list[float]]:
             sharing="shared",
             stopping=Stopping(max_tokens=TOKENS, ignore_eos=True),
         )
-        return [time.perf_counter() async for event in events if isinstance(event, Tokens)]
+        return [
+            time.perf_counter()
+            async for event in events
+            if isinstance(event, Tokens)
+            for _ in event.ids
+        ]
 
     async with AsyncGriffinClient(target) as client:
         return await asyncio.gather(*(stream(client, number) for number in range(SESSIONS)))
@@ -48,25 +58,37 @@ def main() -> None:
     engine = Engine(model, limits=Limits(prefill_share=1.0))  # so that all are soon live
     engine.start()
     try:
-        with server("--prefill-share", "1.0") as target:
-            rounds = Rounds(
-                {
-                    "engine": lambda: step_s(
-                        engine_moments(
-                            engine, SESSIONS, PROMPT, TOKENS, density=DENSITY, sharing="shared"
-                        )
-                    ),
-                    "client": lambda: step_s(asyncio.run(client_moments(target))),
-                },
-                rounds=5,
-            )
+        with ExitStack() as servers:
+            candidates: dict[str, Callable[[], float]] = {
+                "engine": lambda: step_s(
+                    engine_moments(
+                        engine, SESSIONS, PROMPT, TOKENS, density=DENSITY, sharing="shared"
+                    )
+                )
+            }
+            for interval in INTERVALS:
+                target = servers.enter_context(
+                    server("--prefill-share", "1.0", "--stream-interval", str(interval))
+                )
+                candidates[f"{interval} a message"] = lambda target=target: step_s(
+                    uvloop.run(client_moments(target))
+                )
+            rounds = Rounds(candidates, rounds=7)
     finally:
         engine.stop()
     ms = rounds.median_ms()
     for name, value in ms.items():
-        print(f"{name:>10}  {value:7.2f} ms/step  {1e3 * SESSIONS / value:6.1f} tokens/s")
-    cost = rounds.ratio("client", "engine") - 1
-    print(f"gRPC and the client take {cost:.1%} of the engine's throughput\n")
+        print(f"{name:>12}  {value:7.2f} ms/step  {1e3 * SESSIONS / value:6.1f} tokens/s")
+    cost = {
+        interval: round(1 - 1 / rounds.ratio(f"{interval} a message", "engine"), 4)
+        for interval in INTERVALS
+    }
+    for interval, share in cost.items():
+        print(
+            f"gRPC and the client take {share:.1%} of the engine's throughput "
+            f"at {interval} tokens a message"
+        )
+    print()
     finish(
         "streaming",
         {
@@ -75,7 +97,7 @@ def main() -> None:
             "sessions": SESSIONS,
             "ceiling_ms": ceiling_ms,
             "median_ms": ms,
-            "cost": round(cost, 4),
+            "cost": cost,
         },
     )
 

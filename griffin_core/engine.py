@@ -53,6 +53,7 @@ class Engine:
         slim: how sessions run on their experts.
         private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
             measures it at start.
+        stream_interval: a session's tokens come out so many at a time, but for the first.
         own_prefill_tokens: prompts of new sessions up to this many tokens it runs itself, for
             longer ones it asks its caller; None for all.
         threads: of the engine's thread on a CPU; None for torch's default. No other thread of the
@@ -69,6 +70,7 @@ class Engine:
         sharing: Sharing = "private",
         slim: SlimForm | None = None,
         private_limit: PrivateLimit | None = assumed_private_limit,
+        stream_interval: int = 1,
         own_prefill_tokens: int | None = None,
         threads: int | None = None,
     ) -> None:
@@ -87,6 +89,7 @@ class Engine:
             slim=self._slim,
             private_limit=private_limit or assumed_private_limit,
             prefills=self._prefills,
+            stream_interval=stream_interval,
             own_prefill_tokens=own_prefill_tokens,
         )
         self._threads = threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message as ProtoMessage
@@ -112,9 +113,11 @@ def event(response: pb.GenerateResponse) -> types.Event:
     if kind == "started":
         return _fill(types.Started, response.started, pruning=figures(response.started.pruning))
     if kind == "tokens":
-        logprobs = tuple(_token_logprob(item) for item in response.tokens.logprobs)
-        return _fill(
-            types.Tokens, response.tokens, ids=tuple(response.tokens.ids), logprobs=logprobs
+        tokens = response.tokens
+        return types.Tokens(
+            ids=tuple(tokens.ids),
+            text=tokens.text,
+            logprobs=tuple(_token_logprob(item) for item in tokens.logprobs),
         )
     finished = response.finished
     return _fill(
@@ -186,8 +189,13 @@ def _token_logprob(message: pb.TokenLogprob) -> types.TokenLogprob:
 
 def _fill(kind: type[T], message: ProtoMessage, **given: Any) -> T:
     """A dataclass whose fields are the message's, but for those given."""
-    names = {item.name for item in fields(cast("Any", kind))} - given.keys()
+    names = [name for name in _field_names(kind) if name not in given]
     return kind(**{name: getattr(message, name) for name in names}, **given)
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(cast("Any", kind)))
 
 
 def _name(enum: Any, value: int, prefix: str) -> Any:

@@ -60,6 +60,7 @@ class Decoding:
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts.
         private_limit: see ``crossover``.
+        stream_interval: see ``Generation``.
         prefills: where prompts queue that this engine runs itself.
         own_prefill_tokens: prompts of a new session up to this many tokens are among them; None
             for all.
@@ -75,6 +76,7 @@ class Decoding:
         slim: SlimForm,
         private_limit: PrivateLimit,
         prefills: PrefillQueue,
+        stream_interval: int,
         own_prefill_tokens: int | None,
     ) -> None:
         self._model = model
@@ -83,6 +85,7 @@ class Decoding:
         self._selection = selection
         self._sharing: Sharing = sharing
         self._prefills = prefills
+        self._stream_interval = stream_interval
         self._own_prefill_tokens = own_prefill_tokens
         self.budget = Budget(limits.session_bytes)
         self.scheduler = Scheduler(limits, self._free)
@@ -285,7 +288,7 @@ class Decoding:
             base = session.selection if later_turn else self._selection
             selection = task.pruning.selection(base, task.sampling.seed)
             more = task.stopping.max_tokens
-            work = Generation(self._model, task)
+            work = Generation(self._model, task, self._stream_interval)
             keep = task.keep
         length = len(session.tokens) + len(task.prompt)
         if length >= spec.context_length:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from griffin_core.decode.events import Finished, Started, Timings, TokensMade
-from griffin_core.decode.sampling import Sampler, logprobs_at
+from griffin_core.decode.sampling import Logprobs, Sampler, logprobs_at
 from griffin_core.decode.session import Session
 from griffin_core.decode.stopping import FinishReason, StopChecker
 from griffin_core.decode.task import GenerateTask
@@ -17,13 +17,21 @@ from griffin_core.model.load import Model
 
 
 class Generation:
-    """One turn: draw a token, show it, stop or have it run. ``Work`` of a session."""
+    """One turn: draw a token, show it, stop or have it run. ``Work`` of a session.
+
+    Args:
+        stream_interval: tokens shown at once; the first is shown by itself.
+    """
 
     rows: Rows = "one"
 
-    def __init__(self, model: Model, task: GenerateTask) -> None:
+    def __init__(self, model: Model, task: GenerateTask, stream_interval: int = 1) -> None:
         self._model = model
         self._task = task
+        self._stream_interval = stream_interval
+        self._ids: list[int] = []
+        self._text = ""
+        self._logprobs: list[Logprobs] = []
         self._sampler = Sampler(task.sampling, model.decoder.spec.vocabulary, model.decoder.device)
 
     def begin(self, session: Session, logits: Tensor) -> bool:
@@ -57,17 +65,28 @@ class Generation:
     def _draw(self, session: Session, logits: Tensor, likeliest: int | None) -> bool:
         token = self._token = self._sampler.sample(logits, likeliest)
         top = self._task.top_logprobs
-        logprobs = () if top is None else (logprobs_at(logits, token, top),)
+        if top is not None:
+            self._logprobs.append(logprobs_at(logits, token, top))
         text, reason = self._checker.push(token)
+        self._ids.append(token)
+        self._text += text
         session.tokens.append(token)
         session.generated_tokens += 1
         session.turn_generated += 1
         session.clock.last_token = time.monotonic()
         session.clock.first_token = session.clock.first_token or session.clock.last_token
-        session.sink.put(TokensMade(ids=(token,), text=text, logprobs=logprobs))
+        first = session.turn_generated == 1
+        if first or reason is not None or len(self._ids) >= self._stream_interval:
+            self._show(session)
         if reason is not None:
             session.sink.put(self._finished(session, reason))
         return reason is not None
+
+    def _show(self, session: Session) -> None:
+        session.sink.put(
+            TokensMade(ids=tuple(self._ids), text=self._text, logprobs=tuple(self._logprobs))
+        )
+        self._ids, self._text, self._logprobs = [], "", []
 
     def _finished(self, session: Session, reason: FinishReason) -> Finished:
         clock = session.clock

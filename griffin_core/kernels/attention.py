@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from griffin_core.kernels.team import (
     team_rank,
     team_size,
 )
+from griffin_core.kernels.vectors import BLOCK_WIDTH, gather_loop, place, score_loop
 
 BLOCK = 128
 """Cached tokens whose scores are held at once."""
@@ -62,6 +64,40 @@ def cache_table(caches: Sequence[tuple[Sequence[int], int, int]]) -> CacheTable:
     )
 
 
+def _plain_score_loop(size: int, group: int) -> Any:
+    """``score_loop`` for heads of any size, four times as slow."""
+
+    @njit(fastmath=FAST)
+    def score(keys, q, count, scores):
+        query, to = at(q, types.float32), at(scores, types.float32)
+        for j in range(count):
+            key = at(keys + 2 * j * size, types.uint16)
+            for g in range(group):
+                total = np.float32(0.0)
+                for i in range(size):
+                    total += widen(key[i]) * query[g * size + i]
+                to[g * BLOCK + j] = total
+
+    return score
+
+
+def _plain_gather_loop(size: int, group: int) -> Any:
+    """``gather_loop`` for heads of any size."""
+
+    @njit(fastmath=FAST)
+    def gather(totals, values, count, scores):
+        weights = at(scores, types.float32)
+        for j in range(count):
+            value = at(values + 2 * j * size, types.uint16)
+            for g in range(group):
+                total = at(totals + 4 * g * size, types.float32)
+                weight = weights[g * BLOCK + j]
+                for i in range(size):
+                    total[i] += widen(value[i]) * weight
+
+    return gather
+
+
 @cache
 def attend_kernel(size: int, group: int) -> Kernel:
     """The loop for heads of ``size``, ``group`` query heads to a key head. Compiled for the two as
@@ -73,15 +109,14 @@ def attend_kernel(size: int, group: int) -> Kernel:
         other = i + size // 2 if i < size // 2 else i - size // 2
         return widen(x[i]) * widen(cos[i]) + widen(x[other]) * widen(sin[i])
 
-    @njit(fastmath=FAST)
-    def score(q, keys, count, scores):
-        for j in range(count):
-            key = at(keys + 2 * j * size, types.uint16)
-            for g in range(group):
-                total = np.float32(0.0)
-                for i in range(size):
-                    total += widen(key[i]) * q[g * size + i]
-                scores[g * BLOCK + j] = total
+    if size % BLOCK_WIDTH == 0:
+        position = place
+        score = score_loop(size, group, BLOCK)
+        gather = gather_loop(size, group, BLOCK)
+    else:
+        position = njit(lambda i: i, inline="always")
+        score = _plain_score_loop(size, group)
+        gather = _plain_gather_loop(size, group)
 
     @njit(fastmath=FAST)
     def cap(scores, count, softcap):
@@ -109,17 +144,6 @@ def attend_kernel(size: int, group: int) -> Kernel:
             weight += scores[j]
         return weight
 
-    @njit(fastmath=FAST)
-    def gather(totals, values, count, scores):
-        """totals[g] += Σ_j scores[g, j] · value_j."""
-        for j in range(count):
-            value = at(values + 2 * j * size, types.uint16)
-            for g in range(group):
-                total = at(totals + 4 * g * size, types.float32)
-                weight = scores[g * BLOCK + j]
-                for i in range(size):
-                    total[i] += widen(value[i]) * weight
-
     def attend(a):
         addresses, starts = at(a[4], types.int64), at(a[5], types.int64)
         capacities = at(a[6], types.int64)
@@ -142,7 +166,7 @@ def attend_kernel(size: int, group: int) -> Kernel:
         team_barrier()
         # Each thread some parts of some caches: for a group its sums, weights and largest scores.
         own = a[7] + 4 * team_rank() * group * (size + BLOCK)
-        q, scores = at(own, types.float32), at(own + 4 * group * size, types.float32)
+        q, scores = at(own, types.float32), own + 4 * group * size
         sums = a[7] + 4 * team_size() * group * (size + BLOCK)
         for unit in range(team_rank(), rows * kv_heads * parts, team_size()):
             row, head, part = unit // parts // kv_heads, unit // parts % kv_heads, unit % parts
@@ -156,7 +180,7 @@ def attend_kernel(size: int, group: int) -> Kernel:
                 query = at(a[0] + row * row_bytes + (head * group + g) * head_bytes, types.uint16)
                 for i in range(size):
                     x = rotated(query, cos, sin, i) if rotates else widen(query[i])
-                    q[g * size + i] = x * scale
+                    q[g * size + position(i)] = x * scale
                     total[g * size + i] = np.float32(0.0)
                 weights[g], largest[g] = np.float32(0.0), np.float32(-1e30)
             first = max(0, starts[row] + 1 - window) if window > 0 else 0
@@ -166,7 +190,7 @@ def attend_kernel(size: int, group: int) -> Kernel:
             end = first + seen * (part + 1) // parts
             for block in range(first + seen * part // parts, end, BLOCK):
                 count = min(BLOCK, end - block)
-                score(q, keys + block * head_bytes, count, scores)
+                score(keys + block * head_bytes, own, count, scores)
                 for g in range(group):
                     of_head = at(own + 4 * (group * size + g * BLOCK), types.float32)
                     if softcap > np.float32(0.0):
@@ -198,7 +222,7 @@ def attend_kernel(size: int, group: int) -> Kernel:
                     x[i] += share * of_part[g * size + i]
             out = at(a[1] + unit * head_bytes, types.uint16)
             for i in range(size):
-                out[i] = narrow(x[i] / weight)
+                out[i] = narrow(x[position(i)] / weight)
 
     return Kernel(attend)
 

@@ -21,6 +21,7 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
 from griffin_core.slim.crossover import assumed_private_limit
+from griffin_server.channel import Mail
 from griffin_server.generation.service import GenerationServicer
 from griffin_server.handoff.shared_memory import remove_stale_segments
 from griffin_server.ops.cpus import available_cpus
@@ -77,6 +78,7 @@ class App:
                 chunk_tokens=settings.prefill_chunk_tokens,
                 prefill_share=settings.prefill_share,
             ),
+            stream_interval=settings.stream_interval,
             selection=Selection(density=settings.density, policy=settings.policy),
             sharing=settings.sharing,
             private_limit=assumed_private_limit if settings.role == "prefill" else None,
@@ -131,6 +133,7 @@ class App:
     def _add_services(self) -> list[str]:
         """Registers what the role serves and returns the names."""
         settings, engine, services = self._settings, self.engine, []
+        mail = Mail()
         if settings.role in ("all", "decode"):
             if settings.prefill_target:
                 remove_stale_segments()
@@ -141,12 +144,12 @@ class App:
                     ]
                 )
             generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-                GenerationServicer(engine, self._prefill, settings.role), self._server
+                GenerationServicer(engine, self._prefill, settings.role, mail), self._server
             )
             services.append(GENERATION)
         if settings.role in ("all", "prefill"):
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(
-                PrefillServicer(engine), self._server
+                PrefillServicer(engine, mail), self._server
             )
             services.append(PREFILL_SERVICE)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

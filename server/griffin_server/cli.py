@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import uvloop
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -81,7 +81,7 @@ def serve(context: typer.Context) -> None:
     progress = logging.getLogger("griffin.load")
     try:
         model = load(settings, progress.info)
-        asyncio.run(run(settings, model))
+        uvloop.run(run(settings, model))
     except GriffinError as error:
         _fail(str(error))
 
@@ -221,7 +221,7 @@ def bench(
         timeout_s=timeout,
     )
     with _errors():
-        results = asyncio.run(run_load(target, load, err))
+        results = uvloop.run(run_load(target, load, err))
     if as_json:
         print(json.dumps(results.summary()))
     else:

@@ -100,7 +100,10 @@ def test_results_are_rounded_as_torch_rounds(value: float) -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 7, 200])
 @pytest.mark.parametrize("rotates", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (2, 1, 34), (4, 4, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [(9, 3, 64), (2, 1, 34), (4, 4, 16), (4, 1, 256), (2, 2, 32), (3, 1, 96)],
+)
 def test_attention_over_caches_of_many_lengths(
     heads: int, kv_heads: int, size: int, rotates: bool, window: int | None, softcap: float | None
 ) -> None:

@@ -25,7 +25,7 @@ from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault, GriffinError
 from griffin_core.prefill_queue import PrefillTask
 from griffin_server import __version__
-from griffin_server.channel import Channel
+from griffin_server.channel import Channel, Mail
 from griffin_server.generation import convert
 from griffin_server.ops.interceptors import request_id_var
 from griffin_server.prefill.source import PrefillServers
@@ -42,13 +42,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     Args:
         prefill: where prompts are run that the engine does not run itself; None if there are none.
         role: "all" or "decode", for GetModelInfo.
+        mail: what brings the engine's events here.
     """
 
-    def __init__(self, engine: Engine, prefill: PrefillServers | None, role: str) -> None:
+    def __init__(
+        self, engine: Engine, prefill: PrefillServers | None, role: str, mail: Mail
+    ) -> None:
         self._engine = engine
         self._model = engine.model
         self._prefill = prefill
         self._role = role
+        self._mail = mail
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -91,7 +95,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, task: GenerateTask | ScoreTask, context: Context
     ) -> AsyncGenerator[Event, None]:
         """Runs a task to its end. Closing the iterator ends it at once, wherever it is."""
-        channel: Channel[Event] = Channel(TOKENS_AHEAD, self._engine.wake)
+        channel: Channel[Event] = Channel(TOKENS_AHEAD, self._engine.wake, self._mail)
         turn_id = self._engine.submit(task, channel)
         handoff: asyncio.Task[None] | None = None
         try:

@@ -105,6 +105,11 @@ class Settings(BaseSettings):
     prefill_share: float = Field(
         0.5, gt=0, le=1, description="Of the time, for prompts while sessions decode."
     )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        description="Tokens a message, behind the first one. More spare CPU time, and come later.",
+    )
     max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="How long running calls may go on after SIGTERM."

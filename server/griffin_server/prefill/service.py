@@ -17,7 +17,7 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.spec import ModelSpec
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished
 from griffin_core.prefill_queue import PrefillBegun, PrefillStreamEvent, PrefillTask
-from griffin_server.channel import Channel
+from griffin_server.channel import Channel, Mail
 from griffin_server.generation.convert import policy_from_pb
 from griffin_server.handoff.convert import HandoffWriter, handoff_shape
 from griffin_server.handoff.shared_memory import DATA_START, Segment, attach_segment
@@ -29,8 +29,9 @@ EVENTS_AHEAD = 16
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """One stream a handoff; when the stream ends, for whatever reason, so does the work."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, mail: Mail) -> None:
         self._engine = engine
+        self._mail = mail
 
     async def Prefill(
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -45,7 +46,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         shape = handoff_shape(model, task)
         writer = HandoffWriter(shape, _segment(request, shape.kv_bytes))
         yield writer.header()
-        channel: Channel[PrefillStreamEvent] = Channel(EVENTS_AHEAD, self._engine.wake)
+        channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
         run = self._engine.prefill(task, channel)
         queue_s = 0.0
         try:
