@@ -189,7 +189,7 @@ def _token_logprob(message: pb.TokenLogprob) -> types.TokenLogprob:
 
 def _fill(kind: type[T], message: ProtoMessage, **given: Any) -> T:
     """A dataclass whose fields are the message's, but for those given."""
-    names = [name for name in _field_names(kind) if name not in given]
+    names = [name for name in _field_names(cast("type", kind)) if name not in given]
     return kind(**{name: getattr(message, name) for name in names}, **given)
 
 

@@ -131,6 +131,24 @@ def test_the_context_length_ends_a_completion(running: Engine) -> None:
     assert len(tokens) == 6
 
 
+@pytest.mark.parametrize("interval", [1, 3, 100])
+def test_tokens_come_in_messages_of_so_many_behind_the_first(model: Model, interval: int) -> None:
+    with engine(model) as running:
+        expected, _ = complete(running, task(12))
+    with engine(model, stream_interval=interval) as running:
+        generation = task(12, top_logprobs=1)
+        _, inbox = submit(running, generation)
+        hand_over(running, generation, inbox)
+        messages = []
+        while isinstance(event := inbox.until(TokensMade, Finished), TokensMade):
+            messages.append(event)
+    assert [token for message in messages for token in message.ids] == expected
+    assert all(len(message.logprobs) == len(message.ids) for message in messages)
+    sizes = [len(message.ids) for message in messages]
+    assert sizes[0] == 1 and sum(sizes) == 12
+    assert all(size == interval for size in sizes[1:-1]) and 1 <= sizes[-1] <= interval
+
+
 def test_logprobs_come_with_each_token(running: Engine) -> None:
     _, inbox = submit(running, asked := task(3, top_logprobs=2))
     hand_over(running, asked, inbox)
