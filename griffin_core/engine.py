@@ -25,6 +25,7 @@ from griffin_core.decode.session import SessionInfo, Sharing
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import EngineStopped
 from griffin_core.experts.selection import Selection
+from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.prefill import PrefillEvent, prefill
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun, PrefillStreamEvent, PrefillTask
@@ -50,9 +51,10 @@ class Engine:
         model: what to run.
         limits: what it may hold.
         selection, sharing: of requests that name none.
-        slim: how sessions run on their experts.
+        slim: how sessions run on their experts; None for what the device does best.
         private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
             measures it at start.
+        cuda_graphs: on a GPU, run a step as one graph, captured at start.
         stream_interval: a session's tokens come out so many at a time, but for the first.
         own_prefill_tokens: prompts of new sessions up to this many tokens it runs itself, for
             longer ones it asks its caller; None for all.
@@ -70,6 +72,7 @@ class Engine:
         sharing: Sharing = "private",
         slim: SlimForm | None = None,
         private_limit: PrivateLimit | None = assumed_private_limit,
+        cuda_graphs: bool = True,
         stream_interval: int = 1,
         own_prefill_tokens: int | None = None,
         threads: int | None = None,
@@ -78,7 +81,7 @@ class Engine:
         self.limits = limits or Limits()
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
-        self._slim = slim or Packed()
+        self._slim = slim or _slim_form(model.decoder)
         self._measures_private_limit = private_limit is None
         self._prefills = PrefillQueue(self.limits.max_queue)
         self._decoding = Decoding(
@@ -93,10 +96,13 @@ class Engine:
             own_prefill_tokens=own_prefill_tokens,
         )
         self._threads = threads
+        self._cuda_graphs = cuda_graphs
         self._owed_s = 0.0  # what decoding is to get before the next chunk of a prefill
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.ended: Future[None] = Future()
         """Done when the thread has ended; with its exception if a bug ended it."""
+        self.ready: Future[None] = Future()
+        """Done when what takes its time at start is over: graphs, measurements."""
         self._stopping = False
         self._stop_lock = threading.Lock()  # so that no command slips in behind the last one
         self._thread = threading.Thread(target=self._run, name="griffin-engine", daemon=True)
@@ -214,10 +220,12 @@ class Engine:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             try:
+                self._prepare_step()
                 if self._measures_private_limit:
                     self._decoding.private_limit(
                         measure_private_limit(self.model.decoder, self._slim)
                     )
+                self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
             except Exception as error:  # a bug must not leave callers waiting
@@ -228,10 +236,24 @@ class Engine:
             self._take_commands(wait=False)
             self._decoding.end(EngineStopped(_STOPPING))
             self._prefills.end(EngineStopped(_STOPPING))
+        if not self.ready.done():
+            self.ready.set_exception(fault or EngineStopped(_STOPPING))
         if fault is None:
             self.ended.set_result(None)
         else:
             self.ended.set_exception(fault)
+
+    def _prepare_step(self) -> None:
+        decoder = self.model.decoder
+        if _has_step_kernels(decoder):
+            from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
+
+            self._decoding.run_step = CudaStep(
+                decoder,
+                max_tokens=self.limits.max_sessions,
+                graphs=self._cuda_graphs,
+                progress=log.info,
+            )
 
     def _turn(self) -> None:
         """A chunk of one prefill if it is due, a token of every session, and what has become due
@@ -263,6 +285,18 @@ class Engine:
             command()
         except Exception:  # a bug, and one caller's; the others go on
             log.exception("command failed")
+
+
+def _has_step_kernels(decoder: Decoder) -> bool:
+    return decoder.device.type == "cuda" and decoder.dtype in (torch.bfloat16, torch.float16)
+
+
+def _slim_form(decoder: Decoder) -> SlimForm:
+    if not _has_step_kernels(decoder):
+        return Packed()
+    from griffin_core.slim.indexed import Indexed  # noqa: PLC0415  # needs triton
+
+    return Indexed()
 
 
 def _refuse(sink: Sink[Failed], error: Exception) -> None:

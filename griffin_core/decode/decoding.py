@@ -16,7 +16,7 @@ from griffin_core.decode.scheduler import Limits, Scheduler
 from griffin_core.decode.scoring import Scoring
 from griffin_core.decode.session import Reservation, Session, SessionInfo, Sharing, State, Work
 from griffin_core.decode.sharing import ExpertGroups
-from griffin_core.decode.step import StepLogits, StepTokens, decode_tokens
+from griffin_core.decode.step import StepLogits, Stepper, StepTokens, decode_tokens
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
@@ -96,6 +96,8 @@ class Decoding:
         self._turns: dict[str, Session] = {}
         self._intakes: dict[str, Intake] = {}
         self._own_prefills: dict[str, PrefillRun] = {}
+        self.run_step: Stepper = partial(decode_tokens, model.decoder)
+        """What runs the model; the engine sets a faster one where the device has it."""
         self._step_s = 0.0  # what the last step took
 
     def private_limit(self, limit: PrivateLimit) -> None:
@@ -221,7 +223,7 @@ class Decoding:
         self._step_s = time.monotonic() - clock
 
     def _run(self, sessions: list[Session]) -> None:
-        results = decode_tokens(self._decoder, [_step_tokens(s) for s in sessions])
+        results = self.run_step([_step_tokens(s) for s in sessions])
         for session, result in zip(sessions, results, strict=True):
             self._guarded(session, partial(self._read, result=result))
 

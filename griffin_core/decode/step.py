@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,10 @@ class StepLogits:
 
     logits: Tensor
     likeliest: Sequence[int]
+
+
+Stepper = Callable[[Sequence[StepTokens]], list[StepLogits]]
+"""Runs each session's tokens, as ``decode_tokens`` does."""
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,15 @@ Rotation = tuple[Tensor, Tensor]
 
 def rotation(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> Rotation:
     """cos, and sin with the sign of the half it falls on, for positions [N]."""
-    frequencies = torch.tensor(spec.inverse_frequencies, device=positions.device)
-    angles = positions[:, None].float() * frequencies
+    angles = positions[:, None].float() * _frequencies(spec, positions.device)
     cos, sin = angles.cos() * spec.scale, angles.sin() * spec.scale
     return torch.cat((cos, cos), 1)[:, None].to(dtype), torch.cat((-sin, sin), 1)[:, None].to(dtype)
+
+
+@cache
+def _frequencies(spec: RotarySpec, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it serves whoever comes
+        return torch.tensor(spec.inverse_frequencies, device=device)
 
 
 def rotate(x: Tensor, by: Rotation) -> None:

@@ -163,6 +163,16 @@ class Decoder:
         """An empty cache for that many tokens."""
         return KvCache(self.spec, capacity, dtype=self.dtype, device=self.device)
 
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Tokens [N] int64 at positions [N] -> what the first layer reads [N, D]."""
+        w = self._weights
+        x = F.embedding(token_ids, w.embedding)
+        if self.spec.embed_scale != 1.0:
+            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
+        if w.project_in is not None:
+            x = F.linear(x, w.project_in)
+        return x if w.positions is None else x + w.positions[positions + self.spec.position_offset]
+
     def begin(self, token_ids: Tensor, runs: Sequence[tuple[KvCache, int]]) -> tuple[Tensor, Batch]:
         """Embeds tokens of several sequences, one sequence behind the other.
 
@@ -174,12 +184,6 @@ class Decoder:
         Returns:
             Embeddings [N, D], and what the layers share.
         """
-        w = self._weights
-        x = F.embedding(token_ids, w.embedding)
-        if self.spec.embed_scale != 1.0:
-            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
-        if w.project_in is not None:
-            x = F.linear(x, w.project_in)
         batch_runs: list[TokenRun] = []
         row = 0
         for cache, tokens in runs:
@@ -193,8 +197,7 @@ class Decoder:
             [p for run in batch_runs for p in range(run.start, run.start + run.tokens)],
             device=self.device,
         )
-        if w.positions is not None:
-            x = x + w.positions[positions + self.spec.position_offset]
+        x = self.embed(token_ids, positions)
         rotations = tuple(rotation(r, positions, self.dtype) for r in self.spec.rotaries)
         table = None
         if self._runs_kernels and all(tokens == 1 for _, tokens in runs):
@@ -253,16 +256,26 @@ class Decoder:
             )
         return w.o(out[0] if len(out) == 1 else torch.cat(out))
 
+    @property
+    def final_norm(self) -> Norm | None:
+        """Between the last layer and the head."""
+        return self._weights.final_norm
+
     def final_hidden(self, x: Tensor) -> Tensor:
         """Output of the last layer [N, D] -> what the head reads [N, D]."""
-        norm = self._weights.final_norm
-        return x if norm is None else norm(x)
+        return x if self.final_norm is None else self.final_norm(x)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Final hidden state [N, D] -> logits [N, V] float32."""
+    def head(
+        self, hidden: Tensor, project: Callable[[Tensor, Linear], Tensor] | None = None
+    ) -> Tensor:
+        """Final hidden state [N, D] -> logits [N, V] float32.
+
+        Args:
+            project: how to multiply, if not as the head does itself.
+        """
         w = self._weights
         if w.project_out is not None:
             hidden = F.linear(hidden, w.project_out)
-        logits = w.head(hidden).float()
+        logits = (w.head(hidden) if project is None else project(hidden, w.head)).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

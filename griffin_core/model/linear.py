@@ -36,7 +36,7 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, rows: Rows = "any") -> None:
-        self._bias = bias
+        self.bias = bias
         has_kernel = runs_kernels(weight.dtype, weight.device)
         packs = weight.device.type == "cpu" and _onednn_multiplies(weight.dtype)
         if has_kernel and rows == "one":
@@ -47,17 +47,18 @@ class Linear:
             else None
         )
         self._runs_row = has_kernel and rows != "many" and weight.is_contiguous()
-        self._weight = weight if self._runs_row or not packs else None
+        self.weight = weight if self._runs_row or not packs else None
+        """[out, in], unless only a copy in another layout is held."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         if self._runs_row and x.shape[0] == 1:
-            assert self._weight is not None
-            return linear_row(x, self._weight, self._bias)
+            assert self.weight is not None
+            return linear_row(x, self.weight, self.bias)
         if self._packed is None:
-            assert self._weight is not None
-            return F.linear(x, self._weight, self._bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+            assert self.weight is not None
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
 
 

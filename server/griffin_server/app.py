@@ -78,6 +78,7 @@ class App:
                 chunk_tokens=settings.prefill_chunk_tokens,
                 prefill_share=settings.prefill_share,
             ),
+            cuda_graphs=settings.cuda_graphs,
             stream_interval=settings.stream_interval,
             selection=Selection(density=settings.density, policy=settings.policy),
             sharing=settings.sharing,
@@ -97,6 +98,7 @@ class App:
 
         Raises:
             ListenError: the address is taken or not this machine's.
+            EngineFault: the engine did not come up.
         """
         settings = self._settings
         self._server = grpc.aio.server(
@@ -118,6 +120,10 @@ class App:
         except RuntimeError as error:
             raise ListenError(f"host, port: cannot listen on {address} ({error})") from error
         self.engine.start()
+        try:
+            await asyncio.wrap_future(self.engine.ready)
+        except Exception as error:
+            raise EngineFault(f"the engine did not start: {error}") from error
         await self._server.start()
         for name in ("", *services):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

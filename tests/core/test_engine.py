@@ -443,10 +443,10 @@ def test_a_fault_in_one_session_leaves_the_others_running(
 def test_a_reader_that_lags_pauses_only_its_own_session(running: Engine) -> None:
     lagging, eager = task(20), task(20)
     (_, slow), (_, fast) = submit(running, lagging), submit(running, eager)
+    slow.open = False
     for each, inbox in ((lagging, slow), (eager, fast)):
         hand_over(running, each, inbox)
     slow.until(Started)
-    slow.open = False
     assert len(finish(fast)[0]) == 20
     assert sessions(running) == [State.DECODE]
     slow.open = True
@@ -473,6 +473,19 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(model: Model) -> None:
     assert isinstance(inbox.until(Finished).error, EngineStopped)
     with pytest.raises(TypeError):
         running.ended.result(10)
+
+
+def test_an_engine_that_does_not_come_up_says_so(model: Model) -> None:
+    running = Engine(model)
+    running._prepare_step = lambda: 1 // 0
+    running.start()
+    for future in (running.ready, running.ended):
+        with pytest.raises(ZeroDivisionError):
+            future.result(10)
+
+
+def test_an_engine_is_ready_once_it_has_started(running: Engine) -> None:
+    assert running.ready.result(10) is None
 
 
 def test_a_bug_in_a_command_is_that_callers_alone(running: Engine) -> None:

@@ -7,16 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.session import Sharing
 from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.model.load import load_model
-from tests.core.engines import complete, engine
+from tests.core.engines import at_baseline, complete, engine, finish, submit
+from tests.gpu.devices import needs_cuda
+from tests.servers import eventually
 from tests.tiny import FAMILIES, make_tiny
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, needs_cuda]
+
+
+def task(
+    density: float, prompt: int = 30, tokens: int = 24, sharing: Sharing = "private"
+) -> GenerateTask:
+    return GenerateTask(
+        prompt=tuple(range(prompt)),
+        stopping=StoppingParams(max_tokens=tokens, ignore_eos=True),
+        pruning=PruningParams(density=density, sharing=sharing),
+    )
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
@@ -26,12 +37,37 @@ def test_cuda_generates_what_the_cpu_does(name: str, density: float, tmp_path: P
     made = []
     for device in ("cpu", "cuda"):
         model = load_model(where, dtype=torch.float32, device=device)
-        task = GenerateTask(
-            prompt=tuple(range(30)),
-            stopping=StoppingParams(max_tokens=24, ignore_eos=True),
-            pruning=PruningParams(density=density),
-        )
         with engine(model) as running:
-            tokens, finished = complete(running, task)
+            tokens, finished = complete(running, task(density))
             made.append((tokens, finished.pruning.experts_per_layer))
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs_generate_what_the_same_kernels_do_without(
+    name: str, density: float, tmp_path: Path
+) -> None:
+    model = load_model(str(make_tiny(name, tmp_path / name)), dtype=torch.bfloat16, device="cuda")
+    made = []
+    for graphs in (True, False):
+        with engine(model, cuda_graphs=graphs, limits=Limits(max_sessions=2)) as running:
+            running.sessions().result(100)  # kernels are compiled first
+            made.append(complete(running, task(density))[0])
+    assert len(made[0]) == 24 and made[0] == made[1]
+
+
+@pytest.mark.parametrize("sharing", ["private", "shared"])
+def test_many_sessions_of_other_lengths_come_and_go(sharing: Sharing, tmp_path: Path) -> None:
+    model = load_model(
+        str(make_tiny("llama", tmp_path / "llama")), dtype=torch.bfloat16, device="cuda"
+    )
+    with engine(model, own_prefill_tokens=None, limits=Limits(max_sessions=9)) as running:
+        running.sessions().result(100)  # kernels are compiled first
+        inboxes = [
+            submit(running, task((0.5, 0.25, 1.0)[number % 3], 2 + number, 10 + number, sharing))[1]
+            for number in range(30)
+        ]
+        ends = [finish(inbox) for inbox in inboxes]
+        assert [len(tokens) for tokens, _ in ends] == list(range(10, 40))
+        eventually(lambda: at_baseline(running))

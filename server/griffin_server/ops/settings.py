@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     threads: int = Field(
         0, ge=0, description="CPU threads of the model; 0 is one for each CPU there is to use."
     )
+    cuda_graphs: bool = Field(
+        True, description="On a GPU, run a decode step as one graph, captured at start."
+    )
     density: float = Field(
         0.75,
         gt=0,

@@ -1,0 +1,281 @@
+"""Decode on one GPU: real shapes with random weights, at several densities, beside transformers.
+
+Prints the card's copy bandwidth first: a step cannot take less than its bytes, weights and KV read
+once, at that rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.report import finish
+from griffin_core.cuda.step import CudaStep
+from griffin_core.decode.step import StepTokens
+from griffin_core.kv_cache import KvCache, kv_bytes
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.spec import spec_from_config
+from griffin_core.model.weights import weights_from_state
+from griffin_core.slim.base import SlimFF
+from griffin_core.slim.indexed import Indexed
+
+DTYPE = torch.bfloat16
+PROMPT = 2048
+DENSITIES = (1.0, 0.5, 0.25)
+
+_LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama-2-7B": ("llama", {**_LLAMA2, "hidden_size": 4096, "intermediate_size": 11008,
+                             "num_hidden_layers": 32, "num_attention_heads": 32}),
+    "Llama-2-13B": ("llama", {**_LLAMA2, "hidden_size": 5120, "intermediate_size": 13824,
+                              "num_hidden_layers": 40, "num_attention_heads": 40}),
+    "Gemma-7B": ("gemma", {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576,
+                           "num_hidden_layers": 28, "num_attention_heads": 16,
+                           "num_key_value_heads": 16, "head_dim": 256,
+                           "max_position_embeddings": 8192}),
+    "Llama-3-8B": ("llama", {"vocab_size": 128256, "hidden_size": 4096,
+                             "intermediate_size": 14336, "num_hidden_layers": 32,
+                             "num_attention_heads": 32, "num_key_value_heads": 8,
+                             "max_position_embeddings": 8192}),
+    "Mistral-7B": ("mistral", {"vocab_size": 32000, "hidden_size": 4096,
+                               "intermediate_size": 14336, "num_hidden_layers": 32,
+                               "num_attention_heads": 32, "num_key_value_heads": 8,
+                               "sliding_window": 4096, "max_position_embeddings": 32768}),
+    "OPT-6.7B": ("opt", {"vocab_size": 50272, "hidden_size": 4096, "ffn_dim": 16384,
+                         "word_embed_proj_dim": 4096, "num_hidden_layers": 32,
+                         "num_attention_heads": 32, "max_position_embeddings": 4096}),
+}  # fmt: skip
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s, read and written, of copying 4 GiB."""
+    source = torch.randn(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    times = [device_s(lambda: target.copy_(source)) for _ in range(12)]
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+def device_s(work: Callable[[], object]) -> float:
+    """Seconds between two events around it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@torch.inference_mode()
+def random_decoder(name: str) -> Decoder:
+    family, values = SHAPES[name]
+    config = CONFIG_MAPPING[family](**values)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+    state = {
+        key: torch.empty(meta.shape, dtype=DTYPE, device="cuda").normal_(std=0.02)
+        for key, meta in module.state_dict().items()
+        if key != "lm_head.weight" or not config.tie_word_embeddings
+    }
+    spec = spec_from_config(config)
+    return Decoder(spec, weights_from_state(spec, state))
+
+
+def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, sets: int) -> int:
+    """Of the weights and KV that a step must read: ``sets`` expert sets, everything else once."""
+    spec = decoder.spec
+    item = DTYPE.itemsize
+    heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim * spec.width
+    neurons = decoder.layers[0].neurons
+    of_neuron = (neurons.w_in.shape[0] + 1) * spec.width
+    neurons_read = min(1.0, density * sets) * spec.ff_width if density < 1 else spec.ff_width
+    weights = len(spec.layers) * (heads + of_neuron * neurons_read) + spec.vocabulary * spec.width
+    return int(weights * item) + sessions * kv_bytes(spec, DTYPE, context)
+
+
+def random_view(decoder: Decoder, density: float) -> list[SlimFF]:
+    if density == 1.0:
+        return [layer.ff for layer in decoder.layers]
+    every, k = decoder.spec.ff_width, int(decoder.spec.ff_width * density)
+    form = Indexed()
+    return [
+        form.build(layer, torch.randperm(every, device="cuda")[:k].sort().values.int(), "one")
+        for layer in decoder.layers
+    ]
+
+
+def filled_cache(decoder: Decoder, capacity: int) -> KvCache:
+    cache = decoder.new_cache(capacity)
+    for layer in range(len(decoder.layers)):
+        cache.room(layer, 0, PROMPT).normal_()
+    cache.advance(PROMPT)
+    return cache
+
+
+def step_s(
+    step: CudaStep, caches: Sequence[KvCache], views: Sequence[list[SlimFF]], tokens: int
+) -> float:
+    """Seconds of a step, the mean over so many tokens behind the prompt, host's work included."""
+
+    def once() -> None:
+        step(
+            [
+                StepTokens(cache=cache, view=view, token_ids=[5])
+                for cache, view in zip(caches, views, strict=True)
+            ]
+        )
+
+    for cache in caches:
+        cache.length = PROMPT
+    for _ in range(3):
+        once()
+    for cache in caches:
+        cache.length = PROMPT
+    torch.cuda.synchronize()
+    clock = time.perf_counter()
+    for _ in range(tokens):
+        once()
+    return (time.perf_counter() - clock) / tokens
+
+
+@torch.inference_mode()
+def transformers_s(module: PreTrainedModel, tokens: int) -> float:
+    """Seconds a token of eager ``generate`` behind the prompt."""
+    ids = torch.full((1, PROMPT), 5, device="cuda")
+    mask = torch.ones_like(ids)
+
+    def generate(count: int) -> float:
+        torch.cuda.synchronize()
+        clock = time.perf_counter()
+        module.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count
+        )
+        torch.cuda.synchronize()
+        return time.perf_counter() - clock
+
+    generate(2)
+    return (generate(tokens + 1) - generate(1)) / tokens
+
+
+def transformers_rows(name: str, tokens: int) -> dict[str, float]:
+    """ms a token of transformers, dense and with its FF weights replaced by copies of half the
+    neurons, which is what the method's reference code runs."""
+    family, values = SHAPES[name]
+    with torch.device("cuda"):
+        torch.set_default_dtype(DTYPE)
+        module = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values)).eval()
+        torch.set_default_dtype(torch.float32)
+    rows = {"transformers, dense": 1e3 * transformers_s(module, tokens)}
+    for part in module.modules():
+        for key in ("gate_proj", "up_proj", "fc1", "down_proj", "fc2"):
+            linear = getattr(part, key, None)
+            if isinstance(linear, torch.nn.Linear):
+                half = _half(linear, rows=key not in ("down_proj", "fc2"))
+                linear.weight = torch.nn.Parameter(half, requires_grad=False)
+                if linear.bias is not None and key == "fc1":
+                    bias = linear.bias[: half.shape[0]].clone()
+                    linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+    rows["transformers, copies of 0.5"] = 1e3 * transformers_s(module, tokens)
+    return rows
+
+
+def _half(linear: torch.nn.Linear, *, rows: bool) -> Tensor:
+    w = linear.weight.data
+    return (w[: w.shape[0] // 2] if rows else w[:, : w.shape[1] // 2]).clone()
+
+
+def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one shape."""
+    decoder = random_decoder(name)
+    clock = time.perf_counter()
+    step = CudaStep(decoder, max_tokens=max(arguments.batch), graphs=True)
+    print(f"\n{name}: graphs captured in {time.perf_counter() - clock:.0f} s")
+    found: list[dict[str, Any]] = []
+    lengths = [128, 2048] if arguments.long else [128]
+    capacity = PROMPT + max(lengths) + 8
+    views = {d: random_view(decoder, d) for d in DENSITIES}
+    rows: list[tuple[int, float, str, int]] = []
+    for batch in arguments.batch:
+        for density in DENSITIES:
+            rows.append((batch, density, "shared", 128))
+            if batch > 1 and density < 1.0:
+                rows.append((batch, density, "private", 128))
+            if batch == 1 and arguments.long:
+                rows.append((batch, density, "shared", 2048))
+    caches = [filled_cache(decoder, capacity) for _ in range(max(arguments.batch))]
+    dense_s: dict[tuple[int, int], float] = {}
+    for batch, density, sharing, tokens in rows:
+        own = [
+            random_view(decoder, density) if sharing == "private" else views[density]
+            for _ in range(batch)
+        ]
+        rounds = [
+            step_s(step, caches[:batch], own, tokens) for _ in range(2 if tokens == 128 else 1)
+        ]
+        seconds = statistics.median(rounds)
+        sets = batch if sharing == "private" else 1
+        moved = step_bytes(decoder, density, PROMPT + tokens // 2, batch, sets)
+        if density == 1.0:
+            dense_s[batch, tokens] = seconds
+        row = {
+            "shape": name,
+            "batch": batch,
+            "density": density,
+            "sets": sharing if batch > 1 and density < 1.0 else "one",
+            "tokens": tokens,
+            "ms": round(1e3 * seconds, 3),
+            "tokens_per_s": round(batch / seconds, 1),
+            "gigabytes": round(moved / 1e9, 2),
+            "of_bandwidth": round(moved / seconds / bandwidth, 3),
+            "over_dense": round(dense_s[batch, tokens] / seconds, 3),
+        }
+        found.append(row)
+        print(
+            f"  batch {batch:2d}  density {density:4}  {row['sets']:>7}  +{tokens:<4}  "
+            f"{row['ms']:7.2f} ms  {row['tokens_per_s']:7.1f} tokens/s  "
+            f"{row['gigabytes']:6.2f} GB  {row['of_bandwidth']:.1%} of the bandwidth  "
+            f"{row['over_dense']:.2f} x dense",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
+    parser.add_argument("--batch", type=int, action="append", help="may be repeated")
+    parser.add_argument("--long", action="store_true", help="also 2048 tokens behind the prompt")
+    parser.add_argument("--transformers", action="store_true", help="also time transformers")
+    arguments = parser.parse_args()
+    arguments.batch = sorted(arguments.batch or [1])
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copies at {bandwidth / 1e12:.2f} TB/s", flush=True)
+    found = []
+    others: dict[str, dict[str, float]] = {}
+    for name in arguments.shape or SHAPES:
+        found += measure(name, bandwidth, arguments)
+        torch.cuda.empty_cache()
+        if arguments.transformers:
+            others[name] = {k: round(v, 2) for k, v in transformers_rows(name, 64).items()}
+            print(f"  {others[name]}", flush=True)
+            torch.cuda.empty_cache()
+    finish(
+        "cuda_decode",
+        {
+            "gpu": torch.cuda.get_device_name(),
+            "copy_gigabytes_per_s": round(bandwidth / 1e9),
+            "prompt_tokens": PROMPT,
+            "rows": found,
+            "transformers_ms": others,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

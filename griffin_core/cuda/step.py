@@ -1,0 +1,313 @@
+"""A decode step on a GPU: every live session's next token, in one CUDA graph.
+
+Graphs are captured for batch sizes of powers of two and for three ways to run the FF: dense, one
+set for all, a set for each. What differs from step to step, tokens, lengths, where caches and
+expert sets lie, stands in one table in device memory, so sessions come, go and change their experts
+without a new capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
+from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, ExpertTable, feedforward
+from griffin_core.cuda.matvec import matvec, rms_norm
+from griffin_core.decode.step import StepLogits, StepTokens, decode_tokens
+from griffin_core.model.attention import Rotation, rotation
+from griffin_core.model.decoder import Decoder, Norm
+from griffin_core.model.linear import Linear
+from griffin_core.model.source import Progress
+from griffin_core.slim.indexed import IndexedFF
+
+FFMode = Literal["dense", "shared", "private"]
+MODES: tuple[FFMode, ...] = ("dense", "shared", "private")
+
+PROGRAMS = 2
+"""Of attention, that a multiprocessor runs at once."""
+
+IDS, STARTS, CAPACITIES, COUNTS, TABLES = range(5)
+"""Rows of ``StepInputs``; from TABLES on, L of cache addresses, then L of expert sets."""
+
+
+class StepInputs:
+    """The table of a step of up to N sessions, on the host and on the device.
+
+    Rows of sessions that are not there point to a cache of one token and to a set of one neuron.
+
+    Args:
+        tokens: N.
+        nobody: the column [4 + 2 L] of such a row; its sets begin with the set of all neurons.
+        ff_width: how many those are.
+    """
+
+    def __init__(self, tokens: int, nobody: Tensor, ff_width: int, device: torch.device) -> None:
+        self.tokens = tokens
+        self._layers = (nobody.shape[0] - TABLES) // 2
+        self._nobody = nobody.numpy()
+        self._ff_width = ff_width
+        self._host = nobody[:, None].repeat(1, tokens).pin_memory()
+        self._table = self._host.numpy()  # of the same memory; torch takes microseconds a number
+        self._device = self._host.to(device)
+        self.likeliest = torch.zeros(tokens, dtype=torch.int64).pin_memory()
+        """[N], on the host, what the step has made."""
+        self._held: list[object] = [None] * tokens
+
+    @property
+    def ids(self) -> Tensor:
+        """[N] int64, as are the others."""
+        return self._device[IDS]
+
+    @property
+    def starts(self) -> Tensor:
+        return self._device[STARTS]
+
+    @property
+    def caches(self) -> DeviceCaches:
+        return DeviceCaches(
+            addresses=self._device[TABLES : TABLES + self._layers],
+            starts=self._device[STARTS],
+            capacities=self._device[CAPACITIES],
+        )
+
+    def experts(self, layer: int, *, shared: bool) -> ExpertTable:
+        return ExpertTable(
+            addresses=self._device[TABLES + self._layers + layer],
+            counts=self._device[COUNTS],
+            shared=shared,
+        )
+
+    def fill(self, sessions: Sequence[StepTokens]) -> None:
+        """Writes the sessions' rows, on the host."""
+        table = self._table
+        for column, session in enumerate(sessions):
+            cache, block = session.cache, session.view[0]
+            if cache.length >= cache.capacity:
+                raise ValueError(f"a token at {cache.length} does not fit {cache.capacity}")
+            held = self._held[column]
+            # Whose addresses a column has: a cache that is resized has a new list of them.
+            if not (isinstance(held, tuple) and held[0] is cache.addresses and held[1] is block):
+                self._write_tables(column, session)
+                self._held[column] = cache.addresses, block
+            table[IDS, column] = session.token_ids[0]
+            table[STARTS, column] = cache.length
+            table[CAPACITIES, column] = cache.capacity
+        for column in range(len(sessions), self.tokens):
+            if self._held[column] is not None:
+                self._held[column] = None
+                table[:, column] = self._nobody
+
+    def send(self) -> None:
+        """To the device, in the order of its work."""
+        self._device.copy_(self._host, non_blocking=True)
+
+    def fill_usual(self, experts: Tensor) -> None:
+        """Gives every row one set in all layers."""
+        self._table[TABLES + self._layers :] = experts.data_ptr()
+        self._table[COUNTS] = experts.shape[0]
+        self._held = [experts] * self.tokens  # so that the next ``fill`` writes every row
+
+    def _write_tables(self, column: int, session: StepTokens) -> None:
+        table, layers = self._table, self._layers
+        table[TABLES : TABLES + layers, column] = session.cache.addresses
+        if isinstance(session.view[0], IndexedFF):
+            blocks = [block for block in session.view if isinstance(block, IndexedFF)]
+            table[TABLES + layers :, column] = [block.address for block in blocks]
+            table[COUNTS, column] = blocks[0].count
+        else:  # dense, beside others that are not
+            table[TABLES + layers :, column] = self._nobody[TABLES + layers]
+            table[COUNTS, column] = self._ff_width
+
+
+class CudaStep:
+    """Runs decode steps of a model in bfloat16 or float16.
+
+    Args:
+        max_tokens: most sessions of a step that are captured; larger steps run layer by layer.
+        graphs: capture them at all.
+    """
+
+    def __init__(
+        self, decoder: Decoder, *, max_tokens: int, graphs: bool, progress: Progress | None = None
+    ) -> None:
+        self._decoder = decoder
+        self._spec = decoder.spec
+        properties = torch.cuda.get_device_properties(decoder.device)
+        self._programs = PROGRAMS * properties.multi_processor_count
+        spec = decoder.spec
+        self._every = torch.arange(spec.ff_width, dtype=torch.int32, device=decoder.device)
+        self._spare = torch.zeros(
+            (2, spec.kv_heads, 1, spec.head_dim), dtype=decoder.dtype, device=decoder.device
+        )
+        layers = len(decoder.layers)
+        addresses = [self._spare.data_ptr()] * layers + [self._every.data_ptr()] * layers
+        nobody = torch.tensor([0, 0, 1, 1, *addresses])
+        most = min(max_tokens, MAX_SHARED_TOKENS)
+        sizes = [1 << power for power in range((most - 1).bit_length() + 1)]
+        self._inputs = {
+            size: StepInputs(size, nobody, spec.ff_width, decoder.device) for size in sizes
+        }
+        self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        with torch.inference_mode():
+            if graphs:
+                self._capture(progress)
+
+    def _capture(self, progress: Progress | None) -> None:
+        # Configurations are chosen on what will be usual: half of the neurons, of any kind.
+        every = self._spec.ff_width
+        usual = torch.randperm(every, device=self._decoder.device)[: (every + 1) // 2]
+        usual = usual.sort().values.int()
+        pool = None
+        for size in reversed(self._inputs):
+            if progress is not None:
+                progress(f"capturing a step of {size}")
+            inputs = self._inputs[size]
+            inputs.fill_usual(usual)
+            for mode in MODES:
+                if mode == "shared" and size == 1:
+                    continue
+                self._run(inputs, mode)  # chooses configurations, allocates for cuBLAS
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    logits = self._run(inputs, mode)
+                pool = pool or graph.pool()
+                self._graphs[size, mode] = graph, logits
+
+    def __call__(self, sessions: Sequence[StepTokens]) -> list[StepLogits]:
+        """As ``decode_tokens``. Logits are good until the next step."""
+        largest = max(self._inputs)
+        if len(sessions) > largest or any(len(s.token_ids) != 1 for s in sessions):
+            return decode_tokens(self._decoder, sessions)
+        size = next(size for size in self._inputs if size >= len(sessions))
+        inputs = self._inputs[size]
+        inputs.fill(sessions)
+        mode = _mode(sessions)
+        if (size, mode) in self._graphs:
+            graph, logits = self._graphs[size, mode]
+            graph.replay()
+        else:
+            logits = self._run(inputs, mode)
+        torch.cuda.current_stream().synchronize()
+        ids = inputs.likeliest.tolist()
+        for session in sessions:
+            session.cache.advance(1)
+        return [
+            StepLogits(logits=logits[row : row + 1], likeliest=ids[row : row + 1])
+            for row in range(len(sessions))
+        ]
+
+    def _run(self, inputs: StepInputs, mode: FFMode) -> Tensor:
+        """Logits [N, V] float32; the index of the largest of each goes to the host."""
+        decoder, spec = self._decoder, self._spec
+        inputs.send()
+        x = decoder.embed(inputs.ids, inputs.starts)
+        rotations = tuple(rotation(r, inputs.starts, decoder.dtype) for r in spec.rotaries)
+        for index in range(len(decoder.layers)):
+            x = self._layer(index, x, rotations, inputs, mode)
+        norm = decoder.final_norm
+        if norm is not None and not (x.shape[0] == 1 and _is_rms(norm)):
+            x, norm = _normed(norm, x), None
+        logits = decoder.head(x, partial(self._project, norm=norm))
+        inputs.likeliest.copy_(logits.argmax(dim=1), non_blocking=True)
+        return logits
+
+    def _layer(
+        self, index: int, x: Tensor, rotations: Sequence[Rotation], inputs: StepInputs, mode: FFMode
+    ) -> Tensor:
+        w, spec, before = self._decoder.layers[index], self._spec, self._spec.norm_before
+        own = spec.layers[index]
+        qkv = self._project(x, w.qkv, norm=w.attention_norm if before else None)
+        norms = None
+        if w.q_norm is not None and w.k_norm is not None:
+            assert w.q_norm.weight is not None and w.k_norm.weight is not None
+            norms = w.q_norm.weight, w.k_norm.weight, w.q_norm.eps
+        attention = attend_caches(
+            qkv.view(x.shape[0], spec.heads + 2 * spec.kv_heads, spec.head_dim),
+            spec.heads,
+            None if own.rotary is None else rotations[own.rotary],
+            norms,
+            inputs.caches,
+            index,
+            window=own.window,
+            scale=spec.query_scale,
+            softcap=spec.attention_softcap,
+            how=plan(x.shape[0], spec.heads, spec.kv_heads, spec.head_dim, self._programs),
+        )
+        if w.attention_out_norm is not None:
+            x = _normed(w.attention_out_norm, self._project(attention, w.o), residual=x)
+        else:
+            x = self._project(attention, w.o, residual=x)
+        if not before:
+            x = _normed(w.attention_norm, x)
+        norm = w.ff_norm if before else None
+        if w.ff_out_norm is not None:
+            return _normed(w.ff_out_norm, self._feedforward(index, x, norm, inputs, mode), x)
+        x = self._feedforward(index, x, norm, inputs, mode, residual=x)
+        return x if before else _normed(w.ff_norm, x)
+
+    def _project(
+        self, x: Tensor, linear: Linear, *, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """residual + linear(norm(x))."""
+        assert linear.weight is not None
+        if x.shape[0] == 1:
+            if norm is not None and not _is_rms(norm):
+                x, norm = _normed(norm, x), None
+            return matvec(x, linear.weight, linear.bias, norm=_fused(norm), residual=residual)
+        if norm is not None:
+            x = _normed(norm, x)
+        y = F.linear(x, linear.weight, linear.bias)
+        return y if residual is None else y.add_(residual)
+
+    def _feedforward(
+        self,
+        index: int,
+        x: Tensor,
+        norm: Norm | None,
+        inputs: StepInputs,
+        mode: FFMode,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        layer = self._decoder.layers[index]
+        by_token = mode == "private" or (mode == "dense" and x.shape[0] == 1)
+        if norm is not None and not (by_token and _is_rms(norm)):
+            x, norm = _normed(norm, x), None
+        if mode == "dense" and not by_token:
+            y = layer.ff(x)
+            return y if residual is None else y.add_(residual)
+        table = None if mode == "dense" else inputs.experts(index, shared=mode == "shared")
+        return feedforward(x, layer.neurons, table, norm=_fused(norm), residual=residual)
+
+
+def _mode(sessions: Sequence[StepTokens]) -> FFMode:
+    views = {id(session.view) for session in sessions}
+    if not any(isinstance(session.view[0], IndexedFF) for session in sessions):
+        return "dense"
+    return "shared" if len(views) == 1 and len(sessions) > 1 else "private"
+
+
+def _is_rms(norm: Norm) -> bool:
+    return norm.kind == "rms" and norm.weight is not None
+
+
+def _fused(norm: Norm | None) -> tuple[Tensor, float] | None:
+    if norm is None:
+        return None
+    assert norm.weight is not None
+    return norm.weight, norm.eps
+
+
+def _normed(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """residual + norm(x)."""
+    if _is_rms(norm):
+        assert norm.weight is not None
+        return rms_norm(x, norm.weight, norm.eps, residual)
+    y = norm(x)
+    return y if residual is None else y + residual

@@ -1,0 +1,272 @@
+"""The Triton kernels against float64: other sets, widths and lengths each time, outputs poisoned.
+
+They also run on a CPU, slowly, in Triton's interpreter: TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from griffin_core.model.attention import rotate
+from griffin_core.model.feedforward import ACTIVATIONS, Neurons
+from griffin_core.model.spec import Activation
+from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
+
+pytestmark = [pytest.mark.gpu, needs_triton]
+
+if DEVICE is not None:
+    from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
+    from griffin_core.cuda.feedforward import ExpertTable, feedforward
+    from griffin_core.cuda.matvec import matvec, rms_norm
+
+DTYPES = (
+    [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+)  # its dot lacks bfloat16
+ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest relative error, ‖got - exact‖ / ‖exact‖."""
+
+SHAPES = (
+    [(48, 88), (96, 331)] if INTERPRETED else [(48, 88), (576, 1536), (3072, 24576), (5120, 13824)]
+)
+"""D and F."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kernel does not write is NaN."""
+    made: Callable[..., Tensor] = torch.empty
+    like, of = torch.empty_like, Tensor.new_empty
+
+    def fill(x: Tensor) -> Tensor:
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(made(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(like(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: fill(of(*a, **k)))
+
+
+def close(got: Tensor, exact: Tensor, times: float = 1.0) -> None:
+    error = (got.double() - exact).norm() / exact.norm()
+    assert error <= times * ERROR[got.dtype], float(error)  # NaN is never less
+
+
+def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize(("tokens", "inner", "outer"), [(1, 48, 33), (3, 577, 130), (1, 3072, 257)])
+def test_a_matvec(
+    tokens: int, inner: int, outer: int, extra: bool, norm: bool, dtype: torch.dtype
+) -> None:
+    x = randn(tokens, inner, dtype=dtype)
+    w = randn(outer, inner, dtype=dtype, scale=inner**-0.5)
+    bias, residual = randn(outer, dtype=dtype), randn(tokens, outer, dtype=dtype)
+    by = torch.rand(inner, device=DEVICE) + 0.5
+    v = x.double()
+    if norm:
+        v = F.rms_norm(v, (inner,), by.double(), 1e-5)
+    exact = v @ w.double().t()
+    if extra:
+        exact = exact + bias.double() + residual.double()
+    got = matvec(
+        x,
+        w,
+        bias if extra else None,
+        norm=(by, 1e-5) if norm else None,
+        residual=residual if extra else None,
+    )
+    close(got, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, residual = randn(3, 577, dtype=dtype), randn(3, 577, dtype=dtype)
+    by = torch.rand(577, device=DEVICE) + 0.5
+    exact = F.rms_norm(x.double(), (577,), by.double(), 1e-5)
+    close(rms_norm(x, by, 1e-5), exact)
+    close(rms_norm(x, by, 1e-5, residual), exact + residual.double())
+
+
+def neurons(
+    width: int, count: int, dtype: torch.dtype, activation: Activation, gated: bool
+) -> Neurons:
+    return Neurons(
+        activation=activation,
+        w_in=randn(2 if gated else 1, count, width, dtype=dtype, scale=width**-0.5),
+        down=randn(count, width, dtype=dtype, scale=count**-0.5),
+        up_bias=None if gated else randn(count, dtype=dtype),
+        down_bias=None if gated else randn(width, dtype=dtype),
+    )
+
+
+def exact_output(x: Tensor, n: Neurons, experts: Tensor | None) -> Tensor:
+    """One token's, in float64 but for the activations, which every form rounds."""
+    first = x.double() @ n.w_in[0].double().t()
+    if n.up_bias is not None:
+        first = first + n.up_bias.double()
+    z = ACTIVATIONS[n.activation](first)
+    if n.gated:
+        z = z * (x.double() @ n.w_in[1].double().t())
+    if experts is not None:
+        mask = torch.zeros_like(z)
+        mask[experts.long()] = 1
+        z = z * mask
+    y = z @ n.down.double()
+    return y if n.down_bias is None else y + n.down_bias.double()
+
+
+def table(sets: list[Tensor], shared: bool) -> ExpertTable:
+    return ExpertTable(
+        addresses=torch.tensor([s.data_ptr() for s in sets], device=DEVICE),
+        counts=torch.tensor([s.numel() for s in sets], device=DEVICE),
+        shared=shared,
+    )
+
+
+def random_set(count: int, k: int) -> Tensor:
+    """Followed by numbers out of range, which must not be read as neurons."""
+    chosen = torch.randperm(count)[:k].sort().values
+    return torch.cat((chosen, torch.full((64,), 2**30))).to(DEVICE, torch.int32)[:k]
+
+
+FORMS = [(1, False), (3, False), (2, True), (16, True), (17, True), (64, True)]
+"""Tokens, and whether they share a set."""
+
+BLOCKS: list[tuple[Activation, bool]] = [
+    ("silu", True),
+    ("gelu_tanh", True),
+    ("gelu", True),
+    ("relu", True),
+    ("relu", False),
+    ("gelu", False),
+]
+"""Activation, and whether the FF is gated; without a gate it has biases."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("form", "block", "shape"),
+    [(form, BLOCKS[0], shape) for form in FORMS for shape in SHAPES[:2]]
+    + [(form, block, SHAPES[0]) for form in (FORMS[1], FORMS[3]) for block in BLOCKS[1:]],
+)
+def test_experts_read_by_index_equal_the_masked_form(
+    form: tuple[int, bool],
+    block: tuple[Activation, bool],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    (tokens, shared), (activation, gated) = form, block
+    width, count = shape
+    n = neurons(width, count, dtype, activation, gated)
+    x, residual = randn(tokens, width, dtype=dtype), randn(tokens, width, dtype=dtype)
+    for k in (1, count // 2 | 1, count):
+        sets = [random_set(count, max(1, k - i)) for i in range(1 if shared else tokens)]
+        sets = sets * tokens if shared else sets
+        exact = torch.stack([exact_output(row, n, own) for row, own in zip(x, sets, strict=True)])
+        got = feedforward(x, n, table(sets, shared), residual=residual)
+        close(got, exact + residual.double())
+        assert torch.equal(got, feedforward(x, n, table(sets, shared), residual=residual))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_token_behind_a_norm_dense_and_on_half(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    width, count = shape
+    n = neurons(width, count, dtype, "silu", True)
+    x, by = randn(1, width, dtype=dtype), torch.rand(width, device=DEVICE) + 0.5
+    v = F.rms_norm(x.double(), (width,), by.double(), 1e-5)
+    close(feedforward(x, n, None, norm=(by, 1e-5)), exact_output(v[0], n, None)[None])
+    half = random_set(count, count // 2)
+    got = feedforward(x, n, table([half], False), norm=(by, 1e-5))
+    close(got, exact_output(v[0], n, half)[None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "rotates", "normed", "window", "softcap", "splits"),
+    [
+        (9, 3, 64, True, False, None, None, 1),
+        (9, 3, 64, True, False, 70, None, 5),
+        (9, 3, 64, True, True, 1, None, 2),
+        (4, 4, 16, False, False, None, None, 3),
+        (8, 1, 80, True, True, None, 2.0, 32),
+        (2, 2, 256, True, False, 70, 2.0, 2),
+        (2, 2, 256, True, True, None, None, 7),
+        (32, 1, 128, True, False, None, None, 4),
+    ],
+)
+def test_attention_over_caches_of_many_lengths(
+    heads: int,
+    kv_heads: int,
+    size: int,
+    rotates: bool,
+    normed: bool,
+    window: int | None,
+    softcap: float | None,
+    splits: int,
+    dtype: torch.dtype,
+) -> None:
+    lengths = (0, 1, 63, 64, 65, 300)
+    rows, scale, group = len(lengths), size**-0.5, heads // kv_heads
+    caches = [
+        torch.full((2, kv_heads, n + 3, size), math.nan, device=DEVICE).to(dtype) for n in lengths
+    ]
+    for cache, length in zip(caches, lengths, strict=True):
+        cache[:, :, :length] = randn(2, kv_heads, length, size, dtype=dtype)
+    qkv = randn(rows, heads + 2 * kv_heads, size, dtype=dtype)
+    rotation = randn(2, rows, 1, size, dtype=dtype).unbind() if rotates else None
+    by = torch.rand(2, size, device=DEVICE) + 0.5
+    device_caches = DeviceCaches(
+        addresses=torch.tensor([[c.data_ptr() for c in caches]], device=DEVICE),
+        starts=torch.tensor(lengths, device=DEVICE),
+        capacities=torch.tensor([n + 3 for n in lengths], device=DEVICE),
+    )
+    before = [cache.double() for cache in caches]
+    got = attend_caches(
+        qkv,
+        heads,
+        rotation,
+        (by[0], by[1], 1e-6) if normed else None,
+        device_caches,
+        0,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        how=replace(plan(rows, heads, kv_heads, size, 1), splits=splits),
+    )
+    for row, length in enumerate(lengths):
+        q, k, v = qkv[row : row + 1].double().split([heads, kv_heads, kv_heads], dim=1)
+        if normed:
+            q = F.rms_norm(q, (size,), by[0].double(), 1e-6)
+            k = F.rms_norm(k, (size,), by[1].double(), 1e-6)
+        if rotation is not None:
+            q, k = q.clone(), k.clone()
+            factors = rotation[0][row : row + 1].double(), rotation[1][row : row + 1].double()
+            rotate(q, factors)
+            rotate(k, factors)
+        close(caches[row][0, :, length], k[0])
+        assert torch.equal(caches[row][1, :, length], qkv[row, heads + kv_heads :])
+        assert caches[row][:, :, length + 1 :].isnan().all()
+        keys, values = before[row][:, :, : length + 1].unbind()
+        keys[:, length], values[:, length] = k[0], v[0]
+        scores = torch.einsum("hd,hsd->hs", q[0], keys.repeat_interleave(group, 0)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if window is not None:
+            scores[:, : max(0, length - window + 1)] = -math.inf
+        exact = torch.einsum(
+            "hs,hsd->hd", scores.softmax(dim=1), values.repeat_interleave(group, 0)
+        )
+        close(got[row], exact.flatten(), times=1.5)
