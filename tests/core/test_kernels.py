@@ -18,6 +18,7 @@ from griffin_core.kernels.team import runs_kernels
 from griffin_core.model.attention import rotate
 from griffin_core.model.feedforward import ACTIVATIONS
 from griffin_core.model.load import load_model
+from tests.exact import attention
 from tests.tiny import MODELS
 
 pytestmark = pytest.mark.skipif(
@@ -128,16 +129,8 @@ def test_attention_over_caches_of_many_lengths(
         assert caches[row][:, :, length + 1 :].isnan().all()
         keys, values = before[row][:, :, : length + 1].unbind()
         keys[:, length], values[:, length] = caches[row][0, :, length].double(), v[0]
-        group = heads // kv_heads
-        scores = torch.einsum("hd,hsd->hs", q[0], keys.repeat_interleave(group, 0)) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if window is not None:
-            scores[:, : max(0, length - window + 1)] = -math.inf
-        exact = torch.einsum(
-            "hs,hsd->hd", scores.softmax(dim=1), values.repeat_interleave(group, 0)
-        )
-        close(got[row], exact.flatten())
+        exact = attention(q[0], keys, values, scale, window, softcap)
+        close(got[row], exact)
 
 
 def test_scratch_does_not_follow_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

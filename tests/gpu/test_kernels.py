@@ -17,6 +17,7 @@ from torch import Tensor
 from griffin_core.model.attention import rotate
 from griffin_core.model.feedforward import ACTIVATIONS, Neurons
 from griffin_core.model.spec import Activation
+from tests.exact import attention
 from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
 
 pytestmark = [pytest.mark.gpu, needs_triton]
@@ -219,7 +220,7 @@ def test_attention_over_caches_of_many_lengths(
     dtype: torch.dtype,
 ) -> None:
     lengths = (0, 1, 63, 64, 65, 300)
-    rows, scale, group = len(lengths), size**-0.5, heads // kv_heads
+    rows, scale = len(lengths), size**-0.5
     caches = [
         torch.full((2, kv_heads, n + 3, size), math.nan, device=DEVICE).to(dtype) for n in lengths
     ]
@@ -261,12 +262,5 @@ def test_attention_over_caches_of_many_lengths(
         assert caches[row][:, :, length + 1 :].isnan().all()
         keys, values = before[row][:, :, : length + 1].unbind()
         keys[:, length], values[:, length] = k[0], v[0]
-        scores = torch.einsum("hd,hsd->hs", q[0], keys.repeat_interleave(group, 0)) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if window is not None:
-            scores[:, : max(0, length - window + 1)] = -math.inf
-        exact = torch.einsum(
-            "hs,hsd->hd", scores.softmax(dim=1), values.repeat_interleave(group, 0)
-        )
-        close(got[row], exact.flatten(), times=1.5)
+        exact = attention(q[0], keys, values, scale, window, softcap)
+        close(got[row], exact, times=1.5)

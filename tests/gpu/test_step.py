@@ -16,7 +16,7 @@ from griffin_core.model.load import load_model
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.masked import Masked
 from tests.gpu.devices import needs_cuda
-from tests.tiny import MODELS, make_tiny
+from tests.tiny import MODELS
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
@@ -29,18 +29,6 @@ ERROR = 4e-2
 
 PROMPTS = ([1, 2, 3, 4, 5], [7, 8, 9], [11] * 12)
 View = list[SlimFF]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = make_tiny(name, tmp_path_factory.mktemp("tiny") / name)
-        return made[name]
-
-    return get
 
 
 def decoder_of(where: Path, dtype: torch.dtype, device: str = "cuda") -> Decoder:
@@ -88,10 +76,10 @@ def views(kind: str, half: Decoder, single: Decoder) -> tuple[list[View], list[V
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_equals_the_plain_one_on_masked_experts(
-    name: str, directory: Callable[[str], Path]
+    name: str, tiny_directory: Callable[[str], Path]
 ) -> None:
-    half = decoder_of(directory(name), torch.float16)
-    single = decoder_of(directory(name), torch.float32)
+    half = decoder_of(tiny_directory(name), torch.float16)
+    single = decoder_of(tiny_directory(name), torch.float32)
     graphs = CudaStep(half, max_tokens=4, graphs=True)
     plain = CudaStep(half, max_tokens=4, graphs=False)
     for kind in ("dense", "shared", "private", "mixed"):
@@ -119,9 +107,9 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
 
 
 def test_new_sets_and_sessions_need_no_allocation_and_no_capture(
-    directory: Callable[[str], Path],
+    tiny_directory: Callable[[str], Path],
 ) -> None:
-    decoder = decoder_of(directory("llama"), torch.bfloat16)
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     step = CudaStep(decoder, max_tokens=2, graphs=True)
     some = [on(Indexed(), decoder, random_sets(decoder, 44)) for _ in range(20)]
     caches = [prefilled(decoder, [1, 2, 3], 256) for _ in range(4)]
@@ -151,9 +139,9 @@ def test_new_sets_and_sessions_need_no_allocation_and_no_capture(
 
 
 def test_a_full_cache_is_refused_before_anything_is_written(
-    directory: Callable[[str], Path],
+    tiny_directory: Callable[[str], Path],
 ) -> None:
-    decoder = decoder_of(directory("llama"), torch.bfloat16)
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     step = CudaStep(decoder, max_tokens=1, graphs=True)
     cache = prefilled(decoder, [1, 2, 3], capacity=3)
     with pytest.raises(ValueError, match="does not fit"):
@@ -161,9 +149,9 @@ def test_a_full_cache_is_refused_before_anything_is_written(
 
 
 def test_more_tokens_and_more_sessions_than_graphs_take_run_layer_by_layer(
-    directory: Callable[[str], Path],
+    tiny_directory: Callable[[str], Path],
 ) -> None:
-    decoder = decoder_of(directory("llama"), torch.bfloat16)
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     step = CudaStep(decoder, max_tokens=1, graphs=True)
     view = on(Indexed(), decoder, random_sets(decoder, 44))
     for ids in ([[5, 6, 7]], [[5], [6]]):
