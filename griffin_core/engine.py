@@ -245,6 +245,8 @@ class Engine:
 
     def _prepare_step(self) -> None:
         decoder = self.model.decoder
+        if decoder.device.type == "cuda":
+            torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
         if _has_step_kernels(decoder):
             from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
 

@@ -78,7 +78,7 @@ class App:
                 chunk_tokens=settings.prefill_chunk_tokens,
                 prefill_share=settings.prefill_share,
             ),
-            cuda_graphs=settings.cuda_graphs,
+            cuda_graphs=settings.cuda_graphs and settings.role != "prefill",
             stream_interval=settings.stream_interval,
             selection=Selection(density=settings.density, policy=settings.policy),
             sharing=settings.sharing,
