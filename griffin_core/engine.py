@@ -221,7 +221,8 @@ class Engine:
         with torch.inference_mode():
             try:
                 self._prepare_step()
-                if self._measures_private_limit:
+                # On a GPU the bytes decide, as measured (docs/BENCHMARKS.md).
+                if self._measures_private_limit and not _has_step_kernels(self.model.decoder):
                     self._decoding.private_limit(
                         measure_private_limit(self.model.decoder, self._slim)
                     )
@@ -249,13 +250,20 @@ class Engine:
             torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
         if _has_step_kernels(decoder):
             from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
+            from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
-            self._decoding.run_step = CudaStep(
-                decoder,
-                max_tokens=self.limits.max_sessions,
-                graphs=self._cuda_graphs,
-                progress=log.info,
-            )
+            if isinstance(self._slim, Indexed):  # other forms have no addresses
+                self._decoding.run_step = CudaStep(
+                    decoder,
+                    max_tokens=self.limits.max_sessions,
+                    graphs=self._cuda_graphs,
+                    progress=self._note_start,
+                )
+
+    def _note_start(self, message: str) -> None:
+        if self._stopping:
+            raise EngineStopped(_STOPPING)
+        log.info(message)
 
     def _turn(self) -> None:
         """A chunk of one prefill if it is due, a token of every session, and what has become due

@@ -93,6 +93,7 @@ class StepInputs:
             held = self._held[column]
             # Whose addresses a column has: a cache that is resized has a new list of them.
             if not (isinstance(held, tuple) and held[0] is cache.addresses and held[1] is block):
+                self._held[column] = None  # whatever goes wrong, the column is nobody's
                 self._write_tables(column, session)
                 self._held[column] = cache.addresses, block
             table[IDS, column] = session.token_ids[0]
@@ -193,7 +194,11 @@ class CudaStep:
             graph, logits = self._graphs[size, mode]
             graph.replay()
         else:
-            logits = self._run(inputs, mode)
+            try:
+                logits = self._run(inputs, mode)
+            except BaseException:
+                torch.cuda.current_stream().synchronize()  # the table may still be on its way
+                raise
         torch.cuda.current_stream().synchronize()
         ids = inputs.likeliest.tolist()
         for session in sessions:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from griffin_core.budget import Budget
 from griffin_core.decode.caches import Caches
 from griffin_core.decode.events import Admitted, Event, Failed, Sink
@@ -214,6 +216,8 @@ class Decoding:
         try:
             self._run(sessions)
         except Exception as error:
+            if self._decoder.device.type == "cuda":
+                torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
             if len(sessions) == 1:
                 self._end_with(sessions[0], error)
                 return
@@ -387,6 +391,7 @@ class Decoding:
         self.scheduler.keep(session, session.cache.nbytes)
 
     def _fail(self, session: Session, *, error: Exception) -> None:
+        session.work.flush(session)
         session.sink.put(Failed(error=error))
         self._forget(session, why=f"its last turn failed: {error}")
 

@@ -82,6 +82,11 @@ class Generation:
             session.sink.put(self._finished(session, reason))
         return reason is not None
 
+    def flush(self, session: Session) -> None:
+        """Shows the tokens that wait for others."""
+        if self._ids:
+            self._show(session)
+
     def _show(self, session: Session) -> None:
         session.sink.put(
             TokensMade(ids=tuple(self._ids), text=self._text, logprobs=tuple(self._logprobs))

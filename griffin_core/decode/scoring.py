@@ -42,6 +42,9 @@ class Scoring:
         """Scores the tokens behind those that were run."""
         return self._score(session, logits)
 
+    def flush(self, session: Session) -> None:
+        """A score is whole or none."""
+
     def _score(self, session: Session, logits: Tensor) -> bool:
         begin = len(self._logprobs)
         ids = self._ids[begin : begin + logits.shape[0]]

@@ -118,6 +118,10 @@ class Work(Protocol):
         each. True when nothing is left to do."""
         ...
 
+    def flush(self, session: Session) -> None:
+        """Puts out what it still holds back, for the turn fails."""
+        ...
+
 
 class Session:
     """One conversation's KV cache, statistic, experts and slim view, and its current turn.

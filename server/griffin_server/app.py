@@ -94,7 +94,7 @@ class App:
         """The port that is listened on, once started."""
 
     async def start(self) -> None:
-        """Starts the engine and listens.
+        """Listens and starts the engine; until that is ready, calls are refused with UNAVAILABLE.
 
         Raises:
             ListenError: the address is taken or not this machine's.
@@ -119,12 +119,15 @@ class App:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ListenError(f"host, port: cannot listen on {address} ({error})") from error
+        for name in ("", *services):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         self.engine.start()
+        await self._server.start()
         try:
-            await asyncio.wrap_future(self.engine.ready)
+            await asyncio.shield(asyncio.wrap_future(self.engine.ready))
         except Exception as error:
             raise EngineFault(f"the engine did not start: {error}") from error
-        await self._server.start()
+        self._calls.open()
         for name in ("", *services):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info(
@@ -191,12 +194,18 @@ async def run(settings: Settings, model: Model) -> None:
         EngineFault: a bug has ended the engine; whoever supervises the process starts a new one.
     """
     app = App(settings, model)
-    await app.start()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     signalled = asyncio.create_task(stop.wait())
+    starting = asyncio.create_task(app.start())
+    await asyncio.wait((signalled, starting), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():  # told to stop before it was ready
+        await app.stop()
+        await asyncio.wait((starting,))
+        return
+    starting.result()
     ended = asyncio.wrap_future(app.engine.ended)
     waited: set[asyncio.Future[Any]] = {signalled, ended}
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)

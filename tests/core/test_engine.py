@@ -149,6 +149,17 @@ def test_tokens_come_in_messages_of_so_many_behind_the_first(model: Model, inter
     assert all(size == interval for size in sizes[1:-1]) and 1 <= sizes[-1] <= interval
 
 
+def test_a_turn_that_fails_first_shows_the_tokens_it_has_made(model: Model) -> None:
+    with engine(model, stream_interval=1000) as running:
+        turn_id, inbox = submit(running, generation := task(200))
+        hand_over(running, generation, inbox)
+        inbox.until(TokensMade)
+        eventually(lambda: running.session(turn_id).result(10).generated_tokens > 5)
+        running.close(turn_id).result(10)
+        assert len(inbox.until(TokensMade).ids) >= 5
+        assert isinstance(inbox.until(Finished).error, SessionClosed)
+
+
 def test_logprobs_come_with_each_token(running: Engine) -> None:
     _, inbox = submit(running, asked := task(3, top_logprobs=2))
     hand_over(running, asked, inbox)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from griffin_client import (
     Tokens,
     Unavailable,
 )
+from griffin_core.errors import EngineFault
 from griffin_core.model.load import Model
 from griffin_server.app import GENERATION, App
 from griffin_server.ops.settings import Settings
@@ -202,3 +204,33 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
         assert isinstance(events[-1], Finished)
         assert events[-1].usage.generated_tokens == 250
     await stopping
+
+
+async def test_until_the_engine_is_ready_calls_are_refused(tiny: Callable[[str], Model]) -> None:
+    app, prepared = App(Settings(port=0), tiny("llama")), threading.Event()
+    app.engine._prepare_step = prepared.wait
+    starting = asyncio.create_task(app.start())
+    await asyncio.sleep(0)  # it listens before it waits for anything
+    assert app.port
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        client = AsyncGriffinClient(channel=channel)
+        request = health_pb2.HealthCheckRequest()
+        assert (await health.Check(request, wait_for_ready=True)).status == NOT_SERVING
+        with pytest.raises(Unavailable, match="starting"):
+            await client.model_info()
+        prepared.set()
+        await starting
+        assert (await health.Check(request)).status == SERVING
+        assert (await client.model_info()).family == "llama"
+    await app.stop()
+
+
+async def test_an_engine_that_does_not_come_up_ends_the_start(
+    tiny: Callable[[str], Model],
+) -> None:
+    app = App(Settings(port=0), tiny("llama"))
+    app.engine._prepare_step = lambda: 1 // 0
+    with pytest.raises(EngineFault, match="did not start"):
+        await app.start()
+    await app.stop()

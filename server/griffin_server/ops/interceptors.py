@@ -35,11 +35,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.active = 0
         """Calls being served."""
         self._closed = False
+        self._refusal: str | None = "the server is starting"
         self._idle = asyncio.Event()
+
+    def open(self) -> None:
+        """Lets calls in."""
+        if not self._closed:
+            self._refusal = None
 
     async def close(self, grace_s: float) -> None:
         """Refuses new calls, and waits for the running ones, so long at most."""
         self._closed = True
+        self._refusal = "the server is shutting down"
         if self.active:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
@@ -87,8 +94,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.active += 1
         code = "OK"
         try:
-            if self._closed:
-                raise EngineStopped("the server is shutting down")
+            if self._refusal is not None:
+                raise EngineStopped(self._refusal)
             request_id = _request_id(request, context)
             request_id_var.set(request_id)
             structlog.contextvars.bind_contextvars(request_id=request_id)
