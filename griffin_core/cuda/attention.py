@@ -50,8 +50,6 @@ class Plan:
 
     splits: int
     block: int
-    warps: int
-    stages: int
 
 
 def plan(rows: int, heads: int, kv_heads: int, size: int, programs: int) -> Plan:
@@ -64,7 +62,7 @@ def plan(rows: int, heads: int, kv_heads: int, size: int, programs: int) -> Plan
     splits = max(1, min(MAX_SPLITS, programs // (rows * kv_heads)))
     # A block's sums are what registers hold most of.
     block = 8192 // (triton.next_power_of_2(heads // kv_heads) * triton.next_power_of_2(size))
-    return Plan(splits=splits, block=max(4, block), warps=4, stages=1)
+    return Plan(splits=splits, block=max(4, block))
 
 
 @triton.jit
@@ -306,8 +304,8 @@ def attend_caches(
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
         **overlap(),
-        num_warps=how.warps,
-        num_stages=how.stages,
+        num_warps=4,
+        num_stages=1,
     )
     _combine[(rows * heads,)](
         sums,
