@@ -23,7 +23,7 @@ class Inbox:
 
     def put(self, event: Event) -> None:
         if isinstance(event, TokensMade):
-            self.moments.append(time.perf_counter())
+            self.moments += [time.perf_counter()] * len(event.ids)
         elif isinstance(event, Failed | Finished):
             self._end.put(event)
 

@@ -25,7 +25,7 @@ from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL
 
 SESSIONS, PROMPT, TOKENS, DENSITY = 16, 128, 256, 0.5
-INTERVALS = (1, 4)
+INTERVALS = {"default": 0, "1 a message": 1}
 """Tokens a message."""
 
 
@@ -66,28 +66,20 @@ def main() -> None:
                     )
                 )
             }
-            for interval in INTERVALS:
+            for name, interval in INTERVALS.items():
                 target = servers.enter_context(
                     server("--prefill-share", "1.0", "--stream-interval", str(interval))
                 )
-                candidates[f"{interval} a message"] = lambda target=target: step_s(
-                    uvloop.run(client_moments(target))
-                )
+                candidates[name] = lambda target=target: step_s(uvloop.run(client_moments(target)))
             rounds = Rounds(candidates, rounds=7)
     finally:
         engine.stop()
     ms = rounds.median_ms()
     for name, value in ms.items():
         print(f"{name:>12}  {value:7.2f} ms/step  {1e3 * SESSIONS / value:6.1f} tokens/s")
-    cost = {
-        interval: round(1 - 1 / rounds.ratio(f"{interval} a message", "engine"), 4)
-        for interval in INTERVALS
-    }
-    for interval, share in cost.items():
-        print(
-            f"gRPC and the client take {share:.1%} of the engine's throughput "
-            f"at {interval} tokens a message"
-        )
+    cost = {name: round(1 - 1 / rounds.ratio(name, "engine"), 4) for name in INTERVALS}
+    for name, share in cost.items():
+        print(f"gRPC and the client take {share:.1%} of the engine's throughput ({name})")
     print()
     finish(
         "streaming",

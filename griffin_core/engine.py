@@ -55,7 +55,8 @@ class Engine:
         private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
             measures it at start.
         cuda_graphs: on a GPU, run a step as one graph, captured at start.
-        stream_interval: a session's tokens come out so many at a time, but for the first.
+        stream_interval: a session's tokens come out so many at a time, but for the first; None for
+            more the more sessions there are. See ``generation.Pace``.
         own_prefill_tokens: prompts of new sessions up to this many tokens it runs itself, for
             longer ones it asks its caller; None for all.
         threads: of the engine's thread on a CPU; None for torch's default. No other thread of the
@@ -73,7 +74,7 @@ class Engine:
         slim: SlimForm | None = None,
         private_limit: PrivateLimit | None = assumed_private_limit,
         cuda_graphs: bool = True,
-        stream_interval: int = 1,
+        stream_interval: int | None = None,
         own_prefill_tokens: int | None = None,
         threads: int | None = None,
     ) -> None:

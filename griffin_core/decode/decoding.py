@@ -12,7 +12,7 @@ import torch
 from griffin_core.budget import Budget
 from griffin_core.decode.caches import Caches
 from griffin_core.decode.events import Admitted, Event, Failed, Sink
-from griffin_core.decode.generation import Generation
+from griffin_core.decode.generation import Generation, Pace
 from griffin_core.decode.intake import Intake
 from griffin_core.decode.scheduler import Limits, Scheduler
 from griffin_core.decode.scoring import Scoring
@@ -62,7 +62,7 @@ class Decoding:
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts.
         private_limit: see ``crossover``.
-        stream_interval: see ``Generation``.
+        stream_interval: see ``Pace``.
         prefills: where prompts queue that this engine runs itself.
         own_prefill_tokens: prompts of a new session up to this many tokens are among them; None
             for all.
@@ -78,7 +78,7 @@ class Decoding:
         slim: SlimForm,
         private_limit: PrivateLimit,
         prefills: PrefillQueue,
-        stream_interval: int,
+        stream_interval: int | None,
         own_prefill_tokens: int | None,
     ) -> None:
         self._model = model
@@ -87,7 +87,7 @@ class Decoding:
         self._selection = selection
         self._sharing: Sharing = sharing
         self._prefills = prefills
-        self._stream_interval = stream_interval
+        self._pace = Pace(stream_interval)
         self._own_prefill_tokens = own_prefill_tokens
         self.budget = Budget(limits.session_bytes)
         self.scheduler = Scheduler(limits, self._free)
@@ -212,6 +212,7 @@ class Decoding:
         sessions = self._runnable()
         if not sessions:
             return
+        self._pace.set(streams=len(sessions), prompts=self._prefills.has_work)
         clock = time.monotonic()
         try:
             self._run(sessions)
@@ -294,7 +295,7 @@ class Decoding:
             base = session.selection if later_turn else self._selection
             selection = task.pruning.selection(base, task.sampling.seed)
             more = task.stopping.max_tokens
-            work = Generation(self._model, task, self._stream_interval)
+            work = Generation(self._model, task, self._pace)
             keep = task.keep
         length = len(session.tokens) + len(task.prompt)
         if length >= spec.context_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -15,20 +16,48 @@ from griffin_core.decode.task import GenerateTask
 from griffin_core.model.linear import Rows
 from griffin_core.model.load import Model
 
+STREAMS_SHOWN = 4
+"""About how many streams a step shows tokens of, if it may choose."""
 
-class Generation:
-    """One turn: draw a token, show it, stop or have it run. ``Work`` of a session.
+MOST_SHOWN = 4
+"""Tokens a stream then holds back at most, less one."""
+
+
+class Pace:
+    """How many tokens a stream shows at once, behind its first. One for all streams of an engine.
+
+    A message costs server and client the same with one token as with four, and what it costs is
+    taken from the steps where they share CPUs (ADR 12).
 
     Args:
-        stream_interval: tokens shown at once; the first is shown by itself.
+        fixed: so many; None for one while there are few streams, more while there are many.
     """
+
+    def __init__(self, fixed: int | None) -> None:
+        self._fixed = fixed
+        self.tokens = fixed or 1
+
+    def set(self, *, streams: int, prompts: bool) -> None:
+        """Before a step.
+
+        Args:
+            streams: in the step.
+            prompts: whether chunks of prompts come between steps; tokens then wait long enough.
+        """
+        if self._fixed is None:
+            crowded = 1 if prompts else math.ceil(streams / STREAMS_SHOWN)
+            self.tokens = min(max(1, crowded), MOST_SHOWN)
+
+
+class Generation:
+    """One turn: draw a token, show it, stop or have it run. ``Work`` of a session."""
 
     rows: Rows = "one"
 
-    def __init__(self, model: Model, task: GenerateTask, stream_interval: int = 1) -> None:
+    def __init__(self, model: Model, task: GenerateTask, pace: Pace) -> None:
         self._model = model
         self._task = task
-        self._stream_interval = stream_interval
+        self._pace = pace
         self._ids: list[int] = []
         self._text = ""
         self._logprobs: list[Logprobs] = []
@@ -76,7 +105,7 @@ class Generation:
         session.clock.last_token = time.monotonic()
         session.clock.first_token = session.clock.first_token or session.clock.last_token
         first = session.turn_generated == 1
-        if first or reason is not None or len(self._ids) >= self._stream_interval:
+        if first or reason is not None or len(self._ids) >= self._pace.tokens:
             self._show(session)
         if reason is not None:
             session.sink.put(self._finished(session, reason))

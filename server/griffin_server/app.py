@@ -79,7 +79,7 @@ class App:
                 prefill_share=settings.prefill_share,
             ),
             cuda_graphs=settings.cuda_graphs and settings.role != "prefill",
-            stream_interval=settings.stream_interval,
+            stream_interval=settings.stream_interval or None,
             selection=Selection(density=settings.density, policy=settings.policy),
             sharing=settings.sharing,
             private_limit=assumed_private_limit if settings.role == "prefill" else None,

@@ -163,7 +163,8 @@ async def _one(
             if isinstance(event, Tokens) and event.ids:
                 results.generated_tokens += len(event.ids)
                 if first:
-                    results.inter_token_s.append(now - last)
+                    gap = (now - last) / len(event.ids)  # tokens of a message share its time
+                    results.inter_token_s.extend(gap for _ in event.ids)
                 else:
                     first = now
                     results.first_token_s.append(now - begin)

@@ -109,9 +109,10 @@ class Settings(BaseSettings):
         0.5, gt=0, le=1, description="Of the time, for prompts while sessions decode."
     )
     stream_interval: int = Field(
-        1,
-        ge=1,
-        description="Tokens a message, behind the first one. More spare CPU time, and come later.",
+        0,
+        ge=0,
+        description="Tokens a message, behind the first one. More spare CPU time, and come later; "
+        "0 is 1 for up to 4 streams, and up to 4 for more of them while no prompt is read.",
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
     shutdown_grace_s: float = Field(
