@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
@@ -222,11 +223,11 @@ class Engine:
         with torch.inference_mode():
             try:
                 self._prepare_step()
+                decoder = self.model.decoder
                 # On a GPU the bytes decide, as measured (docs/BENCHMARKS.md).
-                if self._measures_private_limit and not _has_step_kernels(self.model.decoder):
-                    self._decoding.private_limit(
-                        measure_private_limit(self.model.decoder, self._slim)
-                    )
+                by_bytes = runs_cuda_kernels(decoder.dtype, decoder.device)
+                if self._measures_private_limit and not by_bytes:
+                    self._decoding.private_limit(measure_private_limit(decoder, self._slim))
                 self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
@@ -249,7 +250,7 @@ class Engine:
         decoder = self.model.decoder
         if decoder.device.type == "cuda":
             torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
-        if _has_step_kernels(decoder):
+        if runs_cuda_kernels(decoder.dtype, decoder.device):
             from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
             from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
@@ -298,12 +299,8 @@ class Engine:
             log.exception("command failed")
 
 
-def _has_step_kernels(decoder: Decoder) -> bool:
-    return decoder.device.type == "cuda" and decoder.dtype in (torch.bfloat16, torch.float16)
-
-
 def _slim_form(decoder: Decoder) -> SlimForm:
-    if not _has_step_kernels(decoder):
+    if not runs_cuda_kernels(decoder.dtype, decoder.device):
         return Packed()
     from griffin_core.slim.indexed import Indexed  # noqa: PLC0415  # needs triton
 

@@ -85,8 +85,8 @@ class Statistic:
         ff = self._decoder.layers[layer].ff
 
         def run(x: Tensor) -> Tensor:
-            z = ff.activations(x)
-            self.s2[layer] += s2_of(z)
+            z, squares = ff.activations_and_squares(x)
+            self.s2[layer] += s2_of(z, squares)
             return ff.output(z)
 
         return run
@@ -114,8 +114,7 @@ def prefill(
         chunk_tokens: most tokens that run at once.
 
     Yields:
-        LayerKv for each chunk and layer, LayerExperts for each layer once its last chunk is
-        through, PrefillFinished last.
+        LayerKv for each chunk and layer, then LayerExperts for each layer, PrefillFinished last.
 
     Raises:
         ValueError: no token.
@@ -127,7 +126,7 @@ def prefill(
     statistic = Statistic(decoder, s2)
     ids = torch.tensor(token_ids, dtype=torch.int64, device=decoder.device)
     first = cache.length
-    compute_s = selection_s = 0.0
+    compute_s = 0.0
     for begin in range(0, len(token_ids), chunk_tokens):
         chunk = ids[begin : begin + chunk_tokens]
         start, end = first + begin, first + begin + chunk.shape[0]
@@ -139,25 +138,25 @@ def prefill(
             compute_s += time.perf_counter() - clock
             yield LayerKv(layer=layer, first_token=start, kv=cache.room(layer, start, end))
             clock = time.perf_counter()
-            if is_last:
-                finished = _select(decoder, statistic, layer, selection)
-                took = time.perf_counter() - clock
-                selection_s += took
-                compute_s += took
-                yield finished
-                clock = time.perf_counter()
         cache.advance(chunk.shape[0])
         if not is_last:
             yield None
     last_hidden = decoder.final_hidden(hidden[-1:])[0].float()
-    yield PrefillFinished(last_hidden=last_hidden, compute_s=compute_s, selection_s=selection_s)
-
-
-def _select(
-    decoder: Decoder, statistic: Statistic, layer: int, selection: Selection
-) -> LayerExperts:
-    s2 = statistic.s2[layer]
-    experts = select_experts(
-        s2, selection, layer=layer, magnitude=decoder.layers[layer].neurons.magnitude
+    _wait_for(decoder.device)
+    selecting = time.perf_counter()
+    compute_s += selecting - clock
+    experts = select_experts(statistic.s2, selection, magnitude=decoder.magnitudes)
+    s = statistic.s2.sqrt()
+    _wait_for(decoder.device)
+    selection_s = time.perf_counter() - selecting
+    for layer in range(len(decoder.layers)):
+        yield LayerExperts(layer=layer, s=s[layer], experts=experts[layer])
+    yield PrefillFinished(
+        last_hidden=last_hidden, compute_s=compute_s + selection_s, selection_s=selection_s
     )
-    return LayerExperts(layer=layer, s=s2.sqrt(), experts=experts)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until it has done what it was given, so that times are its own."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from griffin_core.cuda.activation import activate
 from griffin_core.cuda.tuning import config, others_may_begin_and_i_wait, overlap, tuned
 from griffin_core.kernels.rows import ACTIVATION_CODES
 from griffin_core.model.feedforward import Neurons
@@ -38,19 +39,6 @@ class ExpertTable:
     addresses: Tensor
     counts: Tensor
     shared: bool
-
-
-@triton.jit
-def _activate(x, CODE: tl.constexpr):
-    if CODE == 0:
-        return x * tl.sigmoid(x)
-    elif CODE == 1:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif CODE == 2:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x * tl.sigmoid(2.0 * inner)
-    else:
-        return tl.maximum(x, 0.0)
 
 
 @triton.jit
@@ -144,7 +132,7 @@ def _activations(
         y = tl.sum(first, axis=1) * factor
         if HAS_BIAS:
             y += tl.load(bias + of, mask=live, other=0.0).to(tl.float32)
-        y = _activate(y, CODE)
+        y = activate(y, CODE)
         if GATED:
             y *= tl.sum(second, axis=1) * factor
         tl.store(z + token * neurons + at, y.to(z.dtype.element_ty), mask=live)
@@ -295,7 +283,7 @@ def _activations_shared(
             second = tl.dot(v, tl.trans(u), second)
     if HAS_BIAS:
         first += tl.load(bias + rows, mask=live, other=0.0).to(tl.float32)[None, :]
-    y = _activate(first, CODE)
+    y = activate(first, CODE)
     if GATED:
         y *= second
     tl.store(

@@ -97,5 +97,6 @@ class Intake:
         if not self._in_place:
             self._cache.advance(self._tokens)
         session.s2 = self._s2
-        session.experts = ExpertSet(ff_width=self._s2.shape[1], layers=tuple(experts))
+        indices = torch.stack(experts).to(self._s2.device)
+        session.experts = ExpertSet(ff_width=self._s2.shape[1], indices=indices)
         session.norm_mass = session.experts.norm_mass(self._s2)

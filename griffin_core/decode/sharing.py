@@ -8,7 +8,6 @@ chose. Together, sessions of one density and policy run on the set of their summ
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from griffin_core.decode.session import Session, Sharing, ViewPool
 from griffin_core.experts.expert_set import ExpertSet
@@ -185,27 +184,20 @@ class ExpertGroups:
         return self._shared.setdefault(kind, ExpertGroup())
 
 
+@torch.inference_mode()
 def select_group(decoder: Decoder, members: list[Session]) -> ExpertSet:
     """The experts of a group: the one session's own, or those of their summed statistics."""
     first = members[0]
     assert first.experts is not None
     if len(members) == 1:
         return first.experts
-    statistics = [session.s2 for session in members if session.s2 is not None]
-    return ExpertSet(
-        ff_width=first.experts.ff_width,
-        layers=tuple(
-            _select(decoder, [s2[layer] for s2 in statistics], first.selection, layer)
-            for layer in range(len(decoder.layers))
-        ),
+    score = group_score([session.s2 for session in members if session.s2 is not None])
+    indices = select_experts(
+        score.square(),  # policies take a statistic's square
+        first.selection,
+        magnitude=decoder.magnitudes,
     )
-
-
-@torch.inference_mode()
-def _select(decoder: Decoder, s2s: list[Tensor], selection: Selection, layer: int) -> Tensor:
-    neurons = decoder.layers[layer].neurons
-    score = group_score(s2s).square()  # policies take a statistic's square
-    return select_experts(score, selection, layer=layer, magnitude=neurons.magnitude)
+    return ExpertSet(ff_width=first.experts.ff_width, indices=indices)
 
 
 def _kind(session: Session) -> Kind:

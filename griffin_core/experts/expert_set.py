@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
@@ -16,38 +17,38 @@ class ExpertSet:
 
     Args:
         ff_width: F.
-        layers: for each layer its experts [K], ascending int32.
+        indices: [L, K] int32, each row ascending.
 
     Raises:
         ValueError: indices are not ascending, not distinct or not in [0, F).
     """
 
     ff_width: int
-    layers: tuple[Tensor, ...]
+    indices: Tensor
 
     def __post_init__(self) -> None:
-        for index, experts in enumerate(self.layers):
-            check_experts(experts, self.ff_width, layer=index)
+        check_experts(self.indices, self.ff_width, "experts")
+
+    @cached_property
+    def layers(self) -> tuple[Tensor, ...]:
+        """For each layer its experts [K]."""
+        return self.indices.unbind()
 
     @property
     def density(self) -> float:
         """Fraction of all neurons that are in the set."""
-        kept = sum(experts.numel() for experts in self.layers)
-        return kept / (self.ff_width * len(self.layers))
+        return self.indices.shape[1] / self.ff_width
 
+    @cached_property
     def digest(self) -> bytes:
         """16 bytes that equal sets share and different ones do not."""
-        digest = blake2b(digest_size=16)
-        for experts in self.layers:
-            digest.update(experts.numel().to_bytes(4, "little") + pack_indices(experts))
-        return digest.digest()
+        shape = repr((self.ff_width, *self.indices.shape)).encode()
+        return blake2b(pack_indices(self.indices), digest_size=16, key=shape).digest()
 
     def norm_mass(self, s2: Tensor) -> tuple[float, ...]:
         """For each layer the share of its statistic s2 [L, F] that its experts hold, in [0, 1]; 1
         if nothing fired at all."""
-        kept = torch.stack(
-            [row[experts.long()].sum() for row, experts in zip(s2, self.layers, strict=True)]
-        )
+        kept = s2.gather(1, self.indices.to(s2.device, torch.int64)).sum(dim=1)
         total = s2.sum(dim=1)
         return tuple(torch.where(total > 0, kept / total, torch.ones_like(total)).tolist())
 
@@ -69,33 +70,40 @@ class ExpertSet:
         return overlaps
 
 
-def check_experts(experts: Tensor, ff_width: int, *, layer: int) -> None:
-    """Raises ValueError unless ``experts`` is one layer's set: [K] int32, ascending, in [0, F)."""
-    if experts.dtype != torch.int32 or experts.ndim != 1 or not 0 < experts.numel() <= ff_width:
+def check_experts(experts: Tensor, ff_width: int, what: str) -> None:
+    """Raises ValueError unless ``experts`` is [..., K] int32, ascending, in [0, F).
+
+    Args:
+        what: its name in the error.
+    """
+    k = experts.shape[-1] if experts.ndim else 0
+    if experts.dtype != torch.int32 or not 0 < k <= ff_width or not experts.numel():
         raise ValueError(
-            f"experts of layer {layer}: got {experts.dtype} {tuple(experts.shape)}; "
-            f"allowed: int32 [K] with 1 <= K <= {ff_width}"
+            f"{what}: got {experts.dtype} {tuple(experts.shape)}; "
+            f"allowed: int32 [..., K] with 1 <= K <= {ff_width}"
         )
-    ascending = bool((experts[1:] > experts[:-1]).all())
-    if not ascending or experts[0] < 0 or experts[-1] >= ff_width:
-        raise ValueError(
-            f"experts of layer {layer}: indices must be ascending, distinct and in [0, {ff_width})"
-        )
+    ascending = (experts[..., 1:] > experts[..., :-1]).all()
+    inside = (experts[..., 0] >= 0).all() & (experts[..., -1] < ff_width).all()
+    if not (ascending & inside):
+        raise ValueError(f"{what}: indices must be ascending, distinct and in [0, {ff_width})")
 
 
 def pack_indices(experts: Tensor) -> bytes:
-    """Experts [K] -> K little-endian int32."""
+    """Experts [..., K] -> little-endian int32, in order."""
     return experts.cpu().numpy().astype("<i4", copy=False).tobytes()
 
 
-def unpack_indices(data: bytes, ff_width: int, *, layer: int) -> Tensor:
-    """The inverse of ``pack_indices``.
+def unpack_indices(data: bytes, ff_width: int, what: str) -> Tensor:
+    """The inverse of ``pack_indices``, of one layer: -> [K] int32.
+
+    Args:
+        what: its name in the error.
 
     Raises:
         ValueError: the bytes are no expert set of a layer of ``ff_width`` neurons.
     """
     if len(data) % 4:
-        raise ValueError(f"experts of layer {layer}: {len(data)} bytes are no run of int32")
+        raise ValueError(f"{what}: {len(data)} bytes are no run of int32")
     experts = torch.from_numpy(np.frombuffer(data, dtype="<i4").astype(np.int32))
-    check_experts(experts, ff_width, layer=layer)
+    check_experts(experts, ff_width, what)
     return experts

@@ -15,13 +15,14 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 class SelectionPolicy(Protocol):
-    """Chooses the experts of one layer."""
+    """Chooses the experts of all layers, each by itself."""
 
-    def select(self, s2: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        """s2 [F] (or any score that orders as it does) -> k distinct indices, ascending int32.
+    def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
+        """s2 [L, F] (or any score that orders as it does) -> [L, k] int32, of each layer k distinct
+        indices, ascending.
 
         Args:
-            generator: used by policies that draw.
+            seed: of policies that draw.
         """
         ...
 
@@ -52,20 +53,18 @@ class Selection:
         return max(1, math.floor(round(ff_width * self.density, 6)))
 
 
-def select_experts(
-    s2: Tensor, selection: Selection, *, layer: int, magnitude: Callable[[], Tensor]
-) -> Tensor:
-    """The stage: one layer's s2 [F] -> its expert set [K], ascending int32.
+def select_experts(s2: Tensor, selection: Selection, *, magnitude: Callable[[], Tensor]) -> Tensor:
+    """The stage: s2 [L, F] of all layers -> their expert sets [L, K], each ascending int32.
 
-    Depends on its arguments alone: a draw is seeded by request and layer, so layers may be
-    selected in any order and on any machine.
+    Depends on its arguments alone, and a layer's set on that layer's alone: a draw is seeded by
+    request and layer.
 
     Args:
-        magnitude: gives the layer's static strengths [F], asked for only if the policy needs it.
+        magnitude: gives the layers' static strengths [L, F], asked for only if the policy needs
+            them.
     """
-    generator = torch.Generator().manual_seed((selection.seed + layer * 0x9E3779B97F4A7C15) % 2**64)
-    k = selection.experts_of(s2.shape[0])
-    return _policy(selection.policy, magnitude).select(s2, k, generator)
+    k = selection.experts_of(s2.shape[1])
+    return _policy(selection.policy, magnitude).select(s2, k, selection.seed)
 
 
 def _policy(name: PolicyName, magnitude: Callable[[], Tensor]) -> SelectionPolicy:
@@ -86,23 +85,23 @@ class TopK:
     """The k neurons of largest s; ties go to the lower index, so that the same prompt has the
     same experts everywhere. The paper's method."""
 
-    def select(self, s2: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
         return _largest(s2, k)
 
 
 class Sampled:
     """k neurons drawn without replacement with weights s."""
 
-    def select(self, s2: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        return _largest(_sampling_keys(s2, generator), k)
+    def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
+        return _largest(_sampling_keys(s2, seed), k)
 
 
 class TopKSampled:
     """The ceil(k / 2) neurons of largest s, the others drawn as by ``Sampled`` from the rest."""
 
-    def select(self, s2: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        keys = _sampling_keys(s2, generator)
-        keys[_largest(s2, k - k // 2).long()] = torch.inf
+    def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
+        keys = _sampling_keys(s2, seed)
+        keys.scatter_(1, _largest(s2, k - k // 2).long(), torch.inf)
         return _largest(keys, k)
 
 
@@ -110,32 +109,41 @@ class Magnitude:
     """The k neurons of largest weights: static, the prompt has no say. A baseline.
 
     Args:
-        strengths: [F], see ``FeedForward.magnitude``.
+        strengths: [L, F], see ``Neurons.magnitude``.
     """
 
     def __init__(self, strengths: Tensor) -> None:
         self._strengths = strengths
 
-    def select(self, s2: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
         return _largest(self._strengths, k)
 
 
 class Random:
     """k neurons drawn uniformly. A baseline."""
 
-    def select(self, s2: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        return _largest(torch.rand(s2.shape[0], generator=generator), k).to(s2.device)
+    def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
+        return _largest(_uniform(s2, seed, torch.float32), k).to(s2.device)
 
 
 def _largest(score: Tensor, k: int) -> Tensor:
-    """Ascending int32 indices of the k largest of score [F]; of equals, those of lower index."""
-    order = torch.sort(score, descending=True, stable=True).indices[:k]
-    return order.sort().values.int()
+    """Ascending int32 indices [L, k] of the k largest of each row of score [L, F]; of equals, those
+    of lower index."""
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :k]
+    return order.sort(dim=1).values.int()
 
 
-def _sampling_keys(s2: Tensor, generator: torch.Generator) -> Tensor:
+def _sampling_keys(s2: Tensor, seed: int) -> Tensor:
     """Keys whose k largest are a draw without replacement with weights s (Efraimidis and Spirakis,
     2006, as log weight plus Gumbel noise). Neurons of weight 0 come last, by index."""
-    uniform = torch.rand(s2.shape[0], generator=generator, dtype=torch.float64)
-    gumbel = -torch.log(-torch.log(uniform)).to(s2.device)
+    gumbel = -torch.log(-torch.log(_uniform(s2, seed, torch.float64))).to(s2.device)
     return 0.5 * torch.log(s2.double()) + gumbel
+
+
+def _uniform(s2: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """Numbers in [0, 1) for every neuron of s2 [L, F], on the CPU."""
+    rows = []
+    for layer in range(s2.shape[0]):
+        generator = torch.Generator().manual_seed((seed + layer * 0x9E3779B97F4A7C15) % 2**64)
+        rows.append(torch.rand(s2.shape[1], generator=generator, dtype=dtype))
+    return torch.stack(rows)

@@ -12,20 +12,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.kernels.statistic import s2_rows
 from griffin_core.kernels.team import runs_kernels
 
 
-def s2_of(z: Tensor) -> Tensor:
+def s2_of(z: Tensor, squares: Tensor | None = None) -> Tensor:
     """Activations [T, F] of any float dtype -> s2 [F] float32.
 
     Rows are scaled in float32, whatever the dtype of ``z`` (squares of float16 overflow). A zero
     row, which ReLU can give, adds nothing; so does one whose squares underflow (norm < 1e-19).
     Summed over neurons, s2 is the number of the other rows. Only real tokens may be in ``z``:
     padding would be counted.
+
+    Args:
+        squares: [T, n] float32, of which each row sums to that row's ‖Z_t‖²; None if not known.
     """
     if runs_kernels(z.dtype, z.device):
         return s2_rows(z)
+    if runs_cuda_kernels(z.dtype, z.device):
+        from griffin_core.cuda.statistic import s2_columns  # noqa: PLC0415  # needs triton
+
+        if squares is None:
+            squares = z.float().square().sum(dim=1, keepdim=True)
+        return s2_columns(z, squares)
     squares = z.float().square()
     row = squares.sum(dim=1)
     tiny = torch.finfo(torch.float32).tiny  # below, a reciprocal is infinite
@@ -34,11 +44,11 @@ def s2_of(z: Tensor) -> Tensor:
 
 
 def group_score(s2s: Sequence[Tensor]) -> Tensor:
-    """One score for a group of prompts: Σ_i s_i / √S_i, [F] float32, where S_i is prompt i's
+    """One score for a group of prompts: Σ_i s_i / √S_i, [..., F] float32, where S_i is prompt i's
     number of tokens (arXiv 2404.01365, section 4.3, batched form).
 
     Args:
-        s2s: s2 [F] of each prompt. S_i is taken as Σ s2_i, the tokens that counted; a prompt
+        s2s: s2 [..., F] of each prompt. S_i is taken as Σ s2_i, the tokens that counted; a prompt
             with none adds nothing.
 
     Raises:
@@ -48,7 +58,6 @@ def group_score(s2s: Sequence[Tensor]) -> Tensor:
         raise ValueError("group_score needs the statistic of at least one prompt")
     score = torch.zeros_like(s2s[0])
     for s2 in s2s:
-        tokens = s2.sum()
-        if tokens > 0:
-            score += (s2 / tokens).sqrt()
+        tokens = s2.sum(dim=-1, keepdim=True)
+        score += (s2 / tokens.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
     return score

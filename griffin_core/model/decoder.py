@@ -163,6 +163,10 @@ class Decoder:
         """An empty cache for that many tokens."""
         return KvCache(self.spec, capacity, dtype=self.dtype, device=self.device)
 
+    def magnitudes(self) -> Tensor:
+        """Static strength of every neuron, [L, F] float32; see ``Neurons.magnitude``."""
+        return torch.stack([layer.neurons.magnitude() for layer in self.layers])
+
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Tokens [N] int64 at positions [N] -> what the first layer reads [N, D]."""
         w = self._weights

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.kernels.rows import ACTIVATION_CODES, feedforward_row
 from griffin_core.kernels.team import runs_kernels
 from griffin_core.model.linear import Linear, Rows, linear_bytes
@@ -87,6 +88,7 @@ class FeedForward:
 
     def __init__(self, neurons: Neurons, rows: Rows = "any") -> None:
         self._activation = ACTIVATIONS[neurons.activation]
+        self._code = ACTIVATION_CODES[neurons.activation]
         self._gated = neurons.gated
         has_kernel = runs_kernels(neurons.down.dtype, neurons.down.device)
         self._row = neurons if has_kernel and rows != "many" else None
@@ -96,11 +98,20 @@ class FeedForward:
 
     def activations(self, x: Tensor) -> Tensor:
         """[T, D] -> Z [T, F], what the statistic is taken of."""
-        z = self._in(x)
+        return self.activations_and_squares(x)[0]
+
+    def activations_and_squares(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, D] -> Z [T, F], and its rows' squares [T, n] float32, of which each row sums to
+        ‖Z_t‖², where they come with Z for nothing; else None."""
+        h = self._in(x)
+        if runs_cuda_kernels(h.dtype, h.device):
+            from griffin_core.cuda.activation import activate_rows  # noqa: PLC0415  # needs triton
+
+            return activate_rows(h, self._code, gated=self._gated)
         if not self._gated:
-            return self._activation(z)
-        gate, up = z.chunk(2, dim=-1)
-        return self._activation(gate).mul_(up)
+            return self._activation(h), None
+        gate, up = h.chunk(2, dim=-1)
+        return self._activation(gate).mul_(up), None
 
     def output(self, z: Tensor) -> Tensor:
         """Z [T, F] -> [T, D]."""

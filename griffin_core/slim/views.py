@@ -36,7 +36,7 @@ class SlimView:
     @property
     def key(self) -> Key:
         """What views are told apart by."""
-        return self.experts.digest(), self.rows
+        return self.experts.digest, self.rows
 
     @property
     def ready(self) -> bool:
@@ -75,10 +75,10 @@ class SlimViews:
         Args:
             rows: how many tokens its users together will mostly run at once.
         """
-        key: Key = experts.digest(), rows
+        key: Key = experts.digest, rows
         view = self._views.get(key)
         if view is None:
-            view = SlimView(experts, rows, self.planned_bytes(experts.layers[0].numel()))
+            view = SlimView(experts, rows, self.planned_bytes(experts.indices.shape[1]))
             self._budget.take(view.nbytes)
             self._views[key] = view
             self._unbuilt.append(view)

@@ -11,12 +11,12 @@ F = 200
 
 
 def select(s2: torch.Tensor, policy: PolicyName, density: float, seed: int = 0) -> torch.Tensor:
+    """Of one layer, the second of three."""
     return select_experts(
-        s2,
+        torch.stack([s2.flip(0), s2, torch.zeros_like(s2)]),
         Selection(density=density, policy=policy, seed=seed),
-        layer=3,
-        magnitude=lambda: torch.arange(len(s2), 0, -1).float(),
-    )
+        magnitude=lambda: torch.arange(len(s2), 0, -1).float().expand(3, -1),
+    )[1]
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,15 @@ def test_sampled_draws_in_proportion_to_s() -> None:
         counts[select(s2, "sampled", 0.25, seed=seed).long()] += 1
     expected = torch.tensor([1.0, 2.0, 3.0, 0.0]) / 6
     torch.testing.assert_close(counts / 3000, expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_layers_set_depends_on_that_layer_alone(policy: PolicyName) -> None:
+    def sets(s2: torch.Tensor) -> torch.Tensor:
+        selection = Selection(density=0.3, policy=policy, seed=5)
+        return select_experts(s2, selection, magnitude=lambda: s2)
+
+    s2, other = torch.rand(3, F), torch.rand(3, F)
+    mixed = torch.stack([other[0], s2[1], other[2]])
+    assert torch.equal(sets(s2)[1], sets(mixed)[1])
+    assert torch.equal(sets(s2)[:2], sets(s2[:2]))

@@ -21,7 +21,7 @@ def model(tiny: Callable[[str], Model]) -> Model:
 
 def experts(first: int, k: int = 44) -> ExpertSet:
     layer = torch.arange(first, first + k, dtype=torch.int32)
-    return ExpertSet(ff_width=88, layers=(layer,) * 3)
+    return ExpertSet(ff_width=88, indices=layer.expand(3, -1))
 
 
 def views_of(model: Model, room: float) -> tuple[SlimViews, Budget]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from griffin_core.kernels.rows import ACTIVATION_CODES
 from griffin_core.model.attention import rotate
 from griffin_core.model.feedforward import ACTIVATIONS, Neurons
 from griffin_core.model.spec import Activation
@@ -23,9 +24,11 @@ from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
 pytestmark = [pytest.mark.gpu, needs_triton]
 
 if DEVICE is not None:
+    from griffin_core.cuda.activation import activate_rows
     from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
     from griffin_core.cuda.feedforward import ExpertTable, feedforward
     from griffin_core.cuda.matvec import matvec, rms_norm
+    from griffin_core.cuda.statistic import s2_columns
 
 DTYPES = (
     [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
@@ -264,3 +267,26 @@ def test_attention_over_caches_of_many_lengths(
         keys[:, length], values[:, length] = k[0], v[0]
         exact = attention(q[0], keys, values, scale, window, softcap)
         close(got[row], exact, times=1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("tokens", "neurons"), [(1, 88), (3, 1025), (70, 2050)])
+def test_activations_and_the_statistic_of_them(
+    tokens: int, neurons: int, activation: Activation, gated: bool, dtype: torch.dtype
+) -> None:
+    h = randn(tokens, neurons * (2 if gated else 1), dtype=dtype)
+    if tokens > 2:
+        h[1] = 0.0  # a token that fires nothing
+        h[2] = 200.0  # one whose squares float16 cannot add up
+    exact = ACTIVATIONS[activation](h[:, :neurons].double())
+    if gated:
+        exact = exact * h[:, neurons:].double()
+    z, squares = activate_rows(h, ACTIVATION_CODES[activation], gated=gated)
+    close(z, exact)
+    rows = z.double().square()
+    torch.testing.assert_close(squares.sum(dim=1).double(), rows.sum(dim=1), rtol=1e-4, atol=0.0)
+    norms = rows.sum(dim=1, keepdim=True)
+    s2 = torch.where(norms > 0, rows / norms, 0.0).sum(dim=0)
+    torch.testing.assert_close(s2_columns(z, squares).double(), s2, rtol=1e-4, atol=1e-7)

@@ -243,7 +243,9 @@ class HandoffReader:
 
     def _experts(self, message: pb.LayerExperts) -> LayerExperts:
         self._crc = zlib.crc32(message.experts, zlib.crc32(message.s, self._crc))
-        experts = unpack_indices(message.experts, self._shape.ff_width, layer=message.layer)
+        experts = unpack_indices(
+            message.experts, self._shape.ff_width, f"experts of layer {message.layer}"
+        )
         return LayerExperts(layer=message.layer, s=_floats(message.s), experts=experts)
 
     def _finished(self, message: pb.PrefillFinished) -> PrefillFinished:
