@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.experts.statistic import s2_of
+from griffin_core.experts.statistic import add_s2
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
 
@@ -24,11 +24,13 @@ class LayerKv:
     Args:
         kv: [2, kv_heads, tokens, head_dim], keys then values. Possibly a view: copy it before the
             generator goes on for good.
+        ready: on a GPU, when they are there; None if they are already, or come in order.
     """
 
     layer: int
     first_token: int
     kv: Tensor
+    ready: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Statistic:
 
         def run(x: Tensor) -> Tensor:
             z, squares = ff.activations_and_squares(x)
-            self.s2[layer] += s2_of(z, squares)
+            add_s2(self.s2[layer], z, squares)
             return ff.output(z)
 
         return run
@@ -136,7 +138,9 @@ def prefill(
         for layer in range(len(decoder.layers)):
             hidden = decoder.layer(layer, hidden, batch, statistic.dense(layer))
             compute_s += time.perf_counter() - clock
-            yield LayerKv(layer=layer, first_token=start, kv=cache.room(layer, start, end))
+            kv = cache.room(layer, start, end)
+            ready = torch.cuda.current_stream().record_event() if kv.is_cuda else None
+            yield LayerKv(layer=layer, first_token=start, kv=kv, ready=ready)
             clock = time.perf_counter()
         cache.advance(chunk.shape[0])
         if not is_last:

@@ -28,7 +28,7 @@ def activate(x, CODE: tl.constexpr):
 def _activate_rows(
     h, z, squares, width, CODE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     row = h + token * width * (2 if GATED else 1) + columns
@@ -38,7 +38,7 @@ def _activate_rows(
     y = y.to(z.dtype.element_ty)
     tl.store(z + token * width + columns, y, mask=inside)
     kept = tl.where(inside, y.to(tl.float32), 0.0)
-    tl.store(squares + token * tl.num_programs(1) + block, tl.sum(kept * kept, axis=0))
+    tl.store(squares + token * tl.num_programs(0) + block, tl.sum(kept * kept, axis=0))
 
 
 def activate_rows(h: Tensor, code: int, *, gated: bool) -> tuple[Tensor, Tensor]:
@@ -56,5 +56,5 @@ def activate_rows(h: Tensor, code: int, *, gated: bool) -> tuple[Tensor, Tensor]
     blocks = triton.cdiv(width, BLOCK)
     z = h.new_empty((tokens, width))
     squares = h.new_empty((tokens, blocks), dtype=torch.float32)
-    _activate_rows[(tokens, blocks)](h, z, squares, width, CODE=code, GATED=gated, BLOCK=BLOCK)
+    _activate_rows[(blocks, tokens)](h, z, squares, width, CODE=code, GATED=gated, BLOCK=BLOCK)
     return z, squares

@@ -7,31 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS = 64
-"""Of each program: so many rows are summed at once, the sums of all runs behind them."""
+ROWS, BLOCK = 128, 64
 
 
 @triton.jit
-def _s2(
+def _add_s2(
+    s2,
     z,
     squares,
-    sums,
     tokens,
     width,
     parts,
     tiny,
-    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    begin = tl.program_id(1) * TOKENS
     part = tl.arange(0, PARTS)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(begin, begin + TOKENS, ROWS):
-        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+    # The last tokens first: they were written last, and may still be in the cache.
+    runs = tl.cdiv(tokens, ROWS)
+    for run in range(runs):
+        rows = ((runs - 1 - run) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         there = rows < tokens
         of_parts = tl.load(
             squares + rows[:, None] * parts + part[None, :],
@@ -46,26 +45,24 @@ def _s2(
             other=0.0,
         ).to(tl.float32)
         total += v * v * weight[:, None]
-    tl.store(sums + tl.program_id(1) * width + columns, tl.sum(total, axis=0), mask=inside)
+    before = tl.load(s2 + columns, mask=inside, other=0.0)
+    tl.store(s2 + columns, before + tl.sum(total, axis=0), mask=inside)
 
 
-def s2_columns(z: Tensor, squares: Tensor) -> Tensor:
-    """See ``experts.statistic.s2_of``; z [T, F] bfloat16 or float16, contiguous."""
+def add_s2_columns(s2: Tensor, z: Tensor, squares: Tensor) -> None:
+    """See ``experts.statistic.add_s2``; z [T, F] bfloat16 or float16, contiguous."""
     tokens, width = z.shape
-    runs, parts = triton.cdiv(tokens, TOKENS), squares.shape[1]
-    sums = z.new_empty((runs, width), dtype=torch.float32)
-    block = 256
-    _s2[(triton.cdiv(width, block), runs)](
+    parts = squares.shape[1]
+    _add_s2[(triton.cdiv(width, BLOCK),)](
+        s2,
         z,
         squares,
-        sums,
         tokens,
         width,
         parts,
         torch.finfo(torch.float32).tiny,
-        TOKENS=TOKENS,
-        ROWS=16,
-        BLOCK=block,
+        ROWS=ROWS,
+        BLOCK=BLOCK,
         PARTS=triton.next_power_of_2(parts),
+        num_warps=8,
     )
-    return sums.sum(dim=0)

@@ -68,6 +68,10 @@ class Intake:
                 )
             if received + tokens > self._tokens:
                 raise HandoffBroken(f"handoff: layer {event.layer} has over {self._tokens} tokens")
+            if event.ready is not None:  # it comes on another stream
+                stream = torch.cuda.current_stream()
+                stream.wait_event(event.ready)
+                event.kv.record_stream(stream)
             self._cache.room(event.layer, received, received + tokens).copy_(event.kv)
         self._received[event.layer] += tokens
 

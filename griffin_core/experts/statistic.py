@@ -17,30 +17,35 @@ from griffin_core.kernels.statistic import s2_rows
 from griffin_core.kernels.team import runs_kernels
 
 
-def s2_of(z: Tensor, squares: Tensor | None = None) -> Tensor:
+def s2_of(z: Tensor) -> Tensor:
     """Activations [T, F] of any float dtype -> s2 [F] float32.
 
     Rows are scaled in float32, whatever the dtype of ``z`` (squares of float16 overflow). A zero
     row, which ReLU can give, adds nothing; so does one whose squares underflow (norm < 1e-19).
     Summed over neurons, s2 is the number of the other rows. Only real tokens may be in ``z``:
     padding would be counted.
-
-    Args:
-        squares: [T, n] float32, of which each row sums to that row's ‖Z_t‖²; None if not known.
     """
     if runs_kernels(z.dtype, z.device):
         return s2_rows(z)
-    if runs_cuda_kernels(z.dtype, z.device):
-        from griffin_core.cuda.statistic import s2_columns  # noqa: PLC0415  # needs triton
-
-        if squares is None:
-            squares = z.float().square().sum(dim=1, keepdim=True)
-        return s2_columns(z, squares)
     squares = z.float().square()
     row = squares.sum(dim=1)
     tiny = torch.finfo(torch.float32).tiny  # below, a reciprocal is infinite
     weight = torch.where(row >= tiny, row.reciprocal(), torch.zeros_like(row))
     return weight @ squares
+
+
+def add_s2(s2: Tensor, z: Tensor, squares: Tensor | None) -> None:
+    """Adds the statistic of activations Z [T, F] to s2 [F] float32, in place.
+
+    Args:
+        squares: [T, n] float32, of which each row sums to that row's ‖Z_t‖²; None if not known.
+    """
+    if squares is not None and runs_cuda_kernels(z.dtype, z.device):
+        from griffin_core.cuda.statistic import add_s2_columns  # noqa: PLC0415  # needs triton
+
+        add_s2_columns(s2, z, squares)
+    else:
+        s2 += s2_of(z)
 
 
 def group_score(s2s: Sequence[Tensor]) -> Tensor:

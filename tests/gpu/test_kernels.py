@@ -28,7 +28,7 @@ if DEVICE is not None:
     from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
     from griffin_core.cuda.feedforward import ExpertTable, feedforward
     from griffin_core.cuda.matvec import matvec, rms_norm
-    from griffin_core.cuda.statistic import s2_columns
+    from griffin_core.cuda.statistic import add_s2_columns
 
 DTYPES = (
     [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
@@ -289,4 +289,7 @@ def test_activations_and_the_statistic_of_them(
     torch.testing.assert_close(squares.sum(dim=1).double(), rows.sum(dim=1), rtol=1e-4, atol=0.0)
     norms = rows.sum(dim=1, keepdim=True)
     s2 = torch.where(norms > 0, rows / norms, 0.0).sum(dim=0)
-    torch.testing.assert_close(s2_columns(z, squares).double(), s2, rtol=1e-4, atol=1e-7)
+    before = torch.rand(neurons, device=DEVICE)
+    after = before.clone()
+    add_s2_columns(after, z, squares)
+    torch.testing.assert_close(after.double(), before + s2, rtol=1e-4, atol=1e-6)

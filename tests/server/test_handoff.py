@@ -13,22 +13,26 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished, prefill
 from griffin_core.prefill_queue import PrefillTask
-from griffin_server.handoff import convert
-from griffin_server.handoff.convert import (
-    HandoffReader,
-    HandoffShape,
-    HandoffWriter,
-    handoff_shape,
-)
+from griffin_server.handoff import transports
+from griffin_server.handoff.convert import HandoffReader, HandoffWriter
+from griffin_server.handoff.cuda_memory import boot_id
+from griffin_server.handoff.shape import HandoffShape, handoff_shape
 from griffin_server.handoff.shared_memory import (
     DATA_START,
     Segment,
-    attach_segment,
+    SegmentPool,
     create_segment,
+)
+from griffin_server.handoff.transports import (
+    ChunkReader,
+    ChunkWriter,
+    KvReader,
+    SharedMemoryReader,
+    writer_for,
 )
 
 TASK = PrefillTask(token_ids=tuple(range(30)), selection=Selection(density=0.5))
-Transport = tuple[Segment | None, Segment | None, HandoffReader]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["llama", "opt"])
@@ -47,19 +51,38 @@ def events(model: Model) -> list[PrefillEvent]:
     return [event for event in made if event is not None]
 
 
+Ends = tuple[HandoffWriter, HandoffReader]
+
+
+def chunk_writer(shape: HandoffShape) -> HandoffWriter:
+    return HandoffWriter(shape, ChunkWriter(shape, CPU))
+
+
+def chunk_reader(shape: HandoffShape) -> HandoffReader:
+    return HandoffReader(shape, ChunkReader(shape, CPU), ChunkReader(shape, CPU))
+
+
+@pytest.fixture
+def segment(shape: HandoffShape) -> Iterator[Segment]:
+    made = create_segment(DATA_START + shape.kv_bytes)
+    assert made is not None
+    yield made
+    made.unlink()
+
+
+def segment_reader(shape: HandoffShape, segment: Segment) -> tuple[KvReader, HandoffReader]:
+    way = SharedMemoryReader(shape, CPU, segment, SegmentPool())
+    return way, HandoffReader(shape, way, ChunkReader(shape, CPU))
+
+
 @pytest.fixture(params=["chunks", "shared memory"])
-def ends(
-    request: pytest.FixtureRequest, shape: HandoffShape
-) -> Iterator[tuple[HandoffWriter, HandoffReader]]:
+def ends(request: pytest.FixtureRequest, shape: HandoffShape, segment: Segment) -> Ends:
     if request.param == "chunks":
-        yield HandoffWriter(shape, None), HandoffReader(shape, None)
-        return
-    segment = create_segment(DATA_START + shape.kv_bytes)
-    assert segment is not None
-    reader = HandoffReader(shape, segment)
-    attached = attach_segment(segment.name, segment.size_bytes, reader.nonce)
-    yield HandoffWriter(shape, attached), reader
-    segment.unlink()
+        return chunk_writer(shape), chunk_reader(shape)
+    way, reader = segment_reader(shape, segment)
+    asked = pb.PrefillRequest()
+    way.offer(asked)
+    return HandoffWriter(shape, writer_for(asked, shape, CPU)), reader
 
 
 def messages(writer: HandoffWriter, events: list[PrefillEvent]) -> Iterator[pb.PrefillResponse]:
@@ -80,13 +103,13 @@ def over_the_wire(message: pb.PrefillResponse) -> pb.PrefillResponse:
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 700, 1])
 def test_what_goes_in_comes_out(
-    ends: tuple[HandoffWriter, HandoffReader],
+    ends: Ends,
     events: list[PrefillEvent],
     shape: HandoffShape,
     chunk_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convert, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(transports, "CHUNK_BYTES", chunk_bytes)
     writer, reader = ends
     received = [reader.read(over_the_wire(message)) for message in messages(writer, events)]
     assert received[0] is None and reader.finished
@@ -109,27 +132,27 @@ def test_what_goes_in_comes_out(
 
 
 def test_kv_bytes_are_in_the_messages_or_in_the_segment_never_in_both(
-    ends: tuple[HandoffWriter, HandoffReader], events: list[PrefillEvent], shape: HandoffShape
+    ends: Ends, events: list[PrefillEvent], shape: HandoffShape
 ) -> None:
-    writer, reader = ends
-    sent = sum(len(m.kv.data) for m in messages(writer, events))
-    assert sent == (0 if reader.nonce else shape.kv_bytes)
+    writer, _ = ends
+    made = list(messages(writer, events))
+    sent = sum(len(message.kv.data) for message in made)
+    shared = made[0].header.transport == pb.TRANSPORT_SHARED_MEMORY
+    assert sent == (0 if shared else shape.kv_bytes)
 
 
 @pytest.mark.parametrize("kind", ["kv", "experts", "finished"])
 def test_a_flipped_bit_anywhere_is_noticed(
-    ends: tuple[HandoffWriter, HandoffReader], events: list[PrefillEvent], kind: str
+    ends: Ends, events: list[PrefillEvent], kind: str, segment: Segment
 ) -> None:
     writer, reader = ends
     with pytest.raises(HandoffBroken):
         for message in messages(writer, events):
             received = over_the_wire(message)
             if received.WhichOneof("event") == kind:
-                if kind == "kv" and not reader.nonce:
+                if kind == "kv" and received.kv.data:
                     received.kv.data = flipped(received.kv.data)
                 elif kind == "kv":
-                    segment = reader._segment
-                    assert segment is not None
                     at = received.kv.segment_offset_bytes
                     byte = torch.tensor(list(segment.read(at, 1)), dtype=torch.uint8)
                     segment.write(at, byte ^ 1)
@@ -148,10 +171,10 @@ def flipped(data: bytes) -> bytes:
 def test_another_models_header_is_a_fingerprint_mismatch(
     shape: HandoffShape, events: list[PrefillEvent]
 ) -> None:
-    header = HandoffWriter(shape, None).header()
+    header = chunk_writer(shape).header()
     header.header.model_fingerprint = "f" * 64
     with pytest.raises(FingerprintMismatch, match="ffff"):
-        HandoffReader(shape, None).read(header)
+        chunk_reader(shape).read(header)
 
 
 @pytest.mark.parametrize(
@@ -161,49 +184,59 @@ def test_another_models_header_is_a_fingerprint_mismatch(
 def test_a_header_that_does_not_fit_the_request_is_refused(
     shape: HandoffShape, field: str, value: int
 ) -> None:
-    header = HandoffWriter(shape, None).header()
+    header = chunk_writer(shape).header()
     setattr(header.header, field, value)
     with pytest.raises(HandoffBroken, match="header"):
-        HandoffReader(shape, None).read(header)
+        chunk_reader(shape).read(header)
 
 
-def test_a_segment_that_the_other_end_did_not_prove_is_not_read(shape: HandoffShape) -> None:
-    segment = create_segment(DATA_START + shape.kv_bytes)
-    assert segment is not None
-    reader = HandoffReader(shape, segment)
-    header = HandoffWriter(shape, None).header()
+def test_a_segment_that_the_other_end_did_not_prove_is_not_read(
+    shape: HandoffShape, segment: Segment
+) -> None:
+    way, reader = segment_reader(shape, segment)
+    asked = pb.PrefillRequest()
+    way.offer(asked)
+    header = chunk_writer(shape).header()
     header.header.transport = pb.TRANSPORT_SHARED_MEMORY
-    for proof in (b"", b"x" * 16, reader.nonce):
+    for proof in (b"", b"x" * 16, asked.shared_memory.nonce):
         header.header.proof = proof
         with pytest.raises(HandoffBroken, match="not proved"):
             reader.read(header)
-    segment.unlink()
 
 
-def test_shared_memory_that_was_not_offered_is_refused(shape: HandoffShape) -> None:
-    header = HandoffWriter(shape, None).header()
-    header.header.transport = pb.TRANSPORT_SHARED_MEMORY
-    with pytest.raises(HandoffBroken, match="not proved"):
-        HandoffReader(shape, None).read(header)
+@pytest.mark.parametrize(
+    "transport",
+    [pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_MEMORY, pb.TRANSPORT_UNSPECIFIED],
+)
+def test_a_way_that_was_not_offered_is_refused(
+    shape: HandoffShape, transport: pb.Transport.ValueType
+) -> None:
+    header = chunk_writer(shape).header()
+    header.header.transport = transport
+    with pytest.raises(HandoffBroken, match="not offered"):
+        chunk_reader(shape).read(header)
 
 
 def test_an_offer_that_was_declined_goes_by_chunks(
-    shape: HandoffShape, events: list[PrefillEvent]
+    shape: HandoffShape, events: list[PrefillEvent], segment: Segment
 ) -> None:
-    segment = create_segment(DATA_START + shape.kv_bytes)
-    reader = HandoffReader(shape, segment)
-    for message in messages(HandoffWriter(shape, None), events):
+    _, reader = segment_reader(shape, segment)
+    for message in messages(chunk_writer(shape), events):
         reader.read(over_the_wire(message))
-    assert reader.finished and reader.segment_refused
-    assert segment is not None
-    segment.unlink()
+    assert reader.finished and reader.declined
+
+
+def test_gpu_memory_is_lent_by_no_cpu(shape: HandoffShape) -> None:
+    asked = pb.PrefillRequest()
+    asked.cuda_memory.boot_id = boot_id()
+    assert isinstance(writer_for(asked, shape, CPU), ChunkWriter)
 
 
 def test_messages_out_of_order_are_refused(shape: HandoffShape, events: list[PrefillEvent]) -> None:
-    header, *rest = messages(HandoffWriter(shape, None), events)
+    header, *rest = messages(chunk_writer(shape), events)
     with pytest.raises(HandoffBroken, match="out of order"):
-        HandoffReader(shape, None).read(rest[0])
-    reader = HandoffReader(shape, None)
+        chunk_reader(shape).read(rest[0])
+    reader = chunk_reader(shape)
     reader.read(header)
     with pytest.raises(HandoffBroken, match="out of order"):
         reader.read(header)
@@ -214,30 +247,30 @@ def test_messages_out_of_order_are_refused(shape: HandoffShape, events: list[Pre
 
 
 def test_a_message_of_no_kind_is_refused(shape: HandoffShape) -> None:
-    reader = HandoffReader(shape, None)
-    reader.read(HandoffWriter(shape, None).header())
+    reader = chunk_reader(shape)
+    reader.read(chunk_writer(shape).header())
     with pytest.raises(HandoffBroken, match="unknown kind"):
         reader.read(pb.PrefillResponse())
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 31, 1 << 31])
 def test_a_chunk_whose_size_is_not_its_tokens_is_refused(shape: HandoffShape, tokens: int) -> None:
-    reader = HandoffReader(shape, None)
-    reader.read(HandoffWriter(shape, None).header())
+    reader = chunk_reader(shape)
+    reader.read(chunk_writer(shape).header())
     with pytest.raises(HandoffBroken, match="a chunk of"):
         reader.read(pb.PrefillResponse(kv=pb.KvChunk(tokens=tokens, data=b"123")))
 
 
 def test_experts_outside_the_layer_are_refused(shape: HandoffShape) -> None:
-    reader = HandoffReader(shape, None)
-    reader.read(HandoffWriter(shape, None).header())
+    reader = chunk_reader(shape)
+    reader.read(chunk_writer(shape).header())
     experts = (999).to_bytes(4, "little")
     with pytest.raises(HandoffBroken, match=r"in .0, 88."):
         reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"", experts=experts)))
 
 
 def test_a_statistic_that_is_no_floats_is_refused(shape: HandoffShape) -> None:
-    reader = HandoffReader(shape, None)
-    reader.read(HandoffWriter(shape, None).header())
+    reader = chunk_reader(shape)
+    reader.read(chunk_writer(shape).header())
     with pytest.raises(HandoffBroken, match="handoff"):
         reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"123", experts=b"")))

@@ -54,7 +54,12 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     TRANSPORT_CHUNKS: _Transport.ValueType  # 1
     """In `KvChunk.data`."""
     TRANSPORT_SHARED_MEMORY: _Transport.ValueType  # 2
-    """In the shared-memory segment of the request; `KvChunk.segment_offset` points into it."""
+    """In the shared-memory segment of the request; `KvChunk.segment_offset_bytes` points into it."""
+    TRANSPORT_CUDA_MEMORY: _Transport.ValueType  # 3
+    """In memory of the server's GPU, which the caller maps; `KvChunk.place` says where. The server
+    keeps it as it is until the call ends, so the caller ends it, by cancelling it, when it has
+    copied what it needs.
+    """
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """How KV bytes travel."""
@@ -63,7 +68,12 @@ TRANSPORT_UNSPECIFIED: Transport.ValueType  # 0
 TRANSPORT_CHUNKS: Transport.ValueType  # 1
 """In `KvChunk.data`."""
 TRANSPORT_SHARED_MEMORY: Transport.ValueType  # 2
-"""In the shared-memory segment of the request; `KvChunk.segment_offset` points into it."""
+"""In the shared-memory segment of the request; `KvChunk.segment_offset_bytes` points into it."""
+TRANSPORT_CUDA_MEMORY: Transport.ValueType  # 3
+"""In memory of the server's GPU, which the caller maps; `KvChunk.place` says where. The server
+keeps it as it is until the call ends, so the caller ends it, by cancelling it, when it has
+copied what it needs.
+"""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 @_typing.final
@@ -76,6 +86,7 @@ class PrefillRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    CUDA_MEMORY_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """GetModelInfo's fingerprint of the caller's model."""
     density: _builtins.float
@@ -92,6 +103,10 @@ class PrefillRequest(_message.Message):
     def shared_memory(self) -> Global___SharedMemoryOffer:
         """Set if the caller made a shared-memory segment for the KV on its host."""
 
+    @_builtins.property
+    def cuda_memory(self) -> Global___CudaMemoryOffer:
+        """Set if the caller can map memory of GPUs of its host. Not set beside `shared_memory`."""
+
     def __init__(
         self,
         *,
@@ -101,10 +116,11 @@ class PrefillRequest(_message.Message):
         policy: _generation_pb2.SelectionPolicy.ValueType = ...,
         seed: _builtins.int = ...,
         shared_memory: Global___SharedMemoryOffer | None = ...,
+        cuda_memory: Global___CudaMemoryOffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "model_fingerprint", b"model_fingerprint", "policy", b"policy", "seed", b"seed", "shared_memory", b"shared_memory", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "density", b"density", "model_fingerprint", b"model_fingerprint", "policy", b"policy", "seed", b"seed", "shared_memory", b"shared_memory", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -140,6 +156,58 @@ class SharedMemoryOffer(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SharedMemoryOffer: _TypeAlias = SharedMemoryOffer  # noqa: Y015
+
+@_typing.final
+class CudaMemoryOffer(_message.Message):
+    """Readiness to map a server's GPU memory (CUDA IPC)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    boot_id: _builtins.str
+    """What the caller's kernel calls this boot of it. A server of another host declines."""
+    def __init__(
+        self,
+        *,
+        boot_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CudaMemoryOffer: _TypeAlias = CudaMemoryOffer  # noqa: Y015
+
+@_typing.final
+class CudaPlace(_message.Message):
+    """Rows of bytes in GPU memory, a whole number of bytes apart."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    PITCH_BYTES_FIELD_NUMBER: _builtins.int
+    handle: _builtins.bytes
+    """The CUDA IPC handle, 64 bytes, of the allocation they lie in."""
+    offset_bytes: _builtins.int
+    """From its start to the first row."""
+    pitch_bytes: _builtins.int
+    """From row to row."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.bytes = ...,
+        offset_bytes: _builtins.int = ...,
+        pitch_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "offset_bytes", b"offset_bytes", "pitch_bytes", b"pitch_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CudaPlace: _TypeAlias = CudaPlace  # noqa: Y015
 
 @_typing.final
 class PrefillResponse(_message.Message):
@@ -190,6 +258,7 @@ class PrefillHeader(_message.Message):
     EXPERTS_PER_LAYER_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    PROOF_PLACE_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     layers: _builtins.int
     """L."""
@@ -207,9 +276,11 @@ class PrefillHeader(_message.Message):
     """K."""
     transport: Global___Transport.ValueType
     proof: _builtins.bytes
-    """For SHARED_MEMORY: the 16 bytes the server wrote over the nonce. The caller uses the segment
-    only if it reads them there.
+    """16 bytes. For SHARED_MEMORY the server wrote them over the nonce, for CUDA_MEMORY they lie at
+    `proof_place`. The caller uses the memory only if it reads them there.
     """
+    @_builtins.property
+    def proof_place(self) -> Global___CudaPlace: ...
     def __init__(
         self,
         *,
@@ -224,10 +295,11 @@ class PrefillHeader(_message.Message):
         experts_per_layer: _builtins.int = ...,
         transport: Global___Transport.ValueType = ...,
         proof: _builtins.bytes = ...,
+        proof_place: Global___CudaPlace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proof_place", b"proof_place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "kv_type", b"kv_type", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "proof", b"proof", "tokens", b"tokens", "transport", b"transport", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "kv_type", b"kv_type", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "proof", b"proof", "proof_place", b"proof_place", "tokens", b"tokens", "transport", b"transport", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,6 +316,7 @@ class KvChunk(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     SEGMENT_OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """In [0, L)."""
     first_token: _builtins.int
@@ -251,10 +324,16 @@ class KvChunk(_message.Message):
     tokens: _builtins.int
     data: _builtins.bytes
     """Layout [2, tokens, kv_heads, head_dim]: keys, then values. At most 1 MiB, unless one token alone
-    is larger. Empty if the transport is SHARED_MEMORY.
+    is larger. For CHUNKS only.
     """
     segment_offset_bytes: _builtins.int
-    """Where the same bytes start in the segment. 0 if the transport is CHUNKS."""
+    """Where the same bytes start in the segment. For SHARED_MEMORY only."""
+    @_builtins.property
+    def place(self) -> Global___CudaPlace:
+        """2 · kv_heads rows, each [tokens, head_dim]: those of the keys, then those of the values. For
+        CUDA_MEMORY only.
+        """
+
     def __init__(
         self,
         *,
@@ -263,10 +342,11 @@ class KvChunk(_message.Message):
         tokens: _builtins.int = ...,
         data: _builtins.bytes = ...,
         segment_offset_bytes: _builtins.int = ...,
+        place: Global___CudaPlace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "first_token", b"first_token", "layer", b"layer", "segment_offset_bytes", b"segment_offset_bytes", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "first_token", b"first_token", "layer", b"layer", "place", b"place", "segment_offset_bytes", b"segment_offset_bytes", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -313,7 +393,8 @@ class PrefillFinished(_message.Message):
     """Output of the last layer at the last token after the final norm: D float32, little-endian."""
     checksum: _builtins.int
     """CRC-32 (IEEE 802.3) over the KV, `s` and `experts` bytes in the order they were sent, and
-    `last_hidden` after them.
+    `last_hidden` after them. For CUDA_MEMORY a chunk's KV counts as the 8 bytes, little-endian, of
+    the sum modulo 2^64 of its values, each read as a signed integer of its size.
     """
     queue_s: _builtins.float
     """Waiting for the model."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +12,9 @@ from torch import Tensor
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.errors import FingerprintMismatch, HandoffBroken
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
-from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
-from griffin_core.prefill_queue import PrefillTask
-from griffin_server.handoff.shared_memory import DATA_START, Segment
-
-CHUNK_BYTES = 1 << 20
+from griffin_server.handoff.shape import HandoffShape
+from griffin_server.handoff.transports import ChunkReader, KvReader, KvWriter
 
 TENSOR_TYPES = {
     torch.float32: pb.TENSOR_TYPE_FLOAT32,
@@ -27,68 +23,21 @@ TENSOR_TYPES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class HandoffShape:
-    """What both ends must agree on for bytes to mean the same.
-
-    Args:
-        tokens: T of this prompt.
-        experts_per_layer: K of this request.
-    """
-
-    fingerprint: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    ff_width: int
-    width: int
-    dtype: torch.dtype
-    tokens: int
-    experts_per_layer: int
-
-    @property
-    def token_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values of all tokens in all layers."""
-        return self.layers * self.tokens * self.token_bytes
-
-
-def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
-    """The shape of a task's handoff from or to ``model``."""
-    spec = model.decoder.spec
-    return HandoffShape(
-        fingerprint=model.fingerprint,
-        layers=len(spec.layers),
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        ff_width=spec.ff_width,
-        width=spec.width,
-        dtype=model.decoder.dtype,
-        tokens=len(task.token_ids),
-        experts_per_layer=task.selection.experts_of(spec.ff_width),
-    )
-
-
 class HandoffWriter:
     """Prefill's side: core events in, messages out.
 
     Args:
-        segment: where the KV goes; None sends it in the messages.
+        way: how the KV goes.
     """
 
-    def __init__(self, shape: HandoffShape, segment: Segment | None) -> None:
+    def __init__(self, shape: HandoffShape, way: KvWriter) -> None:
         self._shape = shape
-        self._segment = segment
-        self._offset = DATA_START
+        self._way = way
         self._crc = 0
 
     def header(self) -> pb.PrefillResponse:
-        """The first message. Proves the segment, if there is one, by writing to it."""
-        shape, segment = self._shape, self._segment
+        """The first message. Proves the way the KV goes, where that wants proof."""
+        shape = self._shape
         header = pb.PrefillHeader(
             model_fingerprint=shape.fingerprint,
             layers=shape.layers,
@@ -99,28 +48,14 @@ class HandoffWriter:
             kv_type=TENSOR_TYPES[shape.dtype],
             tokens=shape.tokens,
             experts_per_layer=shape.experts_per_layer,
-            transport=pb.TRANSPORT_SHARED_MEMORY if segment else pb.TRANSPORT_CHUNKS,
-            proof=segment.write_nonce() if segment else b"",
+            transport=self._way.transport,
         )
+        self._way.prove(header)
         return pb.PrefillResponse(header=header)
 
     def kv(self, event: LayerKv) -> Iterator[pb.PrefillResponse]:
-        """Messages of at most CHUNK_BYTES, but of one token at least."""
-        at_once = max(1, CHUNK_BYTES // self._shape.token_bytes)
-        first_token = event.first_token
-        for run in torch.split(event.kv, at_once, dim=2):
-            block = run.transpose(1, 2).contiguous().cpu()
-            tokens = block.shape[1]
-            chunk = pb.KvChunk(layer=event.layer, first_token=first_token, tokens=tokens)
-            first_token += tokens
-            if self._segment is None:
-                chunk.data = _bytes_of(block)
-                self._crc = zlib.crc32(chunk.data, self._crc)
-            else:
-                chunk.segment_offset_bytes = self._offset
-                written = self._segment.write(self._offset, block)
-                self._crc = zlib.crc32(written, self._crc)
-                self._offset += len(written)
+        for chunk, covered in self._way.chunks(event):
+            self._crc = zlib.crc32(covered, self._crc)
             yield pb.PrefillResponse(kv=chunk)
 
     def experts(self, event: LayerExperts) -> pb.PrefillResponse:
@@ -149,27 +84,23 @@ class HandoffReader:
 
     Args:
         shape: what this side expects.
-        segment: the one that was offered, or None.
+        offered: the way that was offered for the KV.
+        otherwise: by chunks, if the other side cannot go that way.
     """
 
-    def __init__(self, shape: HandoffShape, segment: Segment | None) -> None:
+    def __init__(self, shape: HandoffShape, offered: KvReader, otherwise: ChunkReader) -> None:
         self._shape = shape
-        self._segment = segment
-        self._nonce = segment.write_nonce() if segment else b""
-        self._begun = False
+        self._offered = offered
+        self._otherwise = otherwise
+        self._way: KvReader | None = None
         self._crc = 0
         self.finished = False
         """Whether the handoff is whole and verified."""
 
     @property
-    def nonce(self) -> bytes:
-        """What stands at the start of the segment, for the offer."""
-        return self._nonce
-
-    @property
-    def segment_refused(self) -> bool:
-        """Whether the other side could not use the segment that was offered."""
-        return self._begun and bool(self._nonce) and self._segment is None
+    def declined(self) -> bool:
+        """Whether the other side did not go the way that was offered."""
+        return self._way is not None and self._way.transport != self._offered.transport
 
     def read(self, message: pb.PrefillResponse) -> PrefillEvent | None:
         """The event of a message; None for the header.
@@ -177,9 +108,10 @@ class HandoffReader:
         Raises:
             FingerprintMismatch: the header is another model's.
             HandoffBroken: the message is not what must come now, or the checksum differs.
+            MemoryNotShared: the way that was offered and taken does not work after all.
         """
         kind = message.WhichOneof("event")
-        if self.finished or (kind == "header") is self._begun:
+        if self.finished or (kind == "header") is (self._way is not None):
             raise HandoffBroken(f"handoff: got a message {kind!r} out of order")
         try:
             match kind:
@@ -217,29 +149,23 @@ class HandoffReader:
             raise HandoffBroken(
                 f"handoff: the header does not fit the request: {differ or 'dtype'}"
             )
-        if header.transport == pb.TRANSPORT_SHARED_MEMORY:
-            proof = header.proof
-            if not self._segment or proof == self._nonce or proof != self._segment.read_nonce():
-                raise HandoffBroken("handoff: the shared-memory segment is not proved")
-        else:
-            self._segment = None
-        self._begun = True
+        ways = [
+            way for way in (self._offered, self._otherwise) if way.transport == header.transport
+        ]
+        if not ways:
+            raise HandoffBroken("handoff: the KV is to come by a way that was not offered")
+        ways[0].accept(header)
+        self._way = ways[0]
 
     def _kv(self, chunk: pb.KvChunk) -> LayerKv:
-        shape = self._shape
-        size = chunk.tokens * shape.token_bytes
-        if not 0 < chunk.tokens <= shape.tokens:
-            raise HandoffBroken(f"handoff: a chunk of {chunk.tokens} of {shape.tokens} tokens")
-        if self._segment is None:
-            data = bytearray(chunk.data)
-        else:
-            data = self._segment.read(chunk.segment_offset_bytes, size)
-        if len(data) != size:
-            raise HandoffBroken(f"handoff: a chunk of {len(data)} bytes; expected {size}")
-        self._crc = zlib.crc32(data, self._crc)
-        block = torch.frombuffer(data, dtype=shape.dtype)
-        kv = block.view(2, chunk.tokens, shape.kv_heads, shape.head_dim).transpose(1, 2)
-        return LayerKv(layer=chunk.layer, first_token=chunk.first_token, kv=kv)
+        assert self._way is not None
+        if not 0 < chunk.tokens <= self._shape.tokens:
+            raise HandoffBroken(
+                f"handoff: a chunk of {chunk.tokens} of {self._shape.tokens} tokens"
+            )
+        event, covered = self._way.read(chunk)
+        self._crc = zlib.crc32(covered, self._crc)
+        return event
 
     def _experts(self, message: pb.LayerExperts) -> LayerExperts:
         self._crc = zlib.crc32(message.experts, zlib.crc32(message.s, self._crc))
@@ -263,10 +189,6 @@ class HandoffReader:
             compute_s=message.compute_s,
             selection_s=message.selection_s,
         )
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _floats(data: bytes) -> Tensor:

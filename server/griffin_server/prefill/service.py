@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -19,11 +21,15 @@ from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished
 from griffin_core.prefill_queue import PrefillBegun, PrefillStreamEvent, PrefillTask
 from griffin_server.channel import Channel, Mail
 from griffin_server.generation.convert import policy_from_pb
-from griffin_server.handoff.convert import HandoffWriter, handoff_shape
-from griffin_server.handoff.shared_memory import DATA_START, Segment, attach_segment
+from griffin_server.handoff.convert import HandoffWriter
+from griffin_server.handoff.shape import handoff_shape
+from griffin_server.handoff.transports import writer_for
 
 EVENTS_AHEAD = 16
 """Layer results that may wait for the network before the model pauses."""
+
+LENT_S = 10.0
+"""How long a reader has to copy what it was lent and to end the call."""
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -44,7 +50,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             )
         task = _task(request, model.decoder.spec)
         shape = handoff_shape(model, task)
-        writer = HandoffWriter(shape, _segment(request, shape.kv_bytes))
+        way = writer_for(request, shape, model.decoder.device)
+        writer = HandoffWriter(shape, way)
         yield writer.header()
         channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
         run = self._engine.prefill(task, channel)
@@ -55,12 +62,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     case PrefillBegun():
                         queue_s = event.queue_s
                     case LayerKv():
+                        if event.ready is not None:  # the loop is not to wait for the device
+                            await asyncio.to_thread(event.ready.synchronize)
                         for message in writer.kv(event):
                             yield message
                     case LayerExperts():
                         yield writer.experts(event)
                     case PrefillFinished():
                         yield writer.finished(event, queue_s)
+                        if way.lends:
+                            with suppress(asyncio.CancelledError):  # how the reader says goodbye
+                                await asyncio.sleep(LENT_S)
                         return
                     case Failed():
                         raise event.error
@@ -82,10 +94,3 @@ def _task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
         token_ids=tuple(request.token_ids),
         selection=Selection(density=request.density, policy=policy or "topk", seed=request.seed),
     )
-
-
-def _segment(request: pb.PrefillRequest, kv_bytes: int) -> Segment | None:
-    offer = request.shared_memory
-    if not offer.name or offer.size_bytes < DATA_START + kv_bytes:
-        return None
-    return attach_segment(offer.name, offer.size_bytes, offer.nonce)

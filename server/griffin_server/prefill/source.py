@@ -29,8 +29,17 @@ from griffin_core.model.load import Model
 from griffin_core.prefill import PrefillEvent, PrefillRestarted
 from griffin_core.prefill_queue import PrefillTask
 from griffin_server.generation.convert import policy_to_pb
-from griffin_server.handoff.convert import HandoffReader, HandoffShape, handoff_shape
+from griffin_server.handoff.convert import HandoffReader
+from griffin_server.handoff.cuda_memory import can_share
+from griffin_server.handoff.shape import HandoffShape, handoff_shape
 from griffin_server.handoff.shared_memory import DATA_START, Segment, SegmentPool
+from griffin_server.handoff.transports import (
+    ChunkReader,
+    CudaReader,
+    KvReader,
+    MemoryNotShared,
+    SharedMemoryReader,
+)
 from griffin_server.ops.interceptors import REQUEST_ID_KEY, request_id_var
 from griffin_server.ops.status import details_of
 
@@ -138,7 +147,7 @@ class PrefillServer:
     Args:
         target: its gRPC name: host:port, or dns:///name for all addresses of a name, in turn.
         model: this side's; the other must hold the same.
-        shared_memory: whether to offer a segment for the KV.
+        shared_memory: whether to take the KV through memory, where both are on one host.
     """
 
     def __init__(self, target: str, model: Model, *, shared_memory: bool) -> None:
@@ -153,7 +162,12 @@ class PrefillServer:
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._pool = SegmentPool()
         self._abandoned: set[asyncio.Future[Segment | None]] = set()
-        self._offers_segments = shared_memory
+        self._device = model.decoder.device
+        self._ways: set[pb.Transport.ValueType] = set()
+        if shared_memory:
+            self._ways.add(pb.TRANSPORT_SHARED_MEMORY)
+            if can_share(self._device):
+                self._ways.add(pb.TRANSPORT_CUDA_MEMORY)
 
     async def stream(
         self, task: PrefillTask, timeout_s: float | None
@@ -172,14 +186,28 @@ class PrefillServer:
     ) -> AsyncGenerator[PrefillEvent, None]:
         shape = handoff_shape(self._model, task)
         await self._connect()
-        segment = await self._segment(shape)
-        reader = HandoffReader(shape, segment)
+        try:
+            async with aclosing(self._call(task, shape, timeout_s)) as events:
+                async for event in events:
+                    yield event
+            return
+        except MemoryNotShared as error:  # nothing came yet
+            log.warning("a way of the KV is given up", target=self.target, error=str(error))
+        async with aclosing(self._call(task, shape, timeout_s)) as events:
+            async for event in events:
+                yield event
+
+    async def _call(
+        self, task: PrefillTask, shape: HandoffShape, timeout_s: float | None
+    ) -> AsyncGenerator[PrefillEvent, None]:
+        way = await self._way(shape)
+        reader = HandoffReader(shape, way, ChunkReader(shape, self._device))
         call: Any = None
         try:
+            request = _request(task, shape)
+            way.offer(request)
             call = self._stub.Prefill(
-                _request(task, shape, segment, reader.nonce),
-                timeout=timeout_s,
-                metadata=((REQUEST_ID_KEY, request_id_var.get()),),
+                request, timeout=timeout_s, metadata=((REQUEST_ID_KEY, request_id_var.get()),)
             )
             async for message in call:
                 if (event := reader.read(message)) is not None:
@@ -189,12 +217,15 @@ class PrefillServer:
             raise HandoffBroken(f"handoff: {self.target} ended the stream before its end")
         except grpc.aio.AioRpcError as error:
             raise _to_error(self.target, error) from error
+        except MemoryNotShared:
+            self._give_up(way)
+            raise
         finally:
+            way.close(whole=reader.finished)  # before the other side may free what it lends
             if call is not None:
                 call.cancel()
-            if reader.segment_refused:  # another host: do not offer again
-                self._offers_segments = False
-            self._release(segment, reader)
+            if reader.declined:  # another host, or another kind of device
+                self._give_up(way)
 
     async def close(self) -> None:
         """Closes the connection and removes segments."""
@@ -224,11 +255,21 @@ class PrefillServer:
                 f"prefill: no server answers at {self.target} (waited {CONNECT_S:g} s)"
             ) from None
 
-    async def _segment(self, shape: HandoffShape) -> Segment | None:
-        if not self._offers_segments:
-            return None
+    async def _way(self, shape: HandoffShape) -> KvReader:
+        """How to offer to take the KV: the best way that was not found closed."""
+        if pb.TRANSPORT_CUDA_MEMORY in self._ways:
+            return CudaReader(shape, self._device)
+        if pb.TRANSPORT_SHARED_MEMORY in self._ways:
+            segment = await self._segment(DATA_START + shape.kv_bytes)
+            if segment is not None:
+                return SharedMemoryReader(shape, self._device, segment, self._pool)
+        return ChunkReader(shape, self._device)
+
+    def _give_up(self, way: KvReader) -> None:
+        self._ways.discard(way.transport)
+
+    async def _segment(self, size: int) -> Segment | None:
         # Taking fresh memory costs a millisecond for each MB or so.
-        size = DATA_START + shape.kv_bytes
         taking = asyncio.ensure_future(asyncio.to_thread(self._pool.take, size))
         try:
             return await asyncio.shield(taking)
@@ -242,30 +283,15 @@ class PrefillServer:
         if (segment := taking.result()) is not None:
             self._pool.give_back(segment)
 
-    def _release(self, segment: Segment | None, reader: HandoffReader) -> None:
-        if segment is None:
-            return
-        if reader.finished:
-            self._pool.give_back(segment)
-        else:  # the other side may still be writing
-            segment.unlink()
 
-
-def _request(
-    task: PrefillTask, shape: HandoffShape, segment: Segment | None, nonce: bytes
-) -> pb.PrefillRequest:
-    request = pb.PrefillRequest(
+def _request(task: PrefillTask, shape: HandoffShape) -> pb.PrefillRequest:
+    return pb.PrefillRequest(
         model_fingerprint=shape.fingerprint,
         token_ids=task.token_ids,
         density=task.selection.density,
         policy=policy_to_pb(task.selection.policy),
         seed=task.selection.seed,
     )
-    if segment is not None:
-        request.shared_memory.name = segment.name
-        request.shared_memory.size_bytes = segment.size_bytes
-        request.shared_memory.nonce = nonce
-    return request
 
 
 def _to_error(target: str, error: grpc.aio.AioRpcError) -> GriffinError:

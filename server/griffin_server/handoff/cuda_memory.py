@@ -1,0 +1,139 @@
+"""Memory of a GPU that one process lends and another maps: CUDA IPC, by the driver's own calls.
+
+Torch's way to share tensors between processes keeps what it lent until the borrower says that it
+is done; one that was killed never does. Here the lender decides, and the borrower must have copied
+what it needs while the call between them is open.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from griffin.v1 import prefill_pb2 as pb
+
+PROOF_BYTES = 16
+
+
+class MappingError(ValueError):
+    """Memory cannot be lent or mapped."""
+
+
+@cache
+def boot_id() -> str:
+    """Names this boot of this host's kernel, the same in all its containers; "" if unknown."""
+    with suppress(OSError):
+        path = Path("/proc/sys/kernel/random/boot_id")
+        return path.read_text(encoding="ascii").strip()
+    return ""
+
+
+def can_share(device: torch.device) -> bool:
+    """Whether memory of this device may be lent and mapped; only a proof can tell that it will be.
+    The driver's bindings come with torch's CUDA builds."""
+    if device.type != "cuda" or not boot_id() or importlib.util.find_spec("cuda") is None:
+        return False
+    return importlib.util.find_spec("cuda.bindings") is not None
+
+
+def place_of(x: Tensor) -> pb.CudaPlace:
+    """Where the rows of a tensor lie: its last two dimensions are contiguous, and what is before
+    them counts rows of one pitch.
+
+    Raises:
+        MappingError: its allocation cannot be lent (as those of expandable segments cannot).
+    """
+    base, _ = _call("cuMemGetAddressRange", x.data_ptr())
+    (handle,) = _call("cuIpcGetMemHandle", base)
+    pitch = x.stride(-3) * x.itemsize if x.ndim > 2 else x.nbytes
+    return pb.CudaPlace(
+        handle=bytes(handle.reserved), offset_bytes=x.data_ptr() - int(base), pitch_bytes=pitch
+    )
+
+
+class Lent:
+    """What a sender lends for one call; it stays as it is while this object lives.
+
+    Raises:
+        MappingError: nothing can be lent here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.proof = secrets.token_bytes(PROOF_BYTES)
+        """Bytes that lie at ``proof_place``."""
+        held = torch.frombuffer(bytearray(self.proof), dtype=torch.uint8).to(device)
+        torch.cuda.synchronize(device)
+        self.proof_place = place_of(held)
+        self._held = [held]
+
+    def lend(self, x: Tensor) -> pb.CudaPlace:
+        """Where a tensor lies that is lent from now on."""
+        self._held.append(x)
+        return place_of(x)
+
+
+class Mappings:
+    """What a receiver has mapped of other processes' memory, until ``close``."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[bytes, tuple[int, int]] = {}
+
+    def copy(self, place: pb.CudaPlace, out: Tensor, *, rows: int) -> None:
+        """Fills a contiguous tensor on a GPU with rows of other memory, on the current stream.
+
+        Raises:
+            MappingError: the memory cannot be mapped, or the rows are not in it.
+        """
+        driver = _driver()
+        base, size = self._map(place.handle)
+        width = out.nbytes // rows
+        if place.offset_bytes + (rows - 1) * place.pitch_bytes + width > size:
+            raise MappingError(f"{rows} rows of {width} bytes are outside {size} lent bytes")
+        what = driver.CUDA_MEMCPY2D()
+        what.srcMemoryType = what.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
+        what.srcDevice, what.srcPitch = base + place.offset_bytes, max(width, place.pitch_bytes)
+        what.dstDevice, what.dstPitch = out.data_ptr(), width
+        what.WidthInBytes, what.Height = width, rows
+        _call("cuMemcpy2DAsync", what, torch.cuda.current_stream(out.device).cuda_stream)
+
+    def close(self) -> None:
+        """Unmaps everything; copies must be done."""
+        for base, _ in self._mapped.values():
+            with suppress(MappingError):
+                _call("cuIpcCloseMemHandle", base)
+        self._mapped.clear()
+
+    def _map(self, handle: bytes) -> tuple[int, int]:
+        if handle not in self._mapped:
+            driver = _driver()
+            theirs = driver.CUipcMemHandle()
+            try:
+                theirs.reserved = handle
+            except (TypeError, ValueError) as error:
+                raise MappingError(f"a handle of {len(handle)} bytes") from error
+            lazily = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+            (base,) = _call("cuIpcOpenMemHandle", theirs, lazily.value)
+            _, size = _call("cuMemGetAddressRange", base)
+            self._mapped[handle] = int(base), int(size)
+        return self._mapped[handle]
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver  # noqa: PLC0415  # comes with torch's CUDA builds alone
+
+    return driver
+
+
+def _call(name: str, *arguments: Any) -> tuple[Any, ...]:
+    driver = _driver()
+    error, *values = getattr(driver, name)(*arguments)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise MappingError(f"{name}: {error.name}")
+    return tuple(values)

@@ -1,0 +1,56 @@
+"""What both ends of a handoff must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from griffin_core.model.load import Model
+from griffin_core.prefill_queue import PrefillTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandoffShape:
+    """What both ends must agree on for bytes to mean the same.
+
+    Args:
+        tokens: T of this prompt.
+        experts_per_layer: K of this request.
+    """
+
+    fingerprint: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    ff_width: int
+    width: int
+    dtype: torch.dtype
+    tokens: int
+    experts_per_layer: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of all tokens in all layers."""
+        return self.layers * self.tokens * self.token_bytes
+
+
+def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
+    """The shape of a task's handoff from or to ``model``."""
+    spec = model.decoder.spec
+    return HandoffShape(
+        fingerprint=model.fingerprint,
+        layers=len(spec.layers),
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        ff_width=spec.ff_width,
+        width=spec.width,
+        dtype=model.decoder.dtype,
+        tokens=len(task.token_ids),
+        experts_per_layer=task.selection.experts_of(spec.ff_width),
+    )
