@@ -192,10 +192,16 @@ def _half(linear: torch.nn.Linear, *, rows: bool) -> Tensor:
 
 def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one shape."""
+    before = torch.cuda.memory_allocated()
     decoder = random_decoder(name)
+    resident = torch.cuda.memory_allocated() - before
+    weights = step_bytes(decoder, 1.0, 0, 0, 1)
+    if not CONFIG_MAPPING[SHAPES[name][0]](**SHAPES[name][1]).tie_word_embeddings:
+        weights += decoder.spec.vocabulary * decoder.spec.width * DTYPE.itemsize
+    print(f"\n{name}: weights take {resident / weights:.3f} times their bytes")
     clock = time.perf_counter()
     step = CudaStep(decoder, max_tokens=max(arguments.batch), graphs=True)
-    print(f"\n{name}: graphs captured in {time.perf_counter() - clock:.0f} s")
+    print(f"graphs captured in {time.perf_counter() - clock:.0f} s")
     found: list[dict[str, Any]] = []
     lengths = [128, 2048] if arguments.long else [128]
     capacity = PROMPT + max(lengths) + 8
@@ -225,6 +231,7 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
             dense_s[batch, tokens] = seconds
         row = {
             "shape": name,
+            "weight_memory": round(resident / weights, 4),
             "batch": batch,
             "density": density,
             "sets": sharing if batch > 1 and density < 1.0 else "one",

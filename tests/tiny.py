@@ -113,11 +113,11 @@ def make_tiny(name: str, directory: Path) -> Path:
         if "norm" in parameter_name or "bias" in parameter_name:  # ones and zeros hide mistakes
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(directory)
-    _tokenizer(with_template=family != "opt").save_pretrained(directory)
+    byte_tokenizer(with_template=family != "opt").save_pretrained(directory)
     return directory
 
 
-def _tokenizer(*, with_template: bool) -> PreTrainedTokenizerFast:
+def byte_tokenizer(*, with_template: bool) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

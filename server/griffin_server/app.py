@@ -56,6 +56,11 @@ def load(settings: Settings, progress: Progress) -> Model:
     )
 
 
+def _chunk_tokens(device: torch.device) -> int:
+    """So many that products run at the device's rate, and no more: streams wait meanwhile."""
+    return 2048 if device.type == "cuda" else 512
+
+
 class App:
     """A running server. ``start`` it, then ``stop`` it; not to be used twice.
 
@@ -75,7 +80,7 @@ class App:
                 idle_bytes=int(settings.idle_memory_gib * (1 << 30)),
                 session_ttl_s=settings.session_ttl_s,
                 reader_timeout_s=settings.reader_timeout_s,
-                chunk_tokens=settings.prefill_chunk_tokens,
+                chunk_tokens=settings.prefill_chunk_tokens or _chunk_tokens(model.decoder.device),
                 prefill_share=settings.prefill_share,
             ),
             cuda_graphs=settings.cuda_graphs and settings.role != "prefill",
@@ -148,7 +153,7 @@ class App:
                 remove_stale_segments()
                 self._prefill = PrefillServers(
                     [
-                        PrefillServer(target, engine.model, shared_memory=settings.shared_memory)
+                        PrefillServer(target, engine.model, settings.handoff)
                         for target in settings.prefill_target
                     ]
                 )

@@ -105,16 +105,14 @@ def test_a_client_that_cancels_during_decode_leaves_nothing(one_at_a_time: Runni
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "chunks"])
-def test_a_prefill_server_killed_during_a_handoff(shared_memory: bool, smollm2: Model) -> None:
+@pytest.mark.parametrize("handoff", ["shared_memory", "messages"])
+def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) -> None:
     options = ("--role", "prefill", "--dtype", "float32", "--prefill-chunk-tokens", "64")
     segments = set(DIRECTORY.glob("griffin-*"))
     with Process(*options) as prefill:
         target = prefill.target()
         with (
-            running(
-                smollm2, role="decode", prefill_target=target, shared_memory=shared_memory
-            ) as decode,
+            running(smollm2, role="decode", prefill_target=target, handoff=handoff) as decode,
             decode.client() as client,
         ):
             received: list[Event] = []

@@ -161,9 +161,9 @@ PROMPT = [number % 250 for number in range(3000)]
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "chunks"])
+@pytest.mark.parametrize("handoff", ["shared_memory", "messages"])
 def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
-    shared_memory: bool, model: Model, tiny_directory: Callable[[str], object]
+    handoff: str, model: Model, tiny_directory: Callable[[str], object]
 ) -> None:
     directory = str(tiny_directory("llama-long"))
     segments = set(DIRECTORY.glob("griffin-*"))
@@ -172,7 +172,7 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
         alone.client() as client,
     ):
         expected = client.complete(token_ids=PROMPT, stopping=several(20)).token_ids
-    settings = {"role": "decode", "shared_memory": shared_memory, "density": 0.5}
+    settings = {"role": "decode", "handoff": handoff, "density": 0.5}
     with (
         contextlib.ExitStack() as stack,
         Process(*prefill_command(directory)) as one,

@@ -36,7 +36,7 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
         return create(size_bytes)
 
     monkeypatch.setattr(shared_memory, "create_segment", slow)
-    source = PrefillServer(tiny_server.target, tiny("llama"), shared_memory=True)
+    source = PrefillServer(tiny_server.target, tiny("llama"))
     pull = asyncio.create_task(anext(source.stream(TASK, None)))
     await asyncio.to_thread(begun.wait, 10)
     pull.cancel()
@@ -50,14 +50,14 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
 async def test_a_server_that_does_not_prefill_is_named(tiny: Callable[[str], Model]) -> None:
     target = "127.0.0.1:1"
     with running(tiny("llama"), role="decode", prefill_target=target) as decode:
-        source = PrefillServer(decode.target, tiny("llama"), shared_memory=False)
+        source = PrefillServer(decode.target, tiny("llama"), "messages")
         with pytest.raises(EngineFault, match=decode.target):
             await anext(source.stream(TASK, None))
         await source.close()
 
 
 async def test_no_server_is_unavailable(tiny: Callable[[str], Model]) -> None:
-    source = PrefillServer("127.0.0.1:1", tiny("llama"), shared_memory=True)
+    source = PrefillServer("127.0.0.1:1", tiny("llama"))
     with pytest.raises(PrefillUnavailable, match=r"127\.0\.0\.1:1"):
         await anext(source.stream(TASK, None))
     await source.close()
@@ -75,7 +75,7 @@ async def two(tiny: Callable[[str], Model]) -> AsyncIterator[tuple[PrefillServer
     model = tiny("llama")
     with running(model, role="prefill") as one, running(model, role="prefill") as other:
         servers = PrefillServers(
-            [PrefillServer(each.target, model, shared_memory=False) for each in (one, other)]
+            [PrefillServer(each.target, model, "messages") for each in (one, other)]
         )
         yield servers, [one, other]
         await servers.close()
@@ -103,7 +103,7 @@ async def test_a_server_with_another_model_is_passed_over(tiny: Callable[[str], 
     model = tiny("llama")
     with running(tiny("qwen2"), role="prefill") as bad, running(model, role="prefill") as good:
         servers = PrefillServers(
-            [PrefillServer(each.target, model, shared_memory=False) for each in (bad, good)]
+            [PrefillServer(each.target, model, "messages") for each in (bad, good)]
         )
         assert "PrefillRestarted" in await events_of(servers)
         for _ in range(3):

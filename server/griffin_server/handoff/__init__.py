@@ -1,1 +1,1 @@
-"""What travels from Prefill to Decode: KV, statistic and experts, by chunks or shared memory."""
+"""What travels from Prefill to Decode: KV, statistic and experts, and the ways KV can go."""

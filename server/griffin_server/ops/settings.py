@@ -25,6 +25,8 @@ from griffin_core.experts.selection import PolicyName
 from griffin_core.model.source import DEFAULT_MODEL
 from griffin_server.ops.logging import LogFormat
 
+HandoffWay = Literal["auto", "shared_memory", "messages"]
+
 _config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
 
@@ -64,8 +66,11 @@ class Settings(BaseSettings):
     own_prefill_tokens: int = Field(
         32, ge=0, description="Role decode runs prompts of up to so many tokens itself."
     )
-    shared_memory: bool = Field(
-        True, description="Take KV through shared memory from a prefill server on the same host."
+    handoff: HandoffWay = Field(
+        "auto",
+        description="How KV comes from a prefill server. auto: where both are on one host, from "
+        "its GPU's memory or through shared memory, else in messages; shared_memory: not from its "
+        "GPU's; messages: in messages alone.",
     )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes cuda if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -103,7 +108,10 @@ class Settings(BaseSettings):
         60.0, ge=0, description="How long a session waits for a client that does not read."
     )
     prefill_chunk_tokens: int = Field(
-        512, ge=1, description="Prompt tokens that run at once, between two decode steps."
+        0,
+        ge=0,
+        description="Prompt tokens that run at once, between two decode steps; 0 is 512 on a CPU "
+        "and 2048 on a GPU.",
     )
     prefill_share: float = Field(
         0.5, gt=0, le=1, description="Of the time, for prompts while sessions decode."

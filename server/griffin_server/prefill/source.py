@@ -41,6 +41,7 @@ from griffin_server.handoff.transports import (
     SharedMemoryReader,
 )
 from griffin_server.ops.interceptors import REQUEST_ID_KEY, request_id_var
+from griffin_server.ops.settings import HandoffWay
 from griffin_server.ops.status import details_of
 
 log = structlog.get_logger("griffin.prefill")
@@ -147,10 +148,10 @@ class PrefillServer:
     Args:
         target: its gRPC name: host:port, or dns:///name for all addresses of a name, in turn.
         model: this side's; the other must hold the same.
-        shared_memory: whether to take the KV through memory, where both are on one host.
+        handoff: how the KV may come; see ``Settings``.
     """
 
-    def __init__(self, target: str, model: Model, *, shared_memory: bool) -> None:
+    def __init__(self, target: str, model: Model, handoff: HandoffWay = "auto") -> None:
         self.target = target
         self.outstanding_tokens = 0
         """Of the prompts it is running."""
@@ -164,10 +165,10 @@ class PrefillServer:
         self._abandoned: set[asyncio.Future[Segment | None]] = set()
         self._device = model.decoder.device
         self._ways: set[pb.Transport.ValueType] = set()
-        if shared_memory:
+        if handoff != "messages":
             self._ways.add(pb.TRANSPORT_SHARED_MEMORY)
-            if can_share(self._device):
-                self._ways.add(pb.TRANSPORT_CUDA_MEMORY)
+        if handoff == "auto" and can_share(self._device):
+            self._ways.add(pb.TRANSPORT_CUDA_MEMORY)
 
     async def stream(
         self, task: PrefillTask, timeout_s: float | None

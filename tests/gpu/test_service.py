@@ -1,0 +1,127 @@
+"""The whole service on CUDA: over gRPC, in one process and in two, by every way the KV can go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from griffin_client import Finished, GriffinClient, Stopping, Tokens
+from griffin_core.decode.task import ScoreTask
+from griffin_core.model.load import Model, load_model
+from griffin_core.prefill import LayerKv
+from griffin_server.handoff import cuda_memory, transports
+from tests.core.engines import complete, engine
+from tests.gpu.devices import needs_cuda
+from tests.gpu.test_cuda import task
+from tests.servers import Process, running
+from tests.tiny import FAMILIES, make_tiny
+
+pytestmark = [pytest.mark.gpu, needs_cuda]
+
+TOKENS = 24
+PROMPT = list(range(60))
+HANDOFFS = {"CudaReader": "auto", "SharedMemoryReader": "shared_memory", "ChunkReader": "messages"}
+"""What reads the KV, by the setting."""
+
+
+def generate(client: GriffinClient, density: float) -> list[int]:
+    stopping = Stopping(max_tokens=TOKENS, ignore_eos=True)
+    events = list(client.generate(token_ids=PROMPT, density=density, stopping=stopping))
+    assert isinstance(events[-1], Finished)
+    return [token for event in events if isinstance(event, Tokens) for token in event.ids]
+
+
+def by_engine(model: Model, density: float) -> list[int]:
+    with engine(model) as alone:
+        return complete(alone, task(density, prompt=len(PROMPT), tokens=TOKENS))[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_service_generates_and_scores_what_the_cpu_does(name: str, tmp_path: Path) -> None:
+    where = str(make_tiny(name, tmp_path / name))
+    on_cpu = load_model(where, dtype=torch.float32, device="cpu")
+    expected = by_engine(on_cpu, 0.5)
+    with engine(on_cpu) as alone:
+        _, scored = complete(alone, ScoreTask(prompt=tuple(PROMPT), continuation=tuple(range(20))))
+    with running(load_model(where, dtype=torch.float32, device="cuda")) as server:
+        assert generate(server.client(), 0.5) == expected
+    # In bfloat16 another token wins sooner or later; what it thinks of given ones is close.
+    with running(load_model(where, dtype=torch.bfloat16, device="cuda"), max_sessions=2) as server:
+        assert len(generate(server.client(), 0.5)) == TOKENS
+        ours = server.client().score(PROMPT, list(range(20)), density=1.0)
+        exact = torch.tensor(scored.logprobs)
+        got = torch.tensor([token.logprob for token in ours.tokens])
+        assert (got - exact).abs().mean() < 0.15 * exact.std()
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    return make_tiny("llama", tmp_path / "llama")
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch, way: type) -> list[LayerKv]:
+    """Events that this way brings from now on."""
+    read, brought = way.read, []
+
+    def counted(self: object, chunk: object) -> object:
+        event, covered = read(self, chunk)
+        brought.append(event)
+        return event, covered
+
+    monkeypatch.setattr(way, "read", counted)
+    return brought
+
+
+@pytest.mark.parametrize("way", HANDOFFS)
+def test_two_processes_generate_what_one_does(
+    way: str, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(half), dtype=torch.bfloat16, device="cuda")
+    expected = by_engine(model, 0.5)
+    brought = count_reads(monkeypatch, getattr(transports, way))
+    arguments = ("--role", "prefill", "--model", str(half), "--dtype", "bfloat16")
+    with Process(*arguments, "--device", "cuda", "--prefill-chunk-tokens", "25") as prefill:
+        target = prefill.target()
+        with running(
+            model, role="decode", prefill_target=target, handoff=HANDOFFS[way], max_sessions=2
+        ) as decode:
+            for _ in range(3):
+                assert generate(decode.client(), 0.5) == expected
+            assert len(brought) == 3 * 3 * 3  # requests, layers, chunks
+            assert all(event.kv.is_cuda for event in brought)
+            prefill.kill()
+            with pytest.raises(Exception, match="prefill"):
+                generate(decode.client(), 0.5)
+            assert decode.app.engine.sessions().result(10) == []
+
+
+def test_memory_that_cannot_be_mapped_is_given_up_without_an_error(
+    half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process cannot map what it has lent itself."""
+    model = load_model(str(half), dtype=torch.bfloat16, device="cuda")
+    expected = by_engine(model, 0.5)
+    by_segment = count_reads(monkeypatch, transports.SharedMemoryReader)
+    with (
+        running(model, role="prefill") as prefill,
+        running(model, role="decode", prefill_target=prefill.target, max_sessions=2) as decode,
+    ):
+        for _ in range(2):
+            assert generate(decode.client(), 0.5) == expected
+        assert len(by_segment) == 2 * 3
+
+
+def test_what_is_outside_the_lent_memory_is_not_read(half: Path) -> None:
+    lent = cuda_memory.Lent(torch.device("cuda"))
+    place = lent.lend(torch.ones(2, 3, 4, 5, device="cuda"))
+    assert place.pitch_bytes == 4 * 5 * 4 and len(place.handle) == 64
+    mappings = cuda_memory.Mappings()
+    place.handle = b"123"
+    with pytest.raises(cuda_memory.MappingError, match="3 bytes"):
+        mappings.copy(place, torch.zeros(4, device="cuda"), rows=1)
+    place.handle = bytes(64)
+    with pytest.raises(cuda_memory.MappingError, match="cuIpcOpenMemHandle"):
+        mappings.copy(place, torch.zeros(4, device="cuda"), rows=1)
+    mappings.close()
