@@ -19,6 +19,8 @@ from benchmarks.cuda_decode import DTYPE, PROMPT, SHAPES, copy_bandwidth
 from benchmarks.report import Rounds, finish
 from demo.__main__ import server
 from griffin_client import Finished, GriffinClient, Stopping
+from griffin_core.model.load import load_model
+from tests.servers import running
 from tests.tiny import byte_tokenizer
 
 LAYERS, ROUNDS = 4, 9
@@ -58,17 +60,15 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}: {kv_bytes / 1e6:.0f} MB of KV")
         print(f"ceiling: a copy of it takes {ceiling_ms:.2f} ms", flush=True)
 
-        def start(role: str, *arguments: str) -> GriffinClient:
-            common = ("--model", str(where), "--device", "cuda", "--no-cuda-graphs")
-            target = stack.enter_context(server("--role", role, *common, *arguments))
-            return stack.enter_context(GriffinClient(target))
-
-        clients = {"one process": start("all")}
         prefill = stack.enter_context(
             server("--role", "prefill", "--model", str(where), "--device", "cuda")
         )
-        for way in WAYS:
-            clients[way] = start("decode", "--prefill-target", prefill, "--handoff", way)
+        model = load_model(str(where), dtype=DTYPE, device="cuda")
+        clients = {}
+        for way in (None, *WAYS):
+            settings = {} if way is None else {"role": "decode", "prefill_target": prefill}
+            here = running(model, cuda_graphs=False, handoff=way or "auto", **settings)
+            clients[way or "one process"] = stack.enter_context(here).client()
         rounds = Rounds(
             {name: lambda client=client: first_token_s(client) for name, client in clients.items()},
             rounds=ROUNDS,

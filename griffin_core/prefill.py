@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -146,21 +147,28 @@ def prefill(
         if not is_last:
             yield None
     last_hidden = decoder.final_hidden(hidden[-1:])[0].float()
-    _wait_for(decoder.device)
-    selecting = time.perf_counter()
-    compute_s += selecting - clock
-    experts = select_experts(statistic.s2, selection, magnitude=decoder.magnitudes)
-    s = statistic.s2.sqrt()
-    _wait_for(decoder.device)
-    selection_s = time.perf_counter() - selecting
+    selecting = _moment(decoder.device)
+    experts = select_experts(statistic.s2, selection, magnitude=decoder.magnitudes).unbind()
+    s = statistic.s2.sqrt().unbind()
+    selection_s = _seconds(selecting, _moment(decoder.device))
+    compute_s += time.perf_counter() - clock
     for layer in range(len(decoder.layers)):
         yield LayerExperts(layer=layer, s=s[layer], experts=experts[layer])
-    yield PrefillFinished(
-        last_hidden=last_hidden, compute_s=compute_s + selection_s, selection_s=selection_s
-    )
+    yield PrefillFinished(last_hidden=last_hidden, compute_s=compute_s, selection_s=selection_s)
 
 
-def _wait_for(device: torch.device) -> None:
-    """Until it has done what it was given, so that times are its own."""
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
+def _moment(device: torch.device) -> float | torch.cuda.Event:
+    """Now, or on a GPU when it has done what it was given so far: it is not waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    """Between two moments of one device; waits for the second."""
+    if isinstance(begin, float) or isinstance(end, float):
+        return cast("float", end) - cast("float", begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

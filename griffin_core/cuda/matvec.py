@@ -136,7 +136,7 @@ def _rms_norm(
     OVERLAPS: tl.constexpr,
 ):
     others_may_begin_and_i_wait(OVERLAPS)
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     v = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)

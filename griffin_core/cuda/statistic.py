@@ -65,4 +65,5 @@ def add_s2_columns(s2: Tensor, z: Tensor, squares: Tensor) -> None:
         BLOCK=BLOCK,
         PARTS=triton.next_power_of_2(parts),
         num_warps=8,
+        num_stages=1,
     )

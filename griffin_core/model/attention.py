@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.model.spec import RotarySpec
 
 Rotation = tuple[Tensor, Tensor]
@@ -32,6 +33,11 @@ def rotate(x: Tensor, by: Rotation) -> None:
     """Rotates pairs (i, i + head_dim / 2) of x [N, heads, head_dim] in place, in the layout of
     Hugging Face checkpoints."""
     cos, sin = by
+    if runs_cuda_kernels(x.dtype, x.device):
+        from griffin_core.cuda.rotary import rotate_rows  # noqa: PLC0415  # needs triton
+
+        rotate_rows(x, cos, sin)
+        return
     swapped = x.roll(x.shape[-1] // 2, -1).mul_(sin)
     x.mul_(cos).add_(swapped)
 
@@ -42,10 +48,13 @@ class Visible:
 
     Args:
         first: index of the first cached token any new token sees; those before it are skipped.
-        mask: [T, S - first] bool, True where seen; None if every new token sees all of them.
+        causal: the cache holds the new tokens alone, and each sees those up to itself.
+        mask: [T, S - first] bool, True where seen, unless ``causal`` says it; None if every new
+            token sees all of them.
     """
 
     first: int
+    causal: bool
     mask: Tensor | None
 
 
@@ -58,13 +67,15 @@ def visible_tokens(start: int, count: int, window: int | None, device: torch.dev
     end = start + count
     first = 0 if window is None else max(0, start - window + 1)
     if count == 1:
-        return Visible(first=first, mask=None)
+        return Visible(first=first, causal=False, mask=None)
+    if start == 0 and (window is None or window >= end):
+        return Visible(first=0, causal=True, mask=None)
     queries = torch.arange(start, end, device=device)[:, None]
     keys = torch.arange(first, end, device=device)[None, :]
     mask = keys <= queries
     if window is not None:
         mask &= keys > queries - window
-    return Visible(first=first, mask=mask)
+    return Visible(first=first, causal=False, mask=mask)
 
 
 def attend(
@@ -93,13 +104,22 @@ def attend(
     q = q.transpose(0, 1)
     if softcap is None:
         out = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=visible.mask, scale=scale, enable_gqa=True
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=visible.mask,
+            is_causal=visible.causal,
+            scale=scale,
+            enable_gqa=True,
         )[0]
     else:  # no fused kernel of torch knows a soft cap
         group = heads // k.shape[0]
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
         scores = softcap * torch.tanh((q @ k.transpose(1, 2)) * scale / softcap)
-        if visible.mask is not None:
-            scores = scores.masked_fill(~visible.mask, float("-inf"))
+        mask = visible.mask
+        if visible.causal:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
         out = scores.float().softmax(dim=-1).to(v.dtype) @ v
     return out.transpose(0, 1).reshape(tokens, -1)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.kernels.attention import CacheTable, attend_kernel, attend_rows, cache_table
 from griffin_core.kernels.norm import MAX_VALUES, rms_norm
 from griffin_core.kernels.team import compile_kernels, runs_kernels
@@ -45,14 +46,13 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         shape = x.shape[-1:]
-        if (
-            self.kind == "rms"
-            and self.weight is not None
-            and runs_kernels(x.dtype, x.device)
-            and x.numel() <= MAX_VALUES
-            and x.is_contiguous()
-        ):
-            return rms_norm(x, self.weight, self.eps)
+        if self.kind == "rms" and self.weight is not None and x.is_contiguous():
+            if runs_kernels(x.dtype, x.device) and x.numel() <= MAX_VALUES:
+                return rms_norm(x, self.weight, self.eps)
+            if runs_cuda_kernels(x.dtype, x.device):
+                from griffin_core.cuda import matvec  # noqa: PLC0415  # needs triton
+
+                return matvec.rms_norm(x.view(-1, *shape), self.weight, self.eps).view(x.shape)
         if self.kind == "rms":
             return F.rms_norm(x.float(), shape, self.weight, self.eps).to(x.dtype)
         return F.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)

@@ -28,6 +28,7 @@ if DEVICE is not None:
     from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
     from griffin_core.cuda.feedforward import ExpertTable, feedforward
     from griffin_core.cuda.matvec import matvec, rms_norm
+    from griffin_core.cuda.rotary import rotate_rows
     from griffin_core.cuda.statistic import add_s2_columns
 
 DTYPES = (
@@ -293,3 +294,17 @@ def test_activations_and_the_statistic_of_them(
     after = before.clone()
     add_s2_columns(after, z, squares)
     torch.testing.assert_close(after.double(), before + s2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size"), [(3, 16), (13, 96), (40, 128)])
+def test_rotary_positions(heads: int, size: int, dtype: torch.dtype) -> None:
+    """On some heads of a row, in place; the others stay."""
+    qkv = randn(5, heads + 2, size, dtype=dtype)
+    cos, sin = (randn(5, 1, size, dtype=dtype) for _ in range(2))
+    exact = qkv.double()
+    exact[:, :heads] = (
+        exact[:, :heads] * cos.double() + exact[:, :heads].roll(size // 2, -1) * sin.double()
+    )
+    rotate_rows(qkv[:, :heads], cos, sin)
+    close(qkv, exact)
