@@ -85,6 +85,9 @@ class Engine:
         self.sharing: Sharing = sharing
         self._slim = slim or _slim_form(model.decoder)
         self._measures_private_limit = private_limit is None
+        self._measure_private_limit: Callable[[], PrivateLimit] = partial(
+            measure_private_limit, model.decoder, self._slim
+        )
         self._prefills = PrefillQueue(self.limits.max_queue)
         self._decoding = Decoding(
             model,
@@ -223,11 +226,8 @@ class Engine:
         with torch.inference_mode():
             try:
                 self._prepare_step()
-                decoder = self.model.decoder
-                # On a GPU the bytes decide, as measured (docs/BENCHMARKS.md).
-                by_bytes = runs_cuda_kernels(decoder.dtype, decoder.device)
-                if self._measures_private_limit and not by_bytes:
-                    self._decoding.private_limit(measure_private_limit(decoder, self._slim))
+                if self._measures_private_limit:
+                    self._decoding.private_limit(self._measure_private_limit())
                 self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
@@ -255,12 +255,14 @@ class Engine:
             from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
             if isinstance(self._slim, Indexed):  # other forms have no addresses
-                self._decoding.run_step = CudaStep(
+                step = CudaStep(
                     decoder,
                     max_tokens=self.limits.max_sessions,
                     graphs=self._cuda_graphs,
                     progress=self._note_start,
                 )
+                self._decoding.run_step = step
+                self._measure_private_limit = step.private_limit
 
     def _note_start(self, message: str) -> None:
         if self._stopping:

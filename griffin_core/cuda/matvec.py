@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from griffin_core.cuda.rows import tile
 from griffin_core.cuda.tuning import config, others_may_begin_and_i_wait, overlap, tuned
 
 
@@ -50,11 +51,7 @@ def _matvec(
     token = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < outer
-    ours = weight + rows.to(tl.int64)[:, None] * inner
-    columns = tl.arange(0, BLOCK)
-    ahead = tl.load(
-        ours + columns[None, :], mask=live[:, None] & (columns < inner)[None, :], other=0.0
-    )
+    ahead = tile(weight, rows, live, tl.arange(0, BLOCK), inner)
     others_may_begin_and_i_wait(OVERLAPS)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     square = tl.zeros((BLOCK,), tl.float32)
@@ -62,10 +59,7 @@ def _matvec(
         columns = begin + tl.arange(0, BLOCK)
         inside = columns < inner
         w = ahead
-        later = columns + BLOCK
-        ahead = tl.load(
-            ours + later[None, :], mask=live[:, None] & (later < inner)[None, :], other=0.0
-        )
+        ahead = tile(weight, rows, live, columns + BLOCK, inner)
         v = tl.load(x + token * inner + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_NORM:
             square += v * v

@@ -8,6 +8,8 @@ without a new capture.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -17,13 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
-from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, ExpertTable, feedforward
+from griffin_core.cuda.expert_table import ExpertTable
+from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
 from griffin_core.cuda.matvec import matvec, rms_norm
 from griffin_core.decode.step import StepLogits, StepTokens, decode_tokens
+from griffin_core.experts.selection import Selection
 from griffin_core.model.attention import Rotation, rotation
 from griffin_core.model.decoder import Decoder, Norm
 from griffin_core.model.linear import Linear
 from griffin_core.model.source import Progress
+from griffin_core.slim.crossover import (
+    PrivateLimit,
+    assumed_private_limit,
+    private_limit_of,
+)
 from griffin_core.slim.indexed import IndexedFF
 
 FFMode = Literal["dense", "shared", "private"]
@@ -31,6 +40,9 @@ MODES: tuple[FFMode, ...] = ("dense", "shared", "private")
 
 PROGRAMS = 2
 """Of attention, that a multiprocessor runs at once."""
+
+MOST_PRIVATE, ROUNDS = 16, 5
+"""Most sessions whose sets are timed beside a dense step, and how often."""
 
 IDS, STARTS, CAPACITIES, COUNTS, TABLES = range(5)
 """Rows of ``StepInputs``; from TABLES on, L of cache addresses, then L of expert sets."""
@@ -109,9 +121,9 @@ class StepInputs:
         self._device.copy_(self._host, non_blocking=True)
 
     def fill_usual(self, experts: Tensor) -> None:
-        """Gives every row one set in all layers."""
-        self._table[TABLES + self._layers :] = experts.data_ptr()
-        self._table[COUNTS] = experts.shape[0]
+        """Gives each row a set of its own, of experts [N, K], in all layers."""
+        self._table[TABLES + self._layers :] = [own.data_ptr() for own in experts]
+        self._table[COUNTS] = experts.shape[1]
         self._held = [experts] * self.tokens  # so that the next ``fill`` writes every row
 
     def _write_tables(self, column: int, session: StepTokens) -> None:
@@ -160,16 +172,12 @@ class CudaStep:
                 self._capture(progress)
 
     def _capture(self, progress: Progress | None) -> None:
-        # Configurations are chosen on what will be usual: half of the neurons, of any kind.
-        every = self._spec.ff_width
-        usual = torch.randperm(every, device=self._decoder.device)[: (every + 1) // 2]
-        usual = usual.sort().values.int()
         pool = None
         for size in reversed(self._inputs):
             if progress is not None:
                 progress(f"capturing a step of {size}")
             inputs = self._inputs[size]
-            inputs.fill_usual(usual)
+            inputs.fill_usual(self._random_sets(size, 0.5))  # configurations are chosen on these
             for mode in MODES:
                 if mode == "shared" and size == 1:
                     continue
@@ -180,6 +188,34 @@ class CudaStep:
                     logits = self._run(inputs, mode)
                 pool = pool or graph.pool()
                 self._graphs[size, mode] = graph, logits
+
+    def _random_sets(self, sets: int, density: float) -> Tensor:
+        k = Selection(density=density).experts_of(self._spec.ff_width)
+        score = torch.rand((sets, self._spec.ff_width), device=self._decoder.device)
+        return score.topk(k).indices.sort(dim=1).values.int()
+
+    def private_limit(self) -> PrivateLimit:
+        """Up to how many sessions a set each pays, measured on the graphs; without them, what bytes
+        say."""
+        sizes = [size for size in self._inputs if size <= MOST_PRIVATE]
+        if not self._graphs:
+            return assumed_private_limit
+        return private_limit_of(
+            dense={size: self._seconds(size, "dense", 1.0) for size in sizes},
+            half={size: self._seconds(size, "private", 0.5) for size in sizes},
+            whole={size: self._seconds(size, "private", 1.0) for size in sizes},
+        )
+
+    def _seconds(self, size: int, mode: FFMode, density: float) -> float:
+        inputs, (graph, _) = self._inputs[size], self._graphs[size, mode]
+        inputs.fill_usual(self._random_sets(size, density))
+        times = []
+        for _ in range(ROUNDS + 1):  # the first warms up
+            clock = time.perf_counter()
+            graph.replay()
+            torch.cuda.current_stream().synchronize()
+            times.append(time.perf_counter() - clock)
+        return statistics.median(times[1:])
 
     def __call__(self, sessions: Sequence[StepTokens]) -> list[StepLogits]:
         """As ``decode_tokens``. Logits are good until the next step."""

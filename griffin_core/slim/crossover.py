@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -35,18 +35,41 @@ def measure_private_limit(decoder: Decoder, form: SlimForm) -> PrivateLimit:
     """Times the dense FF for 1 to 16 rows, and half of it for one.
 
     Returns:
-        For a density the largest n for which n slim products of one row take no longer than a
-        dense one of n rows. Between and beyond what was timed it is interpolated linearly.
+        See ``private_limit_of``.
     """
+    # A row of its own for each set, and one matrix product for all rows of a dense FF.
     layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].neurons.nbytes))]
     dense = {rows: _seconds(decoder, [layer.ff for layer in layers], rows) for rows in _ROWS}
     width = decoder.spec.ff_width
-    half = torch.arange(Selection(density=0.5).experts_of(width), dtype=torch.int32)
-    slim = _seconds(decoder, [form.build(layer, half, "one") for layer in layers], 1)
+    experts = torch.arange(Selection(density=0.5).experts_of(width), dtype=torch.int32)
+    slim = _seconds(decoder, [form.build(layer, experts, "one") for layer in layers], 1)
+    return private_limit_of(
+        dense,
+        half={rows: rows * slim for rows in _ROWS},
+        whole={rows: rows * dense[1] for rows in _ROWS},
+    )
+
+
+def private_limit_of(
+    dense: Mapping[int, float], half: Mapping[int, float], whole: Mapping[int, float]
+) -> PrivateLimit:
+    """What times say.
+
+    Args:
+        dense: by number of sessions, with all of them dense.
+        half, whole: with a set each, of half of the neurons and of all.
+
+    Returns:
+        For a density the largest n for which n sets take no longer than n dense sessions. Between
+        and beyond what was timed it is interpolated linearly.
+    """
 
     def limit(density: float) -> int:
-        alone = max(0.0, slim + (density - 0.5) / 0.5 * (dense[1] - slim))
-        pays = [n for n in range(1, _ROWS[-1] + 1) if n * alone <= _between(dense, n)]
+        def private(n: int) -> float:
+            of_half = _between(half, n)
+            return of_half + (density - 0.5) / 0.5 * (_between(whole, n) - of_half)
+
+        pays = [n for n in range(1, max(dense) + 1) if private(n) <= _between(dense, n)]
         return max(pays, default=1)
 
     return limit
@@ -64,8 +87,8 @@ def _seconds(decoder: Decoder, blocks: Sequence[SlimFF], rows: int) -> float:
     return statistics.median(times[1:])
 
 
-def _between(dense: dict[int, float], rows: int) -> float:
-    low = max(r for r in dense if r <= rows)
-    high = min(r for r in dense if r >= rows)
+def _between(times: Mapping[int, float], rows: int) -> float:
+    low = max(r for r in times if r <= rows)
+    high = min(r for r in times if r >= rows)
     share = (rows - low) / (high - low) if high > low else 0.0
-    return dense[low] + share * (dense[high] - dense[low])
+    return times[low] + share * (times[high] - times[low])

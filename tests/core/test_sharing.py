@@ -14,7 +14,11 @@ from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
-from griffin_core.slim.crossover import assumed_private_limit, measure_private_limit
+from griffin_core.slim.crossover import (
+    assumed_private_limit,
+    measure_private_limit,
+    private_limit_of,
+)
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, complete, engine, finish, submit
 from tests.servers import eventually
@@ -204,6 +208,15 @@ def test_a_later_turn_keeps_its_sharing_and_joins_again(running: Engine) -> None
     sessions = [running._decoding.scheduler.find(each.turn_id) for each in (first, other)]
     eventually(lambda: sessions[0].view is sessions[1].view)
     assert as_lists(chosen(sessions[0])) == by_formula(*sessions)
+
+
+def test_private_sets_pay_as_long_as_they_take_no_longer_than_dense() -> None:
+    limit = private_limit_of(
+        dense={1: 10.0, 2: 12.0, 4: 14.0},
+        half={1: 6.0, 2: 11.0, 4: 20.0},
+        whole={1: 10.0, 2: 19.0, 4: 36.0},
+    )
+    assert [limit(density) for density in (0.25, 0.5, 0.75, 1.0)] == [4, 2, 1, 1]
 
 
 def test_the_crossover_is_measured(model: Model) -> None:

@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.gpu, needs_triton]
 if DEVICE is not None:
     from griffin_core.cuda.activation import activate_rows
     from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
-    from griffin_core.cuda.feedforward import ExpertTable, feedforward
+    from griffin_core.cuda.expert_table import ExpertTable
+    from griffin_core.cuda.feedforward import feedforward
     from griffin_core.cuda.matvec import matvec, rms_norm
     from griffin_core.cuda.rotary import rotate_rows
     from griffin_core.cuda.statistic import add_s2_columns

@@ -165,3 +165,20 @@ def test_more_tokens_and_more_sessions_than_graphs_take_run_layer_by_layer(
             )
         for one, two in zip(step(pairs[0]), decode_tokens(decoder, pairs[1]), strict=True):
             assert torch.equal(one.logits, two.logits)
+
+
+def test_the_crossover_is_measured_on_the_graphs_and_leaves_no_trace(
+    tiny_directory: Callable[[str], Path],
+) -> None:
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
+    measured, fresh = (CudaStep(decoder, max_tokens=4, graphs=True) for _ in range(2))
+    limit = measured.private_limit()
+    assert all(1 <= limit(density) <= 4 for density in (0.01, 0.5, 1.0))
+    assert CudaStep(decoder, max_tokens=4, graphs=False).private_limit()(0.5) == 2  # by bytes
+    view = on(Indexed(), decoder, random_sets(decoder, 44))
+    made = []
+    for step in (measured, fresh):
+        caches = [prefilled(decoder, prompt) for prompt in PROMPTS]
+        tokens = [StepTokens(cache=cache, view=view, token_ids=[5]) for cache in caches]
+        made.append(torch.cat([result.logits.clone() for result in step(tokens)]))
+    assert torch.equal(*made)
