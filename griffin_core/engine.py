@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from griffin_core.cuda import runs_cuda_kernels
-from griffin_core.decode.decoding import Decoding
+from griffin_core.decode.decoding import Decoding, Holdings
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import SessionInfo, Sharing
@@ -28,6 +28,7 @@ from griffin_core.errors import EngineStopped
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
+from griffin_core.observer import Observer
 from griffin_core.prefill import PrefillEvent, prefill
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun, PrefillStreamEvent, PrefillTask
 from griffin_core.slim.base import SlimForm
@@ -63,6 +64,7 @@ class Engine:
         threads: of the engine's thread on a CPU; None for torch's default. No other thread of the
             process should multiply matrices: OpenMP gives each its own workers, and as soon as
             there are more of them than CPUs, all wait for one another by sleeping (docs/LOG.md).
+        observer: is told what is done.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine:
         stream_interval: int | None = None,
         own_prefill_tokens: int | None = None,
         threads: int | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.model = model
         self.limits = limits or Limits()
@@ -88,7 +91,8 @@ class Engine:
         self._measure_private_limit: Callable[[], PrivateLimit] = partial(
             measure_private_limit, model.decoder, self._slim
         )
-        self._prefills = PrefillQueue(self.limits.max_queue)
+        observer = observer or Observer()
+        self._prefills = PrefillQueue(self.limits.max_queue, observer)
         self._decoding = Decoding(
             model,
             limits=self.limits,
@@ -97,6 +101,7 @@ class Engine:
             slim=self._slim,
             private_limit=private_limit or assumed_private_limit,
             prefills=self._prefills,
+            observer=observer,
             stream_interval=stream_interval,
             own_prefill_tokens=own_prefill_tokens,
         )
@@ -162,6 +167,10 @@ class Engine:
     def sessions(self) -> Future[list[SessionInfo]]:
         """All sessions, oldest first."""
         return self._ask(self._decoding.infos)
+
+    def holdings(self) -> Future[Holdings]:
+        """What is held now, by how many."""
+        return self._ask(self._decoding.holdings)
 
     def prefill(self, task: PrefillTask, sink: Sink[PrefillStreamEvent]) -> PrefillRun:
         """Queues a prefill for another server. Events go to ``sink`` up to PrefillFinished or

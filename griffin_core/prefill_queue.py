@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from griffin_core.decode.events import Failed, Sink
 from griffin_core.errors import CapacityExhausted, EngineFault
 from griffin_core.experts.selection import Selection
+from griffin_core.observer import Observer
 from griffin_core.prefill import PrefillEvent, PrefillFinished
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class PrefillRun:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def turn(self) -> bool:
+    def turn(self, observer: Observer) -> bool:
         """Runs to the end of a chunk, or until the sink is full. True when there is no more."""
         if self._events is None:
             self.sink.put(PrefillBegun(queue_s=time.monotonic() - self._arrived))
@@ -89,6 +90,7 @@ class PrefillRun:
                 return False
             self.sink.put(event)
             if isinstance(event, PrefillFinished):
+                observer.prefilled(event)
                 return True
             if not self.sink.ready():
                 return False
@@ -100,9 +102,11 @@ class PrefillQueue:
 
     Args:
         max_waiting: prefills for other servers that may wait behind the one that runs.
+        observer: is told of each prompt that has run.
     """
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, observer: Observer) -> None:
+        self._observer = observer
         self._max_waiting = max_waiting
         self._runs: deque[PrefillRun] = deque()
 
@@ -132,7 +136,7 @@ class PrefillQueue:
         if run is None:
             return
         try:
-            done = run.turn()
+            done = run.turn(self._observer)
         except Exception as error:
             log.exception("prefill failed")
             run.sink.put(Failed(error=EngineFault(f"{type(error).__name__}: {error}")))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,6 +34,7 @@ from griffin_core.errors import (
 )
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
+from griffin_core.observer import Observer
 from griffin_core.prefill import PrefillEvent, PrefillFinished, PrefillRestarted, prefill
 from griffin_core.prefill_queue import (
     PrefillBegun,
@@ -53,6 +56,21 @@ BUILD_S = 0.01
 waits for a view is then delayed about as much as those who do not."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """What an engine holds.
+
+    Args:
+        sessions: how many are in each state.
+        limit_bytes: what views and caches may hold together.
+    """
+
+    sessions: dict[State, int]
+    slim_view_bytes: int
+    kv_cache_bytes: int
+    limit_bytes: int
+
+
 class Decoding:
     """The sessions, and what each of them is doing. Owned by the engine's thread.
 
@@ -66,6 +84,7 @@ class Decoding:
         prefills: where prompts queue that this engine runs itself.
         own_prefill_tokens: prompts of a new session up to this many tokens are among them; None
             for all.
+        observer: is told of steps and choices.
     """
 
     def __init__(
@@ -80,6 +99,7 @@ class Decoding:
         prefills: PrefillQueue,
         stream_interval: int | None,
         own_prefill_tokens: int | None,
+        observer: Observer,
     ) -> None:
         self._model = model
         self._decoder = model.decoder
@@ -89,6 +109,7 @@ class Decoding:
         self._prefills = prefills
         self._pace = Pace(stream_interval)
         self._own_prefill_tokens = own_prefill_tokens
+        self._observer = observer
         self.budget = Budget(limits.session_bytes)
         self.scheduler = Scheduler(limits, self._free)
         self._caches = Caches(model.decoder, self.budget)
@@ -170,6 +191,17 @@ class Decoding:
         """All sessions, oldest first."""
         return [session.info(self._decoder.spec.ff_width) for session in self.scheduler]
 
+    def holdings(self) -> Holdings:
+        """What is held now, by how many."""
+        states = Counter(session.state for session in self.scheduler)
+        views = self._views.nbytes
+        return Holdings(
+            sessions={state: states[state] for state in State},
+            slim_view_bytes=views,
+            kv_cache_bytes=self.budget.held - views,
+            limit_bytes=self._limits.session_bytes,
+        )
+
     # -- what becomes due ------------------------------------------------------------------------
 
     def tick(self) -> None:
@@ -226,6 +258,7 @@ class Decoding:
             for session in sessions:
                 self._guarded(session, lambda s: self._run([s]))
         self._step_s = time.monotonic() - clock
+        self._observer.stepped(self._step_s, len(sessions))
 
     def _run(self, sessions: list[Session]) -> None:
         results = self.run_step([_step_tokens(s) for s in sessions])
@@ -374,6 +407,8 @@ class Decoding:
         self._own_prefills.pop(session.turn_id, None)
         session.clock.prefilled = time.monotonic()
         session.clock.selection_s = event.selection_s
+        assert session.experts is not None
+        self._observer.chose(session.experts)
         session.state = State.DECODE
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
         if session.work.begin(session, self._decoder.head(hidden[None])[0]):

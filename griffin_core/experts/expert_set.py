@@ -63,10 +63,11 @@ class ExpertSet:
                 f"expert sets of different shape: F = {self.ff_width} and {other.ff_width}, "
                 f"L = {len(self.layers)} and {len(other.layers)}"
             )
-        overlaps = []
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            both = torch.isin(mine, theirs).sum().item()
-            overlaps.append(both / (mine.numel() + theirs.numel() - both))
+        inside = torch.zeros((len(self.layers), self.ff_width), dtype=torch.bool)
+        inside.scatter_(1, self.indices.to("cpu", torch.int64), True)
+        both = inside.gather(1, other.indices.to("cpu", torch.int64)).sum(dim=1)
+        either = self.indices.shape[1] + other.indices.shape[1] - both
+        overlaps: list[float] = (both / either).tolist()
         return overlaps
 
 

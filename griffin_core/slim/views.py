@@ -111,6 +111,11 @@ class SlimViews:
                 return
 
     @property
+    def nbytes(self) -> int:
+        """The most that all views hold."""
+        return sum(view.nbytes for view in self._views.values())
+
+    @property
     def building(self) -> bool:
         """Whether ``build`` has something to do."""
         return bool(self._unbuilt)

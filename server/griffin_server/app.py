@@ -25,7 +25,9 @@ from griffin_server.channel import Mail
 from griffin_server.generation.service import GenerationServicer
 from griffin_server.handoff.shared_memory import remove_stale_segments
 from griffin_server.ops.cpus import available_cpus
+from griffin_server.ops.http import HttpServer
 from griffin_server.ops.interceptors import CallInterceptor
+from griffin_server.ops.metrics import Metrics
 from griffin_server.ops.settings import Settings
 from griffin_server.prefill.service import PrefillServicer
 from griffin_server.prefill.source import PREFILL_SERVICE, PrefillServer, PrefillServers
@@ -71,6 +73,7 @@ class App:
     def __init__(self, settings: Settings, model: Model) -> None:
         self._settings = settings
         self.threads = settings.threads or available_cpus()
+        self.metrics = Metrics()
         self.engine = Engine(
             model,
             limits=Limits(
@@ -90,8 +93,11 @@ class App:
             private_limit=assumed_private_limit if settings.role == "prefill" else None,
             own_prefill_tokens=settings.own_prefill_tokens if settings.prefill_target else None,
             threads=self.threads,
+            observer=self.metrics,
         )
-        self._calls = CallInterceptor()
+        self.metrics.watch(self.engine)
+        self._calls = CallInterceptor(self.metrics)
+        self._http: HttpServer | None = None
         self._health = health.HealthServicer()
         self._prefill: PrefillServers | None = None
         self._server: Any = None
@@ -102,7 +108,7 @@ class App:
         """Listens and starts the engine; until that is ready, calls are refused with UNAVAILABLE.
 
         Raises:
-            ListenError: the address is taken or not this machine's.
+            ListenError: an address is taken or not this machine's.
             EngineFault: the engine did not come up.
         """
         settings = self._settings
@@ -126,6 +132,19 @@ class App:
             raise ListenError(f"host, port: cannot listen on {address} ({error})") from error
         for name in ("", *services):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        if settings.metrics_port:
+            try:
+                self._http = HttpServer(
+                    settings.host,
+                    settings.metrics_port,
+                    self.metrics.registry,
+                    lambda: self._calls.serving,
+                )
+            except OSError as error:
+                where = f"{settings.host}:{settings.metrics_port}"
+                raise ListenError(
+                    f"host, metrics_port: cannot listen on {where} ({error})"
+                ) from error
         self.engine.start()
         await self._server.start()
         try:
@@ -153,12 +172,13 @@ class App:
                 remove_stale_segments()
                 self._prefill = PrefillServers(
                     [
-                        PrefillServer(target, engine.model, settings.handoff)
+                        PrefillServer(target, engine.model, settings.handoff, self.metrics)
                         for target in settings.prefill_target
                     ]
                 )
             generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-                GenerationServicer(engine, self._prefill, settings.role, mail), self._server
+                GenerationServicer(engine, self._prefill, settings.role, mail, self.metrics),
+                self._server,
             )
             services.append(GENERATION)
         if settings.role in ("all", "prefill"):
@@ -184,6 +204,8 @@ class App:
         await self._health.enter_graceful_shutdown()
         await self._calls.close(self._settings.shutdown_grace_s)
         await asyncio.to_thread(self.engine.stop)
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
         # What is left are statuses on their way, and watchers of health, who would never end.
         await self._server.stop(STATUSES_S if self._calls.active else WATCHERS_S)
         if self._prefill is not None:

@@ -21,6 +21,7 @@ from griffin_client import (
     GriffinClientError,
     Sampling,
     Sharing,
+    Started,
     Stopping,
     Tokens,
 )
@@ -169,8 +170,9 @@ async def _one(
                     first = now
                     results.first_token_s.append(now - begin)
                 last = now
+            elif isinstance(event, Started):
+                results.prompt_tokens += event.prompt_tokens
             elif isinstance(event, Finished):
-                results.prompt_tokens += event.usage.prompt_tokens
                 results.end_to_end_s.append(now - begin)
     except GriffinClientError as error:
         results.errors[error.code.name] += 1

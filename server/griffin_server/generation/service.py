@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -28,6 +29,7 @@ from griffin_server import __version__
 from griffin_server.channel import Channel, Mail
 from griffin_server.generation import convert
 from griffin_server.ops.interceptors import request_id_var
+from griffin_server.ops.metrics import Metrics
 from griffin_server.prefill.source import PrefillServers
 
 TOKENS_AHEAD = 64
@@ -43,53 +45,66 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         prefill: where prompts are run that the engine does not run itself; None if there are none.
         role: "all" or "decode", for GetModelInfo.
         mail: what brings the engine's events here.
+        metrics: where requests are counted.
     """
 
     def __init__(
-        self, engine: Engine, prefill: PrefillServers | None, role: str, mail: Mail
+        self,
+        engine: Engine,
+        prefill: PrefillServers | None,
+        role: str,
+        mail: Mail,
+        metrics: Metrics,
     ) -> None:
         self._engine = engine
         self._model = engine.model
         self._prefill = prefill
         self._role = role
         self._mail = mail
+        self._metrics = metrics
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         model = self._model
-        # A long text takes the tokenizer tens of milliseconds.
-        task = await asyncio.to_thread(
-            convert.generate_task,
-            request,
-            model.tokenizer,
-            model.decoder.spec,
-            context.time_remaining(),
-        )
-        async with aclosing(self._events(task, context)) as events:
-            async for event in events:
-                match event:
-                    case Started():
-                        yield convert.started_to_pb(event, request_id_var.get())
-                    case TokensMade():
-                        yield convert.tokens_to_pb(event, model.tokenizer)
-                    case Finished():
-                        yield convert.finished_to_pb(event)
+        with self._metrics.request(time.monotonic(), context) as counted:
+            # A long text takes the tokenizer tens of milliseconds.
+            task = await asyncio.to_thread(
+                convert.generate_task,
+                request,
+                model.tokenizer,
+                model.decoder.spec,
+                context.time_remaining(),
+            )
+            async with aclosing(self._events(task, context)) as events:
+                async for event in events:
+                    match event:
+                        case Started():
+                            counted.started_with(event)
+                            yield convert.started_to_pb(event, request_id_var.get())
+                        case TokensMade():
+                            counted.made(event)
+                            yield convert.tokens_to_pb(event, model.tokenizer)
+                        case Finished():
+                            counted.completed(event)
+                            yield convert.finished_to_pb(event)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         model = self._model
-        task = await asyncio.to_thread(
-            convert.score_task,
-            request,
-            model.tokenizer,
-            model.decoder.spec,
-            context.time_remaining(),
-        )
-        async with aclosing(self._events(task, context)) as events:
-            async for event in events:
-                if isinstance(event, Scored):
-                    return convert.scored_to_pb(task, event, request_id_var.get())
-        raise EngineFault("scoring ended without a result")
+        with self._metrics.request(time.monotonic(), context) as counted:
+            task = await asyncio.to_thread(
+                convert.score_task,
+                request,
+                model.tokenizer,
+                model.decoder.spec,
+                context.time_remaining(),
+            )
+            async with aclosing(self._events(task, context)) as events:
+                async for event in events:
+                    if isinstance(event, Scored):
+                        counted.finish_reason = "SCORED"
+                        return convert.scored_to_pb(task, event, request_id_var.get())
+            raise EngineFault("scoring ended without a result")
 
     async def _events(
         self, task: GenerateTask | ScoreTask, context: Context

@@ -98,6 +98,13 @@ class HandoffReader:
         """Whether the handoff is whole and verified."""
 
     @property
+    def transport(self) -> str:
+        """The way the KV comes, in lower case."""
+        assert self._way is not None
+        name = pb.Transport.Name(self._way.transport)
+        return name.removeprefix("TRANSPORT_").lower()
+
+    @property
     def declined(self) -> bool:
         """Whether the other side did not go the way that was offered."""
         return self._way is not None and self._way.transport != self._offered.transport

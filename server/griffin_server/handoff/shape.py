@@ -39,6 +39,15 @@ class HandoffShape:
         """Keys and values of all tokens in all layers."""
         return self.layers * self.tokens * self.token_bytes
 
+    def bytes_by_kind(self) -> dict[str, int]:
+        """What a whole handoff moves: KV, statistic, experts, last hidden state."""
+        return {
+            "kv": self.kv_bytes,
+            "statistic": self.layers * self.ff_width * 4,
+            "experts": self.layers * self.experts_per_layer * 4,
+            "hidden": self.width * 4,
+        }
+
 
 def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
     """The shape of a task's handoff from or to ``model``."""

@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 from griffin_core.errors import EngineFault, EngineStopped, GriffinError, InvalidRequest
+from griffin_server.ops.metrics import GrpcCall, Metrics
 from griffin_server.ops.status import abort, code_of
 
 REQUEST_ID_KEY = "x-request-id"
@@ -31,7 +32,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of package ``griffin.v1``; health and reflection pass untouched."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self.active = 0
         """Calls being served."""
         self._closed = False
@@ -42,6 +44,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Lets calls in."""
         if not self._closed:
             self._refusal = None
+
+    @property
+    def serving(self) -> bool:
+        """Whether calls are let in."""
+        return self._refusal is None
 
     async def close(self, grace_s: float) -> None:
         """Refuses new calls, and waits for the running ones, so long at most."""
@@ -73,24 +80,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]]) -> Any:
         async def call(request: Any, context: Context) -> Any:
-            async with self._around(method, request, context):
-                return await behavior(request, context)
+            async with self._around("unary", method, request, context) as counted:
+                response = await behavior(request, context)
+                counted.sent()
+                return response
 
         return call
 
     def _stream(self, method: str, behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._around(method, request, context):
+            async with self._around("server_stream", method, request, context) as counted:
                 responses: Any = behavior(request, context)
                 async with aclosing(responses):
                     async for response in responses:
+                        counted.sent()
                         yield response
 
         return call
 
     @asynccontextmanager
-    async def _around(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
+    async def _around(
+        self, kind: str, method: str, request: Any, context: Context
+    ) -> AsyncIterator[GrpcCall]:
         clock = time.perf_counter()
+        counted = self._metrics.grpc_call(kind, method)
         self.active += 1
         code = "OK"
         try:
@@ -100,7 +113,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             request_id_var.set(request_id)
             structlog.contextvars.bind_contextvars(request_id=request_id)
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-            yield
+            yield counted
         except GriffinError as error:
             code = code_of(error)[0].name
             await abort(context, error)
@@ -108,6 +121,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = "CANCELLED"
             raise
         except grpc.aio.AbortError:
+            code = context.code().name
             raise
         except Exception as error:
             code = "INTERNAL"
@@ -117,8 +131,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self.active -= 1
             if self._closed and not self.active:
                 self._idle.set()
-            seconds = round(time.perf_counter() - clock, 6)
-            log.info("call", method=method, code=code, seconds=seconds)
+            seconds = time.perf_counter() - clock
+            counted.handled(code, seconds)
+            log.info("call", method=method, code=code, seconds=round(seconds, 6))
 
 
 def _request_id(request: Any, context: Context) -> str:

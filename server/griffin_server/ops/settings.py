@@ -123,6 +123,9 @@ class Settings(BaseSettings):
         "0 is 1 for up to 4 streams, and up to 4 for more of them while no prompt is read.",
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Of /metrics and /healthz over HTTP; 0 for neither."
+    )
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="How long running calls may go on after SIGTERM."
     )

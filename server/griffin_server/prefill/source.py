@@ -41,6 +41,7 @@ from griffin_server.handoff.transports import (
     SharedMemoryReader,
 )
 from griffin_server.ops.interceptors import REQUEST_ID_KEY, request_id_var
+from griffin_server.ops.metrics import Metrics
 from griffin_server.ops.settings import HandoffWay
 from griffin_server.ops.status import details_of
 
@@ -149,9 +150,16 @@ class PrefillServer:
         target: its gRPC name: host:port, or dns:///name for all addresses of a name, in turn.
         model: this side's; the other must hold the same.
         handoff: how the KV may come; see ``Settings``.
+        metrics: where handoffs are counted.
     """
 
-    def __init__(self, target: str, model: Model, handoff: HandoffWay = "auto") -> None:
+    def __init__(
+        self,
+        target: str,
+        model: Model,
+        handoff: HandoffWay = "auto",
+        metrics: Metrics | None = None,
+    ) -> None:
         self.target = target
         self.outstanding_tokens = 0
         """Of the prompts it is running."""
@@ -164,6 +172,7 @@ class PrefillServer:
         self._pool = SegmentPool()
         self._abandoned: set[asyncio.Future[Segment | None]] = set()
         self._device = model.decoder.device
+        self._metrics = metrics or Metrics()
         self._ways: set[pb.Transport.ValueType] = set()
         if handoff != "messages":
             self._ways.add(pb.TRANSPORT_SHARED_MEMORY)
@@ -201,6 +210,7 @@ class PrefillServer:
     async def _call(
         self, task: PrefillTask, shape: HandoffShape, timeout_s: float | None
     ) -> AsyncGenerator[PrefillEvent, None]:
+        clock = time.monotonic()
         way = await self._way(shape)
         reader = HandoffReader(shape, way, ChunkReader(shape, self._device))
         call: Any = None
@@ -214,6 +224,7 @@ class PrefillServer:
                 if (event := reader.read(message)) is not None:
                     yield event
                 if reader.finished:  # how the call ends is no matter any more
+                    self._metrics.handed_over(shape, reader.transport, time.monotonic() - clock)
                     return
             raise HandoffBroken(f"handoff: {self.target} ended the stream before its end")
         except grpc.aio.AioRpcError as error:
