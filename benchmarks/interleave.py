@@ -44,12 +44,15 @@ def one_round(engine: Engine, chunk_tokens: int) -> tuple[float, list[float], li
     during: list[float] = []
     for stream in streams:
         stream.finished()
-        for last, moment in pairwise(stream.moments):
-            if arrived.submitted < moment <= arrived.moments[0]:
-                during.append(moment - last)
-            elif moment <= arrived.submitted:
-                before.append(moment - last)
-    return chunk_s, before[-10 * STREAMS :], during
+        during += [
+            moment - last
+            for last, moment in pairwise(stream.moments)
+            if arrived.submitted < moment <= arrived.moments[0]
+        ]
+        # Tokens of a message have one moment, so a step is a mean.
+        earlier = [moment for moment in stream.moments if moment <= arrived.submitted][-20:]
+        before.append((earlier[-1] - earlier[0]) / sum(moment > earlier[0] for moment in earlier))
+    return chunk_s, before, during
 
 
 def main() -> None:

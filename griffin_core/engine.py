@@ -285,8 +285,12 @@ class Engine:
         decoding.tick()
         self._take_commands(wait=not (self._prefills.has_work or decoding.has_work))
         if self._owed_s <= 0 or not decoding.has_work:
+            if self._prefills.has_work:
+                decoding.flush()
             clock = time.monotonic()
             self._prefills.turn()
+            if decoding.has_work and self.model.decoder.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # else the step is charged with the chunk
             share = self.limits.prefill_share
             self._owed_s = (time.monotonic() - clock) * (1 - share) / share
             self._take_commands(wait=False)

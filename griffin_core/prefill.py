@@ -1,4 +1,4 @@
-"""The prompt phase: token ids in, per-layer results out as each layer finishes."""
+"""The prompt phase: token ids in; each layer's KV out as it is made, its experts at the end."""
 
 from __future__ import annotations
 
@@ -129,29 +129,31 @@ def prefill(
     statistic = Statistic(decoder, s2)
     ids = torch.tensor(token_ids, dtype=torch.int64, device=decoder.device)
     first = cache.length
-    compute_s = 0.0
+    spans: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
     for begin in range(0, len(token_ids), chunk_tokens):
         chunk = ids[begin : begin + chunk_tokens]
         start, end = first + begin, first + begin + chunk.shape[0]
         is_last = begin + chunk_tokens >= len(token_ids)
-        clock = time.perf_counter()
+        began = _moment(decoder.device)
         hidden, batch = decoder.begin(chunk, [(cache, chunk.shape[0])])
         for layer in range(len(decoder.layers)):
             hidden = decoder.layer(layer, hidden, batch, statistic.dense(layer))
-            compute_s += time.perf_counter() - clock
+            ended = _moment(decoder.device)
+            spans.append((began, ended))
+            ready = None if isinstance(ended, float) else ended
             kv = cache.room(layer, start, end)
-            ready = torch.cuda.current_stream().record_event() if kv.is_cuda else None
             yield LayerKv(layer=layer, first_token=start, kv=kv, ready=ready)
-            clock = time.perf_counter()
+            began = _moment(decoder.device)
         cache.advance(chunk.shape[0])
         if not is_last:
             yield None
     last_hidden = decoder.final_hidden(hidden[-1:])[0].float()
     selecting = _moment(decoder.device)
+    spans.append((began, selecting))
     experts = select_experts(statistic.s2, selection, magnitude=decoder.magnitudes).unbind()
     s = statistic.s2.sqrt().unbind()
     selection_s = _seconds(selecting, _moment(decoder.device))
-    compute_s += time.perf_counter() - clock
+    compute_s = sum(_seconds(*span) for span in spans) + selection_s
     for layer in range(len(decoder.layers)):
         yield LayerExperts(layer=layer, s=s[layer], experts=experts[layer])
     yield PrefillFinished(last_hidden=last_hidden, compute_s=compute_s, selection_s=selection_s)

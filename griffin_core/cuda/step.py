@@ -197,9 +197,9 @@ class CudaStep:
     def private_limit(self) -> PrivateLimit:
         """Up to how many sessions a set each pays, measured on the graphs; without them, what bytes
         say."""
-        sizes = [size for size in self._inputs if size <= MOST_PRIVATE]
         if not self._graphs:
             return assumed_private_limit
+        sizes = [size for size in self._inputs if size <= MOST_PRIVATE]
         return private_limit_of(
             dense={size: self._seconds(size, "dense", 1.0) for size in sizes},
             half={size: self._seconds(size, "private", 0.5) for size in sizes},

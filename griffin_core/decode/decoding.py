@@ -235,6 +235,12 @@ class Decoding:
         due = [*stalled, *([] if expiry is None else [expiry])]
         return max(0.0, min(*due, LONGEST_WAIT_S)) if due else None
 
+    def flush(self) -> None:
+        """Shows what sessions hold back of their tokens: something that takes long comes next."""
+        for session in self.scheduler.live:
+            if session.state is State.DECODE:
+                session.work.flush(session)
+
     def step(self) -> None:
         """A token for every session whose view is built and whose reader keeps up."""
         if self._groups.choosing:
@@ -407,14 +413,14 @@ class Decoding:
         self._own_prefills.pop(session.turn_id, None)
         session.clock.prefilled = time.monotonic()
         session.clock.selection_s = event.selection_s
-        assert session.experts is not None
-        self._observer.chose(session.experts)
         session.state = State.DECODE
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
         if session.work.begin(session, self._decoder.head(hidden[None])[0]):
             self._finish(session)
         else:
             self._groups.join(session)
+        if session.experts is not None:
+            self._observer.chose(session.experts)
 
     def _finish(self, session: Session) -> None:
         if not session.keep:

@@ -20,7 +20,7 @@ STREAMS_SHOWN = 4
 """About how many streams a step shows tokens of, if it may choose."""
 
 MOST_SHOWN = 4
-"""Tokens a stream then holds back at most, less one."""
+"""Most tokens a stream then shows at once."""
 
 
 class Pace:

@@ -27,6 +27,8 @@ class ExpertSet:
     indices: Tensor
 
     def __post_init__(self) -> None:
+        if self.indices.ndim != 2:
+            raise ValueError(f"experts: got {tuple(self.indices.shape)}; allowed: [L, K]")
         check_experts(self.indices, self.ff_width, "experts")
 
     @cached_property

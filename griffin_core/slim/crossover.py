@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -60,7 +61,7 @@ def private_limit_of(
         half, whole: with a set each, of half of the neurons and of all.
 
     Returns:
-        For a density the largest n for which n sets take no longer than n dense sessions. Between
+        For a density the largest n up to which n sets take no longer than n dense sessions. Between
         and beyond what was timed it is interpolated linearly.
     """
 
@@ -69,8 +70,8 @@ def private_limit_of(
             of_half = _between(half, n)
             return of_half + (density - 0.5) / 0.5 * (_between(whole, n) - of_half)
 
-        pays = [n for n in range(1, max(dense) + 1) if private(n) <= _between(dense, n)]
-        return max(pays, default=1)
+        counts = range(1, max(dense) + 1)
+        return max(takewhile(lambda n: private(n) <= _between(dense, n), counts), default=1)
 
     return limit
 

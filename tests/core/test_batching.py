@@ -23,6 +23,7 @@ from griffin_core.prefill import LayerExperts, prefill
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, complete, engine, finish, submit
+from tests.servers import eventually
 from tests.tiny import MODELS
 
 
@@ -180,6 +181,16 @@ def test_the_smaller_the_share_the_more_steps_between_chunks(
     monkeypatch.undo()
     small = chunks_and_steps(model, monkeypatch, share=0.2)
     assert small.count("step") > 1.5 * large.count("step")
+
+
+def test_what_streams_hold_back_is_shown_before_a_chunk_of_a_prompt(model: Model) -> None:
+    with engine(model, own_prefill_tokens=None, stream_interval=1000) as running:
+        stopping = StoppingParams(max_tokens=240, ignore_eos=True)
+        stream, inbox = submit(running, GenerateTask(prompt=(1, 2, 3), stopping=stopping))
+        assert len(inbox.until(TokensMade).ids) == 1
+        eventually(lambda: running.session(stream).result(10).generated_tokens > 5)
+        finish(submit(running, GenerateTask(prompt=tuple(range(100))))[1])
+        assert 5 <= len(inbox.until(TokensMade).ids) < 239
 
 
 # -- slow readers ----------------------------------------------------------------------------------

@@ -217,6 +217,8 @@ def test_private_sets_pay_as_long_as_they_take_no_longer_than_dense() -> None:
         whole={1: 10.0, 2: 19.0, 4: 36.0},
     )
     assert [limit(density) for density in (0.25, 0.5, 0.75, 1.0)] == [4, 2, 1, 1]
+    noisy = {1: 6.0, 2: 13.0, 4: 13.9}  # four seem to pay, and two do not
+    assert private_limit_of({1: 10.0, 2: 12.0, 4: 14.0}, noisy, noisy)(0.5) == 1
 
 
 def test_the_crossover_is_measured(model: Model) -> None:

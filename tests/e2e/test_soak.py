@@ -8,6 +8,7 @@ import random
 import statistics
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,29 +18,38 @@ import pytest
 from griffin_client import AsyncGriffinClient, GriffinClient, Sampling, Tokens
 from griffin_core.model.load import Model
 from tests.core.engines import at_baseline
+from tests.e2e.prometheus import free_port
 from tests.e2e.test_load import PROMPT, prefill_command, several
 from tests.servers import Process, eventually, running
 
 pytestmark = pytest.mark.slow
 
-SOAK_S = 300.0
+SOAK_S, FILL_S = 300.0, 240.0
 STREAMS = 64
 DENSITIES = (1.0, 0.75, 0.5)
 
 
-@pytest.mark.timeout(SOAK_S + 180)
+@pytest.mark.timeout(SOAK_S + FILL_S + 180)
 async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind() -> None:
-    """On SmolLM2. Memory is the server's resident set, in the first minute of full load and in the
-    last."""
-    with Process("--max-sessions", str(STREAMS)) as server:
+    """On SmolLM2. Memory is the server's resident set, in the first minute and in the last, counted
+    from when unused slim views have filled what they may: until then it grows by design."""
+    port = free_port()
+    with Process("--max-sessions", str(STREAMS), "--metrics-port", str(port)) as server:
         target = server.target()
         process = psutil.Process(server.pid)
         resident: list[tuple[float, int]] = []
         done: Counter[str] = Counter()
         clock = time.monotonic()
+        full = asyncio.Event()
 
         def left() -> float:
-            return SOAK_S - (time.monotonic() - clock)
+            return SOAK_S - (time.monotonic() - clock) if full.is_set() else SOAK_S
+
+        def views_held() -> float:
+            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+            sizes = dict(line.split() for line in text.splitlines() if line[:8] == "griffin_")
+            held = float(sizes["griffin_slim_view_bytes"]) + float(sizes["griffin_kv_cache_bytes"])
+            return held / float(sizes["griffin_session_bytes_limit"])
 
         async with AsyncGriffinClient(target) as client:
 
@@ -61,17 +71,24 @@ async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind(
                     done["tokens"] += made
 
             async def watch() -> None:
+                nonlocal clock
+                for _ in range(int(FILL_S)):
+                    if await asyncio.to_thread(views_held) >= 0.95:
+                        break
+                    await asyncio.sleep(1)
+                clock = time.monotonic()
+                full.set()
                 while left() > 0:
                     resident.append((time.monotonic() - clock, process.memory_info().rss))
                     await asyncio.sleep(1)
 
             await asyncio.gather(watch(), *(stream(number) for number in range(STREAMS)))
             assert await client.list_sessions() == []
-        first = statistics.median(rss for at, rss in resident if 60 <= at < 120)
+        first = statistics.median(rss for at, rss in resident if at < 60)
         last = statistics.median(rss for at, rss in resident if at >= SOAK_S - 60)
         print(
             f"{done['requests']} requests, {done['tokens']} tokens; resident {first / 1e6:.0f} MB "
-            f"in the second minute, {last / 1e6:.0f} MB in the last"
+            f"in the first minute, {last / 1e6:.0f} MB in the last"
         )
         assert last < 1.05 * first
         server.terminate()

@@ -113,7 +113,7 @@ def test_memory_that_cannot_be_mapped_is_given_up_without_an_error(
         assert len(by_segment) == 2 * 3
 
 
-def test_what_is_outside_the_lent_memory_is_not_read(half: Path) -> None:
+def test_handles_that_open_nothing_are_refused() -> None:
     lent = cuda_memory.Lent(torch.device("cuda"))
     place = lent.lend(torch.ones(2, 3, 4, 5, device="cuda"))
     assert place.pitch_bytes == 4 * 5 * 4 and len(place.handle) == 64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from griffin_client import GriffinClientError, Sampling, Started, Stopping
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
 from griffin_server.ops.metrics import FINE, Metrics
+from tests.e2e.prometheus import free_port
 from tests.servers import Running, eventually, running
 
 STATED = [
@@ -49,12 +49,6 @@ STATED = [
     "grpc_server_handling_seconds",
 ]
 """Names of families, without the _total of counters."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Scraped:

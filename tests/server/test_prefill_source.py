@@ -9,13 +9,16 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 from griffin_core.errors import DeadlinePassed, EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.prefill_queue import PrefillRun, PrefillTask
 from griffin_server.handoff import shared_memory
+from griffin_server.handoff.shape import HandoffShape
 from griffin_server.handoff.shared_memory import DIRECTORY, Segment
+from griffin_server.handoff.transports import ChunkReader, KvReader, MemoryNotShared
 from griffin_server.prefill.service import PrefillServicer
 from griffin_server.prefill.source import PrefillServer, PrefillServers
 from tests.servers import Running, running
@@ -61,6 +64,44 @@ async def test_no_server_is_unavailable(tiny: Callable[[str], Model]) -> None:
     with pytest.raises(PrefillUnavailable, match=r"127\.0\.0\.1:1"):
         await anext(source.stream(TASK, None))
     await source.close()
+
+
+class Unreadable(ChunkReader):
+    """A way whose proof is not where it should be, or whose KV is not."""
+
+    def __init__(self, at: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._at = at
+
+    def accept(self, header: Any) -> None:
+        if self._at == "proof":
+            raise MemoryNotShared("no such memory")
+
+    def read(self, chunk: Any) -> Any:
+        raise MemoryNotShared("no such memory")
+
+
+@pytest.mark.parametrize("at", ["proof", "KV"])
+async def test_a_way_that_does_not_work_is_given_up_and_the_prompt_begins_anew(
+    at: str, tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    with running(model, role="prefill") as prefill:
+        server = PrefillServer(prefill.target, model)
+        usual, offered = server._way, []
+
+        async def first_unreadable(shape: HandoffShape) -> KvReader:
+            way = await usual(shape) if offered else Unreadable(at, shape, torch.device("cpu"))
+            offered.append(way)
+            return way
+
+        monkeypatch.setattr(server, "_way", first_unreadable)
+        servers = PrefillServers([server])
+        made = await events_of(servers)
+        assert made.count("PrefillRestarted") == 1 and made[-1] == "PrefillFinished"
+        assert made.index("PrefillRestarted") == 0
+        assert len(offered) == 2 and not server.set_aside
+        await servers.close()
 
 
 # -- what is the server's fault, and what is not ---------------------------------------------------

@@ -394,7 +394,8 @@ class PrefillFinished(_message.Message):
     checksum: _builtins.int
     """CRC-32 (IEEE 802.3) over the KV, `s` and `experts` bytes in the order they were sent, and
     `last_hidden` after them. For CUDA_MEMORY a chunk's KV counts as the 8 bytes, little-endian, of
-    the sum modulo 2^64 of its values, each read as a signed integer of its size.
+    the sum modulo 2^64 of its values, each read as a signed integer of its size: it shows that
+    memory was not written or is not the one meant, not that values changed places.
     """
     queue_s: _builtins.float
     """Waiting for the model."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.errors import FingerprintMismatch, HandoffBroken
+from griffin_core.errors import CapacityExhausted, FingerprintMismatch, HandoffBroken
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
 from griffin_server.handoff.shape import HandoffShape
@@ -59,14 +59,16 @@ class HandoffWriter:
             yield pb.PrefillResponse(kv=chunk)
 
     def experts(self, event: LayerExperts) -> pb.PrefillResponse:
-        s = event.s.cpu().numpy().astype("<f4", copy=False).tobytes()
-        experts = pack_indices(event.experts)
+        with torch.cuda.stream(self._way.stream):  # they are there, and the model is not waited for
+            s = event.s.cpu().numpy().astype("<f4", copy=False).tobytes()
+            experts = pack_indices(event.experts)
         self._crc = zlib.crc32(experts, zlib.crc32(s, self._crc))
         return pb.PrefillResponse(experts=pb.LayerExperts(layer=event.layer, s=s, experts=experts))
 
     def finished(self, event: PrefillFinished, queue_s: float) -> pb.PrefillResponse:
         """The last message, with the checksum of all before it."""
-        hidden = event.last_hidden.cpu().numpy().astype("<f4", copy=False).tobytes()
+        with torch.cuda.stream(self._way.stream):
+            hidden = event.last_hidden.cpu().numpy().astype("<f4", copy=False).tobytes()
         self._crc = zlib.crc32(hidden, self._crc)
         return pb.PrefillResponse(
             finished=pb.PrefillFinished(
@@ -116,6 +118,7 @@ class HandoffReader:
             FingerprintMismatch: the header is another model's.
             HandoffBroken: the message is not what must come now, or the checksum differs.
             MemoryNotShared: the way that was offered and taken does not work after all.
+            CapacityExhausted: this side's device has no room for the KV.
         """
         kind = message.WhichOneof("event")
         if self.finished or (kind == "header") is (self._way is not None):
@@ -133,6 +136,8 @@ class HandoffReader:
                     return self._finished(message.finished)
         except ValueError as error:
             raise HandoffBroken(f"handoff: {error}") from error
+        except torch.OutOfMemoryError as error:  # here, and no fault of the other side
+            raise CapacityExhausted(f"device memory: {error}", retry_after_s=1.0) from error
         raise HandoffBroken("handoff: got a message of an unknown kind")
 
     def _header(self, header: pb.PrefillHeader) -> None:

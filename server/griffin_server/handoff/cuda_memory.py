@@ -58,6 +58,16 @@ def place_of(x: Tensor) -> pb.CudaPlace:
     )
 
 
+@cache
+def _proof(device: torch.device) -> tuple[bytes, Tensor]:
+    """Random bytes of this process, and where they lie for as long as it runs: whoever reads them
+    there sees its memory."""
+    proof = secrets.token_bytes(PROOF_BYTES)
+    lies = torch.frombuffer(bytearray(proof), dtype=torch.uint8).to(device)
+    torch.cuda.synchronize(device)
+    return proof, lies
+
+
 class Lent:
     """What a sender lends for one call; it stays as it is while this object lives.
 
@@ -66,12 +76,10 @@ class Lent:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.proof = secrets.token_bytes(PROOF_BYTES)
+        self.proof, lies = _proof(device)
         """Bytes that lie at ``proof_place``."""
-        held = torch.frombuffer(bytearray(self.proof), dtype=torch.uint8).to(device)
-        torch.cuda.synchronize(device)
-        self.proof_place = place_of(held)
-        self._held = [held]
+        self.proof_place = place_of(lies)
+        self._held: list[Tensor] = []
 
     def lend(self, x: Tensor) -> pb.CudaPlace:
         """Where a tensor lies that is lent from now on."""
@@ -83,7 +91,7 @@ class Mappings:
     """What a receiver has mapped of other processes' memory, until ``close``."""
 
     def __init__(self) -> None:
-        self._mapped: dict[bytes, tuple[int, int]] = {}
+        self._mapped: dict[bytes, int] = {}
 
     def copy(self, place: pb.CudaPlace, out: Tensor, *, rows: int) -> None:
         """Fills a contiguous tensor on a GPU with rows of other memory, on the current stream.
@@ -94,18 +102,19 @@ class Mappings:
         driver = _driver()
         base, size = self._map(place.handle)
         width = out.nbytes // rows
-        if place.offset_bytes + (rows - 1) * place.pitch_bytes + width > size:
+        pitch = max(width, place.pitch_bytes)  # rows do not lie in one another
+        if place.offset_bytes + (rows - 1) * pitch + width > size:
             raise MappingError(f"{rows} rows of {width} bytes are outside {size} lent bytes")
         what = driver.CUDA_MEMCPY2D()
         what.srcMemoryType = what.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
-        what.srcDevice, what.srcPitch = base + place.offset_bytes, max(width, place.pitch_bytes)
+        what.srcDevice, what.srcPitch = base + place.offset_bytes, pitch
         what.dstDevice, what.dstPitch = out.data_ptr(), width
         what.WidthInBytes, what.Height = width, rows
         _call("cuMemcpy2DAsync", what, torch.cuda.current_stream(out.device).cuda_stream)
 
     def close(self) -> None:
         """Unmaps everything; copies must be done."""
-        for base, _ in self._mapped.values():
+        for base in self._mapped.values():
             with suppress(MappingError):
                 _call("cuIpcCloseMemHandle", base)
         self._mapped.clear()
@@ -120,9 +129,10 @@ class Mappings:
                 raise MappingError(f"a handle of {len(handle)} bytes") from error
             lazily = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
             (base,) = _call("cuIpcOpenMemHandle", theirs, lazily.value)
-            _, size = _call("cuMemGetAddressRange", base)
-            self._mapped[handle] = int(base), int(size)
-        return self._mapped[handle]
+            self._mapped[handle] = int(base)
+        base = self._mapped[handle]
+        _, size = _call("cuMemGetAddressRange", base)
+        return base, int(size)
 
 
 def _driver() -> Any:

@@ -7,6 +7,7 @@ own, beside the model's work.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import ClassVar, Protocol
 
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.prefill import LayerKv
-from griffin_server.handoff.cuda_memory import Lent, MappingError, Mappings, boot_id, can_share
+from griffin_server.handoff.cuda_memory import (
+    PROOF_BYTES,
+    Lent,
+    MappingError,
+    Mappings,
+    boot_id,
+    can_share,
+)
 from griffin_server.handoff.shape import HandoffShape
 from griffin_server.handoff.shared_memory import DATA_START, Segment, SegmentPool, attach_segment
 
@@ -34,6 +42,9 @@ class KvWriter(Protocol):
     """Prefill's end."""
 
     transport: ClassVar[pb.Transport.ValueType]
+
+    stream: torch.cuda.Stream | None
+    """Beside the model's, for copies to the host; None without a GPU."""
 
     lends: ClassVar[bool]
     """Whether the KV stays in this end's memory, which the other reads until it ends the call."""
@@ -70,6 +81,7 @@ class KvReader(Protocol):
 
         Raises:
             ValueError: the message is not right.
+            MemoryNotShared: as in ``accept``.
         """
         ...
 
@@ -106,19 +118,19 @@ class _HostWriter:
 
     def __init__(self, shape: HandoffShape, device: torch.device) -> None:
         self._at_once = max(1, CHUNK_BYTES // shape.token_bytes)
-        self._stream = _stream(device) if device.type == "cuda" else None
+        self.stream = _side_stream(device)
 
     def _blocks(self, event: LayerKv) -> Iterator[tuple[pb.KvChunk, Tensor]]:
         """Messages still without their KV, and that KV [2, tokens, kv_heads, head_dim] on the CPU:
         at most CHUNK_BYTES, but one token at least."""
         runs = torch.split(event.kv, self._at_once, dim=2)
-        if self._stream is None:
+        if self.stream is None:
             blocks: Iterator[Tensor] = (run.transpose(1, 2).contiguous() for run in runs)
         else:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self.stream):
                 _wait_for(event)
                 blocks = iter([_pinned(run.transpose(1, 2)) for run in runs])
-                self._stream.synchronize()
+                self.stream.synchronize()
         first_token = event.first_token
         for block in blocks:
             tokens = block.shape[1]
@@ -170,14 +182,14 @@ class CudaWriter:
     def __init__(self, shape: HandoffShape, device: torch.device, lent: Lent) -> None:
         self._lent = lent
         self._words = WORDS[shape.dtype.itemsize]
-        self._stream = _stream(device)
+        self.stream = _side_stream(device)
 
     def prove(self, header: pb.PrefillHeader) -> None:
         header.proof = self._lent.proof
         header.proof_place.CopyFrom(self._lent.proof_place)
 
     def chunks(self, event: LayerKv) -> Iterator[tuple[pb.KvChunk, Bytes]]:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             _wait_for(event)
             digest = _digest(event.kv, self._words)
         yield (
@@ -197,7 +209,7 @@ class _HostReader:
     def __init__(self, shape: HandoffShape, device: torch.device) -> None:
         self._shape = shape
         self._device = device
-        self._stream = _stream(device) if device.type == "cuda" else None
+        self.stream = _side_stream(device)
 
     def _event(self, chunk: pb.KvChunk, data: bytearray) -> LayerKv:
         shape = self._shape
@@ -207,10 +219,10 @@ class _HostReader:
         kv = torch.frombuffer(data, dtype=shape.dtype)
         kv = kv.view(2, chunk.tokens, shape.kv_heads, shape.head_dim)
         ready = None
-        if self._stream is not None:
-            with torch.cuda.stream(self._stream):
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
                 kv = kv.pin_memory().to(self._device, non_blocking=True)
-                ready = self._stream.record_event()
+                ready = self.stream.record_event()
         return LayerKv(
             layer=chunk.layer, first_token=chunk.first_token, kv=kv.transpose(1, 2), ready=ready
         )
@@ -281,41 +293,50 @@ class CudaReader:
         self._shape = shape
         self._device = device
         self._words = WORDS[shape.dtype.itemsize]
-        self._stream = _stream(device)
+        self.stream = _side_stream(device)
         self._mappings = Mappings()
 
     def offer(self, request: pb.PrefillRequest) -> None:
         request.cuda_memory.boot_id = boot_id()
 
     def accept(self, header: pb.PrefillHeader) -> None:
-        with torch.cuda.stream(self._stream):
-            found = torch.zeros(len(header.proof), dtype=torch.uint8, device=self._device)
-            try:
-                self._mappings.copy(header.proof_place, found, rows=1)
-            except MappingError as error:
-                raise MemoryNotShared(str(error)) from error
+        with torch.cuda.stream(self.stream):
+            found = torch.zeros(PROOF_BYTES, dtype=torch.uint8, device=self._device)
+            self._copy(header.proof_place, found, rows=1)
             proved = bytes(found.tolist()) == header.proof
         if not proved:
             raise MemoryNotShared("the proof is not where it should be")
 
     def read(self, chunk: pb.KvChunk) -> tuple[LayerKv, Bytes]:
         heads, head_dim = self._shape.kv_heads, self._shape.head_dim
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             kv = torch.empty(
                 (2, heads, chunk.tokens, head_dim), dtype=self._shape.dtype, device=self._device
             )
-            self._mappings.copy(chunk.place, kv, rows=2 * heads)
+            self._copy(chunk.place, kv, rows=2 * heads)
             digest = _digest(kv, self._words)
-            ready = self._stream.record_event()
+            ready = torch.cuda.current_stream().record_event()
         event = LayerKv(layer=chunk.layer, first_token=chunk.first_token, kv=kv, ready=ready)
         return event, digest
 
+    def _copy(self, place: pb.CudaPlace, out: Tensor, *, rows: int) -> None:
+        try:
+            self._mappings.copy(place, out, rows=rows)
+        except MappingError as error:
+            raise MemoryNotShared(str(error)) from error
+
     def close(self, *, whole: bool) -> None:
-        self._stream.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
         self._mappings.close()
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The one stream of a GPU that copies run on, beside the model's. Not one a call: memory that
+    a stream has freed is kept for that stream."""
+    if device.type != "cuda":
+        return None
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 

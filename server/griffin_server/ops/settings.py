@@ -110,6 +110,7 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(
         0,
         ge=0,
+        le=32768,
         description="Prompt tokens that run at once, between two decode steps; 0 is 512 on a CPU "
         "and 2048 on a GPU.",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import grpc
@@ -18,7 +18,12 @@ from griffin_core.errors import FingerprintMismatch, InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.model.spec import ModelSpec
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished
-from griffin_core.prefill_queue import PrefillBegun, PrefillStreamEvent, PrefillTask
+from griffin_core.prefill_queue import (
+    MAX_BEGUN_PREFILLS,
+    PrefillBegun,
+    PrefillStreamEvent,
+    PrefillTask,
+)
 from griffin_server.channel import Channel, Mail
 from griffin_server.generation.convert import policy_from_pb
 from griffin_server.handoff.convert import HandoffWriter
@@ -27,6 +32,10 @@ from griffin_server.handoff.transports import writer_for
 
 EVENTS_AHEAD = 16
 """Layer results that may wait for the network before the model pauses."""
+
+MAX_LENDINGS = 2 * MAX_BEGUN_PREFILLS
+"""Calls whose KV may lie in this server's GPU memory, being made or being copied: no reservation
+covers it."""
 
 LENT_S = 10.0
 """How long a reader has to copy what it was lent and to end the call."""
@@ -38,6 +47,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, engine: Engine, mail: Mail) -> None:
         self._engine = engine
         self._mail = mail
+        self._lendings = asyncio.Semaphore(MAX_LENDINGS)
 
     async def Prefill(
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -53,32 +63,33 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         way = writer_for(request, shape, model.decoder.device)
         writer = HandoffWriter(shape, way)
         yield writer.header()
-        channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
-        run = self._engine.prefill(task, channel)
-        queue_s = 0.0
-        try:
-            async for event in channel:
-                match event:
-                    case PrefillBegun():
-                        queue_s = event.queue_s
-                    case LayerKv():
-                        if event.ready is not None:  # the loop is not to wait for the device
-                            await asyncio.to_thread(event.ready.synchronize)
-                        for message in writer.kv(event):
-                            yield message
-                    case LayerExperts():
-                        yield writer.experts(event)
-                    case PrefillFinished():
-                        yield writer.finished(event, queue_s)
-                        if way.lends:
-                            with suppress(asyncio.CancelledError):  # how the reader says goodbye
-                                await asyncio.sleep(LENT_S)
-                        return
-                    case Failed():
-                        raise event.error
-        finally:
-            run.cancel()
-            self._engine.wake()
+        async with self._lendings if way.lends else nullcontext():
+            channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
+            run = self._engine.prefill(task, channel)
+            queue_s = 0.0
+            try:
+                async for event in channel:
+                    match event:
+                        case PrefillBegun():
+                            queue_s = event.queue_s
+                        case LayerKv():
+                            if event.ready is not None:  # the loop is not to wait for the device
+                                await asyncio.to_thread(event.ready.synchronize)
+                            for message in writer.kv(event):
+                                yield message
+                        case LayerExperts():
+                            yield writer.experts(event)
+                        case PrefillFinished():
+                            yield writer.finished(event, queue_s)
+                            if way.lends:
+                                with suppress(asyncio.CancelledError):  # the reader's goodbye
+                                    await asyncio.sleep(LENT_S)
+                            return
+                        case Failed():
+                            raise event.error
+            finally:
+                run.cancel()
+                self._engine.wake()
 
 
 def _task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:

@@ -194,6 +194,7 @@ class PrefillServer:
     async def _stream(
         self, task: PrefillTask, timeout_s: float | None
     ) -> AsyncGenerator[PrefillEvent, None]:
+        clock = time.monotonic()
         shape = handoff_shape(self._model, task)
         await self._connect()
         try:
@@ -201,9 +202,11 @@ class PrefillServer:
                 async for event in events:
                     yield event
             return
-        except MemoryNotShared as error:  # nothing came yet
+        except MemoryNotShared as error:
             log.warning("a way of the KV is given up", target=self.target, error=str(error))
-        async with aclosing(self._call(task, shape, timeout_s)) as events:
+        yield PrefillRestarted()
+        left_s = None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - clock))
+        async with aclosing(self._call(task, shape, left_s)) as events:
             async for event in events:
                 yield event
 
