@@ -46,7 +46,7 @@ def set_of(*layers: tuple[int, ...], ff_width: int = 10) -> ExpertSet:
         (((0, 1), (5, 2)), "ascending"),
         (((-1, 1), (0, 1)), r"in \[0, 10\)"),
         (((0, 1), (2, 10)), r"in \[0, 10\)"),
-        ((), "allowed: int32"),
+        ((), r"allowed: \[L, K\]"),
     ],
 )
 def test_a_set_of_which_one_layer_is_none_is_refused(

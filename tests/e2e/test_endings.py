@@ -76,7 +76,9 @@ def test_a_client_that_cancels_during_prefill_stops_it_within_a_chunk(
 ) -> None:
     turns: list[bool] = []
     turn = PrefillRun.turn
-    monkeypatch.setattr(PrefillRun, "turn", lambda run: (turns.append(run.cancelled), turn(run))[1])
+    monkeypatch.setattr(
+        PrefillRun, "turn", lambda run, to: (turns.append(run.cancelled), turn(run, to))[1]
+    )
     ids = cut(LICENCE, 2000, smollm2.tokenizer) * 4  # 16 chunks
     with one_at_a_time.client() as client:
         events = client.generate(token_ids=ids[:8000], stopping=FEW)
