@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_decode import DTYPE, PROMPT, SHAPES, device_s, random_decoder
+from benchmarks.prefill import without_statistic
 from benchmarks.report import Rounds, finish, timed
 from griffin_core.experts.selection import Selection
-from griffin_core.model.decoder import Decoder
 from griffin_core.prefill import PrefillFinished, prefill
 
 CHUNKS = (512, PROMPT)
-"""Tokens at once: the server's default, and the whole prompt."""
+"""Tokens at once: a CPU server's default, and a GPU server's, which is the whole prompt."""
 
 
 def product_rate() -> float:
@@ -28,17 +28,6 @@ def product_rate() -> float:
     x, w = (torch.randn(n, 8192, device="cuda", dtype=DTYPE) for n in (PROMPT, 16384))
     seconds = [device_s(lambda: torch.nn.functional.linear(x, w)) for _ in range(30)]
     return 2 * PROMPT * w.numel() / statistics.median(seconds[10:])
-
-
-def without_statistic(decoder: Decoder, ids: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
-    """The same chunks, layers and cache, the plain FF blocks."""
-    cache = decoder.new_cache(len(ids))
-    for chunk in torch.split(ids, chunk_tokens):
-        hidden, batch = decoder.begin(chunk, [(cache, len(chunk))])
-        for layer, block in enumerate(decoder.layers):
-            hidden = decoder.layer(layer, hidden, batch, block.ff)
-        cache.advance(len(chunk))
-    return decoder.final_hidden(hidden[-1:])
 
 
 def waited(work: Callable[[], object]) -> Callable[[], float]:

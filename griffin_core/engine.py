@@ -19,10 +19,10 @@ from typing import TypeVar
 import torch
 
 from griffin_core.cuda import runs_cuda_kernels
-from griffin_core.decode.decoding import Decoding, Holdings
+from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import SessionInfo, Sharing
+from griffin_core.decode.session import Holdings, SessionInfo, Sharing
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import EngineStopped
 from griffin_core.experts.selection import Selection
@@ -88,9 +88,6 @@ class Engine:
         self.sharing: Sharing = sharing
         self._slim = slim or _slim_form(model.decoder)
         self._measures_private_limit = private_limit is None
-        self._measure_private_limit: Callable[[], PrivateLimit] = partial(
-            measure_private_limit, model.decoder, self._slim
-        )
         observer = observer or Observer()
         self._prefills = PrefillQueue(self.limits.max_queue, observer)
         self._decoding = Decoding(
@@ -234,9 +231,9 @@ class Engine:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             try:
-                self._prepare_step()
+                measure = self._prepare_step()
                 if self._measures_private_limit:
-                    self._decoding.private_limit(self._measure_private_limit())
+                    self._decoding.private_limit(measure())
                 self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
@@ -255,7 +252,8 @@ class Engine:
         else:
             self.ended.set_exception(fault)
 
-    def _prepare_step(self) -> None:
+    def _prepare_step(self) -> Callable[[], PrivateLimit]:
+        """Sets what runs a step, and returns what measures up to when private sets pay on it."""
         decoder = self.model.decoder
         if decoder.device.type == "cuda":
             torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
@@ -271,7 +269,8 @@ class Engine:
                     progress=self._note_start,
                 )
                 self._decoding.run_step = step
-                self._measure_private_limit = step.private_limit
+                return step.private_limit
+        return partial(measure_private_limit, decoder, self._slim)
 
     def _note_start(self, message: str) -> None:
         if self._stopping:

@@ -17,6 +17,9 @@ from griffin_core.model.decoder import Decoder, RunFF
 
 CHUNK_TOKENS = 512
 
+Moment = float | torch.cuda.Event
+"""Of the host's clock, or in the order of a GPU's work."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKv:
@@ -129,7 +132,7 @@ def prefill(
     statistic = Statistic(decoder, s2)
     ids = torch.tensor(token_ids, dtype=torch.int64, device=decoder.device)
     first = cache.length
-    spans: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+    spans: list[tuple[Moment, Moment]] = []
     for begin in range(0, len(token_ids), chunk_tokens):
         chunk = ids[begin : begin + chunk_tokens]
         start, end = first + begin, first + begin + chunk.shape[0]
@@ -159,7 +162,7 @@ def prefill(
     yield PrefillFinished(last_hidden=last_hidden, compute_s=compute_s, selection_s=selection_s)
 
 
-def _moment(device: torch.device) -> float | torch.cuda.Event:
+def _moment(device: torch.device) -> Moment:
     """Now, or on a GPU when it has done what it was given so far: it is not waited for."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -168,7 +171,7 @@ def _moment(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def _seconds(begin: Moment, end: Moment) -> float:
     """Between two moments of one device; waits for the second."""
     if isinstance(begin, float) or isinstance(end, float):
         return cast("float", end) - cast("float", begin)

@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +17,15 @@ from griffin_core.decode.generation import Generation, Pace
 from griffin_core.decode.intake import Intake
 from griffin_core.decode.scheduler import Limits, Scheduler
 from griffin_core.decode.scoring import Scoring
-from griffin_core.decode.session import Reservation, Session, SessionInfo, Sharing, State, Work
+from griffin_core.decode.session import (
+    Holdings,
+    Reservation,
+    Session,
+    SessionInfo,
+    Sharing,
+    State,
+    Work,
+)
 from griffin_core.decode.sharing import ExpertGroups
 from griffin_core.decode.step import StepLogits, Stepper, StepTokens, decode_tokens
 from griffin_core.decode.task import GenerateTask, ScoreTask
@@ -54,21 +61,6 @@ LONGEST_WAIT_S = 3600.0
 BUILD_S = 0.01
 """For about how long slim views are built between two steps, or as long as a step takes: whoever
 waits for a view is then delayed about as much as those who do not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holdings:
-    """What an engine holds.
-
-    Args:
-        sessions: how many are in each state.
-        limit_bytes: what views and caches may hold together.
-    """
-
-    sessions: dict[State, int]
-    slim_view_bytes: int
-    kv_cache_bytes: int
-    limit_bytes: int
 
 
 class Decoding:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from griffin_core.decode.session import Reservation, Session, State
 from griffin_core.errors import CapacityExhausted
+from griffin_core.prefill import CHUNK_TOKENS
 
 _REMEMBERED = 1024  # kept sessions whose end can still be explained
 
@@ -34,7 +35,7 @@ class Limits:
     idle_bytes: int = 1 << 30
     session_ttl_s: float = 600.0
     reader_timeout_s: float = 60.0
-    chunk_tokens: int = 512
+    chunk_tokens: int = CHUNK_TOKENS
     prefill_share: float = 0.5
 
     def __post_init__(self) -> None:

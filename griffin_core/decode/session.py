@@ -80,6 +80,21 @@ class SessionInfo:
     pruning: PruningFigures
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """What an engine holds.
+
+    Args:
+        sessions: how many are in each state.
+        limit_bytes: what views and caches may hold together.
+    """
+
+    sessions: dict[State, int]
+    slim_view_bytes: int
+    kv_cache_bytes: int
+    limit_bytes: int
+
+
 @dataclass
 class Clock:
     """When things happened to the current turn, on ``time.monotonic``; 0 for not yet."""

@@ -38,7 +38,6 @@ def measure_private_limit(decoder: Decoder, form: SlimForm) -> PrivateLimit:
     Returns:
         See ``private_limit_of``.
     """
-    # A row of its own for each set, and one matrix product for all rows of a dense FF.
     layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].neurons.nbytes))]
     dense = {rows: _seconds(decoder, [layer.ff for layer in layers], rows) for rows in _ROWS}
     width = decoder.spec.ff_width

@@ -20,6 +20,7 @@ from griffin_core.errors import EngineFault, GriffinError
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
+from griffin_core.prefill import CHUNK_TOKENS
 from griffin_core.slim.crossover import assumed_private_limit
 from griffin_server.channel import Mail
 from griffin_server.generation.service import GenerationServicer
@@ -60,7 +61,7 @@ def load(settings: Settings, progress: Progress) -> Model:
 
 def _chunk_tokens(device: torch.device) -> int:
     """So many that products run at the device's rate, and no more: streams wait meanwhile."""
-    return 2048 if device.type == "cuda" else 512
+    return 2048 if device.type == "cuda" else CHUNK_TOKENS
 
 
 class App:
@@ -172,7 +173,7 @@ class App:
                 remove_stale_segments()
                 self._prefill = PrefillServers(
                     [
-                        PrefillServer(target, engine.model, settings.handoff, self.metrics)
+                        PrefillServer(target, engine.model, self.metrics, settings.handoff)
                         for target in settings.prefill_target
                     ]
                 )

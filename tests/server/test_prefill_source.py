@@ -19,6 +19,7 @@ from griffin_server.handoff import shared_memory
 from griffin_server.handoff.shape import HandoffShape
 from griffin_server.handoff.shared_memory import DIRECTORY, Segment
 from griffin_server.handoff.transports import ChunkReader, KvReader, MemoryNotShared
+from griffin_server.ops.metrics import Metrics
 from griffin_server.prefill.service import PrefillServicer
 from griffin_server.prefill.source import PrefillServer, PrefillServers
 from tests.servers import Running, running
@@ -39,7 +40,7 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
         return create(size_bytes)
 
     monkeypatch.setattr(shared_memory, "create_segment", slow)
-    source = PrefillServer(tiny_server.target, tiny("llama"))
+    source = PrefillServer(tiny_server.target, tiny("llama"), Metrics())
     pull = asyncio.create_task(anext(source.stream(TASK, None)))
     await asyncio.to_thread(begun.wait, 10)
     pull.cancel()
@@ -53,14 +54,14 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
 async def test_a_server_that_does_not_prefill_is_named(tiny: Callable[[str], Model]) -> None:
     target = "127.0.0.1:1"
     with running(tiny("llama"), role="decode", prefill_target=target) as decode:
-        source = PrefillServer(decode.target, tiny("llama"), "messages")
+        source = PrefillServer(decode.target, tiny("llama"), Metrics(), "messages")
         with pytest.raises(EngineFault, match=decode.target):
             await anext(source.stream(TASK, None))
         await source.close()
 
 
 async def test_no_server_is_unavailable(tiny: Callable[[str], Model]) -> None:
-    source = PrefillServer("127.0.0.1:1", tiny("llama"))
+    source = PrefillServer("127.0.0.1:1", tiny("llama"), Metrics())
     with pytest.raises(PrefillUnavailable, match=r"127\.0\.0\.1:1"):
         await anext(source.stream(TASK, None))
     await source.close()
@@ -87,7 +88,7 @@ async def test_a_way_that_does_not_work_is_given_up_and_the_prompt_begins_anew(
 ) -> None:
     model = tiny("llama")
     with running(model, role="prefill") as prefill:
-        server = PrefillServer(prefill.target, model)
+        server = PrefillServer(prefill.target, model, Metrics())
         usual, offered = server._way, []
 
         async def first_unreadable(shape: HandoffShape) -> KvReader:
@@ -116,7 +117,7 @@ async def two(tiny: Callable[[str], Model]) -> AsyncIterator[tuple[PrefillServer
     model = tiny("llama")
     with running(model, role="prefill") as one, running(model, role="prefill") as other:
         servers = PrefillServers(
-            [PrefillServer(each.target, model, "messages") for each in (one, other)]
+            [PrefillServer(each.target, model, Metrics(), "messages") for each in (one, other)]
         )
         yield servers, [one, other]
         await servers.close()
@@ -144,7 +145,7 @@ async def test_a_server_with_another_model_is_passed_over(tiny: Callable[[str], 
     model = tiny("llama")
     with running(tiny("qwen2"), role="prefill") as bad, running(model, role="prefill") as good:
         servers = PrefillServers(
-            [PrefillServer(each.target, model, "messages") for each in (bad, good)]
+            [PrefillServer(each.target, model, Metrics(), "messages") for each in (bad, good)]
         )
         assert "PrefillRestarted" in await events_of(servers)
         for _ in range(3):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -24,6 +24,8 @@ from griffin_core.decode.events import (
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault, GriffinError
+from griffin_core.model.spec import ModelSpec
+from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.prefill_queue import PrefillTask
 from griffin_server import __version__
 from griffin_server.channel import Channel, Mail
@@ -36,6 +38,9 @@ TOKENS_AHEAD = 64
 """Events that may wait for a client that does not read before its session is paused."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -66,16 +71,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        model = self._model
         with self._metrics.request(time.monotonic(), context) as counted:
-            # A long text takes the tokenizer tens of milliseconds.
-            task = await asyncio.to_thread(
-                convert.generate_task,
-                request,
-                model.tokenizer,
-                model.decoder.spec,
-                context.time_remaining(),
-            )
+            task = await self._task(convert.generate_task, request, context)
             async with aclosing(self._events(task, context)) as events:
                 async for event in events:
                     match event:
@@ -84,27 +81,33 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                             yield convert.started_to_pb(event, request_id_var.get())
                         case TokensMade():
                             counted.made(event)
-                            yield convert.tokens_to_pb(event, model.tokenizer)
+                            yield convert.tokens_to_pb(event, self._model.tokenizer)
                         case Finished():
                             counted.completed(event)
                             yield convert.finished_to_pb(event)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        model = self._model
         with self._metrics.request(time.monotonic(), context) as counted:
-            task = await asyncio.to_thread(
-                convert.score_task,
-                request,
-                model.tokenizer,
-                model.decoder.spec,
-                context.time_remaining(),
-            )
+            task = await self._task(convert.score_task, request, context)
             async with aclosing(self._events(task, context)) as events:
                 async for event in events:
                     if isinstance(event, Scored):
                         counted.finish_reason = "SCORED"
                         return convert.scored_to_pb(task, event, request_id_var.get())
             raise EngineFault("scoring ended without a result")
+
+    async def _task(
+        self,
+        make: Callable[[R, Tokenizer, ModelSpec, float | None], T],
+        request: R,
+        context: Context,
+    ) -> T:
+        """The task of a request, off the loop: a long text takes the tokenizer tens of
+        milliseconds."""
+        model = self._model
+        return await asyncio.to_thread(
+            make, request, model.tokenizer, model.decoder.spec, context.time_remaining()
+        )
 
     async def _events(
         self, task: GenerateTask | ScoreTask, context: Context

@@ -209,7 +209,7 @@ class _HostReader:
     def __init__(self, shape: HandoffShape, device: torch.device) -> None:
         self._shape = shape
         self._device = device
-        self.stream = _side_stream(device)
+        self._stream = _side_stream(device)
 
     def _event(self, chunk: pb.KvChunk, data: bytearray) -> LayerKv:
         shape = self._shape
@@ -219,10 +219,10 @@ class _HostReader:
         kv = torch.frombuffer(data, dtype=shape.dtype)
         kv = kv.view(2, chunk.tokens, shape.kv_heads, shape.head_dim)
         ready = None
-        if self.stream is not None:
-            with torch.cuda.stream(self.stream):
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
                 kv = kv.pin_memory().to(self._device, non_blocking=True)
-                ready = self.stream.record_event()
+                ready = self._stream.record_event()
         return LayerKv(
             layer=chunk.layer, first_token=chunk.first_token, kv=kv.transpose(1, 2), ready=ready
         )
@@ -293,14 +293,14 @@ class CudaReader:
         self._shape = shape
         self._device = device
         self._words = WORDS[shape.dtype.itemsize]
-        self.stream = _side_stream(device)
+        self._stream = _side_stream(device)
         self._mappings = Mappings()
 
     def offer(self, request: pb.PrefillRequest) -> None:
         request.cuda_memory.boot_id = boot_id()
 
     def accept(self, header: pb.PrefillHeader) -> None:
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self._stream):
             found = torch.zeros(PROOF_BYTES, dtype=torch.uint8, device=self._device)
             self._copy(header.proof_place, found, rows=1)
             proved = bytes(found.tolist()) == header.proof
@@ -309,7 +309,7 @@ class CudaReader:
 
     def read(self, chunk: pb.KvChunk) -> tuple[LayerKv, Bytes]:
         heads, head_dim = self._shape.kv_heads, self._shape.head_dim
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self._stream):
             kv = torch.empty(
                 (2, heads, chunk.tokens, head_dim), dtype=self._shape.dtype, device=self._device
             )
@@ -326,8 +326,8 @@ class CudaReader:
             raise MemoryNotShared(str(error)) from error
 
     def close(self, *, whole: bool) -> None:
-        if self.stream is not None:
-            self.stream.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
         self._mappings.close()
 
 

@@ -43,6 +43,20 @@ SCRAPE_S = 5.0
 """How long a scrape waits for a busy engine's word; without it, gauges are left out."""
 
 
+MOST_REMEMBERED = 32
+"""Numbers of experts whose last set is remembered."""
+
+ORIGINS = {
+    "READER_TOO_SLOW": "slow_reader",
+    "SESSION_CLOSED": "closed",
+    "DEADLINE_PASSED": "deadline",
+}
+"""Who ended a request, by the reason of its error; otherwise the server did."""
+
+REASONS = sorted({reason for _, reason in CODES.values()})
+"""What errors are told apart by."""
+
+
 class Metrics(Observer):
     """The metrics of one server, in a registry of its own."""
 
@@ -214,20 +228,6 @@ class Metrics(Observer):
             self.handoff_bytes.labels(kind, transport).inc(size)
 
 
-MOST_REMEMBERED = 32
-"""Numbers of experts whose last set is remembered."""
-
-ORIGINS = {
-    "READER_TOO_SLOW": "slow_reader",
-    "SESSION_CLOSED": "closed",
-    "DEADLINE_PASSED": "deadline",
-}
-"""Who ended a request, by the reason of its error; otherwise the server did."""
-
-
-REASONS = sorted({reason for _, reason in CODES.values()})
-
-
 class Request:
     """A call of Generate or Score on its way."""
 
@@ -306,14 +306,13 @@ class _Held(Collector):
         for state, count in holdings.sessions.items():
             sessions.add_metric((state.value,), count)
         yield sessions
-        views = GaugeMetricFamily("griffin_slim_view_bytes", "Of all slim views.")
-        views.add_metric((), holdings.slim_view_bytes)
-        yield views
-        caches = GaugeMetricFamily("griffin_kv_cache_bytes", "Of all sessions' KV caches.")
-        caches.add_metric((), holdings.kv_cache_bytes)
-        yield caches
-        room = GaugeMetricFamily(
-            "griffin_session_bytes_limit", "What slim views and KV caches may hold together."
-        )
-        room.add_metric((), holdings.limit_bytes)
-        yield room
+        for name, words, value in (
+            ("slim_view_bytes", "Of all slim views.", holdings.slim_view_bytes),
+            ("kv_cache_bytes", "Of all sessions' KV caches.", holdings.kv_cache_bytes),
+            (
+                "session_bytes_limit",
+                "What slim views and KV caches may hold together.",
+                holdings.limit_bytes,
+            ),
+        ):
+            yield GaugeMetricFamily(f"griffin_{name}", words, value=value)

@@ -149,16 +149,16 @@ class PrefillServer:
     Args:
         target: its gRPC name: host:port, or dns:///name for all addresses of a name, in turn.
         model: this side's; the other must hold the same.
-        handoff: how the KV may come; see ``Settings``.
         metrics: where handoffs are counted.
+        handoff: how the KV may come; see ``Settings``.
     """
 
     def __init__(
         self,
         target: str,
         model: Model,
+        metrics: Metrics,
         handoff: HandoffWay = "auto",
-        metrics: Metrics | None = None,
     ) -> None:
         self.target = target
         self.outstanding_tokens = 0
@@ -172,7 +172,7 @@ class PrefillServer:
         self._pool = SegmentPool()
         self._abandoned: set[asyncio.Future[Segment | None]] = set()
         self._device = model.decoder.device
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics
         self._ways: set[pb.Transport.ValueType] = set()
         if handoff != "messages":
             self._ways.add(pb.TRANSPORT_SHARED_MEMORY)
@@ -197,18 +197,18 @@ class PrefillServer:
         clock = time.monotonic()
         shape = handoff_shape(self._model, task)
         await self._connect()
-        try:
-            async with aclosing(self._call(task, shape, timeout_s)) as events:
-                async for event in events:
-                    yield event
-            return
-        except MemoryNotShared as error:
-            log.warning("a way of the KV is given up", target=self.target, error=str(error))
-        yield PrefillRestarted()
-        left_s = None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - clock))
-        async with aclosing(self._call(task, shape, left_s)) as events:
-            async for event in events:
-                yield event
+        left_s = timeout_s
+        while True:
+            try:
+                async with aclosing(self._call(task, shape, left_s)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except MemoryNotShared as error:  # and its way is not offered again
+                log.warning("a way of the KV is given up", target=self.target, error=str(error))
+            yield PrefillRestarted()
+            if timeout_s is not None:
+                left_s = max(0.0, timeout_s - (time.monotonic() - clock))
 
     async def _call(
         self, task: PrefillTask, shape: HandoffShape, timeout_s: float | None
