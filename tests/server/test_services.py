@@ -208,7 +208,8 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
 
 async def test_until_the_engine_is_ready_calls_are_refused(tiny: Callable[[str], Model]) -> None:
     app, prepared = App(Settings(port=0), tiny("llama")), threading.Event()
-    app.engine._prepare_step = prepared.wait
+    prepare = app.engine._prepare_step
+    app.engine._prepare_step = lambda: prepare() if prepared.wait(60) else 1 // 0
     starting = asyncio.create_task(app.start())
     await asyncio.sleep(0)  # it listens before it waits for anything
     assert app.port
