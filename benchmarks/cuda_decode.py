@@ -7,6 +7,7 @@ once, at that rate.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -159,8 +160,9 @@ def transformers_s(module: PreTrainedModel, tokens: int) -> float:
         torch.cuda.synchronize()
         return time.perf_counter() - clock
 
-    generate(2)
-    return (generate(tokens + 1) - generate(1)) / tokens
+    generate(tokens + 1)  # its cache grows by allocations, which are slow the first time
+    rounds = [(generate(tokens + 1) - generate(1)) / tokens for _ in range(3)]
+    return statistics.median(rounds)
 
 
 def transformers_rows(name: str, tokens: int) -> dict[str, float]:
@@ -267,6 +269,7 @@ def main() -> None:
     others: dict[str, dict[str, float]] = {}
     for name in arguments.shape or SHAPES:
         found += measure(name, bandwidth, arguments)
+        gc.collect()
         torch.cuda.empty_cache()
         if arguments.transformers:
             others[name] = {k: round(v, 2) for k, v in transformers_rows(name, 64).items()}

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 4096
+"""Wide, because whoever weighs the rows reads a sum of squares from each."""
 
 
 @triton.jit
@@ -56,5 +57,7 @@ def activate_rows(h: Tensor, code: int, *, gated: bool) -> tuple[Tensor, Tensor]
     blocks = triton.cdiv(width, BLOCK)
     z = h.new_empty((tokens, width))
     squares = h.new_empty((tokens, blocks), dtype=torch.float32)
-    _activate_rows[(blocks, tokens)](h, z, squares, width, CODE=code, GATED=gated, BLOCK=BLOCK)
+    _activate_rows[(blocks, tokens)](
+        h, z, squares, width, CODE=code, GATED=gated, BLOCK=BLOCK, num_warps=8
+    )
     return z, squares
