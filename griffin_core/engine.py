@@ -170,14 +170,15 @@ class Engine:
         return self._ask(self._decoding.holdings)
 
     def prefill(self, task: PrefillTask, sink: Sink[PrefillStreamEvent]) -> PrefillRun:
-        """Queues a prefill for another server. Events go to ``sink`` up to PrefillFinished or
-        Failed."""
+        """Queues a prefill that no session of this engine is for. Events go to ``sink`` up to
+        PrefillFinished or Failed."""
         events = partial(
             prefill,
             self.model.decoder,
             task.token_ids,
             task.selection,
             chunk_tokens=self.limits.chunk_tokens,
+            watch=task.watch,
         )
         run = PrefillRun(events, sink, admitted=False)
         scheduler = self._decoding.scheduler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.experts.statistic import add_s2
+from griffin_core.experts.statistic import add_s2, relative
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
 
@@ -56,6 +56,19 @@ class LayerExperts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerActivations:
+    """One layer's relative activations for a run of tokens, asked for by whoever studies them.
+
+    Args:
+        values: [tokens, F] float32, |Z_t| / ‖Z_t‖: what the statistic squares and adds up.
+    """
+
+    layer: int
+    first_token: int
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrefillFinished:
     """The end of a prefill.
 
@@ -83,10 +96,16 @@ class Statistic:
 
     Args:
         s2: [L, F] float32 to start from, of tokens already in the cache; zeros if None.
+        watch: layers of which the last activations are kept.
     """
 
-    def __init__(self, decoder: Decoder, s2: Tensor | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, s2: Tensor | None = None, watch: Collection[int] = ()
+    ) -> None:
         self._decoder = decoder
+        self._watch = watch
+        self.activations: dict[int, Tensor] = {}
+        """Z [T, F] of the watched layers, of what passed last."""
         shape = (len(decoder.layers), decoder.spec.ff_width)
         self.s2 = torch.zeros(shape, device=decoder.device) if s2 is None else s2.clone()
 
@@ -97,6 +116,8 @@ class Statistic:
         def run(x: Tensor) -> Tensor:
             z, squares = ff.activations_and_squares(x)
             add_s2(self.s2[layer], z, squares)
+            if layer in self._watch:
+                self.activations[layer] = z
             return ff.output(z)
 
         return run
@@ -111,7 +132,8 @@ def prefill(
     cache: KvCache | None = None,
     s2: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> Iterator[PrefillEvent | None]:
+    watch: Collection[int] = (),
+) -> Iterator[PrefillEvent | LayerActivations | None]:
     """Runs a prompt dense, in chunks, and takes the statistic.
 
     A generator, so that its caller may do other work between chunks: it yields None after each
@@ -122,9 +144,11 @@ def prefill(
         cache: holds the tokens before these, and room for these; a new one if None.
         s2: [L, F], the statistic of the tokens before these; None if there are none.
         chunk_tokens: most tokens that run at once.
+        watch: layers whose activations are yielded.
 
     Yields:
-        LayerKv for each chunk and layer, then LayerExperts for each layer, PrefillFinished last.
+        LayerKv for each chunk and layer, behind it LayerActivations if the layer is watched; then
+        LayerExperts for each layer, PrefillFinished last.
 
     Raises:
         ValueError: no token.
@@ -133,7 +157,7 @@ def prefill(
         raise ValueError("prefill needs at least one token")
     if cache is None:
         cache = decoder.new_cache(len(token_ids))
-    statistic = Statistic(decoder, s2)
+    statistic = Statistic(decoder, s2, watch)
     ids = torch.tensor(token_ids, dtype=torch.int64, device=decoder.device)
     first = cache.length
     spans: list[tuple[Moment, Moment]] = []
@@ -150,6 +174,9 @@ def prefill(
             kv = cache.room(layer, start, end)
             paused = time.perf_counter()
             yield LayerKv(layer=layer, first_token=start, kv=kv, ready=ready)
+            if layer in watch:
+                values = relative(statistic.activations.pop(layer))
+                yield LayerActivations(layer=layer, first_token=start, values=values)
             if time.perf_counter() - paused > AT_ONCE_S:
                 spans.append((began, ended))
                 began = _moment(decoder.device)

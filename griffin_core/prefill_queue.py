@@ -12,7 +12,7 @@ from griffin_core.decode.events import Failed, Sink
 from griffin_core.errors import CapacityExhausted, EngineFault
 from griffin_core.experts.selection import Selection
 from griffin_core.observer import Observer
-from griffin_core.prefill import PrefillEvent, PrefillFinished
+from griffin_core.prefill import LayerActivations, PrefillEvent, PrefillFinished
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +23,16 @@ covers. More than one, so that a reader that lags holds up nobody else."""
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillTask:
-    """A prompt to run for a Decode engine, here or elsewhere.
+    """A prompt to run for a Decode engine, here or elsewhere, or for whoever studies it.
 
     Args:
         token_ids: at least one id.
+        watch: layers whose activations are wanted.
     """
 
     token_ids: tuple[int, ...]
     selection: Selection
+    watch: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,10 @@ class PrefillBegun:
     queue_s: float
 
 
-PrefillStreamEvent = PrefillBegun | PrefillEvent | Failed
+PrefillStep = PrefillEvent | LayerActivations | None
+"""What ``prefill`` yields."""
+
+PrefillStreamEvent = PrefillBegun | PrefillEvent | LayerActivations | Failed
 
 
 class PrefillRun:
@@ -58,13 +63,13 @@ class PrefillRun:
 
     def __init__(
         self,
-        events: Callable[[], Iterator[PrefillEvent | None]],
+        events: Callable[[], Iterator[PrefillStep]],
         sink: Sink[PrefillStreamEvent],
         *,
         admitted: bool,
     ) -> None:
         self._make_events = events
-        self._events: Iterator[PrefillEvent | None] | None = None
+        self._events: Iterator[PrefillStep] | None = None
         self._arrived = time.monotonic()
         self.sink = sink
         self.admitted = admitted

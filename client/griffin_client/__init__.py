@@ -22,9 +22,11 @@ from griffin_client.errors import (
     Unavailable,
 )
 from griffin_client.types import (
+    Analysis,
     Completion,
     Event,
     Finished,
+    LayerAnalysis,
     Message,
     ModelInfo,
     PruningFigures,
@@ -44,6 +46,7 @@ from griffin_client.types import (
 
 __all__ = [
     "Aborted",
+    "Analysis",
     "AsyncGriffinClient",
     "Cancelled",
     "Completion",
@@ -54,6 +57,7 @@ __all__ = [
     "GriffinClient",
     "GriffinClientError",
     "InvalidArgument",
+    "LayerAnalysis",
     "Message",
     "ModelInfo",
     "NotFound",

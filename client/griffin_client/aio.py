@@ -14,6 +14,7 @@ from griffin_client import convert
 from griffin_client.client import CHANNEL_OPTIONS
 from griffin_client.errors import from_rpc_error
 from griffin_client.types import (
+    Analysis,
     Completion,
     Event,
     Message,
@@ -126,6 +127,38 @@ class AsyncGriffinClient:
             request_id=request_id,
         )
         return convert.score(await self._call(self._stub.Score, request, timeout_s))
+
+    async def analyze_prompt(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | tuple[str, str]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        density: float | None = None,
+        policy: Policy | None = None,
+        seed: int | None = None,
+        activation_layers: Sequence[int] = (),
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Analysis:
+        """See ``GriffinClient.analyze_prompt``."""
+        request = convert.analyze_request(
+            prompt,
+            messages=messages,
+            token_ids=token_ids,
+            density=density,
+            policy=policy,
+            seed=seed,
+            activation_layers=activation_layers,
+            request_id=request_id,
+        )
+        call: Any = self._stub.AnalyzePrompt(request, timeout=timeout_s)
+        try:
+            return convert.analysis([response async for response in call])
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """See ``GriffinClient.model_info``."""

@@ -13,6 +13,7 @@ from griffin.v1 import generation_pb2_grpc
 from griffin_client import convert
 from griffin_client.errors import from_rpc_error
 from griffin_client.types import (
+    Analysis,
     Completion,
     Event,
     Message,
@@ -154,6 +155,41 @@ class GriffinClient:
             request_id=request_id,
         )
         return convert.score(self._call(self._stub.Score, request, timeout_s))
+
+    def analyze_prompt(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | tuple[str, str]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        density: float | None = None,
+        policy: Policy | None = None,
+        seed: int | None = None,
+        activation_layers: Sequence[int] = (),
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Analysis:
+        """What a prompt fires: each layer's statistic and experts. Nothing is generated.
+
+        Args:
+            prompt, messages, token_ids: exactly one of them, as in ``generate``.
+            density, policy: of the experts; None takes the server's.
+            activation_layers: layers of which each token's activations are wanted, at most 8.
+        """
+        request = convert.analyze_request(
+            prompt,
+            messages=messages,
+            token_ids=token_ids,
+            density=density,
+            policy=policy,
+            seed=seed,
+            activation_layers=activation_layers,
+            request_id=request_id,
+        )
+        try:
+            return convert.analysis(self._stub.AnalyzePrompt(request, timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """What model the server holds and how it runs it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import cache
@@ -32,15 +34,11 @@ def generate_request(
     keep_session: bool,
     request_id: str | None,
 ) -> pb.GenerateRequest:
-    pairs = [(m.role, m.content) if isinstance(m, types.Message) else m for m in messages or ()]
     return _message(
         pb.GenerateRequest,
         text=prompt,
         token_ids=token_ids,
-        messages=[
-            _message(pb.ChatMessage, f"messages[{index}].", role=role, content=content)
-            for index, (role, content) in enumerate(pairs)
-        ],
+        messages=_chat(messages),
         sampling=_message(pb.Sampling, "sampling.", **asdict(sampling)),
         stopping=_message(pb.Stopping, "stopping.", **asdict(stopping)),
         pruning=_pruning(density, policy, sharing),
@@ -72,6 +70,75 @@ def score_request(
         seed=seed,
         request_id=request_id,
     )
+
+
+def analyze_request(
+    prompt: str | None,
+    *,
+    messages: Iterable[types.Message | tuple[str, str]] | None,
+    token_ids: Sequence[int] | None,
+    density: float | None,
+    policy: types.Policy | None,
+    seed: int | None,
+    activation_layers: Sequence[int],
+    request_id: str | None,
+) -> pb.AnalyzePromptRequest:
+    return _message(
+        pb.AnalyzePromptRequest,
+        text=prompt,
+        token_ids=token_ids,
+        messages=_chat(messages),
+        pruning=_pruning(density, policy, None),
+        seed=seed,
+        activation_layers=activation_layers,
+        request_id=request_id,
+    )
+
+
+def analysis(responses: Iterable[pb.AnalyzePromptResponse]) -> types.Analysis:
+    """Gathers the messages of one stream."""
+    started = pb.AnalyzePromptResponse.Started()
+    layers: list[types.LayerAnalysis] = []
+    activations: dict[int, array[float]] = {}
+    for response in responses:
+        match response.WhichOneof("event"):
+            case "started":
+                started = response.started
+            case "activations":
+                values = activations.setdefault(response.activations.layer, array("f"))
+                values.extend(_unpack("f", response.activations.values))
+            case "layer":
+                layers.append(
+                    types.LayerAnalysis(
+                        s=_unpack("f", response.layer.s),
+                        experts=_unpack("i", response.layer.experts),
+                        norm_mass=response.layer.norm_mass,
+                    )
+                )
+    return _fill(
+        types.Analysis,
+        started,
+        token_ids=tuple(started.token_ids),
+        texts=tuple(started.texts),
+        layers=tuple(layers),
+        activations=activations,
+    )
+
+
+def _unpack(code: str, data: bytes) -> array[Any]:
+    """Little-endian numbers of four bytes."""
+    numbers: array[Any] = array(code, data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def _chat(messages: Iterable[types.Message | tuple[str, str]] | None) -> list[pb.ChatMessage]:
+    pairs = [(m.role, m.content) if isinstance(m, types.Message) else m for m in messages or ()]
+    return [
+        _message(pb.ChatMessage, f"messages[{index}].", role=role, content=content)
+        for index, (role, content) in enumerate(pairs)
+    ]
 
 
 def _pruning(

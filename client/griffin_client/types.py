@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -178,6 +179,40 @@ class Score:
     context_tokens: int
     pruning: PruningFigures
     request_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAnalysis:
+    """What a prompt fires in one layer.
+
+    Args:
+        s: [F] floats, the statistic.
+        experts: [K] ints, ascending.
+        norm_mass: the share of s squared that the experts hold.
+    """
+
+    s: array[float]
+    experts: array[int]
+    norm_mass: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What a prompt fires. Arrays are those of the standard library; numpy reads them in place.
+
+    Args:
+        token_ids, texts: T of each.
+        layers: L.
+        activations: of the layers asked for, [T * F] floats each, token by token: |z| / ‖z‖.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    ff_width: int
+    experts_per_layer: int
+    layers: tuple[LayerAnalysis, ...]
+    activations: Mapping[int, array[float]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,13 @@ from griffin_core.errors import (
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.observer import Observer
-from griffin_core.prefill import PrefillEvent, PrefillFinished, PrefillRestarted, prefill
+from griffin_core.prefill import (
+    LayerActivations,
+    PrefillEvent,
+    PrefillFinished,
+    PrefillRestarted,
+    prefill,
+)
 from griffin_core.prefill_queue import (
     PrefillBegun,
     PrefillQueue,
@@ -477,7 +483,7 @@ class _OwnIntake:
     def put(self, event: PrefillStreamEvent) -> None:
         if isinstance(event, Failed):
             self._decoding.fail(self._turn_id, event.error)
-        elif not isinstance(event, PrefillBegun):
+        elif not isinstance(event, PrefillBegun | LayerActivations):  # no session watches any
             self._decoding.intake(self._turn_id, event)
 
     def ready(self) -> bool:

@@ -16,6 +16,9 @@ from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.kernels.statistic import s2_rows
 from griffin_core.kernels.team import runs_kernels
 
+_TINY = torch.finfo(torch.float32).tiny
+"""Below, a reciprocal is infinite."""
+
 
 def s2_of(z: Tensor) -> Tensor:
     """Activations [T, F] of any float dtype -> s2 [F] float32.
@@ -29,9 +32,15 @@ def s2_of(z: Tensor) -> Tensor:
         return s2_rows(z)
     squares = z.float().square()
     row = squares.sum(dim=1)
-    tiny = torch.finfo(torch.float32).tiny  # below, a reciprocal is infinite
-    weight = torch.where(row >= tiny, row.reciprocal(), torch.zeros_like(row))
+    weight = torch.where(row >= _TINY, row.reciprocal(), torch.zeros_like(row))
     return weight @ squares
+
+
+def relative(z: Tensor) -> Tensor:
+    """|Z_t| / ‖Z_t‖ of activations [T, F] of any float dtype, float32: what ``s2_of`` squares and
+    adds up. A row that adds nothing there is zero."""
+    row = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=torch.float32)
+    return torch.where(row.square() >= _TINY, z.abs().float() / row, 0.0)
 
 
 def add_s2(s2: Tensor, z: Tensor, squares: Tensor | None) -> None:
@@ -64,5 +73,5 @@ def group_score(s2s: Sequence[Tensor]) -> Tensor:
     score = torch.zeros_like(s2s[0])
     for s2 in s2s:
         tokens = s2.sum(dim=-1, keepdim=True)
-        score += (s2 / tokens.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        score += (s2 / tokens.clamp(min=_TINY)).sqrt()
     return score

@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from textwrap import shorten
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvloop
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from griffin_client import (
+    Analysis,
     Event,
     Finished,
     GriffinClient,
@@ -181,6 +184,86 @@ def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
 
 
 @app.command()
+def inspect(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(help="One or more; - reads standard input, @FILE reads a file."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the pictures and their data.")],
+    target: Target = "localhost:50051",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Load this model here instead of asking a server; as of `serve`."),
+    ] = None,
+    density: Density = None,
+    policy: Policy = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="Of which activations are drawn; first, middle and last if not given."),
+    ] = None,
+    timeout: Timeout = None,
+) -> None:
+    """Draw what prompts fire: activations, experts, norm mass, and how far experts agree."""
+    try:
+        from griffin_server.pictures import Inspected, draw  # noqa: PLC0415
+    except ImportError as error:
+        _fail(f"inspect needs matplotlib: install griffin-serving[inspect] ({error})")
+    texts = [_read(prompt) for prompt in prompts]
+    names = [shorten(text, 40, placeholder="…") for text in texts]
+    with _errors():
+        layers, analyze = _analyzer(model, target, timeout)
+        inspected = [
+            Inspected(
+                name=name,
+                analysis=analyze(
+                    text,
+                    density=density,
+                    policy=policy,
+                    activation_layers=[] if index else layer or [0, layers // 2, layers - 1],
+                ),
+            )
+            for index, (name, text) in enumerate(zip(names, texts, strict=True))
+        ]
+    try:
+        files = draw(inspected, out)
+    except OSError as error:
+        _fail(f"out: {error}")
+    for file in files:
+        print(file)
+
+
+def _analyzer(
+    model: str | None, target: str, timeout_s: float | None
+) -> tuple[int, Callable[..., Analysis]]:
+    """How many layers a model has, and what analyzes prompts: a server, or the model itself."""
+    if model is None:
+        client = GriffinClient(target)
+        layers = client.model_info(timeout_s=timeout_s).layers
+        return layers, partial(client.analyze_prompt, timeout_s=timeout_s)
+    # Imported here because they bring torch, which the other commands do without.
+    from griffin_client.convert import analysis, analyze_request  # noqa: PLC0415
+    from griffin_core.errors import GriffinError  # noqa: PLC0415
+    from griffin_core.experts.selection import Selection  # noqa: PLC0415
+    from griffin_core.model.load import load_model  # noqa: PLC0415
+    from griffin_server.generation.analysis import analyze_here  # noqa: PLC0415
+
+    def analyze(prompt: str, **options: Any) -> Analysis:
+        request = analyze_request(
+            prompt, messages=None, token_ids=None, seed=None, request_id=None, **options
+        )
+        try:
+            return analysis(analyze_here(loaded, request, Selection(density=0.5)))
+        except GriffinError as error:
+            _fail(str(error))
+
+    try:
+        loaded = load_model(model, progress=err.print)
+    except GriffinError as error:
+        _fail(str(error))
+    return len(loaded.decoder.layers), analyze
+
+
+@app.command()
 def bench(
     target: Target = "localhost:50051",
     requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 64,
@@ -300,7 +383,7 @@ class _errors:  # reads as a statement
             _fail(str(error))
 
 
-def _fail(message: str, *, status: int = 1) -> Any:
+def _fail(message: str, *, status: int = 1) -> NoReturn:
     err.print(f"griffin: {message}", markup=False, soft_wrap=True)
     raise typer.Exit(status)
 

@@ -38,6 +38,7 @@ def test_exactly_these_names_are_exported() -> None:
     """A name that leaves this list breaks somebody's import: say so in the CHANGELOG."""
     assert sorted(griffin_client.__all__) == [
         "Aborted",
+        "Analysis",
         "AsyncGriffinClient",
         "Cancelled",
         "Completion",
@@ -48,6 +49,7 @@ def test_exactly_these_names_are_exported() -> None:
         "GriffinClient",
         "GriffinClientError",
         "InvalidArgument",
+        "LayerAnalysis",
         "Message",
         "ModelInfo",
         "NotFound",
@@ -74,6 +76,7 @@ def test_exactly_these_names_are_exported() -> None:
 METHODS = {
     "Generate": ["generate", "complete"],
     "Score": ["score"],
+    "AnalyzePrompt": ["analyze_prompt"],
     "GetModelInfo": ["model_info"],
     "GetSession": ["get_session"],
     "ListSessions": ["list_sessions"],

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from griffin_core.experts.selection import Selection
-from griffin_core.experts.statistic import group_score, s2_of
+from griffin_core.experts.statistic import group_score, relative, s2_of
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, prefill
 from tests.tiny import FAMILIES, VOCABULARY
@@ -113,3 +113,13 @@ def test_group_score_of_silent_prompts_is_zero_and_of_none_an_error() -> None:
 def test_a_row_whose_squares_are_subnormal_adds_nothing() -> None:
     z = torch.tensor([[1e-20, 0.0, 0.0], [1.0, 1.0, 0.0]])
     torch.testing.assert_close(s2_of(z), torch.tensor([0.5, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_squares_of_relative_activations_add_up_to_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    z = (torch.randn(9, 40) * 100).to(dtype)
+    z[3] = 0
+    values = relative(z)
+    assert values[3].count_nonzero() == 0 and values.dtype == torch.float32
+    torch.testing.assert_close(values.square().sum(dim=0), s2_of(z), rtol=1e-4, atol=1e-6)

@@ -888,6 +888,194 @@ class TokenScore(_message.Message):
 Global___TokenScore: _TypeAlias = TokenScore  # noqa: Y015
 
 @_typing.final
+class AnalyzePromptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    PRUNING_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    ACTIVATION_LAYERS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Exactly one of `text`, `token_ids` and `messages` is given, as in GenerateRequest. At most the
+    context length.
+    """
+    seed: _builtins.int
+    """Seeds the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: drawn at random."""
+    request_id: _builtins.str
+    """As in GenerateRequest."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
+    @_builtins.property
+    def pruning(self) -> Global___Pruning:
+        """`sharing` has no meaning here: INVALID_ARGUMENT if it is set."""
+
+    @_builtins.property
+    def activation_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers whose activations are sent, at most 8, each in [0, L). Default: none."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        pruning: Global___Pruning | None = ...,
+        seed: _builtins.int | None = ...,
+        activation_layers: _abc.Iterable[_builtins.int] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_text", b"_text", "pruning", b"pruning", "seed", b"seed", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_text", b"_text", "activation_layers", b"activation_layers", "messages", b"messages", "pruning", b"pruning", "request_id", b"request_id", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
+
+Global___AnalyzePromptRequest: _TypeAlias = AnalyzePromptRequest  # noqa: Y015
+
+@_typing.final
+class AnalyzePromptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Started(_message.Message):
+        """The prompt's tokens."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TOKEN_IDS_FIELD_NUMBER: _builtins.int
+        TEXTS_FIELD_NUMBER: _builtins.int
+        EXPERTS_PER_LAYER_FIELD_NUMBER: _builtins.int
+        FF_WIDTH_FIELD_NUMBER: _builtins.int
+        REQUEST_ID_FIELD_NUMBER: _builtins.int
+        experts_per_layer: _builtins.int
+        """K."""
+        ff_width: _builtins.int
+        """F."""
+        request_id: _builtins.str
+        @_builtins.property
+        def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """T ids."""
+
+        @_builtins.property
+        def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """T texts: each token decoded by itself. For display, they may hold replacement characters."""
+
+        def __init__(
+            self,
+            *,
+            token_ids: _abc.Iterable[_builtins.int] | None = ...,
+            texts: _abc.Iterable[_builtins.str] | None = ...,
+            experts_per_layer: _builtins.int = ...,
+            ff_width: _builtins.int = ...,
+            request_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "request_id", b"request_id", "texts", b"texts", "token_ids", b"token_ids"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Activations(_message.Message):
+        """Relative activations of a run of tokens in one layer."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LAYER_FIELD_NUMBER: _builtins.int
+        FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+        VALUES_FIELD_NUMBER: _builtins.int
+        layer: _builtins.int
+        """In [0, L)."""
+        first_token: _builtins.int
+        """In [0, T). Runs of one layer come in order and leave nothing out."""
+        values: _builtins.bytes
+        """[tokens, F] little-endian float32, row by row: |z| / ‖z‖ of each token's activations z. Never
+        more than 1 MiB, but for a single row that is.
+        """
+        def __init__(
+            self,
+            *,
+            layer: _builtins.int = ...,
+            first_token: _builtins.int = ...,
+            values: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "layer", b"layer", "values", b"values"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Layer(_message.Message):
+        """One layer over the whole prompt."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LAYER_FIELD_NUMBER: _builtins.int
+        S_FIELD_NUMBER: _builtins.int
+        EXPERTS_FIELD_NUMBER: _builtins.int
+        NORM_MASS_FIELD_NUMBER: _builtins.int
+        layer: _builtins.int
+        """In [0, L)."""
+        s: _builtins.bytes
+        """[F] little-endian float32: the l2 norm over tokens of the relative activations."""
+        experts: _builtins.bytes
+        """[K] little-endian int32, ascending."""
+        norm_mass: _builtins.float
+        """In [0, 1]: sum of s squared over the experts / over all neurons."""
+        def __init__(
+            self,
+            *,
+            layer: _builtins.int = ...,
+            s: _builtins.bytes = ...,
+            experts: _builtins.bytes = ...,
+            norm_mass: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "layer", b"layer", "norm_mass", b"norm_mass", "s", b"s"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STARTED_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def started(self) -> Global___AnalyzePromptResponse.Started: ...
+    @_builtins.property
+    def activations(self) -> Global___AnalyzePromptResponse.Activations: ...
+    @_builtins.property
+    def layer(self) -> Global___AnalyzePromptResponse.Layer: ...
+    def __init__(
+        self,
+        *,
+        started: Global___AnalyzePromptResponse.Started | None = ...,
+        activations: Global___AnalyzePromptResponse.Activations | None = ...,
+        layer: Global___AnalyzePromptResponse.Layer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "event", b"event", "layer", b"layer", "started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "event", b"event", "layer", b"layer", "started", b"started"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "activations", "layer"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AnalyzePromptResponse: _TypeAlias = AnalyzePromptResponse  # noqa: Y015
+
+@_typing.final
 class GetModelInfoRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

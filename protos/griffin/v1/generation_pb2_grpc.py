@@ -45,6 +45,11 @@ class GenerationServiceStub:
                 request_serializer=griffin_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=griffin_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.AnalyzePrompt = channel.unary_stream(
+                '/griffin.v1.GenerationService/AnalyzePrompt',
+                request_serializer=griffin_dot_v1_dot_generation__pb2.AnalyzePromptRequest.SerializeToString,
+                response_deserializer=griffin_dot_v1_dot_generation__pb2.AnalyzePromptResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/griffin.v1.GenerationService/GetModelInfo',
                 request_serializer=griffin_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
@@ -94,6 +99,16 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AnalyzePrompt(self, request, context):
+        """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
+        every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
+        is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
+        with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """What model this server holds and how it runs it.
         """
@@ -134,6 +149,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=griffin_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=griffin_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'AnalyzePrompt': grpc.unary_stream_rpc_method_handler(
+                    servicer.AnalyzePrompt,
+                    request_deserializer=griffin_dot_v1_dot_generation__pb2.AnalyzePromptRequest.FromString,
+                    response_serializer=griffin_dot_v1_dot_generation__pb2.AnalyzePromptResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -211,6 +231,33 @@ class GenerationService:
             '/griffin.v1.GenerationService/Score',
             griffin_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
             griffin_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnalyzePrompt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/griffin.v1.GenerationService/AnalyzePrompt',
+            griffin_dot_v1_dot_generation__pb2.AnalyzePromptRequest.SerializeToString,
+            griffin_dot_v1_dot_generation__pb2.AnalyzePromptResponse.FromString,
             options,
             channel_credentials,
             insecure,

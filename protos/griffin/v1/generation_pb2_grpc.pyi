@@ -58,6 +58,12 @@ class GenerationServiceStub:
     """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
     from the context alone and the continuation runs on them, as generation would. Errors as above.
     """
+    AnalyzePrompt: _grpc.UnaryStreamMultiCallable[_generation_pb2.AnalyzePromptRequest, _generation_pb2.AnalyzePromptResponse]
+    """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
+    every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
+    is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
+    with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
+    """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]
     """What model this server holds and how it runs it."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetSessionRequest, _generation_pb2.GetSessionResponse]
@@ -86,6 +92,12 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
     """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
     from the context alone and the continuation runs on them, as generation would. Errors as above.
+    """
+    AnalyzePrompt: _aio.UnaryStreamMultiCallable[_generation_pb2.AnalyzePromptRequest, _generation_pb2.AnalyzePromptResponse]  # type: ignore[assignment]
+    """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
+    every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
+    is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
+    with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """What model this server holds and how it runs it."""
@@ -124,6 +136,18 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
         """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
         from the context alone and the continuation runs on them, as generation would. Errors as above.
+        """
+
+    @_abc_1.abstractmethod
+    def AnalyzePrompt(
+        self,
+        request: _generation_pb2.AnalyzePromptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.AnalyzePromptResponse], _abc.AsyncIterator[_generation_pb2.AnalyzePromptResponse]]:
+        """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
+        every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
+        is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
+        with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
         """
 
     @_abc_1.abstractmethod

@@ -97,18 +97,13 @@ def generate_task(
         InvalidRequest: naming field, value and range.
     """
     arrived = time.monotonic()
-    given = {
-        "text": request.HasField("text"),
-        "token_ids": bool(request.token_ids),
-        "messages": bool(request.messages),
-    }
-    field = _exactly_one("input", given)
-    seed = _seed(request.sampling)
+    field = input_field(request)
+    seed = seed_of(request.sampling)
     # What is cheap to check goes before the tokenizer.
     sampling = _sampling(request.sampling, seed)
     stopping = _stopping(request.stopping)
-    pruning = _pruning(request.pruning)
-    prompt = _prompt(field, request, tokenizer)
+    pruning = pruning_params(request.pruning)
+    prompt = prompt_ids(field, request, tokenizer, continues=bool(request.session_id))
     task = GenerateTask(
         prompt=tuple(prompt),
         sampling=sampling,
@@ -153,7 +148,7 @@ def score_task(
             "continuation_token_ids": bool(request.continuation_token_ids),
         },
     )
-    pruning = _pruning(request.pruning)
+    pruning = pruning_params(request.pruning)
     if context.endswith("_token_ids") != continuation.endswith("_token_ids"):
         raise InvalidRequest(
             "continuation", f"{context} with {continuation}", "both as text or both as token ids"
@@ -172,12 +167,26 @@ def score_task(
         prompt=tuple(prompt),
         continuation=tuple(rest),
         pruning=pruning,
-        seed=_seed(request),
+        seed=seed_of(request),
         arrived=arrived,
         deadline=None if timeout_s is None else arrived + timeout_s,
     )
     task.check(spec, context, continuation)
     return task
+
+
+def input_field(request: pb.GenerateRequest | pb.AnalyzePromptRequest) -> str:
+    """Which of "text", "token_ids" and "messages" a request gives.
+
+    Raises:
+        InvalidRequest: not exactly one.
+    """
+    given = {
+        "text": request.HasField("text"),
+        "token_ids": bool(request.token_ids),
+        "messages": bool(request.messages),
+    }
+    return _exactly_one("input", given)
 
 
 def _exactly_one(name: str, given: dict[str, bool]) -> str:
@@ -189,16 +198,31 @@ def _exactly_one(name: str, given: dict[str, bool]) -> str:
     return names[0]
 
 
-def _prompt(field: str, request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(
+    field: str,
+    request: pb.GenerateRequest | pb.AnalyzePromptRequest,
+    tokenizer: Tokenizer,
+    *,
+    continues: bool = False,
+) -> list[int]:
+    """A request's tokens, at least one.
+
+    Args:
+        field: where they are, see ``input_field``.
+        continues: behind those of a kept session.
+
+    Raises:
+        InvalidRequest: naming field, value and range.
+    """
     match field:
         case "text":
             if not request.text:
                 raise InvalidRequest("text", "an empty prompt", "at least one token")
-            ids = tokenizer.encode(request.text, special_tokens=not request.session_id)
+            ids = tokenizer.encode(request.text, special_tokens=not continues)
         case "token_ids":
             ids = list(request.token_ids)
         case _:
-            if request.session_id:
+            if continues:
                 raise InvalidRequest(
                     "messages", "messages with session_id", "text or token_ids in a later turn"
                 )
@@ -211,7 +235,8 @@ def _prompt(field: str, request: pb.GenerateRequest, tokenizer: Tokenizer) -> li
     return ids
 
 
-def _seed(message: pb.Sampling | pb.ScoreRequest) -> int:
+def seed_of(message: pb.Sampling | pb.ScoreRequest | pb.AnalyzePromptRequest) -> int:
+    """The seed that is set, or one drawn now."""
     return message.seed if message.HasField("seed") else secrets.randbits(64)
 
 
@@ -246,7 +271,7 @@ def _stopping(message: pb.Stopping) -> StoppingParams:
     )
 
 
-def _pruning(message: pb.Pruning) -> PruningParams:
+def pruning_params(message: pb.Pruning) -> PruningParams:
     return PruningParams(
         policy=policy_from_pb("pruning.policy", message.policy),
         sharing=_named(_SHARINGS, "pruning.sharing", message.sharing),

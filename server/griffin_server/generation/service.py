@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -26,16 +27,20 @@ from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault, GriffinError
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill_queue import PrefillTask
+from griffin_core.prefill import LayerActivations, LayerExperts, PrefillFinished
+from griffin_core.prefill_queue import PrefillStreamEvent, PrefillTask
 from griffin_server import __version__
 from griffin_server.channel import Channel, Mail
-from griffin_server.generation import convert
+from griffin_server.generation import analysis, convert
 from griffin_server.ops.interceptors import request_id_var
 from griffin_server.ops.metrics import Metrics
 from griffin_server.prefill.source import PrefillServers
 
 TOKENS_AHEAD = 64
 """Events that may wait for a client that does not read before its session is paused."""
+
+EVENTS_AHEAD = 4
+"""Results of an analysis that may wait before its prompt is paused: they are large."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -95,6 +100,33 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                         counted.finish_reason = "SCORED"
                         return convert.scored_to_pb(task, event, request_id_var.get())
             raise EngineFault("scoring ended without a result")
+
+    async def AnalyzePrompt(
+        self, request: pb.AnalyzePromptRequest, context: Context
+    ) -> AsyncIterator[pb.AnalyzePromptResponse]:
+        model = self._model
+        with self._metrics.request(time.monotonic(), context) as counted:
+            make = partial(analysis.analyze_task, base=self._engine.selection)
+            task = await self._task(make, request, context)
+            spec = model.decoder.spec
+            yield analysis.started_to_pb(task, model.tokenizer, spec, request_id_var.get())
+            channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
+            run = self._engine.prefill(task, channel)
+            try:
+                async for event in channel:
+                    match event:
+                        case LayerActivations() | LayerExperts():
+                            messages = analysis.event_to_pb(event)  # waits for the device
+                            while message := await asyncio.to_thread(next, messages, None):
+                                yield message
+                        case PrefillFinished():
+                            counted.finish_reason = "ANALYZED"
+                            return
+                        case Failed():
+                            raise event.error
+            finally:
+                run.cancel()
+                self._engine.wake()
 
     async def _task(
         self,

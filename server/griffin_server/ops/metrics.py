@@ -186,7 +186,7 @@ class Metrics(Observer):
     def request(
         self, arrived: float, context: grpc.aio.ServicerContext[Any, Any]
     ) -> Iterator[Request]:
-        """Counts a call of Generate or Score, and how it ends.
+        """Counts a call of Generate, Score or AnalyzePrompt, and how it ends.
 
         Args:
             arrived: on ``time.monotonic``.
@@ -229,7 +229,7 @@ class Metrics(Observer):
 
 
 class Request:
-    """A call of Generate or Score on its way."""
+    """A call of Generate, Score or AnalyzePrompt on its way."""
 
     def __init__(self, metrics: Metrics, arrived: float) -> None:
         self._metrics = metrics
