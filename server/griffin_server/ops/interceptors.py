@@ -15,7 +15,7 @@ import structlog
 
 from griffin_core.errors import EngineFault, EngineStopped, GriffinError, InvalidRequest
 from griffin_server.ops.metrics import GrpcCall, Metrics
-from griffin_server.ops.status import abort, code_of
+from griffin_server.ops.status import abort, code_of, code_of_cancel
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID = 128
@@ -118,7 +118,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = code_of(error)[0].name
             await abort(context, error)
         except (asyncio.CancelledError, GeneratorExit):
-            code = "CANCELLED"
+            code = code_of_cancel(context).name
             raise
         except grpc.aio.AbortError:
             code = context.code().name
