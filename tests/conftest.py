@@ -13,6 +13,7 @@ import torch
 
 from griffin_core.model.load import Model, load_model
 from griffin_core.model.source import DEFAULT_MODEL
+from tests.otlp import Receiver
 from tests.servers import Running, running
 from tests.tiny import make_tiny
 
@@ -49,6 +50,20 @@ def tiny(tiny_directory: Callable[[str], Path]) -> Callable[[str], Model]:
 def smollm2() -> Model:
     """SmolLM2-135M-Instruct in float32."""
     return load_model(DEFAULT_MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(params=["untraced", "traced"])
+def with_and_without_traces(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Runs a test twice: its servers send traces the second time."""
+    if request.param == "untraced":
+        yield
+        return
+    with Receiver() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        yield
+        assert receiver.spans
 
 
 @pytest.fixture(scope="module")

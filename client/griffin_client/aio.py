@@ -13,6 +13,7 @@ from griffin.v1 import generation_pb2_grpc
 from griffin_client import convert
 from griffin_client.client import CHANNEL_OPTIONS
 from griffin_client.errors import from_rpc_error
+from griffin_client.tracing import trace_metadata
 from griffin_client.types import (
     Analysis,
     Completion,
@@ -91,7 +92,7 @@ class AsyncGriffinClient:
             keep_session=keep_session,
             request_id=request_id,
         )
-        call: Any = self._stub.Generate(request, timeout=timeout_s)
+        call: Any = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
         try:
             async for response in call:
                 yield convert.event(response)
@@ -184,6 +185,6 @@ class AsyncGriffinClient:
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
-            return await method(request, timeout=timeout_s)
+            return await method(request, timeout=timeout_s, metadata=trace_metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error

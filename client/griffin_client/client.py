@@ -12,6 +12,7 @@ from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
 from griffin_client import convert
 from griffin_client.errors import from_rpc_error
+from griffin_client.tracing import trace_metadata
 from griffin_client.types import (
     Analysis,
     Completion,
@@ -115,7 +116,7 @@ class GriffinClient:
         return self._stream(request, timeout_s)
 
     def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> Iterator[Event]:
-        call: Any = self._stub.Generate(request, timeout=timeout_s)
+        call: Any = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
         try:
             for response in call:
                 yield convert.event(response)
@@ -215,6 +216,6 @@ class GriffinClient:
 
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
-            return method(request, timeout=timeout_s)
+            return method(request, timeout=timeout_s, metadata=trace_metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error

@@ -12,7 +12,7 @@ import torch
 
 from griffin_core.budget import Budget
 from griffin_core.decode.caches import Caches
-from griffin_core.decode.events import Admitted, Event, Failed, Sink
+from griffin_core.decode.events import Admitted, Event, Failed, Sink, Started
 from griffin_core.decode.generation import Generation, Pace
 from griffin_core.decode.intake import Intake
 from griffin_core.decode.scheduler import Limits, Scheduler
@@ -380,7 +380,12 @@ class Decoding:
             run = PrefillRun(events, _OwnIntake(self, session), admitted=True)
             self._own_prefills[session.turn_id] = run
             self._prefills.add(run, 0.0)
-        session.sink.put(Admitted(handoff=None if own else session.selection))
+        session.sink.put(
+            Admitted(
+                queue_s=session.clock.admitted - session.clock.arrived,
+                handoff=None if own else session.selection,
+            )
+        )
 
     def _new_intake(self, session: Session, *, in_place: bool) -> Intake:
         assert session.cache is not None
@@ -412,6 +417,15 @@ class Decoding:
         session.clock.prefilled = time.monotonic()
         session.clock.selection_s = event.selection_s
         session.state = State.DECODE
+        session.sink.put(
+            Started(
+                session_id=session.session_id,
+                prompt_tokens=session.prompt_tokens,
+                prefill_s=session.clock.prefilled - session.clock.admitted,
+                selection_s=event.selection_s,
+                pruning=session.figures(self._decoder.spec.ff_width),
+            )
+        )
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
         if session.work.begin(session, self._decoder.head(hidden[None])[0]):
             self._finish(session)

@@ -41,20 +41,28 @@ class Admitted:
     """There is room.
 
     Args:
+        queue_s: seconds it waited.
         handoff: how the caller is to have the prompt prefilled, handing what comes to
             ``Engine.intake``; None for a later turn, which the engine prefills itself.
     """
 
+    queue_s: float
     handoff: Selection | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The prompt is read and the experts are chosen; generation begins."""
+    """The prompt is read and the experts are chosen; generation or scoring begins.
+
+    Args:
+        prefill_s: seconds since it was admitted.
+        selection_s: seconds of them that went into choosing, wherever that was.
+    """
 
     session_id: str
     prompt_tokens: int
     prefill_s: float
+    selection_s: float
     pruning: PruningFigures
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from griffin_core.decode.events import Finished, Started, Timings, TokensMade
+from griffin_core.decode.events import Finished, Timings, TokensMade
 from griffin_core.decode.sampling import Logprobs, Sampler, logprobs_at
 from griffin_core.decode.session import Session
 from griffin_core.decode.stopping import FinishReason, StopChecker
@@ -64,22 +64,13 @@ class Generation:
         self._sampler = Sampler(task.sampling, model.decoder.spec.vocabulary, model.decoder.device)
 
     def begin(self, session: Session, logits: Tensor) -> bool:
-        """Announces the turn and draws its first token, which needs no experts yet."""
-        spec = self._model.decoder.spec
+        """Draws the turn's first token, which needs no experts yet."""
         self._sampler.see_prompt(session.tokens)
         self._checker = StopChecker(
             self._task.stopping,
             self._model.tokenizer.stream(),
             self._model.eos_ids,
-            room=spec.context_length - len(session.tokens),
-        )
-        session.sink.put(
-            Started(
-                session_id=session.session_id,
-                prompt_tokens=session.prompt_tokens,
-                prefill_s=session.clock.prefilled - session.clock.admitted,
-                pruning=session.figures(spec.ff_width),
-            )
+            room=self._model.decoder.spec.context_length - len(session.tokens),
         )
         return self._draw(session, logits, None)
 

@@ -30,6 +30,7 @@ from griffin_server.ops.http import HttpServer
 from griffin_server.ops.interceptors import CallInterceptor
 from griffin_server.ops.metrics import Metrics
 from griffin_server.ops.settings import Settings
+from griffin_server.ops.tracing import Tracing
 from griffin_server.prefill.service import PrefillServicer
 from griffin_server.prefill.source import PREFILL_SERVICE, PrefillServer, PrefillServers
 
@@ -97,7 +98,8 @@ class App:
             observer=self.metrics,
         )
         self.metrics.watch(self.engine)
-        self._calls = CallInterceptor(self.metrics)
+        self._tracing = Tracing(settings.role)
+        self._calls = CallInterceptor(self.metrics, self._tracing)
         self._http: HttpServer | None = None
         self._health = health.HealthServicer()
         self._prefill: PrefillServers | None = None
@@ -211,6 +213,7 @@ class App:
         await self._server.stop(STATUSES_S if self._calls.active else WATCHERS_S)
         if self._prefill is not None:
             await self._prefill.close()
+        await asyncio.to_thread(self._tracing.close)
         log.info("stopped")
 
 

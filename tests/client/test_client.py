@@ -184,6 +184,7 @@ async def test_the_async_client_gives_what_the_sync_one_gives(tiny_server: Runni
         assert list(caught.value.violations) == ["pruning.density"]
 
 
+@pytest.mark.usefixtures("with_and_without_traces")
 def test_a_timeout_is_a_deadline(tiny: Callable[[str], Model]) -> None:
     with running(tiny("llama"), max_sessions=1) as server, server.client() as client:
         holder = client.generate("a", stopping=Stopping(max_tokens=250, ignore_eos=True))

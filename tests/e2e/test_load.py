@@ -41,6 +41,7 @@ def several(tokens: int) -> Stopping:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("with_and_without_traces")
 async def test_cancels_deadlines_and_readers_that_stop_leave_nothing_and_harm_nobody(
     model: Model,
 ) -> None:

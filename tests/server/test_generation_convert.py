@@ -127,7 +127,9 @@ def test_every_policy_survives_the_way_there_and_back(policy: str) -> None:
 
 
 def test_started_reaches_the_client_whole() -> None:
-    event = events.Started(session_id="s", prompt_tokens=3, prefill_s=0.5, pruning=FIGURES)
+    event = events.Started(
+        session_id="s", prompt_tokens=3, prefill_s=0.5, selection_s=0.1, pruning=FIGURES
+    )
     received = client_convert.event(over_the_wire(convert.started_to_pb(event, "r")))
     assert isinstance(received, client_types.Started)
     assert (received.session_id, received.request_id) == ("s", "r")

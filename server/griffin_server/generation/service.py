@@ -34,6 +34,7 @@ from griffin_server.channel import Channel, Mail
 from griffin_server.generation import analysis, convert
 from griffin_server.ops.interceptors import request_id_var
 from griffin_server.ops.metrics import Metrics
+from griffin_server.ops.tracing import spans_var
 from griffin_server.prefill.source import PrefillServers
 
 TOKENS_AHEAD = 64
@@ -146,10 +147,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[Event, None]:
         """Runs a task to its end. Closing the iterator ends it at once, wherever it is."""
         channel: Channel[Event] = Channel(TOKENS_AHEAD, self._engine.wake, self._mail)
+        spans = spans_var.get()
+        spans.queued(task.arrived)
         turn_id = self._engine.submit(task, channel)
         handoff: asyncio.Task[None] | None = None
         try:
             async for event in channel:
+                spans.take(event)
                 match event:
                     case Failed():
                         raise event.error

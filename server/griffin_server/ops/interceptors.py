@@ -1,4 +1,4 @@
-"""What happens around every call of ours: request id, error to status, one log line."""
+"""What happens around every call of ours: request id, error to status, one log line, a span."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import structlog
 
 from griffin_core.errors import EngineFault, EngineStopped, GriffinError, InvalidRequest
 from griffin_server.ops.metrics import GrpcCall, Metrics
-from griffin_server.ops.status import abort, code_of
+from griffin_server.ops.status import abort, code_of, code_of_cancel
+from griffin_server.ops.tracing import Tracing, spans_var
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID = 128
@@ -32,8 +33,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of package ``griffin.v1``; health and reflection pass untouched."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, tracing: Tracing) -> None:
         self._metrics = metrics
+        self._tracing = tracing
         self.active = 0
         """Calls being served."""
         self._closed = False
@@ -104,6 +106,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> AsyncIterator[GrpcCall]:
         clock = time.perf_counter()
         counted = self._metrics.grpc_call(kind, method)
+        spans = self._tracing.call(method, context.invocation_metadata())
+        spans_var.set(spans)
         self.active += 1
         code = "OK"
         try:
@@ -112,13 +116,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             request_id = _request_id(request, context)
             request_id_var.set(request_id)
             structlog.contextvars.bind_contextvars(request_id=request_id)
+            spans.note(request_id=request_id)
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
             yield counted
         except GriffinError as error:
             code = code_of(error)[0].name
             await abort(context, error)
         except (asyncio.CancelledError, GeneratorExit):
-            code = "CANCELLED"
+            code = code_of_cancel(context).name
             raise
         except grpc.aio.AbortError:
             code = context.code().name
@@ -133,6 +138,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._idle.set()
             seconds = time.perf_counter() - clock
             counted.handled(code, seconds)
+            spans.end(code)
             log.info("call", method=method, code=code, seconds=round(seconds, 6))
 
 

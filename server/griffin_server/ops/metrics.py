@@ -25,7 +25,7 @@ from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.observer import Observer
 from griffin_core.prefill import PrefillFinished
 from griffin_server.handoff.shape import HandoffShape
-from griffin_server.ops.status import CODES, code_of
+from griffin_server.ops.status import CODES, code_of, code_of_cancel
 
 FINE = (*(round(1e-3 * 10 ** (step / 17), 6) for step in range(52)), 2.0, 5.0, 10.0)
 """Seconds, from 1 ms to 1 s by a ratio of 1.145: a gain of 1.25 shows."""
@@ -34,10 +34,6 @@ COARSE = tuple(round(1e-3 * 10 ** (step / 5), 6) for step in range(26))
 """Seconds, from 1 ms to 100 s by a ratio of 1.58."""
 
 SIZES = tuple(float(1 << power) for power in range(11))
-
-LATE_S = 0.1
-"""A client's clock began before ours, by what its call was under way: with less than this left, a
-call that is cancelled was cancelled by its deadline."""
 
 SCRAPE_S = 5.0
 """How long a scrape waits for a busy engine's word; without it, gauges are left out."""
@@ -204,9 +200,8 @@ class Metrics(Observer):
                 origin = ""
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            left_s = context.time_remaining()
-            late = left_s is not None and left_s < LATE_S
-            code, origin = ("DEADLINE_EXCEEDED", "deadline") if late else ("CANCELLED", "client")
+            code = code_of_cancel(context).name
+            origin = "client" if code == "CANCELLED" else "deadline"
             raise
         except Exception:
             code, origin = "INTERNAL", "server"

@@ -30,6 +30,10 @@ from griffin_core.errors import (
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "griffin.v1"
 
+LATE_S = 0.1
+"""A client's clock began before ours, by what its call was under way: with less than this left, a
+call that is cancelled was cancelled by its deadline."""
+
 # Error -> code and the machine-readable reason of its ErrorInfo. Looked up along the error's bases.
 CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
@@ -52,6 +56,13 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
 def code_of(error: GriffinError) -> tuple[grpc.StatusCode, str]:
     """Status code and reason of an error."""
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+
+
+def code_of_cancel(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
+    """Status code of a call that is cancelled, as its client sees it."""
+    left_s = context.time_remaining()
+    late = left_s is not None and left_s < LATE_S
+    return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
 
 
 def status_of(error: GriffinError) -> tuple[grpc.StatusCode, Status]:

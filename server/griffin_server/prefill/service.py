@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -29,6 +30,7 @@ from griffin_server.generation.convert import policy_from_pb
 from griffin_server.handoff.convert import HandoffWriter
 from griffin_server.handoff.shape import handoff_shape
 from griffin_server.handoff.transports import writer_for
+from griffin_server.ops.tracing import spans_var
 
 EVENTS_AHEAD = 16
 """Layer results that may wait for the network before the model pauses."""
@@ -65,10 +67,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         yield writer.header()
         async with self._lendings if way.lends else nullcontext():
             channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
+            spans = spans_var.get()
+            spans.note(prompt_tokens=len(task.token_ids), density=task.selection.density)
+            spans.queued(time.monotonic())
             run = self._engine.prefill(task, channel)
             queue_s = 0.0
             try:
                 async for event in channel:
+                    spans.take(event)
                     match event:
                         case PrefillBegun():
                             queue_s = event.queue_s

@@ -44,6 +44,7 @@ from griffin_server.ops.interceptors import REQUEST_ID_KEY, request_id_var
 from griffin_server.ops.metrics import Metrics
 from griffin_server.ops.settings import HandoffWay
 from griffin_server.ops.status import details_of
+from griffin_server.ops.tracing import Metadata, spans_var
 
 log = structlog.get_logger("griffin.prefill")
 
@@ -185,14 +186,15 @@ class PrefillServer:
         """See ``PrefillServers.stream``; without a second try."""
         self.outstanding_tokens += len(task.token_ids)
         try:
-            async with aclosing(self._stream(task, timeout_s)) as events:
-                async for event in events:
-                    yield event
+            with spans_var.get().handoff(self.target) as trace:
+                async with aclosing(self._stream(task, timeout_s, trace)) as events:
+                    async for event in events:
+                        yield event
         finally:
             self.outstanding_tokens -= len(task.token_ids)
 
     async def _stream(
-        self, task: PrefillTask, timeout_s: float | None
+        self, task: PrefillTask, timeout_s: float | None, trace: Metadata
     ) -> AsyncGenerator[PrefillEvent, None]:
         clock = time.monotonic()
         shape = handoff_shape(self._model, task)
@@ -200,7 +202,7 @@ class PrefillServer:
         left_s = timeout_s
         while True:
             try:
-                async with aclosing(self._call(task, shape, left_s)) as events:
+                async with aclosing(self._call(task, shape, left_s, trace)) as events:
                     async for event in events:
                         yield event
                 return
@@ -211,7 +213,7 @@ class PrefillServer:
                 left_s = max(0.0, timeout_s - (time.monotonic() - clock))
 
     async def _call(
-        self, task: PrefillTask, shape: HandoffShape, timeout_s: float | None
+        self, task: PrefillTask, shape: HandoffShape, timeout_s: float | None, trace: Metadata
     ) -> AsyncGenerator[PrefillEvent, None]:
         clock = time.monotonic()
         way = await self._way(shape)
@@ -220,9 +222,8 @@ class PrefillServer:
         try:
             request = _request(task, shape)
             way.offer(request)
-            call = self._stub.Prefill(
-                request, timeout=timeout_s, metadata=((REQUEST_ID_KEY, request_id_var.get()),)
-            )
+            metadata = ((REQUEST_ID_KEY, request_id_var.get()), *trace)
+            call = self._stub.Prefill(request, timeout=timeout_s, metadata=metadata)
             async for message in call:
                 if (event := reader.read(message)) is not None:
                     yield event
