@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NODE_EXAMPLE := client/examples/node
 
 # Generates the stubs of all protos into the directory $(1).
 generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_out=quiet:$(1) \
@@ -35,6 +36,11 @@ $(VENV)/prometheus: $(STAMP)
 	  || { apt-get -qq update && apt-get -qq download prometheus; }; } \
 	  && dpkg-deb -x prometheus_*.deb ../prometheus && cd .. && rm -r prometheus.deb; fi
 
+# What the example for Node.js needs. Where there is no npm, its tests are skipped.
+$(NODE_EXAMPLE)/node_modules: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/package-lock.json
+	@if command -v npm >/dev/null; then \
+	  npm --prefix $(NODE_EXAMPLE) ci --ignore-scripts --no-audit --no-fund >/dev/null && touch $@; fi
+
 install: $(STAMP)  ## set up .venv
 
 demo: $(STAMP)  ## summarise an article at three densities, with prefill and decode servers
@@ -43,7 +49,7 @@ demo: $(STAMP)  ## summarise an article at three densities, with prefill and dec
 serve: $(STAMP)  ## serve the default model on localhost:50051; settings by ARGS="..."
 	@$(BIN)/griffin serve $(ARGS)
 
-test: $(STAMP) $(VENV)/prometheus  ## all tests that need neither minutes nor a GPU
+test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## all tests that need neither minutes nor a GPU
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
@@ -97,5 +103,5 @@ eval: $(STAMP)  ## divergence from the dense model by policy and density
 	@$(BIN)/python -m evals.divergence
 
 clean:  ## remove what the other verbs made, but not the model cache
-	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm $(NODE_EXAMPLE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
 	@find . -name __pycache__ -prune -exec rm -rf {} +
