@@ -36,10 +36,11 @@ $(VENV)/prometheus: $(STAMP)
 	  || { apt-get -qq update && apt-get -qq download prometheus; }; } \
 	  && dpkg-deb -x prometheus_*.deb ../prometheus && cd .. && rm -r prometheus.deb; fi
 
-# What the example for Node.js needs. Where there is no npm, its tests are skipped.
+# What the example for Node.js needs. Where npm is missing or fails, its tests are skipped.
 $(NODE_EXAMPLE)/node_modules: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/package-lock.json
 	@if command -v npm >/dev/null; then \
-	  npm --prefix $(NODE_EXAMPLE) ci --ignore-scripts --no-audit --no-fund >/dev/null && touch $@; fi
+	  npm --prefix $(NODE_EXAMPLE) ci --ignore-scripts --no-audit --no-fund >/dev/null && touch $@ \
+	  || { rm -rf $@; echo "npm failed: the tests of the example for Node.js are skipped"; }; fi
 
 install: $(STAMP)  ## set up .venv
 
