@@ -106,7 +106,8 @@ def test_counters_say_what_the_load_counted(watched: Watched) -> None:
     assert sent is not None
     received = whole["generated_tokens"] + late["generated_tokens"]
     assert received <= sent <= received + 6 * 64
-    assert value("sum(griffin_time_to_first_token_seconds_count)") == 30
+    first_tokens = value("sum(griffin_time_to_first_token_seconds_count)")
+    assert first_tokens is not None and 24 <= first_tokens <= 30  # late ones may have made none
     assert value('griffin_prefill_seconds_count{job="griffin-prefill"}') == 30
 
 
