@@ -182,7 +182,7 @@ def prefill(
                 began = _moment(decoder.device)
         cache.advance(chunk.shape[0])
         if not is_last:
-            spans.append((began, ended))
+            spans.append((began, _moment(decoder.device)))
             yield None
     last_hidden = decoder.final_hidden(hidden[-1:])[0].float()
     selecting = _moment(decoder.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def test_events_cover_every_token_of_every_layer_in_order(
     assert [event.layer for event in of(LayerExperts, events)] == [0, 1, 2]
     assert events.count(None) == 2  # a pause after each chunk but the last
     assert isinstance(events[-1], PrefillFinished)
+
+
+@pytest.mark.parametrize("watch", [(), (1,)])
+def test_a_reader_that_pauses_it_is_not_computing(
+    watch: tuple[int, ...],
+    tiny: Callable[[str], Model],
+    ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("griffin_core.prefill.time", SimpleNamespace(perf_counter=lambda: now))
+    for event in prefill(tiny("llama").decoder, ids, HALF, chunk_tokens=16, watch=watch):
+        if isinstance(event, PrefillFinished):
+            assert event.compute_s == 0
+        now += 5
 
 
 def test_a_later_turn_adds_to_the_statistic_of_the_earlier(
