@@ -153,7 +153,7 @@ class AsyncGriffinClient:
             activation_layers=activation_layers,
             request_id=request_id,
         )
-        call: Any = self._stub.AnalyzePrompt(request, timeout=timeout_s)
+        call: Any = self._stub.AnalyzePrompt(request, timeout=timeout_s, metadata=trace_metadata())
         try:
             return convert.analysis([response async for response in call])
         except grpc.RpcError as error:

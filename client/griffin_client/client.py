@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -26,6 +26,8 @@ from griffin_client.types import (
     Sharing,
     Stopping,
 )
+
+T = TypeVar("T")
 
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),
@@ -113,13 +115,15 @@ class GriffinClient:
             keep_session=keep_session,
             request_id=request_id,
         )
-        return self._stream(request, timeout_s)
+        return self._stream(self._stub.Generate, request, timeout_s, convert.event)
 
-    def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> Iterator[Event]:
-        call: Any = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
+    def _stream(
+        self, method: Any, request: Any, timeout_s: float | None, read: Callable[[Any], T]
+    ) -> Iterator[T]:
+        call: Any = method(request, timeout=timeout_s, metadata=trace_metadata())
         try:
             for response in call:
-                yield convert.event(response)
+                yield read(response)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
         finally:
@@ -187,10 +191,8 @@ class GriffinClient:
             activation_layers=activation_layers,
             request_id=request_id,
         )
-        try:
-            return convert.analysis(self._stub.AnalyzePrompt(request, timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        responses = self._stream(self._stub.AnalyzePrompt, request, timeout_s, lambda item: item)
+        return convert.analysis(responses)
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """What model the server holds and how it runs it."""

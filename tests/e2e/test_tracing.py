@@ -163,6 +163,23 @@ async def test_the_asynchronous_client_carries_the_trace_on_too(
     assert lines[-1] == "griffin-all: griffin.v1.GenerationService/GetModelInfo"
 
 
+async def test_an_analysis_is_of_its_callers_trace_too(
+    receiver: Receiver, provider: TracerProvider, tiny: Callable[[str], Model]
+) -> None:
+    with running(tiny("llama")) as server, server.client() as client:
+        async with AsyncGriffinClient(server.target) as other:
+            with provider.get_tracer("test").start_as_current_span("ask"):
+                client.analyze_prompt("abc")
+                await other.analyze_prompt("abc")
+    call = [
+        "  griffin-all: griffin.v1.GenerationService/AnalyzePrompt",
+        "    griffin-all: queue",
+        "    griffin-all: prefill",
+        "      griffin-all: selection",
+    ]
+    assert tree(receiver.spans) == ["application: ask", *call, *call]
+
+
 def test_a_call_that_ends_early_shows_in_which_phase_and_why(
     receiver: Receiver, tiny: Callable[[str], Model]
 ) -> None:
