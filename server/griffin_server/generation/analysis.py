@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.decode.task import check_token_ids
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.expert_set import pack_indices
+from griffin_core.experts.expert_set import ExpertSet, pack_indices
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.model.spec import ModelSpec
@@ -17,6 +15,7 @@ from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.prefill import LayerActivations, LayerExperts, prefill
 from griffin_core.prefill_queue import PrefillTask
 from griffin_server.generation.convert import input_field, prompt_ids, pruning_params, seed_of
+from griffin_server.handoff.convert import pack_floats
 
 MAX_WATCHED = 8
 """Layers a call may ask activations of: T x F numbers each."""
@@ -85,26 +84,23 @@ def event_to_pb(event: object) -> Iterator[pb.AnalyzePromptResponse]:
     if isinstance(event, LayerActivations):
         tokens, width = event.values.shape
         rows = max(1, MAX_VALUES_BYTES // (4 * width))
-        values = event.values.cpu()
         for begin in range(0, tokens, rows):
             yield pb.AnalyzePromptResponse(
                 activations=pb.AnalyzePromptResponse.Activations(
                     layer=event.layer,
                     first_token=event.first_token + begin,
-                    values=_pack_floats(values[begin : begin + rows]),
+                    values=pack_floats(event.values[begin : begin + rows]),
                 )
             )
     elif isinstance(event, LayerExperts):
-        s = event.s.cpu()
-        s2 = s.square()
-        total = s2.sum()
-        kept = s2[event.experts.cpu().long()].sum() / total if total > 0 else 1.0
+        experts = ExpertSet(ff_width=event.s.shape[0], indices=event.experts[None])
+        (norm_mass,) = experts.norm_mass(event.s.square()[None])
         yield pb.AnalyzePromptResponse(
             layer=pb.AnalyzePromptResponse.Layer(
                 layer=event.layer,
-                s=_pack_floats(s),
+                s=pack_floats(event.s),
                 experts=pack_indices(event.experts),
-                norm_mass=float(kept),
+                norm_mass=norm_mass,
             )
         )
 
@@ -122,7 +118,3 @@ def analyze_here(
     yield started_to_pb(task, tokenizer, decoder.spec, request.request_id)
     for event in prefill(decoder, task.token_ids, task.selection, watch=task.watch):
         yield from event_to_pb(event)
-
-
-def _pack_floats(values: Tensor) -> bytes:
-    return values.numpy().astype("<f4", copy=False).tobytes()

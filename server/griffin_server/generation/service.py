@@ -27,14 +27,14 @@ from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault, GriffinError
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill import LayerActivations, LayerExperts, PrefillFinished
-from griffin_core.prefill_queue import PrefillStreamEvent, PrefillTask
+from griffin_core.prefill_queue import PrefillTask
 from griffin_server import __version__
 from griffin_server.channel import Channel, Mail
 from griffin_server.generation import analysis, convert
 from griffin_server.ops.interceptors import request_id_var
 from griffin_server.ops.metrics import Metrics
 from griffin_server.ops.tracing import spans_var
+from griffin_server.prefill.run import run_prefill
 from griffin_server.prefill.source import PrefillServers
 
 TOKENS_AHEAD = 64
@@ -110,24 +110,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             make = partial(analysis.analyze_task, base=self._engine.selection)
             task = await self._task(make, request, context)
             spec = model.decoder.spec
-            yield analysis.started_to_pb(task, model.tokenizer, spec, request_id_var.get())
-            channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
-            run = self._engine.prefill(task, channel)
-            try:
-                async for event in channel:
-                    match event:
-                        case LayerActivations() | LayerExperts():
-                            messages = analysis.event_to_pb(event)  # waits for the device
-                            while message := await asyncio.to_thread(next, messages, None):
-                                yield message
-                        case PrefillFinished():
-                            counted.finish_reason = "ANALYZED"
-                            return
-                        case Failed():
-                            raise event.error
-            finally:
-                run.cancel()
-                self._engine.wake()
+            # Off the loop: thousands of tokens are decoded one by one, and layers are waited for.
+            yield await asyncio.to_thread(
+                analysis.started_to_pb, task, model.tokenizer, spec, request_id_var.get()
+            )
+            run = run_prefill(self._engine, task, self._mail, events_ahead=EVENTS_AHEAD)
+            async with aclosing(run) as events:
+                async for event in events:
+                    messages = analysis.event_to_pb(event)
+                    while message := await asyncio.to_thread(next, messages, None):
+                        yield message
+            counted.finish_reason = "ANALYZED"
 
     async def _task(
         self,

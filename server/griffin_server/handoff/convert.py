@@ -60,7 +60,7 @@ class HandoffWriter:
 
     def experts(self, event: LayerExperts) -> pb.PrefillResponse:
         with torch.cuda.stream(self._way.stream):  # they are there, and the model is not waited for
-            s = event.s.cpu().numpy().astype("<f4", copy=False).tobytes()
+            s = pack_floats(event.s)
             experts = pack_indices(event.experts)
         self._crc = zlib.crc32(experts, zlib.crc32(s, self._crc))
         return pb.PrefillResponse(experts=pb.LayerExperts(layer=event.layer, s=s, experts=experts))
@@ -68,7 +68,7 @@ class HandoffWriter:
     def finished(self, event: PrefillFinished, queue_s: float) -> pb.PrefillResponse:
         """The last message, with the checksum of all before it."""
         with torch.cuda.stream(self._way.stream):
-            hidden = event.last_hidden.cpu().numpy().astype("<f4", copy=False).tobytes()
+            hidden = pack_floats(event.last_hidden)
         self._crc = zlib.crc32(hidden, self._crc)
         return pb.PrefillResponse(
             finished=pb.PrefillFinished(
@@ -201,6 +201,11 @@ class HandoffReader:
             compute_s=message.compute_s,
             selection_s=message.selection_s,
         )
+
+
+def pack_floats(values: Tensor) -> bytes:
+    """float32 [...] -> little-endian float32, in order."""
+    return values.cpu().numpy().astype("<f4", copy=False).tobytes()
 
 
 def _floats(data: bytes) -> Tensor:

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from contextlib import nullcontext, suppress
+from contextlib import aclosing, nullcontext, suppress
 from typing import Any
 
 import grpc
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
-from griffin_core.decode.events import Failed
 from griffin_core.decode.task import check_token_ids
 from griffin_core.engine import Engine
 from griffin_core.errors import FingerprintMismatch, InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.model.spec import ModelSpec
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished
-from griffin_core.prefill_queue import (
-    MAX_BEGUN_PREFILLS,
-    PrefillBegun,
-    PrefillStreamEvent,
-    PrefillTask,
-)
-from griffin_server.channel import Channel, Mail
+from griffin_core.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun, PrefillTask
+from griffin_server.channel import Mail
 from griffin_server.generation.convert import policy_from_pb
 from griffin_server.handoff.convert import HandoffWriter
 from griffin_server.handoff.shape import handoff_shape
 from griffin_server.handoff.transports import writer_for
-from griffin_server.ops.tracing import spans_var
+from griffin_server.prefill.run import run_prefill
 
 EVENTS_AHEAD = 16
 """Layer results that may wait for the network before the model pauses."""
@@ -66,15 +59,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         writer = HandoffWriter(shape, way)
         yield writer.header()
         async with self._lendings if way.lends else nullcontext():
-            channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, self._engine.wake, self._mail)
-            spans = spans_var.get()
-            spans.note(prompt_tokens=len(task.token_ids), density=task.selection.density)
-            spans.queued(time.monotonic())
-            run = self._engine.prefill(task, channel)
             queue_s = 0.0
-            try:
-                async for event in channel:
-                    spans.take(event)
+            run = run_prefill(self._engine, task, self._mail, events_ahead=EVENTS_AHEAD)
+            async with aclosing(run) as events:
+                async for event in events:
                     match event:
                         case PrefillBegun():
                             queue_s = event.queue_s
@@ -90,12 +78,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                             if way.lends:
                                 with suppress(asyncio.CancelledError):  # the reader's goodbye
                                     await asyncio.sleep(LENT_S)
-                            return
-                        case Failed():
-                            raise event.error
-            finally:
-                run.cancel()
-                self._engine.wake()
 
 
 def _task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
