@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -210,8 +211,7 @@ def inspect(
         _fail(f"inspect needs matplotlib: install griffin-serving[inspect] ({error})")
     texts = [_read(prompt) for prompt in prompts]
     names = [shorten(text, 40, placeholder="…") for text in texts]
-    with _errors():
-        layers, analyze = _analyzer(model, target, timeout)
+    with _errors(), _analyzer(model, target, timeout) as (layers, analyze):
         inspected = [
             Inspected(
                 name=name,
@@ -232,14 +232,16 @@ def inspect(
         print(file)
 
 
+@contextmanager
 def _analyzer(
     model: str | None, target: str, timeout_s: float | None
-) -> tuple[int, Callable[..., Analysis]]:
+) -> Iterator[tuple[int, Callable[..., Analysis]]]:
     """How many layers a model has, and what analyzes prompts: a server, or the model itself."""
     if model is None:
-        client = GriffinClient(target)
-        layers = client.model_info(timeout_s=timeout_s).layers
-        return layers, partial(client.analyze_prompt, timeout_s=timeout_s)
+        with GriffinClient(target) as client:
+            layers = client.model_info(timeout_s=timeout_s).layers
+            yield layers, partial(client.analyze_prompt, timeout_s=timeout_s)
+        return
     # Imported here because they bring torch, which the other commands do without.
     from griffin_client.convert import analysis, analyze_request  # noqa: PLC0415
     from griffin_core.errors import GriffinError  # noqa: PLC0415
@@ -251,16 +253,13 @@ def _analyzer(
         request = analyze_request(
             prompt, messages=None, token_ids=None, seed=None, request_id=None, **options
         )
-        try:
-            return analysis(analyze_here(loaded, request, Selection(density=0.5)))
-        except GriffinError as error:
-            _fail(str(error))
+        return analysis(analyze_here(loaded, request, Selection(density=0.5)))
 
     try:
         loaded = load_model(model, progress=err.print)
+        yield len(loaded.decoder.layers), analyze
     except GriffinError as error:
         _fail(str(error))
-    return len(loaded.decoder.layers), analyze
 
 
 @app.command()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -42,12 +43,12 @@ class Inspected:
     name: str
     analysis: Analysis
 
-    @property
+    @cached_property
     def s(self) -> Floats:
         """[L, F]"""
         return np.array([layer.s for layer in self.analysis.layers], dtype=np.float32)
 
-    @property
+    @cached_property
     def experts(self) -> NDArray[np.int32]:
         """[L, K]"""
         return np.array([layer.experts for layer in self.analysis.layers], dtype=np.int32)
@@ -96,12 +97,15 @@ def draw(prompts: Sequence[Inspected], out: Path) -> list[Path]:
     }
     figures["experts.png"] = _experts(prompts[0])
     figures["norm-mass.png"] = _norm_mass(prompts)
+    overlaps = np.array(
+        [jaccard(one.experts, other.experts) for one, other in combinations(prompts, 2)]
+    )  # [pairs, L]
     if len(prompts) > 1:
-        figures["jaccard.png"] = _jaccard(prompts)
+        figures["jaccard.png"] = _jaccard(prompts, overlaps)
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=DPI)
         plt.close(figure)
-    return [out / name for name in figures] + _write_data(prompts, out)
+    return [out / name for name in figures] + _write_data(prompts, overlaps, out)
 
 
 def _flocking(prompt: Inspected, layer: int) -> Figure:
@@ -163,8 +167,7 @@ def _norm_mass(prompts: Sequence[Inspected]) -> Figure:
     return figure
 
 
-def _jaccard(prompts: Sequence[Inspected]) -> Figure:
-    pairs = _overlaps(prompts)
+def _jaccard(prompts: Sequence[Inspected], pairs: Floats) -> Figure:
     analysis = prompts[0].analysis
     density = analysis.experts_per_layer / analysis.ff_width
     layers = np.arange(pairs.shape[1])
@@ -186,13 +189,7 @@ def _jaccard(prompts: Sequence[Inspected]) -> Figure:
     return figure
 
 
-def _overlaps(prompts: Sequence[Inspected]) -> Floats:
-    """[pairs, L]"""
-    experts = [prompt.experts for prompt in prompts]
-    return np.array([jaccard(one, other) for one, other in combinations(experts, 2)])
-
-
-def _write_data(prompts: Sequence[Inspected], out: Path) -> list[Path]:
+def _write_data(prompts: Sequence[Inspected], overlaps: Floats, out: Path) -> list[Path]:
     first = prompts[0]
     arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]] = {
         "s": np.array([prompt.s for prompt in prompts]),  # [prompts, L, F]
@@ -212,7 +209,7 @@ def _write_data(prompts: Sequence[Inspected], out: Path) -> list[Path]:
             }
             for prompt in prompts
         ],
-        "jaccard": _overlaps(prompts).tolist(),
+        "jaccard": overlaps.tolist(),
     }
     (out / "data.json").write_text(json.dumps(summary), encoding="utf-8")
     return [out / "data.npz", out / "data.json"]
