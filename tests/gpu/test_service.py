@@ -22,6 +22,12 @@ pytestmark = [pytest.mark.gpu, needs_cuda]
 
 TOKENS = 24
 PROMPT = list(range(60))
+DEVICES = {
+    "one_gpu": ("cuda:0", "cuda:0"),
+    "to_first": ("cuda:1", "cuda:0"),
+    "to_second": ("cuda:0", "cuda:1"),
+}
+"""Where Prefill runs, and where Decode does."""
 HANDOFFS = {"CudaReader": "auto", "SharedMemoryReader": "shared_memory", "ChunkReader": "messages"}
 """What reads the KV, by the setting."""
 
@@ -74,15 +80,36 @@ def count_reads(monkeypatch: pytest.MonkeyPatch, way: type) -> list[LayerKv]:
     return brought
 
 
+def test_a_prompt_is_analyzed_as_on_the_cpu(half: Path) -> None:
+    asked = {"token_ids": PROMPT, "density": 0.5, "activation_layers": [0, 2]}
+    found = []
+    for device in ("cpu", "cuda"):
+        with running(load_model(str(half), dtype=torch.float32, device=device)) as server:
+            found.append(server.client().analyze_prompt(**asked))
+    on_cpu, on_cuda = found
+    for expected, got in zip(on_cpu.layers, on_cuda.layers, strict=True):
+        assert got.experts.tolist() == expected.experts.tolist()
+        torch.testing.assert_close(
+            torch.tensor(got.s), torch.tensor(expected.s), rtol=1e-3, atol=1e-4
+        )
+    for layer, values in on_cpu.activations.items():
+        cuda_values = torch.tensor(on_cuda.activations[layer])
+        torch.testing.assert_close(cuda_values, torch.tensor(values), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("way", HANDOFFS)
 def test_two_processes_generate_what_one_does(
-    way: str, half: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, devices: str, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(str(half), dtype=torch.bfloat16, device="cuda")
+    there, here = DEVICES[devices]
+    if int(max(there, here)[-1]) >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    model = load_model(str(half), dtype=torch.bfloat16, device=here)
     expected = by_engine(model, 0.5)
     brought = count_reads(monkeypatch, getattr(transports, way))
     arguments = ("--role", "prefill", "--model", str(half), "--dtype", "bfloat16")
-    with Process(*arguments, "--device", "cuda", "--prefill-chunk-tokens", "25") as prefill:
+    with Process(*arguments, "--device", there, "--prefill-chunk-tokens", "25") as prefill:
         target = prefill.target()
         with running(
             model, role="decode", prefill_target=target, handoff=HANDOFFS[way], max_sessions=2
