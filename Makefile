@@ -59,10 +59,11 @@ test-slow: $(STAMP)  ## the tests that take minutes
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: $(STAMP) type  ## style, types, imports, protos and whether the stubs are fresh
+lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos and whether the stubs are fresh
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
+	@$(BIN)/hadolint deploy/docker/Dockerfile
 	@$(BIN)/buf lint
 	@if git rev-parse --quiet --verify origin/main >/dev/null; then \
 	  $(BIN)/buf breaking --against '.git#branch=origin/main'; fi

@@ -122,6 +122,21 @@ def test_segments_of_dead_processes_are_removed_and_those_of_live_ones_stay() ->
     live.unlink()
 
 
+def test_whether_its_owner_lives_is_no_matter_of_process_ids() -> None:
+    # In containers that share /dev/shm, the process before this one had its id, and those beside it
+    # have ids of which there is nothing in /proc.
+    stale = DIRECTORY / f"griffin-{os.getpid()}-{'2' * 32}"
+    stale.touch()
+    live = create_segment(SIZE)
+    assert live is not None
+    elsewhere = DIRECTORY / f"griffin-999999999-{'3' * 32}"
+    (DIRECTORY / live.name).rename(elsewhere)
+    remove_stale_segments()
+    assert not stale.exists()
+    assert elsewhere.exists()
+    elsewhere.unlink()
+
+
 def test_a_segment_of_another_user_is_declined(
     segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

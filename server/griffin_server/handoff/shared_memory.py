@@ -10,6 +10,7 @@ removes a segment when the process that merely attached to it ends (before Pytho
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import re
@@ -26,7 +27,7 @@ from torch import Tensor
 DIRECTORY = Path("/dev/shm")
 NONCE_BYTES = 16
 DATA_START = 64  # behind the nonce, on a cache line
-_NAME = re.compile(r"griffin-(\d+)-[0-9a-f]{32}")
+_NAME = re.compile(r"griffin-\d+-[0-9a-f]{32}")
 
 
 class Segment:
@@ -95,6 +96,9 @@ def create_segment(size_bytes: int) -> Segment | None:
     except OSError:
         return None
     try:
+        # Held as long as the mapping, which keeps a duplicate of the descriptor. A process id would
+        # not tell whether the owner lives: each container may have the same one.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.posix_fallocate(descriptor, 0, size_bytes)
         return Segment(name, mmap.mmap(descriptor, size_bytes))
     except OSError:
@@ -166,7 +170,11 @@ class SegmentPool:
 def remove_stale_segments() -> None:
     """Removes segments of Griffin processes of this host that are gone without having done so."""
     for path in DIRECTORY.glob("griffin-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
-            with suppress(OSError):  # somebody else's, or just gone
-                path.unlink()
+        if _NAME.fullmatch(path.name):
+            with suppress(OSError):  # its owner lives, it is another user's, or just gone
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(descriptor)
