@@ -33,6 +33,7 @@ from griffin_client import (
     Tokens,
 )
 from griffin_server.bench import Load, print_results, run_load
+from griffin_server.top import GONE, gone, look_twice, watch
 
 app = typer.Typer(
     add_completion=False,
@@ -310,6 +311,35 @@ def bench(
         print_results(results, Console(highlight=False))
     if not results.end_to_end_s:
         _fail("no request came to its end")
+
+
+@app.command()
+def top(
+    target: Target = "localhost:50051",
+    interval_s: Annotated[
+        float, typer.Option(help="Seconds between two looks, in (0, 3600].")
+    ] = 1.0,
+    once: Annotated[
+        bool,
+        typer.Option(
+            "--once", help="Look twice, print one table and end; the default without a terminal."
+        ),
+    ] = False,
+) -> None:
+    """Watch a running server: its sessions, their tokens a second and their memory."""
+    if not 0 < interval_s <= 3600:
+        _fail(f"interval-s: got {interval_s:g}; allowed: (0, 3600]", status=2)
+    on_terminal = sys.stdout.isatty()
+    # rich takes 80 columns for what is no terminal, and cuts the rest.
+    console = Console(highlight=False, width=None if on_terminal else 200)
+    with _errors():
+        if on_terminal and not (once or console.is_dumb_terminal):
+            watch(target, interval_s, console)
+            return
+        try:
+            console.print(look_twice(target, interval_s))
+        except GONE as error:
+            _fail(gone(target, error))
 
 
 def figures_line(started: Started, finished: Finished) -> str:
