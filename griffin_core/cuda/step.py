@@ -173,6 +173,8 @@ class CudaStep:
 
     def _capture(self, progress: Progress | None) -> None:
         pool = None
+        # torch's own is of the GPU that was captured on first, whichever that was.
+        stream = torch.cuda.Stream(self._decoder.device)
         for size in reversed(self._inputs):
             if progress is not None:
                 progress(f"capturing a step of {size}")
@@ -184,7 +186,7 @@ class CudaStep:
                 self._run(inputs, mode)  # chooses configurations, allocates for cuBLAS
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
                     logits = self._run(inputs, mode)
                 pool = pool or graph.pool()
                 self._graphs[size, mode] = graph, logits

@@ -144,7 +144,7 @@ def test_handles_that_open_nothing_are_refused() -> None:
     lent = cuda_memory.Lent(torch.device("cuda"))
     place = lent.lend(torch.ones(2, 3, 4, 5, device="cuda"))
     assert place.pitch_bytes == 4 * 5 * 4 and len(place.handle) == 64
-    mappings = cuda_memory.Mappings()
+    mappings = cuda_memory.Mappings(torch.device("cuda"))
     place.handle = b"123"
     with pytest.raises(cuda_memory.MappingError, match="3 bytes"):
         mappings.copy(place, torch.zeros(4, device="cuda"), rows=1)

@@ -13,6 +13,7 @@ from griffin_server.handoff import cuda_memory
 from griffin_server.handoff.cuda_memory import MappingError, Mappings
 
 BASE, SIZE = 1 << 20, 2048
+CPU = torch.device("cpu")  # stands for a GPU: the driver is not there either
 
 
 class Handle:
@@ -37,6 +38,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
     monkeypatch.setattr(cuda_memory, "_call", call)
+    monkeypatch.setattr(cuda_memory, "_context", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     return names
 
@@ -52,8 +54,8 @@ def place(offset: int, pitch: int, handle: bytes = bytes(64)) -> pb.CudaPlace:
 def test_rows_inside_the_lent_memory_are_copied(
     called: list[str], offset: int, pitch: int, rows: int
 ) -> None:
-    Mappings().copy(place(offset, pitch), torch.empty(rows * 512, dtype=torch.uint8), rows=rows)
-    assert called[-1] == "cuMemcpy2DAsync"
+    Mappings(CPU).copy(place(offset, pitch), torch.empty(rows * 512, dtype=torch.uint8), rows=rows)
+    assert called[-2:] == ["cuMemcpy2DAsync", "cuCtxPopCurrent"]
 
 
 @pytest.mark.parametrize(
@@ -64,12 +66,12 @@ def test_rows_outside_it_are_not(called: list[str], offset: int, pitch: int, row
     """A pitch of less than a row would have the driver read rows one behind the other."""
     out = torch.empty(rows * 512, dtype=torch.uint8)
     with pytest.raises(MappingError, match="outside 2048 lent bytes"):
-        Mappings().copy(place(offset, pitch), out, rows=rows)
+        Mappings(CPU).copy(place(offset, pitch), out, rows=rows)
     assert "cuMemcpy2DAsync" not in called
 
 
 def test_a_handle_is_opened_once_and_closed_once(called: list[str]) -> None:
-    mappings = Mappings()
+    mappings = Mappings(CPU)
     for _ in range(3):
         mappings.copy(place(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
     assert called.count("cuIpcOpenMemHandle") == 1
@@ -89,7 +91,7 @@ def test_what_was_opened_is_closed_even_if_its_size_is_not_known(
         return whole(name, *arguments)
 
     monkeypatch.setattr(cuda_memory, "_call", call)
-    mappings = Mappings()
+    mappings = Mappings(CPU)
     with pytest.raises(MappingError, match="UNKNOWN"):
         mappings.copy(place(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
     mappings.close()

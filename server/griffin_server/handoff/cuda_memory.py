@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def place_of(x: Tensor) -> pb.CudaPlace:
     Raises:
         MappingError: its allocation cannot be lent (as those of expandable segments cannot).
     """
-    base, _ = _call("cuMemGetAddressRange", x.data_ptr())
-    (handle,) = _call("cuIpcGetMemHandle", base)
+    with _current(x.device):
+        base, _ = _call("cuMemGetAddressRange", x.data_ptr())
+        (handle,) = _call("cuIpcGetMemHandle", base)
     pitch = x.stride(-3) * x.itemsize if x.ndim > 2 else x.nbytes
     return pb.CudaPlace(
         handle=bytes(handle.reserved), offset_bytes=x.data_ptr() - int(base), pitch_bytes=pitch
@@ -88,35 +90,41 @@ class Lent:
 
 
 class Mappings:
-    """What a receiver has mapped of other processes' memory, until ``close``."""
+    """What a receiver has mapped of other processes' memory into its GPU's addresses, until
+    ``close``; that memory may be another GPU's."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._mapped: dict[bytes, int] = {}
 
     def copy(self, place: pb.CudaPlace, out: Tensor, *, rows: int) -> None:
-        """Fills a contiguous tensor on a GPU with rows of other memory, on the current stream.
+        """Fills a contiguous tensor on the GPU with rows of other memory, on the current stream.
 
         Raises:
             MappingError: the memory cannot be mapped, or the rows are not in it.
         """
         driver = _driver()
-        base, size = self._map(place.handle)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
         width = out.nbytes // rows
         pitch = max(width, place.pitch_bytes)  # rows do not lie in one another
-        if place.offset_bytes + (rows - 1) * pitch + width > size:
-            raise MappingError(f"{rows} rows of {width} bytes are outside {size} lent bytes")
-        what = driver.CUDA_MEMCPY2D()
-        what.srcMemoryType = what.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
-        what.srcDevice, what.srcPitch = base + place.offset_bytes, pitch
-        what.dstDevice, what.dstPitch = out.data_ptr(), width
-        what.WidthInBytes, what.Height = width, rows
-        _call("cuMemcpy2DAsync", what, torch.cuda.current_stream(out.device).cuda_stream)
+        with _current(self._device):
+            base, size = self._map(place.handle)
+            if place.offset_bytes + (rows - 1) * pitch + width > size:
+                raise MappingError(f"{rows} rows of {width} bytes are outside {size} lent bytes")
+            what = driver.CUDA_MEMCPY2D()
+            what.srcMemoryType = what.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
+            what.srcDevice, what.srcPitch = base + place.offset_bytes, pitch
+            what.dstDevice, what.dstPitch = out.data_ptr(), width
+            what.WidthInBytes, what.Height = width, rows
+            _call("cuMemcpy2DAsync", what, stream)
 
     def close(self) -> None:
         """Unmaps everything; copies must be done."""
-        for base in self._mapped.values():
-            with suppress(MappingError):
-                _call("cuIpcCloseMemHandle", base)
+        if self._mapped:
+            with _current(self._device):
+                for base in self._mapped.values():
+                    with suppress(MappingError):
+                        _call("cuIpcCloseMemHandle", base)
         self._mapped.clear()
 
     def _map(self, handle: bytes) -> tuple[int, int]:
@@ -133,6 +141,25 @@ class Mappings:
         base = self._mapped[handle]
         _, size = _call("cuMemGetAddressRange", base)
         return base, int(size)
+
+
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Within it this thread's driver calls are about that GPU: they know nothing of what torch
+    takes for the current one."""
+    _call("cuCtxPushCurrent", _context(device))
+    try:
+        yield
+    finally:
+        _call("cuCtxPopCurrent")
+
+
+@cache
+def _context(device: torch.device) -> Any:
+    """The context of a GPU that torch uses too."""
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    (context,) = _call("cuDevicePrimaryCtxRetain", ordinal)
+    return context
 
 
 def _driver() -> Any:

@@ -294,7 +294,7 @@ class CudaReader:
         self._device = device
         self._words = WORDS[shape.dtype.itemsize]
         self._stream = _side_stream(device)
-        self._mappings = Mappings()
+        self._mappings = Mappings(device)
 
     def offer(self, request: pb.PrefillRequest) -> None:
         request.cuda_memory.boot_id = boot_id()
