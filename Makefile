@@ -83,6 +83,7 @@ bench: $(STAMP)  ## the benchmarks; each ends in one line of JSON
 	@$(BIN)/python -m benchmarks.decode
 	@$(BIN)/python -m benchmarks.interleave
 	@$(BIN)/python -m benchmarks.streaming
+	@$(BIN)/python -m benchmarks.metrics
 
 # Each pins torch to a version of its own. llama-cpp-python is compiled: about ten minutes.
 .venv-llama-cpp:

@@ -56,13 +56,16 @@ class Run:
 
 
 @contextlib.contextmanager
-def server(*arguments: str) -> Iterator[str]:
+def server(*arguments: str, module: str = "griffin_server.cli") -> Iterator[str]:
     """Runs `griffin serve` until the block ends.
+
+    Args:
+        module: whose `griffin` it is.
 
     Yields:
         Its address, once it serves.
     """
-    command = [sys.executable, "-m", "griffin_server.cli", "serve", "--port", "0", *arguments]
+    command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
     process = subprocess.Popen(
         [*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True, env=os.environ
     )

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def test_promtool_finds_nothing_wrong_and_alerts_fire_when_they_should() -> None
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+MEDIAN = (
+    "histogram_quantile(0.5, sum by (le) (griffin_inter_token_latency_seconds_bucket{{{labels}}}))"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Watched:
     """Servers under load, Prometheus beside them, and what `griffin bench` said of each load."""
@@ -80,10 +86,8 @@ def watched(
                 target, half = decode.target(), ("--density", "0.5")
                 whole = bench(target, "--requests", "24", "--concurrency", "4", *half, *some)
                 eventually(lambda: running.value("sum(griffin_requests_total)") == 24, within_s=20)
-                whole["histogram_p50"] = running.value(
-                    "histogram_quantile(0.5, sum by (le)"
-                    " (griffin_inter_token_latency_seconds_bucket))"
-                )
+                whole["counted_tokens"] = running.value("sum(griffin_generated_tokens_total)")
+                whole["histogram_p50"] = running.value(MEDIAN.format(labels=""))
                 # Late, but each with a first token, on a busy machine too.
                 endless = ("--output-tokens", "3500", "--timeout", "1.5")
                 late = bench(target, "--requests", "6", "--concurrency", "2", *endless)
@@ -100,6 +104,7 @@ def test_counters_say_what_the_load_counted(watched: Watched) -> None:
     assert value('sum(griffin_aborts_total{origin="deadline"})') == 6
     assert value("sum(griffin_aborts_total)") == 6
     assert value("sum(griffin_rejections_total)") == 0
+    assert whole["counted_tokens"] == whole["generated_tokens"]
     prompts = whole["prompt_tokens"] + late["prompt_tokens"]
     assert value("sum(griffin_prompt_tokens_total)") == prompts
     # Of those that ended late, some tokens may have been on their way.
@@ -114,6 +119,33 @@ def test_counters_say_what_the_load_counted(watched: Watched) -> None:
 def test_the_median_between_tokens_is_what_the_load_measured(watched: Watched) -> None:
     measured = watched.whole["inter_token_latency_s"]["p50"]
     assert watched.whole["histogram_p50"] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+def test_half_the_neurons_show_apart_from_all_of_them(tmp_path: Path) -> None:
+    """On SmolLM2: a server for each density, and each run as `griffin bench` measured it."""
+    runs = {"dense": "1.0", "half": "0.5"}
+    ports = {job: free_port() for job in runs}
+    with ExitStack() as started:
+        servers = {
+            job: started.enter_context(Process("--metrics-port", str(port)))
+            for job, port in ports.items()
+        }
+        jobs = {job: f"127.0.0.1:{port}" for job, port in ports.items()}
+        watching = started.enter_context(prometheus(tmp_path, jobs))
+        seconds = {}
+        for job, density in runs.items():
+            load = ("--requests", "6", "--concurrency", "1", "--output-tokens", "200:200")
+            run = bench(servers[job].target(), *load, "--density", density)
+            done = f'griffin_requests_total{{job="{job}",code="OK"}}'
+            eventually(lambda done=done: watching.value(done) == 6, within_s=20)
+            shown = watching.value(MEDIAN.format(labels=f'job="{job}"'))
+            measured = run["inter_token_latency_s"]["p50"]
+            assert shown == pytest.approx(measured, rel=0.1)
+            seconds[job] = measured, shown
+            print(f"{job}: bench {1e3 * measured:.2f} ms, histogram {1e3 * shown:.2f} ms")
+    (dense, dense_shown), (half, half_shown) = seconds["dense"], seconds["half"]
+    assert (half_shown < dense_shown) == (half < dense)
 
 
 @pytest.mark.parametrize(("dashboard", "panel", "expression"), QUERIES)
