@@ -55,14 +55,14 @@ def smollm2() -> Model:
 @pytest.fixture(params=["untraced", "traced"])
 def with_and_without_traces(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """Runs a test twice: its servers send traces the second time."""
+) -> Iterator[bool]:
+    """Runs a test twice: its servers send traces the second time. Whether they do."""
     if request.param == "untraced":
-        yield
+        yield False
         return
     with Receiver() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
-        yield
+        yield True
         assert receiver.spans
 
 

@@ -39,7 +39,7 @@ def held(server: Running) -> tuple[int, int]:
 
 
 @pytest.fixture
-def one_at_a_time(smollm2: Model, with_and_without_traces: None) -> Iterator[Running]:
+def one_at_a_time(smollm2: Model, with_and_without_traces: bool) -> Iterator[Running]:
     with running(smollm2, max_sessions=1, density=0.5) as server:
         yield server
 
