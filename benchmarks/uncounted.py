@@ -7,7 +7,7 @@ from griffin_server.ops.metrics import GrpcCall, Metrics, Request
 
 COUNTS = {
     Metrics: ("stepped", "prefilled", "chose", "handed_over"),
-    Request: ("started_with", "made", "completed"),
+    Request: ("read", "made", "completed"),
     GrpcCall: ("sent", "handled"),
 }
 

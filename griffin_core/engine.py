@@ -180,7 +180,7 @@ class Engine:
             chunk_tokens=self.limits.chunk_tokens,
             watch=task.watch,
         )
-        run = PrefillRun(events, sink, admitted=False)
+        run = PrefillRun(events, sink, admitted=False, most_begun=task.most_begun)
         scheduler = self._decoding.scheduler
         self._post(lambda: self._prefills.add(run, scheduler.retry_after_s), partial(_refuse, sink))
         return run

@@ -28,11 +28,14 @@ class PrefillTask:
     Args:
         token_ids: at least one id.
         watch: layers whose activations are wanted.
+        most_begun: with how many under way that have a KV cache of their own, itself included, it
+            may run.
     """
 
     token_ids: tuple[int, ...]
     selection: Selection
     watch: frozenset[int] = frozenset()
+    most_begun: int = MAX_BEGUN_PREFILLS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class PrefillRun:
     Args:
         events: begins it.
         admitted: it writes the cache of a session that this engine has admitted.
+        most_begun: as in PrefillTask.
     """
 
     def __init__(
@@ -67,12 +71,14 @@ class PrefillRun:
         sink: Sink[PrefillStreamEvent],
         *,
         admitted: bool,
+        most_begun: int = MAX_BEGUN_PREFILLS,
     ) -> None:
         self._make_events = events
         self._events: Iterator[PrefillStep] | None = None
         self._arrived = time.monotonic()
         self.sink = sink
         self.admitted = admitted
+        self.most_begun = most_begun
         self.cancelled = False
 
     @property
@@ -156,9 +162,9 @@ class PrefillQueue:
         self._runs.clear()
 
     def _next(self) -> PrefillRun | None:
-        full = sum(run.holds_cache for run in self._runs) >= MAX_BEGUN_PREFILLS
+        begun = sum(run.holds_cache for run in self._runs)
         for run in self._runs:
-            may_begin = run.admitted or run.holds_cache or not full
+            may_begin = run.admitted or run.holds_cache or begun < run.most_begun
             if may_begin and run.sink.ready():
                 return run
         return None

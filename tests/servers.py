@@ -21,6 +21,9 @@ from griffin_core.model.load import Model
 from griffin_server.app import App
 from griffin_server.ops.settings import Settings
 
+SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0)]
+"""Options of a channel; with them a server notices soon that its client does not read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Running:

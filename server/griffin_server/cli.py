@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,6 +85,8 @@ def serve(context: typer.Context) -> None:
     except (OSError, ValueError) as error:  # the TOML file
         _fail(f"config: {error}", status=2)
     configure_logging(settings.log_level, settings.log_format)
+    # For process 1 of a container, SIGTERM has no effect of its own until the server takes it.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     progress = logging.getLogger("griffin.load")
     try:
         model = load(settings, progress.info)
@@ -249,14 +253,16 @@ def _analyzer(
     from griffin_core.experts.selection import Selection  # noqa: PLC0415
     from griffin_core.model.load import load_model  # noqa: PLC0415
     from griffin_server.generation.analysis import analyze_here  # noqa: PLC0415
+    from griffin_server.ops.settings import Settings  # noqa: PLC0415
 
     def analyze(prompt: str, **options: Any) -> Analysis:
         request = analyze_request(
             prompt, messages=None, token_ids=None, seed=None, request_id=None, **options
         )
-        return analysis(analyze_here(loaded, request, Selection(density=0.5)))
+        return analysis(analyze_here(loaded, request, Selection(density=usual)))
 
     try:
+        usual = Settings.model_fields["density"].default
         loaded = load_model(model, progress=err.print)
         yield len(loaded.decoder.layers), analyze
     except GriffinError as error:

@@ -120,7 +120,7 @@ def _flocking(prompt: Inspected, layer: int) -> Figure:
         vmin=0,
         vmax=float(np.quantile(values, BRIGHTEST)) or 1.0,
     )
-    axes.set_title(f"Relative activations of layer {layer}: {prompt.name}")
+    axes.set_title(f"Relative activations of layer {layer}: {prompt.name}", parse_math=False)
     shown = f" (the first {values.shape[1]} of {width})" if values.shape[1] < width else ""
     axes.set_xlabel(f"feedforward neuron{shown}")
     axes.set_ylabel("token of the prompt")
@@ -139,7 +139,9 @@ def _experts(prompt: Inspected) -> Figure:
     cmap = mpl.colormaps["viridis"].with_extremes(bad="white")
     image = axes.imshow(strength, aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=3)
     kept = f"{analysis.experts_per_layer} of {analysis.ff_width}"
-    axes.set_title(f"Experts by layer, {kept} neurons (white: not kept): {prompt.name}")
+    axes.set_title(
+        f"Experts by layer, {kept} neurons (white: not kept): {prompt.name}", parse_math=False
+    )
     axes.set_xlabel("feedforward neuron")
     axes.set_ylabel("layer")
     figure.colorbar(image, label="s over the layer's root mean square of s", extend="max")

@@ -25,10 +25,7 @@ from griffin_client import (
 from griffin_core.model.load import Model
 from griffin_server.handoff.shared_memory import DIRECTORY
 from tests.core.engines import at_baseline
-from tests.servers import Process, Running, eventually, running
-
-SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0)]
-"""With them a server notices soon that a client does not read."""
+from tests.servers import SMALL_WINDOW, Process, Running, eventually, running
 
 
 @pytest.fixture

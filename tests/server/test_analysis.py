@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from griffin_client import (
     DeadlineExceeded,
     GriffinClient,
     InvalidArgument,
+    ResourceExhausted,
     Stopping,
 )
 from griffin_core.experts.selection import Selection
@@ -27,7 +29,7 @@ from griffin_core.prefill import LayerActivations, LayerExperts, prefill
 from griffin_server.cli import app
 from griffin_server.generation import analysis
 from griffin_server.pictures import jaccard, norm_mass_curve
-from tests.servers import Running, eventually, running
+from tests.servers import SMALL_WINDOW, Running, eventually, running
 from tests.tiny import CONTEXT, FAMILIES
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
@@ -137,9 +139,58 @@ def test_a_call_that_ends_early_leaves_nothing_behind(tiny: Callable[[str], Mode
             call.cancel()
         with pytest.raises(DeadlineExceeded):
             client.analyze_prompt("x" * 200, timeout_s=0.001)
-        eventually(lambda: not server.app.engine._prefills.has_work)
+        eventually(lambda: not server.app.engine._prefills._runs)
         assert client.analyze_prompt(PROMPT).layers
         assert client.list_sessions() == []
+
+
+def test_a_reader_that_stops_is_given_up_and_the_next_has_its_turn(
+    tiny: Callable[[str], Model],
+) -> None:
+    request = pb.AnalyzePromptRequest(text="x" * 3000, activation_layers=[0, 1, 2])
+    with running(tiny("llama-long"), reader_timeout_s=0.3) as server:
+        with (
+            grpc.insecure_channel(server.target, options=SMALL_WINDOW) as channel,
+            server.client() as client,
+        ):
+            call = generation_pb2_grpc.GenerationServiceStub(channel).AnalyzePrompt(request)
+            assert next(call).HasField("started")
+            # One at a time, since no reservation covers their caches.
+            assert client.analyze_prompt(PROMPT, timeout_s=20).layers
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert "nobody has read for 0.3 s" in caught.value.details()
+        metrics = server.app.metrics.registry
+        origin = {"origin": "slow_reader"}
+        assert metrics.get_sample_value("griffin_aborts_total", origin) == 1
+        assert (
+            metrics.get_sample_value("griffin_rejections_total", {"reason": "READER_TOO_SLOW"}) == 0
+        )
+        assert metrics.get_sample_value("griffin_prompt_tokens_total") == 3000 + len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"session_memory_gib": 1e-6}, "memory: the prompt needs"),
+        ({"max_queue": 0}, "queue: 1 pre"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_sent(
+    setting: dict[str, float], said: str, tiny: Callable[[str], Model]
+) -> None:
+    with (
+        running(tiny("llama"), prefill_chunk_tokens=1, **setting) as server,
+        server.client() as client,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
+        calls = [stub.AnalyzePrompt(pb.AnalyzePromptRequest(text="x" * 200)) for _ in range(2)]
+        with pytest.raises(ResourceExhausted, match=said):
+            for _ in range(50):
+                client.analyze_prompt("x" * 200)
+        for call in calls:
+            call.cancel()
 
 
 def test_inspect_draws_a_server_and_a_model_alike(
@@ -173,6 +224,18 @@ def test_inspect_draws_a_server_and_a_model_alike(
     assert data["server"]["s"].shape == (2, 3, 88) and data["server"]["experts"].shape == (2, 3, 44)
     # The model is loaded in the CPU's default dtype, which may be bfloat16; the server has float32.
     np.testing.assert_allclose(data["model"]["s"], data["server"]["s"], rtol=0.1, atol=0.02)
+
+
+def test_a_prompt_is_no_formula_and_a_model_has_a_servers_density(
+    tiny_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = ["--model", str(tiny_directory("llama"))]
+    result = CliRunner().invoke(
+        app, ["inspect", r"It cost $\frac$5.", "--out", str(tmp_path), *model]
+    )
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "data.npz") as arrays:
+        assert arrays["experts"].shape == (1, 3, 66)  # three quarters of 88
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_completion_is_counted_once_in_everything_it_has(scraped: Scraped) -> 
     client.score([1, 2, 3], [4, 5], density=0.5)
     want = {
         "griffin_requests_total": 4,
-        "griffin_prompt_tokens_total": 60,
+        "griffin_prompt_tokens_total": 60 + 3,
         "griffin_generated_tokens_total": 18,
         "griffin_time_to_first_token_seconds_count": 3,
         "griffin_inter_token_latency_seconds_count": 15,

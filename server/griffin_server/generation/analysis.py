@@ -62,6 +62,7 @@ def analyze_task(
         token_ids=tuple(prompt),
         selection=pruning.selection(base, seed_of(request)),
         watch=frozenset(layers),
+        most_begun=1,  # no reservation covers its cache
     )
 
 
@@ -79,30 +80,30 @@ def started_to_pb(
     )
 
 
-def event_to_pb(event: object) -> Iterator[pb.AnalyzePromptResponse]:
-    """The messages of an event of a prefill: none, if it is of no interest here."""
+def event_to_pb(event: LayerActivations | LayerExperts) -> list[pb.AnalyzePromptResponse]:
+    """The messages of an event; activations are cut into several."""
     if isinstance(event, LayerActivations):
         tokens, width = event.values.shape
         rows = max(1, MAX_VALUES_BYTES // (4 * width))
-        for begin in range(0, tokens, rows):
-            yield pb.AnalyzePromptResponse(
+        return [
+            pb.AnalyzePromptResponse(
                 activations=pb.AnalyzePromptResponse.Activations(
                     layer=event.layer,
                     first_token=event.first_token + begin,
                     values=pack_floats(event.values[begin : begin + rows]),
                 )
             )
-    elif isinstance(event, LayerExperts):
-        experts = ExpertSet(ff_width=event.s.shape[0], indices=event.experts[None])
-        (norm_mass,) = experts.norm_mass(event.s.square()[None])
-        yield pb.AnalyzePromptResponse(
-            layer=pb.AnalyzePromptResponse.Layer(
-                layer=event.layer,
-                s=pack_floats(event.s),
-                experts=pack_indices(event.experts),
-                norm_mass=norm_mass,
-            )
-        )
+            for begin in range(0, tokens, rows)
+        ]
+    experts = ExpertSet(ff_width=event.s.shape[0], indices=event.experts[None])
+    (norm_mass,) = experts.norm_mass(event.s.square()[None])
+    layer = pb.AnalyzePromptResponse.Layer(
+        layer=event.layer,
+        s=pack_floats(event.s),
+        experts=pack_indices(event.experts),
+        norm_mass=norm_mass,
+    )
+    return [pb.AnalyzePromptResponse(layer=layer)]
 
 
 def analyze_here(
@@ -117,4 +118,5 @@ def analyze_here(
     task = analyze_task(request, tokenizer, decoder.spec, base=base)
     yield started_to_pb(task, tokenizer, decoder.spec, request.request_id)
     for event in prefill(decoder, task.token_ids, task.selection, watch=task.watch):
-        yield from event_to_pb(event)
+        if isinstance(event, LayerActivations | LayerExperts):
+            yield from event_to_pb(event)

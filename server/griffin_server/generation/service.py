@@ -24,10 +24,12 @@ from griffin_core.decode.events import (
 )
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.engine import Engine
-from griffin_core.errors import EngineFault, GriffinError
+from griffin_core.errors import CapacityExhausted, EngineFault, GriffinError
+from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill_queue import PrefillTask
+from griffin_core.prefill import LayerActivations, LayerExperts
+from griffin_core.prefill_queue import PrefillBegun, PrefillTask
 from griffin_server import __version__
 from griffin_server.channel import Channel, Mail
 from griffin_server.generation import analysis, convert
@@ -39,9 +41,6 @@ from griffin_server.prefill.source import PrefillServers
 
 TOKENS_AHEAD = 64
 """Events that may wait for a client that does not read before its session is paused."""
-
-EVENTS_AHEAD = 4
-"""Results of an analysis that may wait before its prompt is paused: they are large."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -83,7 +82,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 async for event in events:
                     match event:
                         case Started():
-                            counted.started_with(event)
+                            counted.read(event.prompt_tokens)
                             yield convert.started_to_pb(event, request_id_var.get())
                         case TokensMade():
                             counted.made(event)
@@ -97,7 +96,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             task = await self._task(convert.score_task, request, context)
             async with aclosing(self._events(task, context)) as events:
                 async for event in events:
-                    if isinstance(event, Scored):
+                    if isinstance(event, Started):
+                        counted.read(event.prompt_tokens)
+                    elif isinstance(event, Scored):
                         counted.finish_reason = "SCORED"
                         return convert.scored_to_pb(task, event, request_id_var.get())
             raise EngineFault("scoring ended without a result")
@@ -110,16 +111,29 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             make = partial(analysis.analyze_task, base=self._engine.selection)
             task = await self._task(make, request, context)
             spec = model.decoder.spec
-            # Off the loop: thousands of tokens are decoded one by one, and layers are waited for.
-            yield await asyncio.to_thread(
-                analysis.started_to_pb, task, model.tokenizer, spec, request_id_var.get()
-            )
-            run = run_prefill(self._engine, task, self._mail, events_ahead=EVENTS_AHEAD)
-            async with aclosing(run) as events:
+            needs = kv_bytes(spec, model.decoder.dtype, len(task.token_ids))
+            if needs > (allowed := self._engine.limits.session_bytes):
+                raise CapacityExhausted(
+                    f"memory: the prompt needs {needs} bytes of KV cache; the server allows "
+                    f"{allowed} in all. Give fewer tokens",
+                    retry_after_s=None,
+                )
+            async with aclosing(run_prefill(self._engine, task, self._mail)) as events:
+                # Off the loop: thousands of tokens are decoded one by one, a GPU is waited for.
                 async for event in events:
-                    messages = analysis.event_to_pb(event)
-                    while message := await asyncio.to_thread(next, messages, None):
-                        yield message
+                    match event:
+                        case PrefillBegun():
+                            counted.read(len(task.token_ids))
+                            yield await asyncio.to_thread(
+                                analysis.started_to_pb,
+                                task,
+                                model.tokenizer,
+                                spec,
+                                request_id_var.get(),
+                            )
+                        case LayerActivations() | LayerExperts():
+                            for message in await asyncio.to_thread(analysis.event_to_pb, event):
+                                yield message
             counted.finish_reason = "ANALYZED"
 
     async def _task(

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from griffin_core.decode.events import Finished, Started, TokensMade
+from griffin_core.decode.events import Finished, TokensMade
 from griffin_core.engine import Engine
 from griffin_core.errors import EngineStopped, GriffinError
 from griffin_core.experts.expert_set import ExpertSet
@@ -234,9 +234,10 @@ class Request:
         """Whether its prompt has been read."""
         self.finish_reason = ""
 
-    def started_with(self, event: Started) -> None:
+    def read(self, prompt_tokens: int) -> None:
+        """Its prompt is read, or begins to be."""
         self.started = True
-        self._metrics.prompt_tokens.inc(event.prompt_tokens)
+        self._metrics.prompt_tokens.inc(prompt_tokens)
 
     def made(self, event: TokensMade) -> None:
         """Tokens go to the client."""

@@ -25,9 +25,6 @@ from griffin_server.handoff.shape import handoff_shape
 from griffin_server.handoff.transports import writer_for
 from griffin_server.prefill.run import run_prefill
 
-EVENTS_AHEAD = 16
-"""Layer results that may wait for the network before the model pauses."""
-
 MAX_LENDINGS = 2 * MAX_BEGUN_PREFILLS
 """Calls whose KV may lie in this server's GPU memory, being made or being copied: no reservation
 covers it."""
@@ -60,7 +57,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         yield writer.header()
         async with self._lendings if way.lends else nullcontext():
             queue_s = 0.0
-            run = run_prefill(self._engine, task, self._mail, events_ahead=EVENTS_AHEAD)
+            run = run_prefill(self._engine, task, self._mail)
             async with aclosing(run) as events:
                 async for event in events:
                     match event:
