@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -135,6 +136,23 @@ def test_whether_its_owner_lives_is_no_matter_of_process_ids() -> None:
     assert not stale.exists()
     assert elsewhere.exists()
     elsewhere.unlink()
+
+
+def test_a_file_that_was_taken_for_a_stale_one_is_no_segment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        remove_stale_segments()  # of a server that starts just now
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert create_segment(SIZE) is None
+    segment = create_segment(SIZE)
+    assert segment is not None
+    segment.unlink()
 
 
 def test_a_segment_of_another_user_is_declined(

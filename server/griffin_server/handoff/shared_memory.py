@@ -99,6 +99,8 @@ def create_segment(size_bytes: int) -> Segment | None:
         # Held as long as the mapping, which keeps a duplicate of the descriptor. A process id would
         # not tell whether the owner lives: each container may have the same one.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(descriptor).st_nlink:  # taken for a stale one just before
+            return None
         os.posix_fallocate(descriptor, 0, size_bytes)
         return Segment(name, mmap.mmap(descriptor, size_bytes))
     except OSError:
