@@ -56,7 +56,12 @@ class Tracing:
     """
 
     def __init__(self, role: str) -> None:
-        self._sending = _start_sending(f"griffin-{role}") if _asked_for() else None
+        self._sending: tuple[TracerProvider, SpanExporter] | None = None
+        if _asked_for():
+            try:
+                self._sending = _start_sending(f"griffin-{role}")
+            except Exception as error:  # of several kinds, for values the SDK does not take
+                log.warning("no traces: OTEL_* variables", error=str(error))
         self._tracer: Tracer = NoOpTracer()
         if self._sending:
             self._tracer = self._sending[0].get_tracer("griffin_server", __version__)
