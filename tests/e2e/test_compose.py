@@ -1,4 +1,4 @@
-"""docker-compose.yml without a container engine: what its services run, run by hand.
+"""docker-compose.yml without a container engine: what prefill, decode and Prometheus run, by hand.
 
 Commands, settings and health checks are those of the file and of the image's Dockerfile. Only the
 names of hosts and the ports are others, since here all services share one host.

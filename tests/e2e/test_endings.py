@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,14 @@ def test_sigterm_during_8_streams(tokens: int, grace_s: float, finish: bool) -> 
             assert isinstance(end, Finished) and end.usage.generated_tokens == tokens
         else:
             assert isinstance(end, Unavailable) and end.reason == "SHUTTING_DOWN"
+
+
+def test_sigterm_ends_a_server_that_still_loads() -> None:
+    """By the server's own doing, since process 1 of a container has nothing else."""
+    with Process() as server:
+        eventually(lambda: any("loading" in line for line in server.log), within_s=60)
+        server.terminate()
+        assert server.wait() == 128 + signal.SIGTERM
 
 
 def test_a_server_that_has_shut_down_leaves_no_segments(
