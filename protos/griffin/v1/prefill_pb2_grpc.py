@@ -53,6 +53,7 @@ class PrefillServiceServicer:
         INVALID_ARGUMENT    a field is out of range
         FAILED_PRECONDITION `model_fingerprint` is not this server's; nothing was computed
         RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
+        ABORTED             the reader did not read for the server's `--reader-timeout-s`
         UNAVAILABLE         the server is shutting down
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -44,6 +44,7 @@ class PrefillServiceStub:
       INVALID_ARGUMENT    a field is out of range
       FAILED_PRECONDITION `model_fingerprint` is not this server's; nothing was computed
       RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
+      ABORTED             the reader did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the server is shutting down
     """
 
@@ -59,6 +60,7 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
       INVALID_ARGUMENT    a field is out of range
       FAILED_PRECONDITION `model_fingerprint` is not this server's; nothing was computed
       RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
+      ABORTED             the reader did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the server is shutting down
     """
 
@@ -77,6 +79,7 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT    a field is out of range
           FAILED_PRECONDITION `model_fingerprint` is not this server's; nothing was computed
           RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
+          ABORTED             the reader did not read for the server's `--reader-timeout-s`
           UNAVAILABLE         the server is shutting down
         """
 

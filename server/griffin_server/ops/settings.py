@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     )
     session_ttl_s: float = Field(600.0, ge=0, description="How long a kept session may be idle.")
     reader_timeout_s: float = Field(
-        60.0, ge=0, description="How long a session waits for a client that does not read."
+        60.0, gt=0, description="How long a call's work waits for a client that does not read."
     )
     prefill_chunk_tokens: int = Field(
         0,
