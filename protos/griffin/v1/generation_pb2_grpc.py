@@ -103,7 +103,8 @@ class GenerationServiceServicer:
         """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
         every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
         is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-        with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
+        with an error status. Errors as above. It runs on the server itself, in turn with other prompts
+        and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

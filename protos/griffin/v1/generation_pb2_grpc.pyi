@@ -62,7 +62,8 @@ class GenerationServiceStub:
     """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
     every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
     is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-    with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
+    with an error status. Errors as above. It runs on the server itself, in turn with other prompts
+    and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
     """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]
     """What model this server holds and how it runs it."""
@@ -97,7 +98,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
     every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
     is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-    with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
+    with an error status. Errors as above. It runs on the server itself, in turn with other prompts
+    and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """What model this server holds and how it runs it."""
@@ -147,7 +149,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
         every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
         is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-        with an error status. Errors as above. It runs on the server itself, in turn with other prompts.
+        with an error status. Errors as above. It runs on the server itself, in turn with other prompts
+        and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
         """
 
     @_abc_1.abstractmethod
