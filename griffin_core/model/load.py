@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from griffin_core.errors import BadModelFile, ModelError, ModelNotFound
+from griffin_core.errors import BadModelFile, InvalidRequest, ModelError, ModelNotFound
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.source import Progress, resolve
 from griffin_core.model.spec import spec_from_config
@@ -68,9 +68,20 @@ def load_model(
 
     Raises:
         ModelNotFound, UnknownFamily, BadModelFile: see ``griffin_core.errors``.
+        InvalidRequest: no such device.
     """
+    there = _device(device)
     with ThreadPoolExecutor(1, "griffin-load") as loader:
-        return loader.submit(_load, model, dtype, torch.device(device), progress).result()
+        return loader.submit(_load, model, dtype, there, progress).result()
+
+
+def _device(given: torch.device | str) -> torch.device:
+    gpus = torch.cuda.device_count()
+    allowed = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if str(given) not in allowed:
+        here = "" if gpus else "; torch sees no CUDA device here"
+        raise InvalidRequest("device", str(given), ", ".join(allowed) + here)
+    return torch.device(given)
 
 
 def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress: Progress) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from typing import Any
 
 import grpc
@@ -47,17 +48,35 @@ class ListenError(GriffinError):
 
 
 def load(settings: Settings, progress: Progress) -> Model:
-    """Loads the model the settings name.
+    """Loads the model the settings name, once its ports are known to be free: it may take minutes.
 
     Raises:
-        ModelError: see ``load_model``.
+        ListenError: they are not.
+        ModelError, InvalidRequest: see ``load_model``.
     """
+    for name in ("port", "metrics_port"):
+        _check_free(settings.host, name, getattr(settings, name))
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(
         settings.model, dtype=DTYPES.get(settings.dtype), device=device, progress=progress
     )
+
+
+def _check_free(host: str, name: str, port: int) -> None:
+    if not port:
+        return
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM
+        )
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        words = f"host, {name}: cannot listen on {host}:{port} ({error.strerror})"
+        raise ListenError(words) from error
 
 
 def _chunk_tokens(device: torch.device) -> int:
@@ -216,9 +235,13 @@ class App:
         await asyncio.to_thread(self._tracing.close)
         log.info("stopped")
 
+    def hurry(self) -> None:
+        """Lets ``stop`` wait no longer for running calls."""
+        self._calls.hurry()
+
 
 async def run(settings: Settings, model: Model) -> None:
-    """Serves until SIGTERM or SIGINT.
+    """Serves until SIGTERM or SIGINT; a second one ends what still runs.
 
     Raises:
         ListenError: see ``App.start``.
@@ -227,8 +250,14 @@ async def run(settings: Settings, model: Model) -> None:
     app = App(settings, model)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def signal_came() -> None:
+        if stop.is_set():
+            app.hurry()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, signal_came)
     signalled = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(app.start())
     await asyncio.wait((signalled, starting), return_when=asyncio.FIRST_COMPLETED)

@@ -85,8 +85,7 @@ def serve(context: typer.Context) -> None:
     except (OSError, ValueError) as error:  # the TOML file
         _fail(f"config: {error}", status=2)
     configure_logging(settings.log_level, settings.log_format)
-    # For process 1 of a container, SIGTERM has no effect of its own until the server takes it.
-    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    _end_on_signals()
     progress = logging.getLogger("griffin.load")
     try:
         model = load(settings, progress.info)
@@ -261,6 +260,7 @@ def _analyzer(
         )
         return analysis(analyze_here(loaded, request, Selection(density=usual)))
 
+    _end_on_signals()
     try:
         usual = Settings.model_fields["density"].default
         loaded = load_model(model, progress=err.print)
@@ -415,7 +415,15 @@ class _errors:  # reads as a statement
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, GriffinClientError):
-            _fail(str(error))
+            hint = "" if error.code.name != "UNIMPLEMENTED" else "; a server in role prefill?"
+            _fail(f"{error}{hint}")
+
+
+def _end_on_signals() -> None:
+    """Until a server takes signals itself. Ctrl-C would wait for the thread that loads a model, and
+    SIGTERM has no effect of its own on process 1 of a container."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _: os._exit(128 + got))
 
 
 def _fail(message: str, *, status: int = 1) -> NoReturn:
@@ -423,10 +431,5 @@ def _fail(message: str, *, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,12 +187,32 @@ def test_sigterm_during_8_streams(tokens: int, grace_s: float, finish: bool) -> 
             assert isinstance(end, Unavailable) and end.reason == "SHUTTING_DOWN"
 
 
-def test_sigterm_ends_a_server_that_still_loads() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals) -> None:
     """By the server's own doing, since process 1 of a container has nothing else."""
     with Process() as server:
         eventually(lambda: any("loading" in line for line in server.log), within_s=60)
+        os.kill(server.pid, number)
+        assert server.wait(2) == 128 + number
+
+
+def test_a_second_signal_ends_what_the_first_lets_run(
+    tiny_directory: Callable[[str], Path],
+) -> None:
+    model = ("--model", str(tiny_directory("llama-long")), "--dtype", "float32")
+    with (
+        Process(*model, "--shutdown-grace-s", "1000") as server,
+        GriffinClient(server.target()) as client,
+    ):
+        events = client.generate("a", stopping=Stopping(max_tokens=4000, ignore_eos=True))
+        next(events)
         server.terminate()
-        assert server.wait() == 128 + signal.SIGTERM
+        eventually(lambda: any('"stopping"' in line for line in server.log))
+        server.terminate()
+        with pytest.raises(Unavailable):
+            for _ in events:
+                time.sleep(0.01)  # it would come to its end in 40 s
+        assert server.wait() == 0
 
 
 def test_a_server_that_has_shut_down_leaves_no_segments(

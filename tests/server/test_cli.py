@@ -102,6 +102,7 @@ def test_chat_without_a_template_says_what_to_do(tiny: Callable[[str], Model]) -
         (["serve", "--config", "/no/such/file"], 2, "/no/such/file"),
         (["serve", "--model", "/no/such/model"], 1, "no such file or directory"),
         (["serve", "--role", "decode"], 2, "role decode needs one"),
+        (["serve", "--device", "cuda:77"], 1, "device: got cuda:77; allowed: cpu"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], status: int, words: str) -> None:
@@ -123,8 +124,20 @@ def test_a_port_that_is_taken_is_one_line(
 ) -> None:
     port = tiny_server.target.rpartition(":")[2]
     model = str(tiny_directory("llama"))
-    _, err = griffin("serve", "--model", model, "--port", port, "--log-level", "error", status=1)
-    assert f"cannot listen on 127.0.0.1:{port}" in err and "Traceback" not in err
+    for option in ("port", "metrics-port"):
+        _, err = griffin("serve", "--model", model, "--port", "0", f"--{option}", port, status=1)
+        name = option.replace("-", "_")
+        said = f"griffin: host, {name}: cannot listen on 127.0.0.1:{port} (Address already in use)"
+        assert err.strip() == said  # and nothing of a load
+
+
+def test_without_the_servers_packages_the_command_says_which_it_needs() -> None:
+    code = (
+        "import sys; sys.modules['typer'] = None; from griffin_server.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("griffin: no module typer: the command needs the extra `server`")
 
 
 def test_help_of_serve_lists_every_setting() -> None:
@@ -159,8 +172,19 @@ def test_bench_repeats_a_load_for_the_same_seed(tiny_server: Running) -> None:
 def test_bench_counts_errors_by_status(tiny_server: Running) -> None:
     load = ("--requests", "3", "--prompt-tokens", "5000", "--json")
     out, err = griffin("bench", "--target", tiny_server.target, *load, status=1)
-    assert lines(out)[0]["errors"] == {"INVALID_ARGUMENT": 3}
+    (result,) = lines(out)
+    assert result["errors"] == {"INVALID_ARGUMENT": 3}
+    assert "5000 tokens" in result["error_messages"]["INVALID_ARGUMENT"]
     assert "no request came to its end" in err
+    out, _ = griffin("bench", "--target", tiny_server.target, *load[:-1], status=1)
+    assert "3 × INVALID_ARGUMENT: token_ids" in out and "milliseconds" not in out
+
+
+def test_a_prefill_server_is_told_from_others(tiny: Callable[[str], Model]) -> None:
+    with running(tiny("llama"), role="prefill") as server:
+        for command in (["generate", "a"], ["top", "--once"], ["info"]):
+            _, err = griffin(*command, "--target", server.target, status=1)
+            assert "UNIMPLEMENTED" in err and "a server in role prefill?" in err
 
 
 @pytest.mark.parametrize(

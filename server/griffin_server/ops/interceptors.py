@@ -60,6 +60,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
 
+    def hurry(self) -> None:
+        """Ends ``close`` at once."""
+        self._idle.set()
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],

@@ -1,0 +1,21 @@
+"""The `griffin` command; where only the client is installed, what it lacks."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        from griffin_server.cli import app  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"griffin: no module {error.name}: the command needs the extra `server`, which is "
+            "installed by pip install 'griffin-serving[server]'"
+        )
+    app()
+
+
+if __name__ == "__main__":
+    main()
