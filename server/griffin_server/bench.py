@@ -62,6 +62,9 @@ class Results:
     inter_token_s: list[float] = field(default_factory=list)
     end_to_end_s: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    """By status code."""
+    messages: dict[str, str] = field(default_factory=dict)
+    """The first of each code."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     wall_s: float = 0.0
@@ -71,6 +74,7 @@ class Results:
         return {
             "completed": len(self.end_to_end_s),
             "errors": dict(self.errors),
+            "error_messages": self.messages,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
             "wall_s": self.wall_s,
@@ -176,6 +180,7 @@ async def _one(
                 results.end_to_end_s.append(now - begin)
     except GriffinClientError as error:
         results.errors[error.code.name] += 1
+        results.messages.setdefault(error.code.name, str(error))
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -193,6 +198,7 @@ def print_results(results: Results, console: Console) -> None:
     ):
         if values := summary[key]:
             table.add_row(name, *(f"{value * 1e3:.1f}" for value in values.values()))
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     for code, count in results.errors.items():
-        console.print(f"{count} × {code}")
+        console.print(f"{count} × {results.messages[code]}", markup=False)

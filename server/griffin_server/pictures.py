@@ -79,7 +79,7 @@ def jaccard(one: NDArray[np.int32], other: NDArray[np.int32]) -> Floats:
 
 def draw(prompts: Sequence[Inspected], out: Path) -> list[Path]:
     """Draws all pictures into a directory, which is made if need be, and writes data.npz and
-    data.json beside them.
+    data.json beside them. Those of an earlier time are replaced or removed.
 
     Args:
         prompts: at least one; heatmaps are of the first.
@@ -91,6 +91,8 @@ def draw(prompts: Sequence[Inspected], out: Path) -> list[Path]:
         OSError: the directory cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for earlier in (*out.glob("flocking-layer-*.png"), out / "jaccard.png"):
+        earlier.unlink(missing_ok=True)
     figures = {
         f"flocking-layer-{layer}.png": _flocking(prompts[0], layer)
         for layer in sorted(prompts[0].analysis.activations)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -207,6 +208,7 @@ def watch(target: str, interval_s: float, console: Console) -> None:
         GriffinClientError: the server is there but refuses the calls; one in role prefill does.
     """
     live = Live(Text(f"asking {target}"), console=console, screen=True)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of live.stop
     with contextlib.suppress(KeyboardInterrupt):
         try:
             with _uninterrupted():

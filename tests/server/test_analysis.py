@@ -230,12 +230,16 @@ def test_a_prompt_is_no_formula_and_a_model_has_a_servers_density(
     tiny_directory: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = ["--model", str(tiny_directory("llama"))]
+    for name in ("flocking-layer-77.png", "jaccard.png", "mine.png"):  # of an earlier time, or not
+        (tmp_path / name).touch()
     result = CliRunner().invoke(
         app, ["inspect", r"It cost $\frac$5.", "--out", str(tmp_path), *model]
     )
     assert result.exit_code == 0, result.output
     with np.load(tmp_path / "data.npz") as arrays:
         assert arrays["experts"].shape == (1, 3, 66)  # three quarters of 88
+    assert not (tmp_path / "flocking-layer-77.png").exists()
+    assert not (tmp_path / "jaccard.png").exists() and (tmp_path / "mine.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -261,9 +261,9 @@ class Terminal:
         self.shown += shown
         return shown
 
-    def interrupt(self) -> int:
-        """Ctrl-C; its exit code."""
-        self.process.send_signal(signal.SIGINT)
+    def interrupt(self, number: int = signal.SIGINT) -> int:
+        """Ctrl-C, or another signal; its exit code."""
+        self.process.send_signal(number)
         self.read("\x1b[?1049l")  # back from the other screen
         status = self.process.wait(30)
         while select.select([self._ours], [], [], 0)[0]:
@@ -307,8 +307,9 @@ def test_a_terminal_follows_a_server_that_goes_and_comes_back(
         assert words not in terminal.shown
 
 
-def test_an_early_interrupt_leaves_the_terminal_clean() -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_an_early_signal_leaves_the_terminal_clean(number: int, status: int) -> None:
     with Terminal("--target", "127.0.0.1:1") as terminal:
         terminal.read("\x1b[?1049h")  # the other screen, with nothing on it yet
-        assert terminal.interrupt() == 0
+        assert terminal.interrupt(number) == status
     assert terminal.shown.count("\x1b[?25l") == terminal.shown.count("\x1b[?25h") == 1
