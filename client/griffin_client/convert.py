@@ -148,15 +148,24 @@ def _pruning(
         pb.Pruning,
         "pruning.",
         density=density,
-        policy=_number(pb.SelectionPolicy, policy, "SELECTION_POLICY_"),
-        sharing=_number(pb.ExpertSharing, sharing, "EXPERT_SHARING_"),
+        policy=_number("pruning.policy", policy, pb.SelectionPolicy, "SELECTION_POLICY_"),
+        sharing=_number("pruning.sharing", sharing, pb.ExpertSharing, "EXPERT_SHARING_"),
     )
 
 
-def _number(enum: Any, name: str | None, prefix: str) -> int | None:
-    """A name's number. An unknown name goes to the server as an unknown number, which refuses it
-    like any other."""
-    return None if name is None else dict(enum.items()).get(f"{prefix}{name.upper()}", -1)
+def _number(field: str, name: str | None, enum: Any, prefix: str) -> int | None:
+    """A name's number.
+
+    Raises:
+        InvalidArgument: no such name.
+    """
+    if name is None:
+        return None
+    numbers = {_name(enum, number, prefix): number for number in enum.values() if number}
+    number = numbers.get(name.lower())
+    if number is None:
+        raise invalid_argument(field, name, f"allowed: {', '.join(numbers)}")
+    return int(number)
 
 
 def _message(kind: type[M], path: str = "", **values: Any) -> M:

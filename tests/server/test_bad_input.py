@@ -43,7 +43,7 @@ BAD = [
     ({"density": -1.0}, "pruning.density", "-1.0", "(0, 1]"),
     ({"density": 1.5}, "pruning.density", "1.5", "(0, 1]"),
     ({"density": NAN}, "pruning.density", "nan", "(0, 1]"),
-    ({"policy": "best"}, "pruning.policy", "-1", "1 (topk)"),
+    ({"policy": "best"}, "pruning.policy", "best", "topk, "),
     ({"prompt": ""}, "text", "an empty prompt", "at least one token"),
     ({"prompt": None}, "input", "none", "exactly one of text, token_ids, messages"),
     ({"prompt": "a", "token_ids": [1]}, "input", "text and token_ids", "exactly one of"),
@@ -146,6 +146,12 @@ def test_a_value_out_of_range_is_refused_by_name(
             "[0, 260)",
         ),
         (pb.ScoreRequest(context="a" * 200, continuation="b" * 57), "continuation", "at most 256"),
+        (
+            # Another client's number, which ours would not send.
+            pb.ScoreRequest(context="a", continuation="b", pruning=pb.Pruning(policy=9)),  # type: ignore[arg-type]
+            "pruning.policy",
+            "1 (topk)",
+        ),
         (
             pb.ScoreRequest(context="a", continuation="b", pruning=pb.Pruning(density=NAN)),
             "pruning.density",
