@@ -24,15 +24,16 @@ from tests.servers import Process, eventually, running
 
 pytestmark = pytest.mark.slow
 
-SOAK_S, FILL_S = 300.0, 240.0
+SOAK_S, FILL_S, SETTLE_S = 300.0, 240.0, 120.0
 STREAMS = 64
 DENSITIES = (1.0, 0.75, 0.5)
 
 
-@pytest.mark.timeout(SOAK_S + FILL_S + 180)
+@pytest.mark.timeout(SOAK_S + FILL_S + SETTLE_S + 180)
 async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind() -> None:
     """On SmolLM2. Memory is the server's resident set, in the first minute and in the last, counted
-    from when unused slim views have filled what they may: until then it grows by design."""
+    from two minutes after unused slim views have filled what they may: until then it grows by
+    design, and what the allocator keeps between them still does (docs/LOG.md)."""
     port = free_port()
     with Process("--max-sessions", str(STREAMS), "--metrics-port", str(port)) as server:
         target = server.target()
@@ -76,6 +77,7 @@ async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind(
                     if await asyncio.to_thread(views_held) >= 0.95:
                         break
                     await asyncio.sleep(1)
+                await asyncio.sleep(SETTLE_S)
                 clock = time.monotonic()
                 full.set()
                 while left() > 0:
