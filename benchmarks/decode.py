@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.ceiling import step_bytes, step_ceilings_ms
 from benchmarks.load import submit
-from benchmarks.report import Rounds, apart, finish, read_bandwidth
+from benchmarks.report import Rounds, about, apart, finish, read_bandwidth
 from griffin_core.engine import Engine
 from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL, resolve
@@ -84,8 +84,7 @@ def main() -> None:
     finish(
         "decode",
         {
-            "model": model.name,
-            "dtype": str(decoder.dtype).removeprefix("torch."),
+            **about(model),
             "prompt_tokens": PROMPT,
             "ceiling_ms": ceiling_ms,
             "median_ms": ms,

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from benchmarks.load import prompt, submit
-from benchmarks.report import apart, finish, matmul_rate
+from benchmarks.report import about, apart, finish, matmul_rate
 from griffin_core.decode.scheduler import Limits
 from griffin_core.engine import Engine
 from griffin_core.model.load import load_model
@@ -83,8 +83,7 @@ def main() -> None:
     finish(
         "interleave",
         {
-            "model": model.name,
-            "dtype": str(model.decoder.dtype).removeprefix("torch."),
+            **about(model),
             "ceiling_ms": round(ceiling_ms, 1),
             "chunk_ms": round(chunk_ms, 1),
             "step_ms": round(step_ms, 1),

@@ -17,7 +17,7 @@ import uvloop
 
 from benchmarks.ceiling import step_ceilings_ms
 from benchmarks.load import step_s
-from benchmarks.report import Rounds, finish, read_bandwidth
+from benchmarks.report import Rounds, about, finish, read_bandwidth
 from benchmarks.streaming import DENSITY, PROMPT, SESSIONS, client_moments
 from demo.__main__ import server
 from griffin_core.decode.events import TokensMade
@@ -104,8 +104,7 @@ def main() -> None:
     finish(
         "metrics",
         {
-            "model": model.name,
-            "dtype": str(model.decoder.dtype).removeprefix("torch."),
+            **about(model),
             "sessions": SESSIONS,
             "ceiling_ms": ceiling_ms,
             "median_ms": ms,

@@ -19,7 +19,7 @@ from benchmarks.decode import engine_s
 from benchmarks.gguf_bf16 import write_bf16
 from benchmarks.load import engine_moments, prompt, step_s
 from benchmarks.peer import PEERS
-from benchmarks.report import Rounds, finish, read_bandwidth
+from benchmarks.report import Rounds, about, finish, read_bandwidth
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import Sharing
 from griffin_core.engine import Engine
@@ -136,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finish(
         "peers",
         {
-            "model": model.name,
-            "dtype": str(DTYPE).removeprefix("torch."),
+            **about(model),
             "prompt_tokens": PROMPT,
             "ceiling_ms": ceiling_ms,
             "median_ms": ms,

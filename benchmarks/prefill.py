@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.report import Rounds, finish, matmul_rate, timed
+from benchmarks.report import Rounds, about, finish, matmul_rate, timed
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
@@ -63,8 +63,7 @@ def main() -> None:
     finish(
         "prefill",
         {
-            "model": model.name,
-            "dtype": str(decoder.dtype).removeprefix("torch."),
+            **about(model),
             "tokens": TOKENS,
             "ceiling_ms": round(ceiling_ms, 1),
             "median_ms": ms,

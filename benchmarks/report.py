@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import transformers
 
+from griffin_core.model.load import Model
+
 
 class Rounds:
     """Candidates that took turns, so that a noisy neighbour hits all alike.
@@ -81,6 +83,11 @@ def matmul_rate(dtype: torch.dtype, tokens: int, width: int, neurons: int) -> fl
         * neurons
         / min(timed(lambda: torch.nn.functional.linear(x, w))() for _ in range(50))
     )
+
+
+def about(model: Model) -> dict[str, str]:
+    """What the last line says of a model."""
+    return {"model": model.name, "dtype": str(model.decoder.dtype).removeprefix("torch.")}
 
 
 def finish(benchmark: str, results: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import uvloop
 
 from benchmarks.ceiling import step_ceilings_ms
 from benchmarks.load import engine_moments, prompt, step_s
-from benchmarks.report import Rounds, finish, read_bandwidth
+from benchmarks.report import Rounds, about, finish, read_bandwidth
 from demo.__main__ import server
 from griffin_client import AsyncGriffinClient, Stopping, Tokens
 from griffin_core.decode.scheduler import Limits
@@ -84,8 +84,7 @@ def main() -> None:
     finish(
         "streaming",
         {
-            "model": model.name,
-            "dtype": str(model.decoder.dtype).removeprefix("torch."),
+            **about(model),
             "sessions": SESSIONS,
             "ceiling_ms": ceiling_ms,
             "median_ms": ms,
