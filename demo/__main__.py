@@ -56,7 +56,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def server(*arguments: str, module: str = "griffin_server.cli") -> Iterator[str]:
+def server(*arguments: str, module: str = "griffin_server") -> Iterator[str]:
     """Runs `griffin serve` until the block ends.
 
     Args:

@@ -63,7 +63,7 @@ class Process:
     """`griffin serve` as a process of its own."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "griffin_server.cli", "serve", "--log-format", "json"]
+        command = [sys.executable, "-m", "griffin_server", "serve", "--log-format", "json"]
         self._process = subprocess.Popen(
             [*command, *arguments],
             stderr=subprocess.PIPE,

@@ -44,7 +44,14 @@ GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].ful
 
 
 class ListenError(GriffinError):
-    """The address cannot be listened on."""
+    """An address cannot be listened on.
+
+    Args:
+        name: the port's setting.
+    """
+
+    def __init__(self, name: str, host: str, port: int, why: object) -> None:
+        super().__init__(f"host, {name}: cannot listen on {host}:{port} ({why})")
 
 
 def load(settings: Settings, progress: Progress) -> Model:
@@ -75,8 +82,7 @@ def _check_free(host: str, name: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        words = f"host, {name}: cannot listen on {host}:{port} ({error.strerror})"
-        raise ListenError(words) from error
+        raise ListenError(name, host, port, error.strerror) from error
 
 
 def _chunk_tokens(device: torch.device) -> int:
@@ -147,11 +153,10 @@ class App:
             ],
         )
         services = self._add_services()
-        address = f"{settings.host}:{settings.port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
         except RuntimeError as error:
-            raise ListenError(f"host, port: cannot listen on {address} ({error})") from error
+            raise ListenError("port", settings.host, settings.port, error) from error
         for name in ("", *services):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         if settings.metrics_port:
@@ -163,9 +168,8 @@ class App:
                     lambda: self._calls.serving,
                 )
             except OSError as error:
-                where = f"{settings.host}:{settings.metrics_port}"
                 raise ListenError(
-                    f"host, metrics_port: cannot listen on {where} ({error})"
+                    "metrics_port", settings.host, settings.metrics_port, error
                 ) from error
         self.engine.start()
         await self._server.start()

@@ -85,11 +85,11 @@ def serve(context: typer.Context) -> None:
     except (OSError, ValueError) as error:  # the TOML file
         _fail(f"config: {error}", status=2)
     configure_logging(settings.log_level, settings.log_format)
-    _end_on_signals()
     progress = logging.getLogger("griffin.load")
     try:
-        model = load(settings, progress.info)
-        uvloop.run(run(settings, model))
+        with _ended_by_signals():
+            model = load(settings, progress.info)
+            uvloop.run(run(settings, model))
     except GriffinError as error:
         _fail(str(error))
 
@@ -260,10 +260,10 @@ def _analyzer(
         )
         return analysis(analyze_here(loaded, request, Selection(density=usual)))
 
-    _end_on_signals()
     try:
         usual = Settings.model_fields["density"].default
-        loaded = load_model(model, progress=err.print)
+        with _ended_by_signals():
+            loaded = load_model(model, progress=err.print)
         yield len(loaded.decoder.layers), analyze
     except GriffinError as error:
         _fail(str(error))
@@ -419,17 +419,19 @@ class _errors:  # reads as a statement
             _fail(f"{error}{hint}")
 
 
-def _end_on_signals() -> None:
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
     """Until a server takes signals itself. Ctrl-C would wait for the thread that loads a model, and
     SIGTERM has no effect of its own on process 1 of a container."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda got, _: os._exit(128 + got))
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, _: os._exit(128 + got)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _fail(message: str, *, status: int = 1) -> NoReturn:
     err.print(f"griffin: {message}", markup=False, soft_wrap=True)
     raise typer.Exit(status)
-
-
-if __name__ == "__main__":
-    app()

@@ -161,7 +161,7 @@ def griffin(host: Host, name: str, where: Path) -> Iterator[Container]:
         [*json.loads(entrypoint), *service["command"]],
         where,
         programs={
-            "griffin": [sys.executable, "-m", "griffin_server.cli"],
+            "griffin": [sys.executable, "-m", "griffin_server"],
             "python": [sys.executable],
         },
         environment={

@@ -62,7 +62,7 @@ class Watched:
 
 
 def bench(target: str, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "griffin_server.cli", "bench", "--target", target, "--json"]
+    command = [sys.executable, "-m", "griffin_server", "bench", "--target", target, "--json"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     summary: dict[str, Any] = json.loads(done.stdout)
     return summary

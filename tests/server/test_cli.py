@@ -20,7 +20,7 @@ def griffin(
 ) -> tuple[str, str]:
     """Runs the command; its standard output and error."""
     done = subprocess.run(
-        [sys.executable, "-m", "griffin_server.cli", *arguments],
+        [sys.executable, "-m", "griffin_server", *arguments],
         input=given,
         capture_output=True,
         text=True,

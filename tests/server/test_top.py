@@ -241,7 +241,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "griffin_server.cli", "top", *arguments],
+            [sys.executable, "-m", "griffin_server", "top", *arguments],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
