@@ -219,7 +219,7 @@ def test_a_server_that_has_shut_down_leaves_no_segments(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     before = set(DIRECTORY.glob("griffin-*"))
-    model = ("--model", str(tiny_directory("llama")))
+    model = ("--model", str(tiny_directory("llama")), "--dtype", "float32")
     with (
         Process(*model, "--role", "prefill") as prefill,
         Process(*model, "--role", "decode", "--prefill-target", prefill.target()) as decode,

@@ -74,7 +74,8 @@ def tree(spans: list[Span], parent: bytes = b"", depth: int = 0) -> list[str]:
 def test_one_trace_from_the_client_through_decode_to_prefill_and_back(
     receiver: Receiver, provider: TracerProvider, tiny_directory: Callable[[str], Path]
 ) -> None:
-    model = ("--model", str(tiny_directory("llama")), "--shutdown-grace-s", "5")
+    options = ("--dtype", "float32", "--shutdown-grace-s", "5")
+    model = ("--model", str(tiny_directory("llama")), *options)
     with (
         Process(*model, "--role", "prefill") as prefill,
         Process(
