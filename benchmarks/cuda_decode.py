@@ -19,11 +19,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.report import finish
 from griffin_core.cuda.step import CudaStep
-from griffin_core.decode.step import StepTokens
+from griffin_core.decode.step import StepRow
 from griffin_core.kv_cache import KvCache, kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.spec import spec_from_config
 from griffin_core.model.weights import weights_from_state
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.indexed import Indexed
 
@@ -122,27 +124,36 @@ def filled_cache(decoder: Decoder, capacity: int) -> KvCache:
 def step_s(
     step: CudaStep, caches: Sequence[KvCache], views: Sequence[list[SlimFF]], tokens: int
 ) -> float:
-    """Seconds of a step, the mean over so many tokens behind the prompt, host's work included."""
+    """Seconds of a step, the mean over so many tokens after the prompt, the host's work included.
+    Each step is launched before the tokens of the last are read, as the engine does."""
+    rows = [
+        StepRow(cache=cache, view=view, slot=slot)
+        for slot, (cache, view) in enumerate(zip(caches, views, strict=True))
+    ]
 
-    def once() -> None:
-        step(
-            [
-                StepTokens(cache=cache, view=view, token_ids=[5])
-                for cache, view in zip(caches, views, strict=True)
-            ]
-        )
+    def run(count: int) -> None:
+        for cache in caches:
+            cache.length = PROMPT
+        before = step.launch(rows)
+        for _ in range(count - 1):
+            now = step.launch(rows)
+            before.wait()
+            before = now
+        before.wait()
 
-    for cache in caches:
-        cache.length = PROMPT
-    for _ in range(3):
-        once()
-    for cache in caches:
-        cache.length = PROMPT
-    torch.cuda.synchronize()
+    run(3)
     clock = time.perf_counter()
-    for _ in range(tokens):
-        once()
+    run(tokens)
     return (time.perf_counter() - clock) / tokens
+
+
+def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
+    """All of whose slots are greedy."""
+    vocabulary = decoder.spec.vocabulary
+    sampler = Sampler(slots=slots, vocabulary=vocabulary, device=decoder.device)
+    for slot in range(slots):
+        sampler.open(slot, SamplingParams(), [])
+    return sampler
 
 
 @torch.inference_mode()
@@ -202,7 +213,8 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
         weights += decoder.spec.vocabulary * decoder.spec.width * DTYPE.itemsize
     print(f"\n{name}: weights take {resident / weights:.3f} times their bytes")
     clock = time.perf_counter()
-    step = CudaStep(decoder, max_tokens=max(arguments.batch), graphs=True)
+    batch = max(arguments.batch)
+    step = CudaStep(decoder, greedy_sampler(decoder, batch), max_tokens=batch, graphs=True)
     print(f"graphs captured in {time.perf_counter() - clock:.0f} s")
     found: list[dict[str, Any]] = []
     lengths = [128, 2048] if arguments.long else [128]

@@ -57,6 +57,8 @@ class Engine:
         private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
             measures it at start.
         cuda_graphs: on a GPU, run a step as one graph, captured at start.
+        overlap: launch a step before the tokens of the one before are read; None for where it
+            pays, which is on a GPU.
         stream_interval: a session's tokens come out so many at a time, but for the first; None for
             more the more sessions there are. See ``generation.Pace``.
         own_prefill_tokens: prompts of new sessions up to this many tokens it runs itself, for
@@ -77,6 +79,7 @@ class Engine:
         slim: SlimForm | None = None,
         private_limit: PrivateLimit | None = assumed_private_limit,
         cuda_graphs: bool = True,
+        overlap: bool | None = None,
         stream_interval: int | None = None,
         own_prefill_tokens: int | None = None,
         threads: int | None = None,
@@ -97,6 +100,7 @@ class Engine:
             sharing=sharing,
             slim=self._slim,
             private_limit=private_limit or assumed_private_limit,
+            overlap=model.decoder.device.type == "cuda" if overlap is None else overlap,
             prefills=self._prefills,
             observer=observer,
             stream_interval=stream_interval,
@@ -265,11 +269,12 @@ class Engine:
             if isinstance(self._slim, Indexed):  # other forms have no addresses
                 step = CudaStep(
                     decoder,
+                    self._decoding.sampler,
                     max_tokens=self.limits.max_sessions,
                     graphs=self._cuda_graphs,
                     progress=self._note_start,
                 )
-                self._decoding.run_step = step
+                self._decoding.stepper = step
                 return step.private_limit
         return partial(measure_private_limit, decoder, self._slim)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from griffin_core.budget import Budget
 from griffin_core.decode.caches import Caches
@@ -27,7 +29,15 @@ from griffin_core.decode.session import (
     Work,
 )
 from griffin_core.decode.sharing import ExpertGroups
-from griffin_core.decode.step import StepLogits, Stepper, StepTokens, decode_tokens
+from griffin_core.decode.step import (
+    Draw,
+    Drawn,
+    LayeredStep,
+    Stepper,
+    StepRow,
+    StepTokens,
+    decode_tokens,
+)
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
@@ -55,6 +65,7 @@ from griffin_core.prefill_queue import (
     PrefillRun,
     PrefillStreamEvent,
 )
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimForm
 from griffin_core.slim.crossover import PrivateLimit
 from griffin_core.slim.views import SlimViews
@@ -69,6 +80,20 @@ BUILD_S = 0.01
 waits for a view is then delayed about as much as those who do not."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnderWay:
+    """Tokens that were launched and not read yet.
+
+    Args:
+        turns: of each row, by the id of its turn: a session may have ended by the time its token
+            is read, and may even be in its next turn.
+        draw: the tokens.
+    """
+
+    turns: Sequence[tuple[str, Session]]
+    draw: Draw
+
+
 class Decoding:
     """The sessions, and what each of them is doing. Owned by the engine's thread.
 
@@ -79,6 +104,9 @@ class Decoding:
         slim: how sessions run on their experts.
         private_limit: see ``crossover``.
         stream_interval: see ``Pace``.
+        overlap: launch a step before the tokens of the one before it are read. What a session
+            makes is the same; one that has stopped by then has run a step too many, which is
+            dropped.
         prefills: where prompts queue that this engine runs itself.
         own_prefill_tokens: prompts of a new session up to this many tokens are among them; None
             for all.
@@ -94,6 +122,7 @@ class Decoding:
         sharing: Sharing,
         slim: SlimForm,
         private_limit: PrivateLimit,
+        overlap: bool,
         prefills: PrefillQueue,
         stream_interval: int | None,
         own_prefill_tokens: int | None,
@@ -117,8 +146,17 @@ class Decoding:
         self._turns: dict[str, Session] = {}
         self._intakes: dict[str, Intake] = {}
         self._own_prefills: dict[str, PrefillRun] = {}
-        self.run_step: Stepper = partial(decode_tokens, model.decoder)
-        """What runs the model; the engine sets a faster one where the device has it."""
+        decoder = model.decoder
+        self.sampler = Sampler(
+            slots=limits.max_sessions, vocabulary=decoder.spec.vocabulary, device=decoder.device
+        )
+        self._free_slots = list(reversed(range(limits.max_sessions)))
+        self.stepper: Stepper = LayeredStep(decoder=decoder, sampler=self.sampler)
+        """What runs a step; the engine sets a faster one where the device has it."""
+        self._overlap = overlap
+        self._prompts_read: list[tuple[str, Session, Tensor]] = []
+        """Turns that have no token yet, and what the head reads for their first, [D]."""
+        self._under_way: list[UnderWay] = []
         self._step_s = 0.0  # what the last step took
 
     def private_limit(self, limit: PrivateLimit) -> None:
@@ -219,7 +257,13 @@ class Decoding:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
-        return self._groups.choosing or bool(self._runnable())
+        return bool(
+            self._groups.choosing
+            or self._under_way
+            or self._prompts_read
+            or self._next_scoring()
+            or self._runnable()
+        )
 
     def next_due_s(self) -> float | None:
         """Seconds until something becomes due by itself; None if nothing will."""
@@ -234,61 +278,148 @@ class Decoding:
         return max(0.0, min(*due, LONGEST_WAIT_S)) if due else None
 
     def flush(self) -> None:
-        """Shows what sessions hold back of their tokens: something that takes long comes next."""
+        """Reads and shows all tokens there are: something that takes long comes next."""
+        self._read_all()
         for session in self.scheduler.live:
             if session.state is State.DECODE:
                 session.work.flush(session)
 
     def step(self) -> None:
         """A token for every session whose view is built and whose reader keeps up."""
+        clock = time.monotonic()
         if self._groups.choosing:
             self._views.build(max(BUILD_S, self._step_s))
             for session, error in self._groups.advance():
                 self._end_with(session, error)
+        under_way, first = self._under_way, self._launch_first()
+        if not self._overlap:
+            self._read(first)
+            first = []
         sessions = self._runnable()
-        if not sessions:
-            return
-        self._pace.set(streams=len(sessions), prompts=self._prefills.has_work)
-        clock = time.monotonic()
+        launched: list[UnderWay] = []
+        if sessions:
+            self._pace.set(streams=len(sessions), prompts=self._prefills.has_work)
+            launched = self._launch(sessions, self._launch_step)
+        steps, self._under_way = launched, []
+        if self._overlap:  # the device has the next step by now, and the host reads the last one
+            steps, self._under_way = under_way, launched
+        read = self._read(steps)
+        self._read(first)
+        self._score()
+        self._step_s = time.monotonic() - clock
+        if read:
+            self._observer.stepped(self._step_s, read)
+
+    def _launch(
+        self, sessions: list[Session], launch: Callable[[list[Session]], Draw]
+    ) -> list[UnderWay]:
+        """Has tokens drawn for all sessions together; if that fails, for each alone, so that it
+        costs only the session whose fault it is."""
         try:
-            self._run(sessions)
+            turns = [(session.turn_id, session) for session in sessions]
+            draw = launch(sessions)
         except Exception as error:
             if self._decoder.device.type == "cuda":
                 torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
             if len(sessions) == 1:
                 self._end_with(sessions[0], error)
-                return
-            log.exception("a step of %d sessions failed; each is tried alone", len(sessions))
-            for session in sessions:
-                self._guarded(session, lambda s: self._run([s]))
-        self._step_s = time.monotonic() - clock
-        self._observer.stepped(self._step_s, len(sessions))
+                return []
+            log.exception("%d sessions together failed; each is tried alone", len(sessions))
+            return [step for session in sessions for step in self._launch([session], launch)]
+        for session in sessions:
+            session.in_flight += 1
+        return [UnderWay(turns=turns, draw=draw)]
 
-    def _run(self, sessions: list[Session]) -> None:
-        results = self.run_step([_step_tokens(s) for s in sessions])
-        for session, result in zip(sessions, results, strict=True):
-            self._guarded(session, partial(self._read, result=result))
+    def _launch_step(self, sessions: list[Session]) -> Draw:
+        return self.stepper.launch([_step_row(session) for session in sessions])
 
-    def _read(self, session: Session, *, result: StepLogits) -> None:
-        if session.work.read(session, result.logits, result.likeliest):
+    def _launch_first(self) -> list[UnderWay]:
+        """Has the first token of every prompt that has been read drawn, in one batch: a first
+        token needs no experts."""
+        read, self._prompts_read = self._prompts_read, []
+        for turn_id, _, _ in read:
+            self._with_turn(turn_id, self._open_slot)
+        hidden = {id(s): h for turn_id, s, h in read if self._turns.get(turn_id) is s}
+        sessions = [s for _, s, _ in read if id(s) in hidden]
+
+        def launch(sessions: list[Session]) -> Draw:
+            logits = self._decoder.head(torch.stack([hidden[id(s)] for s in sessions]))
+            slots = torch.tensor([s.slot for s in sessions], device=logits.device)
+            positions = torch.tensor([len(s.tokens) for s in sessions], device=logits.device)
+            tokens = self.sampler.sample(logits, slots, positions)
+            return Draw(tokens, [_generation(s).top_logprobs for s in sessions], logits)
+
+        return self._launch(sessions, launch) if sessions else []
+
+    def _open_slot(self, session: Session) -> None:
+        work = _generation(session)
+        session.slot = self._free_slots.pop()
+        self.sampler.open(session.slot, work.sampling, session.tokens)
+        work.begin(session)
+
+    def _read_all(self) -> None:
+        due, self._under_way = self._under_way, []
+        self._read(due)
+
+    def _read(self, steps: Sequence[UnderWay]) -> int:
+        """Takes what was drawn. Returns for how many sessions."""
+        taken = 0
+        for step in steps:
+            live = [self._turns.get(turn_id) is session for turn_id, session in step.turns]
+            try:
+                drawn = step.draw.wait()
+            except Exception as error:
+                torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
+                for (_, session), lives in zip(step.turns, live, strict=True):
+                    if lives:
+                        self._end_with(session, error)
+                continue
+            for (_, session), lives, token in zip(step.turns, live, drawn, strict=True):
+                if lives:  # else it has ended, and this is the one step too many
+                    session.in_flight -= 1
+                    taken += 1
+                    self._guarded(session, partial(self._take, drawn=token))
+        return taken
+
+    def _take(self, session: Session, *, drawn: Drawn) -> None:
+        first = session.turn_generated == 0
+        if _generation(session).take(session, drawn):
+            self._finish(session)
+        elif first:
+            self._groups.join(session)
+
+    def _score(self) -> None:
+        """The next tokens of one session that scores: it brings many."""
+        session = self._next_scoring()
+        if session is not None:
+            self._guarded(session, self._run_scoring)
+
+    def _run_scoring(self, session: Session) -> None:
+        assert isinstance(session.work, Scoring)
+        assert session.cache is not None and session.view is not None
+        tokens = StepTokens(
+            cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
+        )
+        if session.work.read(session, decode_tokens(self._decoder, [tokens])[0]):
             self._finish(session)
 
     def _runnable(self) -> list[Session]:
-        """Sessions of the next step. Of those that score, which bring many tokens, only one."""
-        scoring = False
+        """Sessions of the next step."""
         sessions = []
         for session in self.scheduler.live:
-            if session.state is not State.DECODE or session.view is None:
-                continue
-            if not session.sink.ready():
-                continue
-            session.clock.stalled = 0.0
-            if isinstance(session.work, Scoring):
-                if scoring:
-                    continue
-                scoring = True
-            sessions.append(session)
+            if self._runs(session) and isinstance(session.work, Generation):
+                session.clock.stalled = 0.0
+                if session.work.wants(session):
+                    sessions.append(session)
         return sessions
+
+    def _next_scoring(self) -> Session | None:
+        return next(
+            (s for s in self.scheduler.live if isinstance(s.work, Scoring) and self._runs(s)), None
+        )
+
+    def _runs(self, session: Session) -> bool:
+        return session.state is State.DECODE and session.view is not None and session.sink.ready()
 
     def _watch_readers(self) -> None:
         now = time.monotonic()
@@ -409,8 +540,8 @@ class Decoding:
             intake.take(event)
 
     def _begin_decode(self, session: Session, intake: Intake, event: PrefillFinished) -> None:
-        """The handoff is whole: the first token is drawn and goes out, and only then are the
-        experts that the second one needs laid out."""
+        """The handoff is whole: the first token is drawn by the next ``step``, with those of other
+        prompts, and only then are the experts that the second one needs laid out."""
         intake.finish(session)
         del self._intakes[session.turn_id]
         self._own_prefills.pop(session.turn_id, None)
@@ -426,13 +557,15 @@ class Decoding:
                 pruning=session.figures(self._decoder.spec.ff_width),
             )
         )
+        if session.experts is not None:
+            self._observer.chose(session.experts)
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
-        if session.work.begin(session, self._decoder.head(hidden[None])[0]):
+        if isinstance(session.work, Generation):
+            self._prompts_read.append((session.turn_id, session, hidden))
+        elif session.work.begin(session, self._decoder.head(hidden[None])[0]):
             self._finish(session)
         else:
             self._groups.join(session)
-        if session.experts is not None:
-            self._observer.chose(session.experts)
 
     def _finish(self, session: Session) -> None:
         if not session.keep:
@@ -441,6 +574,10 @@ class Decoding:
         assert session.cache is not None
         del self._turns[session.turn_id]
         self._groups.leave(session)
+        self._free_slot(session)
+        session.in_flight = 0  # one step too many may be under way: nothing of it counts
+        if isinstance(session.work, Generation):
+            session.cache.rewind(len(session.tokens) - 1)
         self._caches.resize(session.cache, session.cache.length)
         self.scheduler.keep(session, session.cache.nbytes)
 
@@ -460,7 +597,14 @@ class Decoding:
         if run := self._own_prefills.pop(session.turn_id, None):
             run.cancel()
         self._groups.leave(session)
+        self._free_slot(session)
         self._caches.free(session)
+
+    def _free_slot(self, session: Session) -> None:
+        if session.slot is not None:
+            self.sampler.close(session.slot)
+            self._free_slots.append(session.slot)
+            session.slot = None
 
     def _with_turn(self, turn_id: str, action: Callable[[Session], None]) -> None:
         if session := self._turns.get(turn_id):
@@ -480,11 +624,19 @@ class Decoding:
         self._fail(session, error=error)
 
 
-def _step_tokens(session: Session) -> StepTokens:
-    assert session.cache is not None and session.view is not None
-    return StepTokens(
-        cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
+def _step_row(session: Session) -> StepRow:
+    assert session.cache is not None and session.view is not None and session.slot is not None
+    return StepRow(
+        cache=session.cache,
+        view=session.view.layers,
+        slot=session.slot,
+        top_logprobs=_generation(session).top_logprobs,
     )
+
+
+def _generation(session: Session) -> Generation:
+    assert isinstance(session.work, Generation)
+    return session.work
 
 
 class _OwnIntake:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from griffin_core.decode.sampling import Logprobs
-from griffin_core.decode.stopping import FinishReason
+from griffin_core.sampling.params import Logprobs
+from griffin_core.sampling.stopping import FinishReason
 from griffin_core.experts.selection import PolicyName, Selection
 
 

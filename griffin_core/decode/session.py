@@ -111,27 +111,11 @@ class Clock:
 
 
 class Work(Protocol):
-    """What a session does once its prompt is read: generate, or score.
-
-    It is asked which tokens to run, and told what the model makes of them. It puts events into the
-    session's sink.
-    """
+    """What a session does once its prompt is read: ``Generation`` or ``Scoring``. It puts events
+    into the session's sink."""
 
     rows: Rows
     """How many tokens it mostly runs at once."""
-
-    def begin(self, session: Session, logits: Tensor) -> bool:
-        """Takes the logits [V] behind the prompt. True when nothing is left to do."""
-        ...
-
-    def tokens(self) -> Sequence[int]:
-        """The tokens to run next, at least one."""
-        ...
-
-    def read(self, session: Session, logits: Tensor, likeliest: Sequence[int]) -> bool:
-        """Takes the logits [T, V] behind each of ``tokens()``, and the index of the largest of
-        each. True when nothing is left to do."""
-        ...
 
     def flush(self, session: Session) -> None:
         """Puts out what it still holds back, for the turn fails."""
@@ -155,6 +139,10 @@ class Session:
         self.tokens: list[int] = []
         """All tokens of all turns; the cache may lack the last ones."""
         self.generated_tokens = 0
+        self.slot: int | None = None
+        """Of the sampler, while it generates."""
+        self.in_flight = 0
+        """Tokens that the device draws and the host has not read yet."""
         self.reservation = Reservation(kv=0)
         self.cache: KvCache | None = None
         self.s2: Tensor | None = None
@@ -194,6 +182,7 @@ class Session:
         self.turn_start = self.cache.length if self.cache else 0
         self.tokens += prompt
         self.turn_generated = 0
+        self.in_flight = 0
         self.capacity = capacity
         self.selection = selection
         self.sharing = sharing

@@ -1,21 +1,28 @@
-"""The model in the generation phase: one run for all sessions, each on its own experts."""
+"""The model in the generation phase: one run for all sessions, each on its own experts.
+
+``decode_tokens`` gives logits of given tokens. A ``Stepper`` runs a step of the engine's loop: each
+session's last token through the model, and its next one drawn, without the host knowing either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
+from griffin_core.sampling.logprobs import Logprobs, TopLogprobs
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTokens:
-    """One session's tokens in a step.
+    """Given tokens of one session.
 
     Args:
         cache: holds what is before them; must have room for them.
@@ -27,58 +34,177 @@ class StepTokens:
     view: Sequence[SlimFF]
     token_ids: Sequence[int]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
 
 @dataclass(frozen=True, kw_only=True)
-class StepLogits:
-    """What the model makes of one session's tokens.
+class StepRow:
+    """One session in a step of the loop: the token that its slot drew last is run, and its next
+    one is drawn.
 
     Args:
-        logits: [T, V] float32, behind each of them.
-        likeliest: T token ids, the largest of each row.
+        cache: holds what is before that token; must have room for it.
+        view: as in ``StepTokens``.
+        slot: of the sampler.
+        top_logprobs: how many log-probabilities to give with the token; None for none at all.
     """
 
-    logits: Tensor
-    likeliest: Sequence[int]
+    cache: KvCache
+    view: Sequence[SlimFF]
+    slot: int
+    top_logprobs: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return 1
 
 
-Stepper = Callable[[Sequence[StepTokens]], list[StepLogits]]
-"""Runs each session's tokens, as ``decode_tokens`` does."""
+Run = StepTokens | StepRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A session's next token.
+
+    Args:
+        token: its id; -1 if the logits were not finite.
+        logprobs: if they were asked for.
+    """
+
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class Draw:
+    """Tokens that a device draws, perhaps still at work.
+
+    Args:
+        tokens: [N] int64 on the device.
+        top_logprobs: for each row as in ``StepRow``.
+        logits: [N, V] float32 that the tokens were drawn from. What is needed of them is taken now:
+            they may be gone with the next step.
+    """
+
+    def __init__(self, tokens: Tensor, top_logprobs: Sequence[int | None], logits: Tensor) -> None:
+        self.logits = logits
+        self._asked = {row: top for row, top in enumerate(top_logprobs) if top is not None}
+        self._logprobs: TopLogprobs | None = None
+        if self._asked:
+            rows = list(self._asked)
+            most = max(self._asked.values())
+            if len(rows) < tokens.shape[0]:
+                index = torch.tensor(rows, device=tokens.device)
+                logits, chosen = logits[index], tokens[index]
+            else:
+                chosen = tokens
+            self._logprobs = TopLogprobs.of(logits, chosen.clamp(min=0), most).to_host()
+        self._tokens = to_host(tokens)
+        self._ready: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
+
+    def wait(self) -> list[Drawn]:
+        """The tokens of all rows; waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        drawn = [Drawn(token=token) for token in self._tokens.tolist()]
+        if self._logprobs is not None:
+            found = self._logprobs.rows(list(self._asked.values()))
+            for row, logprobs in zip(self._asked, found, strict=True):
+                drawn[row] = Drawn(token=drawn[row].token, logprobs=logprobs)
+        return drawn
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy in the host's memory, there once the device has done what it was given so far."""
+    if x.device.type == "cpu":
+        return x.clone()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
+
+
+class Stepper(Protocol):
+    """Runs steps of the engine's loop."""
+
+    def launch(self, rows: Sequence[StepRow]) -> Draw:
+        """Runs each row's last token after its cached ones and draws its next token, all in one
+        batch. On return every cache has moved on by one token, which the device may still be
+        writing. If it raises, no cache has moved on, and the same rows may be run again."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredStep:
+    """Runs a step layer by layer, on any device."""
+
+    decoder: Decoder
+    sampler: Sampler
+
+    @torch.inference_mode()
+    def launch(self, rows: Sequence[StepRow]) -> Draw:
+        order = _by_view(rows)
+        ordered = [rows[i] for i in order]
+        slots = torch.tensor([row.slot for row in ordered], device=self.decoder.device)
+        # A row whose logits were not finite has drawn -1; its session is about to be told.
+        ids = self.sampler.drawn[slots].clamp_(min=0)
+        logits = _forward(self.decoder, ordered, ids)
+        starts = [row.cache.length + 1 for row in ordered]
+        positions = torch.tensor(starts, device=self.decoder.device)
+        tokens = self.sampler.sample(logits, slots, positions)
+        if order != sorted(order):
+            back = torch.tensor(order, device=tokens.device).argsort()
+            tokens = tokens[back]
+            if any(row.top_logprobs is not None for row in rows):
+                logits = logits[back]
+        draw = Draw(tokens, [row.top_logprobs for row in rows], logits)
+        for row in rows:
+            row.cache.advance(1)
+        return draw
 
 
 @torch.inference_mode()
-def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[StepLogits]:
-    """Runs each session's tokens behind its cached ones, all in one batch. If it raises, no cache
+def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[Tensor]:
+    """Runs each session's tokens after its cached ones, all in one batch. If it raises, no cache
     has moved on, and the same tokens may be run again.
 
     Returns:
-        One for each session, in the given order.
+        Logits [T, V] float32 for each session, one row after each of its tokens.
     """
-    ranks: dict[int, int] = {}
-    for session in sessions:
-        ranks.setdefault(id(session.view), len(ranks))
-    order = sorted(range(len(sessions)), key=lambda i: ranks[id(sessions[i].view)])
+    order = _by_view(sessions)
     ordered = [sessions[i] for i in order]
     ids = torch.tensor([t for s in ordered for t in s.token_ids], device=decoder.device)
-    x, batch = decoder.begin(ids, [(s.cache, len(s.token_ids)) for s in ordered])
-    groups = _groups(ordered)
+    parts = _forward(decoder, ordered, ids).split([s.tokens for s in ordered])
+    for session in ordered:
+        session.cache.advance(session.tokens)
+    logits = dict(zip(order, parts, strict=True))
+    return [logits[index] for index in range(len(sessions))]
+
+
+def _forward(decoder: Decoder, runs: Sequence[Run], ids: Tensor) -> Tensor:
+    """Logits [N, V] after each of ids [N], of runs in the order of their views."""
+    x, batch = decoder.begin(ids, [(run.cache, run.tokens) for run in runs])
+    groups = _groups(runs)
     for layer in range(len(decoder.layers)):
         x = decoder.layer(layer, x, batch, _grouped(groups, layer))
-    logits = decoder.head(decoder.final_hidden(x))
-    likeliest = logits.argmax(dim=1).tolist()
-    results: dict[int, StepLogits] = {}
-    for index, run in zip(order, batch.runs, strict=True):
-        rows = slice(run.first_row, run.first_row + run.tokens)
-        results[index] = StepLogits(logits=logits[rows], likeliest=likeliest[rows])
-    for session in ordered:
-        session.cache.advance(len(session.token_ids))
-    return [results[index] for index in range(len(sessions))]
+    return decoder.head(decoder.final_hidden(x))
 
 
-def _groups(ordered: Sequence[StepTokens]) -> list[tuple[int, Sequence[SlimFF]]]:
+def _by_view(runs: Sequence[Run]) -> list[int]:
+    """Their order with those of one view side by side."""
+    ranks: dict[int, int] = {}
+    for run in runs:
+        ranks.setdefault(id(run.view), len(ranks))
+    return sorted(range(len(runs)), key=lambda i: ranks[id(runs[i].view)])
+
+
+def _groups(ordered: Sequence[Run]) -> list[tuple[int, Sequence[SlimFF]]]:
     """Runs of sessions with one view, as (rows, view)."""
     groups: list[tuple[int, Sequence[SlimFF]]] = []
     for session in ordered:
-        rows = len(session.token_ids)
+        rows = session.tokens
         if groups and groups[-1][1] is session.view:
             rows += groups.pop()[0]
         groups.append((rows, session.view))

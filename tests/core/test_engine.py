@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from griffin_core.decode.events import Admitted, Failed, Finished, Started, TokensMade
-from griffin_core.decode.sampling import SamplingParams
+from griffin_core.sampling.params import SamplingParams
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import State
-from griffin_core.decode.stopping import FinishReason, StoppingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import (
@@ -434,12 +434,12 @@ def test_a_fault_in_one_session_leaves_the_others_running(
     from griffin_core.decode.generation import Generation  # noqa: PLC0415
 
     healthy, sick = task(40), task(40)
-    read = Generation.read
+    take = Generation.take
     monkeypatch.setattr(
         Generation,
-        "read",
-        lambda self, session, *rest: (
-            read(self, session, *rest) if session.session_id == healthy.turn_id else 1 // 0
+        "take",
+        lambda self, session, drawn: (
+            take(self, session, drawn) if session.session_id == healthy.turn_id else 1 // 0
         ),
     )
     inboxes = [submit(running, each)[1] for each in (healthy, sick)]

@@ -13,7 +13,7 @@ import torch
 from griffin_core.decode import sharing
 from griffin_core.decode.events import Finished, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.stopping import StoppingParams
+from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault
