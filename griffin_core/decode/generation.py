@@ -6,15 +6,18 @@ import math
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from griffin_core.decode.events import Finished, Timings, TokensMade
-from griffin_core.decode.sampling import Logprobs, Sampler, logprobs_at
 from griffin_core.decode.session import Session
-from griffin_core.decode.stopping import FinishReason, StopChecker
 from griffin_core.decode.task import GenerateTask
+from griffin_core.errors import NonFiniteLogits
 from griffin_core.model.linear import Rows
 from griffin_core.model.load import Model
+from griffin_core.sampling.logprobs import Logprobs, logprobs_of
+from griffin_core.sampling.sampler import Sampler
+from griffin_core.sampling.stopping import FinishReason, StopChecker
 
 STREAMS_SHOWN = 4
 """About how many streams a step shows tokens of, if it may choose."""
@@ -61,18 +64,20 @@ class Generation:
         self._ids: list[int] = []
         self._text = ""
         self._logprobs: list[Logprobs] = []
-        self._sampler = Sampler(task.sampling, model.decoder.spec.vocabulary, model.decoder.device)
+        self._sampler = Sampler(
+            slots=1, vocabulary=model.decoder.spec.vocabulary, device=model.decoder.device
+        )
 
     def begin(self, session: Session, logits: Tensor) -> bool:
         """Draws the turn's first token, which needs no experts yet."""
-        self._sampler.see_prompt(session.tokens)
+        self._sampler.open(0, self._task.sampling, session.tokens)
         self._checker = StopChecker(
             self._task.stopping,
             self._model.tokenizer.stream(),
             self._model.eos_ids,
             room=self._model.decoder.spec.context_length - len(session.tokens),
         )
-        return self._draw(session, logits, None)
+        return self._draw(session, logits[None])
 
     def tokens(self) -> list[int]:
         """The token drawn last."""
@@ -80,13 +85,20 @@ class Generation:
 
     def read(self, session: Session, logits: Tensor, likeliest: Sequence[int]) -> bool:
         """Draws the next token."""
-        return self._draw(session, logits[0], likeliest[0])
+        return self._draw(session, logits)
 
-    def _draw(self, session: Session, logits: Tensor, likeliest: int | None) -> bool:
-        token = self._token = self._sampler.sample(logits, likeliest)
+    def _draw(self, session: Session, logits: Tensor) -> bool:
+        """Draws from logits [1, V]."""
+        slot = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        position = torch.full_like(slot, len(session.tokens))
+        tokens = self._sampler.sample(logits.contiguous(), slot, position)
+        token = self._token = int(tokens)
+        if token < 0:
+            raise NonFiniteLogits(position=len(session.tokens))
         top = self._task.top_logprobs
         if top is not None:
-            self._logprobs.append(logprobs_at(logits, token, top))
+            likeliest = logprobs_of(logits, slot, tokens, top)
+            self._logprobs.append(likeliest.to_host().read(0, top))
         text, reason = self._checker.push(token)
         self._ids.append(token)
         self._text += text
