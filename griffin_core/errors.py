@@ -18,6 +18,7 @@
     │   ├── HandoffBroken       the handoff ended early or did not verify
     │   └── PrefillUnavailable  no prefill server answers
     ├── DeadlinePassed          the caller's time ran out on the way
+    ├── NonFiniteLogits         the model's output was NaN or infinite for this session
     ├── EngineStopped           shutting down
     └── EngineFault             a bug, or the machine gave out (memory, device)
 
@@ -123,6 +124,21 @@ class PrefillUnavailable(HandoffError):
 
 class DeadlinePassed(GriffinError):
     """The caller's own deadline ran out while others worked for it."""
+
+
+class NonFiniteLogits(GriffinError):
+    """The model's logits for a session were NaN or infinite, so no token can be drawn.
+
+    Args:
+        position: index in the session's sequence of the token that was to be drawn.
+    """
+
+    def __init__(self, *, position: int) -> None:
+        super().__init__(
+            f"logits: got NaN or an infinite value for the token at position {position}; allowed: "
+            "finite values. The model's weights or its data type do not suit this prompt"
+        )
+        self.position = position
 
 
 class EngineStopped(GriffinError):

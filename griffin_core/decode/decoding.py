@@ -560,7 +560,7 @@ class Decoding:
         if session.experts is not None:
             self._observer.chose(session.experts)
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
-        if isinstance(session.work, Generation):
+        if not isinstance(session.work, Scoring):
             self._prompts_read.append((session.turn_id, session, hidden))
         elif session.work.begin(session, self._decoder.head(hidden[None])[0]):
             self._finish(session)

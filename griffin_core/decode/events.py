@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from griffin_core.sampling.params import Logprobs
-from griffin_core.sampling.stopping import FinishReason
 from griffin_core.experts.selection import PolicyName, Selection
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.stopping import FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ class Generation:
         """
         token = drawn.token
         if token < 0:
-            raise NonFiniteLogits(session.session_id, len(session.tokens))
+            raise NonFiniteLogits(position=len(session.tokens))
         if drawn.logprobs is not None:
             self._logprobs.append(drawn.logprobs)
         text, reason = self._checker.push(token)

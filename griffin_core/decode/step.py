@@ -15,7 +15,7 @@ from torch import Tensor
 
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
-from griffin_core.sampling.logprobs import Logprobs, TopLogprobs
+from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
 
@@ -90,16 +90,11 @@ class Draw:
     def __init__(self, tokens: Tensor, top_logprobs: Sequence[int | None], logits: Tensor) -> None:
         self.logits = logits
         self._asked = {row: top for row, top in enumerate(top_logprobs) if top is not None}
-        self._logprobs: TopLogprobs | None = None
+        self._logprobs: RowLogprobs | None = None
         if self._asked:
-            rows = list(self._asked)
+            rows = torch.tensor(list(self._asked), device=tokens.device)
             most = max(self._asked.values())
-            if len(rows) < tokens.shape[0]:
-                index = torch.tensor(rows, device=tokens.device)
-                logits, chosen = logits[index], tokens[index]
-            else:
-                chosen = tokens
-            self._logprobs = TopLogprobs.of(logits, chosen.clamp(min=0), most).to_host()
+            self._logprobs = logprobs_of(logits, rows, tokens, most).to_host()
         self._tokens = to_host(tokens)
         self._ready: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
@@ -112,8 +107,8 @@ class Draw:
             self._ready.synchronize()
         drawn = [Drawn(token=token) for token in self._tokens.tolist()]
         if self._logprobs is not None:
-            found = self._logprobs.rows(list(self._asked.values()))
-            for row, logprobs in zip(self._asked, found, strict=True):
+            for index, (row, top) in enumerate(self._asked.items()):
+                logprobs = self._logprobs.read(index, top)
                 drawn[row] = Drawn(token=drawn[row].token, logprobs=logprobs)
         return drawn
 
@@ -176,7 +171,7 @@ def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[Tens
     order = _by_view(sessions)
     ordered = [sessions[i] for i in order]
     ids = torch.tensor([t for s in ordered for t in s.token_ids], device=decoder.device)
-    parts = _forward(decoder, ordered, ids).split([s.tokens for s in ordered])
+    parts = torch.split_with_sizes(_forward(decoder, ordered, ids), [s.tokens for s in ordered])
     for session in ordered:
         session.cache.advance(session.tokens)
     logits = dict(zip(order, parts, strict=True))

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from griffin_core.decode.events import Finished, Started, TokensMade
-from griffin_core.sampling.params import SamplingParams
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.step import StepTokens, decode_tokens
-from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, prefill
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, complete, engine, finish, submit

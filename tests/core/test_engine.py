@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from griffin_core.decode.events import Admitted, Failed, Finished, Started, TokensMade
-from griffin_core.sampling.params import SamplingParams
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import State
-from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import (
@@ -31,6 +29,8 @@ from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, PrefillFinished
 from griffin_core.prefill_queue import MAX_BEGUN_PREFILLS, PrefillTask
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, complete, engine, finish, hand_over, submit

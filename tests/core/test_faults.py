@@ -13,13 +13,13 @@ import torch
 from griffin_core.decode import sharing
 from griffin_core.decode.events import Finished, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
-from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
+from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually

@@ -11,12 +11,12 @@ import torch
 
 from griffin_core.decode.events import Failed, Finished, Started
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
 from griffin_core.errors import CapacityExhausted, SessionNotFound
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.load import Model
+from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox, complete, engine, finish, submit
 
 

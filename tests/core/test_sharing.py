@@ -9,11 +9,11 @@ import torch
 
 from griffin_core.decode.events import Finished, Started
 from griffin_core.decode.session import Session, Sharing
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
+from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.crossover import (
     assumed_private_limit,
     measure_private_limit,

@@ -11,12 +11,13 @@ from griffin_client import Sampling, Stopping
 from griffin_client import convert as client_convert
 from griffin_client import types as client_types
 from griffin_core.decode import events
-from griffin_core.decode.sampling import Logprobs, SamplingParams
 from griffin_core.decode.session import SessionInfo, State
-from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import POLICIES
 from griffin_core.model.load import Model
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_server.generation import convert
 
 FIGURES = events.PruningFigures(

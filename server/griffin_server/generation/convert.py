@@ -15,14 +15,15 @@ from griffin_core.decode.events import (
     Started,
     TokensMade,
 )
-from griffin_core.decode.sampling import Logprobs, SamplingParams
 from griffin_core.decode.session import SessionInfo, Sharing, State
-from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
 
 N = TypeVar("N", bound=str)
 
