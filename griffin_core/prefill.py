@@ -404,9 +404,7 @@ def prefill(
     Raises:
         ValueError: no token.
     """
-    prompt = Prompt(
-        decoder, token_ids, selection, cache=cache, s2=s2, wants_kv=True, watch=watch
-    )
+    prompt = Prompt(decoder, token_ids, selection, cache=cache, s2=s2, wants_kv=True, watch=watch)
     while True:
         events: list[LayerKv | LayerActivations] = []
         part = Part(prompt=prompt, tokens=min(chunk_tokens, prompt.left))

@@ -248,7 +248,9 @@ class PrefillQueue:
                 self._fail(run, error)
         return taken
 
-    def _read(self, taken: Sequence[tuple[PrefillRun, Part]]) -> list[tuple[PrefillRun, PromptRead]]:
+    def _read(
+        self, taken: Sequence[tuple[PrefillRun, Part]]
+    ) -> list[tuple[PrefillRun, PromptRead]]:
         """Runs the pass; those that came to their end, and what came of them."""
         runs = {id(part.prompt): run for run, part in taken}
 

@@ -18,8 +18,8 @@ class Intake:
 
     Nothing of it reaches the session before ``PrefillFinished`` came and all of it was there.
 
-    A handoff brings KV, statistic and experts layer by layer. A prompt that this engine reads itself
-    has its KV in the session's cache, and the rest comes in one piece.
+    A handoff brings KV, statistic and experts layer by layer. A prompt that this engine reads
+    itself has its KV in the session's cache, and the rest comes in one piece.
 
     Args:
         cache: of the session.
@@ -96,9 +96,7 @@ class Intake:
         """
         if self._own is not None:
             session.s2 = self._own.s2
-            session.experts = ExpertSet(
-                ff_width=self._own.s2.shape[1], indices=self._own.experts
-            )
+            session.experts = ExpertSet(ff_width=self._own.s2.shape[1], indices=self._own.experts)
             session.norm_mass = self._own.norm_mass
             return
         experts = [layer for layer in self._experts if layer is not None]

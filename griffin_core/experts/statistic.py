@@ -60,9 +60,7 @@ class RowRuns:
     @staticmethod
     def of(bounds: Sequence[int], device: torch.device) -> RowRuns:
         """Of bounds on the host; a GPU is not waited for."""
-        return RowRuns(
-            bounds=tuple(bounds), on_device=on_device(bounds, torch.int32, device)
-        )
+        return RowRuns(bounds=tuple(bounds), on_device=on_device(bounds, torch.int32, device))
 
 
 def add_s2(s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
@@ -78,8 +76,8 @@ def add_s2(s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None
 
         add_s2_columns(s2, z, squares, runs.on_device)
     else:
-        for row, (begin, end) in zip(s2, pairwise(runs.bounds), strict=True):
-            row += s2_of(z[begin:end])
+        for run, (begin, end) in enumerate(pairwise(runs.bounds)):
+            s2[run] += s2_of(z[begin:end])
 
 
 def group_score(s2s: Sequence[Tensor]) -> Tensor:

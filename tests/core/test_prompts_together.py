@@ -61,9 +61,7 @@ def assert_same(one: PromptRead, other: PromptRead) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_a_prompt_of_a_pass_is_what_it_is_alone(
-    name: str, tiny: Callable[[str], Model]
-) -> None:
+def test_a_prompt_of_a_pass_is_what_it_is_alone(name: str, tiny: Callable[[str], Model]) -> None:
     """Ragged lengths from one token on, in every family; one has a turn before, one comes in two
     parts."""
     decoder = tiny(name).decoder
