@@ -29,7 +29,7 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.observer import Observer
-from griffin_core.prefill import PrefillEvent, prefill
+from griffin_core.prefill import PrefillEvent, Prompt
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun, PrefillStreamEvent, PrefillTask
 from griffin_core.slim.base import SlimForm
 from griffin_core.slim.crossover import (
@@ -92,7 +92,12 @@ class Engine:
         self._slim = slim or _slim_form(model.decoder)
         self._measures_private_limit = private_limit is None
         observer = observer or Observer()
-        self._prefills = PrefillQueue(self.limits.max_queue, observer)
+        self._prefills = PrefillQueue(
+            model.decoder,
+            max_waiting=self.limits.max_queue,
+            chunk_tokens=self.limits.chunk_tokens,
+            observer=observer,
+        )
         self._decoding = Decoding(
             model,
             limits=self.limits,
@@ -176,15 +181,21 @@ class Engine:
     def prefill(self, task: PrefillTask, sink: Sink[PrefillStreamEvent]) -> PrefillRun:
         """Queues a prefill that no session of this engine is for. Events go to ``sink`` up to
         PrefillFinished or Failed."""
-        events = partial(
-            prefill,
+        prompt = partial(
+            Prompt,
             self.model.decoder,
             task.token_ids,
             task.selection,
-            chunk_tokens=self.limits.chunk_tokens,
+            wants_kv=task.wants_kv,
             watch=task.watch,
         )
-        run = PrefillRun(events, sink, admitted=False, most_begun=task.most_begun)
+        run = PrefillRun(
+            prompt,
+            sink,
+            tokens=len(task.token_ids),
+            admitted=False,
+            most_begun=task.most_begun,
+        )
         scheduler = self._decoding.scheduler
         self._post(lambda: self._prefills.add(run, scheduler.retry_after_s), partial(_refuse, sink))
         return run

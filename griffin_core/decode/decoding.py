@@ -57,7 +57,7 @@ from griffin_core.prefill import (
     PrefillEvent,
     PrefillFinished,
     PrefillRestarted,
-    prefill,
+    Prompt,
 )
 from griffin_core.prefill_queue import (
     PrefillBegun,
@@ -497,18 +497,19 @@ class Decoding:
         self._caches.prepare(session)
         limit = self._own_prefill_tokens
         own = later_turn or limit is None or session.prompt_tokens <= limit
-        self._intakes[session.turn_id] = self._new_intake(session, in_place=own)
+        self._intakes[session.turn_id] = self._new_intake(session)
         if own:
-            events = partial(
-                prefill,
+            token_ids = session.tokens[session.turn_start :]
+            prompt = partial(
+                Prompt,
                 self._decoder,
-                session.tokens[session.turn_start :],
+                token_ids,
                 session.selection,
                 cache=session.cache,
                 s2=session.s2,
-                chunk_tokens=self._limits.chunk_tokens,
             )
-            run = PrefillRun(events, _OwnIntake(self, session), admitted=True)
+            sink = _OwnIntake(self, session)
+            run = PrefillRun(prompt, sink, tokens=len(token_ids), admitted=True)
             self._own_prefills[session.turn_id] = run
             self._prefills.add(run, 0.0)
         session.sink.put(
@@ -518,12 +519,11 @@ class Decoding:
             )
         )
 
-    def _new_intake(self, session: Session, *, in_place: bool) -> Intake:
+    def _new_intake(self, session: Session) -> Intake:
         assert session.cache is not None
         return Intake(
             self._decoder,
             session.cache,
-            in_place=in_place,
             tokens=session.prompt_tokens,
             experts_per_layer=session.selection.experts_of(self._decoder.spec.ff_width),
         )
@@ -533,7 +533,7 @@ class Decoding:
         if intake is None:
             return
         if isinstance(event, PrefillRestarted):
-            self._intakes[session.turn_id] = self._new_intake(session, in_place=False)
+            self._intakes[session.turn_id] = self._new_intake(session)
         elif isinstance(event, PrefillFinished):
             self._begin_decode(session, intake, event)
         else:

@@ -197,16 +197,21 @@ class Decoder:
                 TokenRun(cache=cache, start=start, first_row=row, tokens=tokens, visible=visible)
             )
             row += tokens
-        positions = torch.tensor(
-            [p for run in batch_runs for p in range(run.start, run.start + run.tokens)],
-            device=self.device,
-        )
+        positions = self._positions(batch_runs)
         x = self.embed(token_ids, positions)
         rotations = tuple(rotation(r, positions, self.dtype) for r in self.spec.rotaries)
         table = None
         if self._runs_kernels and all(tokens == 1 for _, tokens in runs):
             table = cache_table([(c.addresses, c.length, c.capacity) for c, _ in runs])
         return x, Batch(runs=tuple(batch_runs), rotations=rotations, table=table)
+
+    def _positions(self, runs: Sequence[TokenRun]) -> Tensor:
+        """Of all tokens, [N] int64, made where they are needed: a list of thousands takes the host
+        longer than a GPU takes a layer."""
+        spans = [
+            torch.arange(run.start, run.start + run.tokens, device=self.device) for run in runs
+        ]
+        return spans[0] if len(spans) == 1 else torch.cat(spans)
 
     def layer(self, index: int, x: Tensor, batch: Batch, ff: RunFF) -> Tensor:
         """x [N, D] through layer ``index``; writes its keys and values into the caches."""

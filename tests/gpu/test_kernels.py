@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -290,11 +291,16 @@ def test_activations_and_the_statistic_of_them(
     rows = z.double().square()
     torch.testing.assert_close(squares.sum(dim=1).double(), rows.sum(dim=1), rtol=1e-4, atol=0.0)
     norms = rows.sum(dim=1, keepdim=True)
-    s2 = torch.where(norms > 0, rows / norms, 0.0).sum(dim=0)
-    before = torch.rand(neurons, device=DEVICE)
-    after = before.clone()
-    add_s2_columns(after, z, squares)
-    torch.testing.assert_close(after.double(), before + s2, rtol=1e-4, atol=1e-6)
+    weighed = torch.where(norms > 0, rows / norms, 0.0)
+    before = torch.rand(2, 3, neurons, device=DEVICE)
+    for bounds in ((0, tokens), (0, tokens // 3, tokens)):  # one prompt, and two; one may be empty
+        after = before.clone()
+        table = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        add_s2_columns(after[: len(bounds) - 1, 1], z, squares, table)
+        for run, (begin, end) in enumerate(pairwise(bounds)):
+            exact = before[run, 1] + weighed[begin:end].sum(dim=0)
+            torch.testing.assert_close(after[run, 1].double(), exact, rtol=1e-4, atol=1e-6)
+        assert torch.equal(after[:, ::2], before[:, ::2])  # the layers beside it
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
