@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin_server.ops.cpus import available_cpus
+from griffin_core.cpu_share import available_cpus
 
 
 @pytest.fixture
