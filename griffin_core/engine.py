@@ -252,6 +252,7 @@ class Engine:
         fault: Exception | None = None
         if self._threads is not None:
             torch.set_num_threads(self.threads)
+        self._follow_load()  # so that the first turn knows what there was beside the start
         with torch.inference_mode():
             try:
                 measure = self._prepare()
