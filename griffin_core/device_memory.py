@@ -139,7 +139,7 @@ class DeviceShare:
                     return size
         raise DeviceMemoryExhausted(
             f"session memory: another process takes the memory of {self._device} as fast as it is "
-            f"counted; {room.free / GIB:.1f} GiB were free. Start one server after the other"
+            f"counted; {said_size(room.free)} were free. Start one server after the other"
         )
 
     def release(self) -> None:
@@ -170,12 +170,7 @@ class DeviceShare:
         """Has torch's allocator take bytes in one piece, which it cuts up later. Claims of other
         engines of this process, which ``empty_cache`` may have returned, are taken with it."""
         others = sum(share._unused() for share in self._claims.get(self._device, []))
-        more = max(0, others - cached_bytes(self._device))
-        try:
-            torch.empty(size + more, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError:
-            return False
-        return True
+        return grow(size + max(0, others - cached_bytes(self._device)), self._device)
 
     def _measure_workspace(self) -> int:
         """Bytes that a chunk takes beside its KV, at the end of the longest context there is room
@@ -191,7 +186,7 @@ class DeviceShare:
                     free, _ = torch.cuda.mem_get_info(self._device)
                     raise DeviceMemoryExhausted(
                         f"session memory: a prompt of one token does not fit what is free of "
-                        f"{self._device}, {free / GIB:.2f} GiB"
+                        f"{self._device}, {said_size(free)}"
                     ) from None
                 log.info("a chunk behind %d tokens does not fit %s", context * 2, decoder.device)
 
@@ -232,18 +227,27 @@ def check_room(
     if wanted is not None:
         if wanted > left:
             raise DeviceMemoryExhausted(
-                f"session_memory_gib: got {wanted / GIB:.2f}; {device} has {left / GIB:.2f} GiB "
-                "free, beside the weights, the graphs and what a prompt works in"
+                f"session_memory_gib: got {wanted / GIB:g}; {device} has {said_size(left)} free, "
+                "beside the weights, the graphs and what a prompt works in"
             )
         return wanted
     size = room.for_sessions(fraction)
     if size < smallest:
         raise DeviceMemoryExhausted(
-            f"session memory: {fraction:g} of what {device} has free is {size / GIB:.2f} GiB, and "
-            f"a prompt's chunk alone needs {smallest / GIB:.2f} GiB of KV. Is another server on "
-            "it? Start that one with a smaller --memory-fraction"
+            f"session memory: {fraction:g} of what {device} has free is {said_size(size)}, and a "
+            f"prompt's chunk alone needs {said_size(smallest)} of KV. Free some, or start what "
+            "else is there with a smaller --memory-fraction"
         )
     return size
+
+
+def grow(size: int, device: torch.device) -> bool:
+    """Has torch's allocator take bytes from a GPU and keep them. Whether it could."""
+    try:
+        torch.empty(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def cached_bytes(device: torch.device) -> int:
@@ -270,7 +274,7 @@ def budget_from_cpu(
     free = available_bytes() if available is None else available
     tokens = min(chunk_tokens, decoder.spec.context_length)
     smallest = kv_bytes(decoder.spec, decoder.dtype, tokens)
-    return check_room(Room(free=free, workspace=0), fraction, None, smallest, device="memory")
+    return check_room(Room(free=free, workspace=0), fraction, None, smallest, device="the machine")
 
 
 def said_size(size: int) -> str:

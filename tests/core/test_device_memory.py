@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from griffin_core import device_memory
+from griffin_core.budget import Budget
 from griffin_core.decode.events import Finished
 from griffin_core.decode.scheduler import Limits
 from griffin_core.device_memory import (
     ASSUMED_BYTES,
+    DeviceShare,
     Room,
     available_bytes,
     check_room,
@@ -23,7 +25,7 @@ from griffin_core.device_memory import (
 from griffin_core.engine import Engine
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.kv_cache import kv_bytes
-from griffin_core.model.load import Model
+from griffin_core.model.load import Model, _on_device
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
 
@@ -135,7 +137,7 @@ def test_an_engine_without_room_for_a_chunk_does_not_start(
     available(1000)
     running = Engine(model)
     running.start()
-    with pytest.raises(DeviceMemoryExhausted, match=r"0\.5 of what memory has free"):
+    with pytest.raises(DeviceMemoryExhausted, match=r"0\.5 of what the machine has free"):
         running.ready.result(30)
     running.stop()
     assert not caplog.records  # a sentence, and no traceback
@@ -173,10 +175,10 @@ def test_the_second_server_takes_its_fraction_of_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("room", "wanted", "words"),
     [
-        (Room(free=5 * GIB, workspace=GIB), 6 * GIB, ["6.00", "cuda:1 has 4.00 GiB free"]),
-        (Room(free=GIB // 2, workspace=GIB), 1, ["cuda:1 has 0.00 GiB free"]),
-        (Room(free=2 * GIB, workspace=GIB), None, ["0.9 of what cuda:1", "0.90 GiB", "2.00 GiB"]),
-        (Room(free=0, workspace=GIB), None, ["0.00 GiB", "--memory-fraction"]),
+        (Room(free=5 * GIB, workspace=GIB), 6 * GIB, ["got 6;", "cuda:1 has 4.0 GiB free"]),
+        (Room(free=GIB // 2, workspace=GIB), 1, ["cuda:1 has 0 bytes free"]),
+        (Room(free=2 * GIB, workspace=GIB), None, ["0.9 of what cuda:1", "921.6 MiB", "2.0 GiB"]),
+        (Room(free=0, workspace=GIB), None, ["0 bytes", "--memory-fraction"]),
     ],
 )
 def test_too_little_is_refused_in_one_line_with_what_is_free(
@@ -188,6 +190,89 @@ def test_too_little_is_refused_in_one_line_with_what_is_free(
     assert "\n" not in said
     for word in words:
         assert word in said
+
+
+class Gpu:
+    """A GPU as torch shows it: bytes that are free, and bytes that this process's allocator holds
+    without a tensor in them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free, self.cached = free, 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.free, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
+        monkeypatch.setattr(device_memory, "cached_bytes", lambda _: self.cached)
+        monkeypatch.setattr(device_memory, "grow", self.grow)
+        monkeypatch.setattr(DeviceShare, "_measure_workspace", lambda _: GIB)
+
+    def empty_cache(self) -> None:
+        self.free, self.cached = self.free + self.cached, 0
+
+    def grow(self, size: int, _: torch.device) -> bool:
+        taken = max(0, size - self.cached)
+        if taken > self.free:
+            return False
+        self.free, self.cached = self.free - taken, self.cached + taken
+        return True
+
+
+def test_what_an_engine_claims_is_gone_from_the_device(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, budget = Gpu(monkeypatch, 61 * GIB), Budget(0)
+    share = DeviceShare(model.decoder, budget, 64)
+    assert share.claim(0.5, None) == budget.limit == 30 * GIB
+    assert (gpu.free, gpu.cached) == (30 * GIB, 31 * GIB)  # with what a prompt works in
+    share.release()
+    gpu.empty_cache()
+    assert DeviceShare(model.decoder, Budget(0), 64).claim(0.5, 50 * GIB) == 50 * GIB
+    DeviceShare._claims.clear()
+
+
+def test_two_engines_of_one_process_do_not_promise_the_same_bytes(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, first, second = Gpu(monkeypatch, 61 * GIB), Budget(0), Budget(0)
+    one = DeviceShare(model.decoder, first, 64)
+    one.claim(0.5, None)
+    first.take(10 * GIB)  # sessions that hold their KV
+    gpu.cached -= 10 * GIB
+    other = DeviceShare(model.decoder, second, 64)
+    assert other.claim(0.5, None) == (30 - 1) * GIB // 2
+    assert gpu.free == 30 * GIB - second.limit - GIB
+    for share in (one, other):
+        share.release()
+    assert not any(DeviceShare._claims.values())
+
+
+def test_memory_that_a_neighbour_takes_meanwhile_is_counted_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch, 61 * GIB)
+    grow = gpu.grow
+
+    def beaten(size: int, device: torch.device) -> bool:
+        if gpu.free == 61 * GIB:  # another server was faster
+            gpu.free -= 40 * GIB
+        return grow(size, device)
+
+    monkeypatch.setattr(device_memory, "grow", beaten)
+    share = DeviceShare(model.decoder, Budget(0), 64)
+    assert share.claim(0.9, None) == 18 * GIB
+    share.release()
+    monkeypatch.setattr(device_memory, "grow", lambda *_: False)
+    with pytest.raises(DeviceMemoryExhausted, match=r"21\.0 GiB were free"):
+        share.claim(0.9, None)
+
+
+def test_weights_that_do_not_fit_are_not_begun_to_be_copied(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 80 * GIB))
+    weights = {"w": torch.empty(3 * GIB, dtype=torch.uint8, device="meta")}
+    with pytest.raises(
+        DeviceMemoryExhausted, match=r"need 3\.0 GiB of cuda:0, .* 1\.0 GiB are free"
+    ):
+        _on_device(model.decoder.spec, weights, torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(
