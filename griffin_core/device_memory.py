@@ -94,7 +94,8 @@ class DeviceShare:
     """The memory of one GPU that an engine has claimed for its sessions.
 
     Engines of one process share torch's allocator, so what one has claimed and not yet used looks
-    free to the next; ``_claims`` tells them apart.
+    free to the next; ``_claims`` tells them apart. Other processes are kept out by what the
+    allocator holds, which is exact with one engine in the process.
 
     Args:
         decoder: its device, and what a token of KV takes.

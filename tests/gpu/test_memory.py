@@ -24,7 +24,7 @@ from tests.tiny import make_tiny
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
 MIB, GIB = 1 << 20, 1 << 30
-LEFTOVER = 256 * MIB
+LEFTOVER = GIB
 """What a context, graphs and a model of kilobytes may take or keep beside what is claimed."""
 
 
@@ -86,9 +86,11 @@ def test_a_budget_can_be_used_to_its_last_byte(model: Model) -> None:
 
 
 def test_more_than_there_is_is_refused(model: Model) -> None:
-    with engine(model, limits=Limits(session_bytes=10_000 * GIB)) as running:
-        with pytest.raises(DeviceMemoryExhausted, match=r"got 10000; cuda:?0? has"):
-            running.ready.result(300)
+    with (
+        engine(model, limits=Limits(session_bytes=10_000 * GIB)) as running,
+        pytest.raises(DeviceMemoryExhausted, match=r"got 10000; cuda:?0? has"),
+    ):
+        running.ready.result(300)
 
 
 def test_the_second_server_takes_its_fraction_of_what_is_left(where: Path) -> None:
