@@ -18,13 +18,21 @@ from typing import TypeVar
 
 import torch
 
+from griffin_core.cpu_share import CpuShare
 from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import Holdings, SessionInfo, Sharing
 from griffin_core.decode.task import GenerateTask, ScoreTask
-from griffin_core.errors import EngineStopped
+from griffin_core.device_memory import (
+    DeviceShare,
+    budget_from_cpu,
+    fraction_of,
+    said_size,
+    tokens_held,
+)
+from griffin_core.errors import DeviceMemoryExhausted, EngineStopped, GriffinError
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
@@ -63,9 +71,10 @@ class Engine:
             more the more sessions there are. See ``generation.Pace``.
         own_prefill_tokens: prompts of new sessions up to this many tokens it runs itself, for
             longer ones it asks its caller; None for all.
-        threads: of the engine's thread on a CPU; None for torch's default. No other thread of the
-            process should multiply matrices: OpenMP gives each its own workers, and as soon as
-            there are more of them than CPUs, all wait for one another by sleeping (docs/LOG.md).
+        threads: of the engine's thread on a CPU: a number, or a share of the CPUs that follows the
+            load of the machine; None for torch's default. No other thread of the process should
+            multiply matrices: OpenMP gives each its own workers, and as soon as there are more of
+            them than CPUs, all wait for one another by sleeping (docs/LOG.md).
         observer: is told what is done.
     """
 
@@ -82,7 +91,7 @@ class Engine:
         overlap: bool | None = None,
         stream_interval: int | None = None,
         own_prefill_tokens: int | None = None,
-        threads: int | None = None,
+        threads: int | CpuShare | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.model = model
@@ -112,6 +121,7 @@ class Engine:
             own_prefill_tokens=own_prefill_tokens,
         )
         self._threads = threads
+        self._share: DeviceShare | None = None  # of a GPU's memory
         self._cuda_graphs = cuda_graphs
         self._owed_s = 0.0  # what decoding is to get before the next chunk of a prefill
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -205,6 +215,18 @@ class Engine:
         self._commands.put(lambda: None)
 
     @property
+    def threads(self) -> int:
+        """CPU threads that the model runs on now."""
+        if isinstance(self._threads, CpuShare):
+            return self._threads.threads
+        return self._threads or torch.get_num_threads()
+
+    @property
+    def session_bytes(self) -> int:
+        """What KV caches and slim views may hold; 0 until the engine is ready."""
+        return self._decoding.budget.limit
+
+    @property
     def held_bytes(self) -> int:
         """What KV caches and slim views of all sessions hold now."""
         return self._decoding.budget.held
@@ -244,29 +266,46 @@ class Engine:
     def _run(self) -> None:
         fault: Exception | None = None
         if self._threads is not None:
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(self.threads)
+        self._follow_load()  # so that the first turn knows what there was beside the start
         with torch.inference_mode():
             try:
-                measure = self._prepare_step()
+                measure = self._prepare()
                 if self._measures_private_limit:
                     self._decoding.private_limit(measure())
+                self._set_memory()
                 self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
             except Exception as error:  # a bug must not leave callers waiting
-                log.exception("the engine's thread ends")
+                if self.ready.done() or not isinstance(error, GriffinError):
+                    log.exception("the engine's thread ends")
                 fault = error
             with self._stop_lock:
                 self._stopping = True
             self._take_commands(wait=False)
             self._decoding.end(EngineStopped(_STOPPING))
             self._prefills.end(EngineStopped(_STOPPING))
+        if self._share is not None:
+            self._share.release()
         if not self.ready.done():
             self.ready.set_exception(fault or EngineStopped(_STOPPING))
         if fault is None:
             self.ended.set_result(None)
         else:
             self.ended.set_exception(fault)
+
+    def _prepare(self) -> Callable[[], PrivateLimit]:
+        """As ``_prepare_step``; a device that is full is told in a sentence."""
+        try:
+            return self._prepare_step()
+        except torch.OutOfMemoryError as error:
+            device = self.model.decoder.device
+            free, _ = torch.cuda.mem_get_info(device)
+            raise DeviceMemoryExhausted(
+                f"the steps' graphs do not fit {device}: {said_size(free)} are free beside the "
+                "weights"
+            ) from error
 
     def _prepare_step(self) -> Callable[[], PrivateLimit]:
         """Sets what runs a step, and returns what measures up to when private sets pay on it."""
@@ -289,6 +328,34 @@ class Engine:
                 return step.private_limit
         return partial(measure_private_limit, decoder, self._slim)
 
+    def _set_memory(self) -> None:
+        """Sets what sessions may hold: as the limits say, or from what the device has left.
+
+        Raises:
+            DeviceMemoryExhausted: that is too little.
+        """
+        limits, decoder, budget = self.limits, self.model.decoder, self._decoding.budget
+        size = limits.session_bytes
+        if size == 0:
+            return
+        fraction = fraction_of(decoder.device, limits.memory_fraction)
+        if decoder.device.type == "cuda":
+            share = DeviceShare(decoder, budget, limits.chunk_tokens)
+            size = share.claim(fraction, size)
+            self._share = share
+        elif size is None:
+            size = budget_from_cpu(decoder, fraction, limits.chunk_tokens)
+        budget.limit, budget.idle_limit = size, limits.idle_bytes_of(size)
+        tokens = tokens_held(decoder, size)
+        log.info("session memory %s: %s tokens of KV", said_size(size), f"{tokens:,}")
+        if tokens < decoder.spec.context_length:
+            log.warning(
+                "session memory holds %s tokens of KV, less than one session of the full context "
+                "of %s: longer requests are refused",
+                f"{tokens:,}",
+                f"{decoder.spec.context_length:,}",
+            )
+
     def _note_start(self, message: str) -> None:
         if self._stopping:
             raise EngineStopped(_STOPPING)
@@ -298,6 +365,7 @@ class Engine:
         """A chunk of one prefill if it is due, a token of every session, and what has become due
         meanwhile."""
         decoding = self._decoding
+        self._follow_load()
         decoding.tick()
         self._take_commands(wait=not (self._prefills.has_work or decoding.has_work))
         if self._owed_s <= 0 or not decoding.has_work:
@@ -313,6 +381,12 @@ class Engine:
         clock = time.monotonic()
         decoding.step()
         self._owed_s -= time.monotonic() - clock
+
+    def _follow_load(self) -> None:
+        """Runs on more or fewer threads from here on, if the machine's load says so."""
+        if isinstance(self._threads, CpuShare) and self._threads.follow():
+            log.info("threads: %d", self._threads.threads)
+            torch.set_num_threads(self._threads.threads)
 
     def _take_commands(self, *, wait: bool) -> None:
         try:

@@ -9,6 +9,7 @@
     ├── SessionClosed           ended from outside while it was running
     ├── ReaderTooSlow           its client has stopped reading
     ├── CapacityExhausted       no room: now (retry later) or ever
+    ├── DeviceMemoryExhausted   the device has no room for the model or its sessions, at start
     ├── ModelError
     │   ├── ModelNotFound       no such directory, file or hub id
     │   ├── UnknownFamily       an architecture the decoder does not define
@@ -88,6 +89,10 @@ class CapacityExhausted(GriffinError):
     def __init__(self, message: str, *, retry_after_s: float | None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeviceMemoryExhausted(GriffinError):
+    """At start, a device has too little memory for the weights or for any session."""
 
 
 class ModelError(GriffinError):

@@ -137,8 +137,8 @@ class Decoding:
         self._pace = Pace(stream_interval)
         self._own_prefill_tokens = own_prefill_tokens
         self._observer = observer
-        self.budget = Budget(limits.session_bytes)
-        self.scheduler = Scheduler(limits, self._free)
+        self.budget = Budget(0)  # until the engine knows what the device has left
+        self.scheduler = Scheduler(limits, self.budget, self._free)
         self._caches = Caches(model.decoder, self.budget)
         self._views = SlimViews(model.decoder, slim, self.budget)
         self._groups = ExpertGroups(model.decoder, self._views, private_limit)
@@ -235,7 +235,7 @@ class Decoding:
             sessions={state: states[state] for state in State},
             slim_view_bytes=views,
             kv_cache_bytes=self.budget.held - views,
-            limit_bytes=self._limits.session_bytes,
+            limit_bytes=self.budget.limit,
         )
 
     # -- what becomes due ------------------------------------------------------------------------
@@ -489,7 +489,7 @@ class Decoding:
             sharing=sharing,
             work=work,
             sink=sink,
-            keep=keep and self._caches.nbytes(capacity) <= self._limits.idle_bytes,
+            keep=keep and self._caches.nbytes(capacity) <= self.budget.idle_limit,
         )
 
     def _begin_prefill(self, session: Session) -> None:

@@ -268,7 +268,8 @@ def test_kept_sessions_expire(model: Model) -> None:
 
 def test_idle_sessions_give_way_the_longest_idle_first(model: Model) -> None:
     one = kv_bytes(model.decoder.spec, torch.float32, 21)
-    with engine(model, limits=Limits(session_bytes=3 * one)) as running:
+    limits = Limits(session_bytes=3 * one, idle_bytes=3 * one)
+    with engine(model, limits=limits) as running:
         kept = [task(1, keep=True) for _ in range(3)]
         for each in kept:
             complete(running, each)
@@ -280,7 +281,8 @@ def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
     model: Model,
 ) -> None:
     tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
-    with engine(model, limits=Limits(session_bytes=100 * tokens)) as running:
+    limits = Limits(session_bytes=100 * tokens, idle_bytes=100 * tokens)
+    with engine(model, limits=limits) as running:
         kept = task(29, keep=True)  # 49 of 100 tokens
         complete(running, kept)
         live, large = task(31), task(40)  # 51, and 60: more than there is beside either
@@ -293,7 +295,8 @@ def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
 
 def test_kept_sessions_that_block_one_another_give_way(model: Model) -> None:
     tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
-    with engine(model, limits=Limits(max_sessions=1, session_bytes=100 * tokens)) as running:
+    limits = Limits(max_sessions=1, session_bytes=100 * tokens, idle_bytes=100 * tokens)
+    with engine(model, limits=limits) as running:
         kept = [task(20, keep=True) for _ in range(2)]  # 40 of 100 tokens each
         for each in kept:
             complete(running, each)
@@ -560,7 +563,8 @@ def test_a_handoff_that_arrives_while_the_engine_stops_is_no_fault(model: Model)
     ("values", "name"),
     [
         ({"max_sessions": 0}, "max_sessions"),
-        ({"session_bytes": 0}, "session_bytes"),
+        ({"session_bytes": -1}, "session_bytes"),
+        ({"memory_fraction": 1.5}, "memory_fraction"),
         ({"session_ttl_s": float("nan")}, "session_ttl_s"),
         ({"chunk_tokens": 0}, "chunk_tokens"),
     ],

@@ -135,7 +135,8 @@ def test_a_small_budget_is_never_exceeded(sharing: str, model: Model) -> None:
     """Random sessions, kept, continued, cancelled, in room for three or four."""
     draw = random.Random(5)
     spec = model.decoder.spec
-    limits = Limits(session_bytes=5 * kv_bytes(spec, torch.float32, 120), max_queue=6)
+    room = 5 * kv_bytes(spec, torch.float32, 120)
+    limits = Limits(session_bytes=room, idle_bytes=room, max_queue=6)
     ends: dict[str, int] = {}
     with engine(model, own_prefill_tokens=None, limits=limits, sharing=sharing) as running:
         kept: list[str] = []
