@@ -32,11 +32,7 @@ from griffin_core.observer import Observer
 from griffin_core.prefill import PrefillEvent, prefill
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun, PrefillStreamEvent, PrefillTask
 from griffin_core.slim.base import SlimForm
-from griffin_core.slim.crossover import (
-    PrivateLimit,
-    assumed_private_limit,
-    measure_private_limit,
-)
+from griffin_core.slim.costs import ASSUMED_COSTS, StepCosts, measure_costs
 from griffin_core.slim.packed import Packed
 
 log = logging.getLogger(__name__)
@@ -54,8 +50,7 @@ class Engine:
         limits: what it may hold.
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts; None for what the device does best.
-        private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
-            measures it at start.
+        costs: what a step costs by how its FF runs, see ``slim.costs``; None measures it at start.
         cuda_graphs: on a GPU, run a step as one graph, captured at start.
         stream_interval: a session's tokens come out so many at a time, but for the first; None for
             more the more sessions there are. See ``generation.Pace``.
@@ -73,9 +68,9 @@ class Engine:
         *,
         limits: Limits | None = None,
         selection: Selection | None = None,
-        sharing: Sharing = "private",
+        sharing: Sharing = "auto",
         slim: SlimForm | None = None,
-        private_limit: PrivateLimit | None = assumed_private_limit,
+        costs: StepCosts | None = ASSUMED_COSTS,
         cuda_graphs: bool = True,
         stream_interval: int | None = None,
         own_prefill_tokens: int | None = None,
@@ -87,7 +82,7 @@ class Engine:
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
         self._slim = slim or _slim_form(model.decoder)
-        self._measures_private_limit = private_limit is None
+        self._measures_costs = costs is None
         observer = observer or Observer()
         self._prefills = PrefillQueue(self.limits.max_queue, observer)
         self._decoding = Decoding(
@@ -96,7 +91,7 @@ class Engine:
             selection=self.selection,
             sharing=sharing,
             slim=self._slim,
-            private_limit=private_limit or assumed_private_limit,
+            costs=costs or ASSUMED_COSTS,
             prefills=self._prefills,
             observer=observer,
             stream_interval=stream_interval,
@@ -233,8 +228,8 @@ class Engine:
         with torch.inference_mode():
             try:
                 measure = self._prepare_step()
-                if self._measures_private_limit:
-                    self._decoding.private_limit(measure())
+                if self._measures_costs:
+                    self._decoding.costs(measure())
                 self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
@@ -253,8 +248,8 @@ class Engine:
         else:
             self.ended.set_exception(fault)
 
-    def _prepare_step(self) -> Callable[[], PrivateLimit]:
-        """Sets what runs a step, and returns what measures up to when private sets pay on it."""
+    def _prepare_step(self) -> Callable[[], StepCosts]:
+        """Sets what runs a step, and returns what measures its costs."""
         decoder = self.model.decoder
         if decoder.device.type == "cuda":
             torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
@@ -270,8 +265,8 @@ class Engine:
                     progress=self._note_start,
                 )
                 self._decoding.run_step = step
-                return step.private_limit
-        return partial(measure_private_limit, decoder, self._slim)
+                return step.measure_costs
+        return partial(measure_costs, decoder, self._slim)
 
     def _note_start(self, message: str) -> None:
         if self._stopping:

@@ -56,17 +56,18 @@ from griffin_core.prefill_queue import (
     PrefillStreamEvent,
 )
 from griffin_core.slim.base import SlimForm
-from griffin_core.slim.crossover import PrivateLimit
+from griffin_core.slim.costs import StepCosts
 from griffin_core.slim.views import SlimViews
+from griffin_core.slim.zeroed import RowMasks
 
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 3600.0
 """A queue's time-out must be finite."""
 
-BUILD_S = 0.01
-"""For about how long slim views are built between two steps, or as long as a step takes: whoever
-waits for a view is then delayed about as much as those who do not."""
+BUILD_SHARE = 0.25
+"""Slim views are built between two steps for about this share of a step's time, a layer at least.
+No session waits for one: it runs zeroed or dense meanwhile."""
 
 
 class Decoding:
@@ -77,7 +78,7 @@ class Decoding:
         limits: what may be held.
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts.
-        private_limit: see ``crossover``.
+        costs: see ``slim.costs``.
         stream_interval: see ``Pace``.
         prefills: where prompts queue that this engine runs itself.
         own_prefill_tokens: prompts of a new session up to this many tokens are among them; None
@@ -93,7 +94,7 @@ class Decoding:
         selection: Selection,
         sharing: Sharing,
         slim: SlimForm,
-        private_limit: PrivateLimit,
+        costs: StepCosts,
         prefills: PrefillQueue,
         stream_interval: int | None,
         own_prefill_tokens: int | None,
@@ -112,18 +113,18 @@ class Decoding:
         self.scheduler = Scheduler(limits, self._free)
         self._caches = Caches(model.decoder, self.budget)
         self._views = SlimViews(model.decoder, slim, self.budget)
-        self._groups = ExpertGroups(model.decoder, self._views, private_limit)
+        self._groups = ExpertGroups(model.decoder, self._views, costs)
         # By the id of the turn, so that no turn of a session reaches into another.
         self._turns: dict[str, Session] = {}
         self._intakes: dict[str, Intake] = {}
         self._own_prefills: dict[str, PrefillRun] = {}
-        self.run_step: Stepper = partial(decode_tokens, model.decoder)
+        self.run_step: Stepper = partial(decode_tokens, model.decoder, masks=RowMasks())
         """What runs the model; the engine sets a faster one where the device has it."""
         self._step_s = 0.0  # what the last step took
 
-    def private_limit(self, limit: PrivateLimit) -> None:
-        """Sets up to how many sessions ``auto`` gives a set each."""
-        self._groups.private_limit = limit
+    def costs(self, costs: StepCosts) -> None:
+        """Sets what steps cost. Before the first session."""
+        self._groups.costs = costs
 
     # -- what comes from callers -----------------------------------------------------------------
 
@@ -219,7 +220,7 @@ class Decoding:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
-        return self._groups.choosing or bool(self._runnable())
+        return self._views.building or bool(self._runnable())
 
     def next_due_s(self) -> float | None:
         """Seconds until something becomes due by itself; None if nothing will."""
@@ -241,10 +242,9 @@ class Decoding:
 
     def step(self) -> None:
         """A token for every session whose view is built and whose reader keeps up."""
-        if self._groups.choosing:
-            self._views.build(max(BUILD_S, self._step_s))
-            for session, error in self._groups.advance():
-                self._end_with(session, error)
+        self._views.build(BUILD_SHARE * self._step_s)
+        for session, error in self._groups.advance():
+            self._end_with(session, error)
         sessions = self._runnable()
         if not sessions:
             return
@@ -267,6 +267,7 @@ class Decoding:
     def _run(self, sessions: list[Session]) -> None:
         results = self.run_step([_step_tokens(s) for s in sessions])
         for session, result in zip(sessions, results, strict=True):
+            session.ran(session.density, len(result.likeliest))
             self._guarded(session, partial(self._read, result=result))
 
     def _read(self, session: Session, *, result: StepLogits) -> None:
@@ -345,6 +346,7 @@ class Decoding:
         sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)
         needs = Reservation(
             kv=self._caches.most_bytes(capacity, resized=later_turn or keep),
+            zeroed=self._views.zeroed_bytes(selection.experts_of(spec.ff_width)),
             view=self._views.planned_bytes(selection.experts_of(spec.ff_width)),
             pool=self._groups.pool(selection, sharing),
         )
@@ -426,6 +428,7 @@ class Decoding:
                 pruning=session.figures(self._decoder.spec.ff_width),
             )
         )
+        session.ran(1.0)
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
         if session.work.begin(session, self._decoder.head(hidden[None])[0]):
             self._finish(session)

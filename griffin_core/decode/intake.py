@@ -103,4 +103,3 @@ class Intake:
         session.s2 = self._s2
         indices = torch.stack(experts).to(self._s2.device)
         session.experts = ExpertSet(ff_width=self._s2.shape[1], indices=indices)
-        session.norm_mass = session.experts.norm_mass(self._s2)

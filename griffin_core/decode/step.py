@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
 from griffin_core.slim.base import SlimFF
+from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,15 @@ Stepper = Callable[[Sequence[StepTokens]], list[StepLogits]]
 
 
 @torch.inference_mode()
-def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[StepLogits]:
+def decode_tokens(
+    decoder: Decoder, sessions: Sequence[StepTokens], masks: RowMasks | None = None
+) -> list[StepLogits]:
     """Runs each session's tokens behind its cached ones, all in one batch. If it raises, no cache
     has moved on, and the same tokens may be run again.
+
+    Args:
+        masks: kept from step to step where sessions run zeroed, so that they are made once for the
+            same sessions.
 
     Returns:
         One for each session, in the given order.
@@ -56,11 +64,14 @@ def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[Step
     ranks: dict[int, int] = {}
     for session in sessions:
         ranks.setdefault(id(session.view), len(ranks))
-    order = sorted(range(len(sessions)), key=lambda i: ranks[id(sessions[i].view)])
+    order = sorted(
+        range(len(sessions)),
+        key=lambda i: (_kind(decoder, sessions[i].view), ranks[id(sessions[i].view)]),
+    )
     ordered = [sessions[i] for i in order]
     ids = torch.tensor([t for s in ordered for t in s.token_ids], device=decoder.device)
     x, batch = decoder.begin(ids, [(s.cache, len(s.token_ids)) for s in ordered])
-    groups = _groups(ordered)
+    groups = _groups(decoder, ordered, masks or RowMasks())
     for layer in range(len(decoder.layers)):
         x = decoder.layer(layer, x, batch, _grouped(groups, layer))
     logits = decoder.head(decoder.final_hidden(x))
@@ -74,24 +85,66 @@ def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[Step
     return [results[index] for index in range(len(sessions))]
 
 
-def _groups(ordered: Sequence[StepTokens]) -> list[tuple[int, Sequence[SlimFF]]]:
-    """Runs of sessions with one view, as (rows, view)."""
-    groups: list[tuple[int, Sequence[SlimFF]]] = []
-    for session in ordered:
+DENSE, ZEROED, SLIM = range(3)
+"""Kinds of views, in the order in which a step has their sessions."""
+
+BlockOf = Callable[[int], RunFF]
+"""A layer's number -> the FF block of some rows."""
+
+
+def _kind(decoder: Decoder, view: Sequence[SlimFF]) -> int:
+    if isinstance(view, ZeroedLayers):
+        return ZEROED
+    return DENSE if view[0] is decoder.layers[0].ff else SLIM
+
+
+def _groups(
+    decoder: Decoder, ordered: Sequence[StepTokens], masks: RowMasks
+) -> list[tuple[int, BlockOf]]:
+    """Rows that run one product together, as (how many, their block in each layer): those that run
+    on all weights, dense or zeroed, and those of each slim view."""
+    groups: list[tuple[int, BlockOf]] = []
+    whole = [s for s in ordered if _kind(decoder, s.view) != SLIM]
+    if whole:
+        groups.append((sum(len(s.token_ids) for s in whole), _on_all(decoder, whole, masks)))
+    last: Sequence[SlimFF] | None = None
+    for session in ordered[len(whole) :]:
         rows = len(session.token_ids)
-        if groups and groups[-1][1] is session.view:
+        if session.view is last:
             rows += groups.pop()[0]
-        groups.append((rows, session.view))
+        last = session.view
+        groups.append((rows, last.__getitem__))
     return groups
 
 
-def _grouped(groups: Sequence[tuple[int, Sequence[SlimFF]]], layer: int) -> RunFF:
+def _on_all(decoder: Decoder, sessions: Sequence[StepTokens], masks: RowMasks) -> BlockOf:
+    """The dense block of sessions that run on all weights, those that run zeroed at the end."""
+    zeroed = [(s.view, len(s.token_ids)) for s in sessions if isinstance(s.view, ZeroedLayers)]
+    if not zeroed:
+        return lambda layer: decoder.layers[layer].ff
+    views = [view for view, _ in zeroed]
+    if len(sessions) == 1:
+        return views[0].__getitem__
+    if all(tokens == 1 for _, tokens in zeroed):
+        of_rows = masks.of(views, decoder.dtype)
+        return lambda layer: partial(decoder.layers[layer].ff.zeroed, keep=of_rows[layer])
+    counts = torch.tensor([tokens for _, tokens in zeroed], device=decoder.device)
+
+    def block(layer: int) -> RunFF:
+        keep = torch.stack([view.keep[layer] for view in views])
+        rows = keep.repeat_interleave(counts, dim=0).to(decoder.dtype)
+        return partial(decoder.layers[layer].ff.zeroed, keep=rows)
+
+    return block
+
+
+def _grouped(groups: Sequence[tuple[int, BlockOf]], layer: int) -> RunFF:
     if len(groups) == 1:
-        return groups[0][1][layer]
+        return groups[0][1](layer)
     sizes = [rows for rows, _ in groups]
 
     def run(x: Tensor) -> Tensor:
         parts = zip(torch.split_with_sizes(x, sizes), groups, strict=True)
-        return torch.cat([view[layer](rows) for rows, (_, view) in parts])
+        return torch.cat([block(layer)(rows) for rows, (_, block) in parts])
 
     return run
