@@ -220,7 +220,7 @@ class Decoding:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
-        return self._views.building or bool(self._runnable())
+        return self._groups.due or bool(self._runnable())
 
     def next_due_s(self) -> float | None:
         """Seconds until something becomes due by itself; None if nothing will."""

@@ -115,11 +115,17 @@ class ExpertGroup:
         self.view: SlimView | None = None
         self._zeroed: WholeView | None = None
         self._chosen = self._laid_out = -STEPS_HELD
+        self.rests = False
+        """Whether nothing is left to do and all members have been told."""
 
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do."""
-        return _runs(self.view) and not self.stale
+        return not self.stale and _runs(self.view) and not (self.view and self.view.pending)
+
+    def chooses(self, step: int) -> bool:
+        """Whether it would choose (again) before a step."""
+        return self.stale and (self.experts is None or step - self._chosen >= STEPS_HELD)
 
     def advance(self, decoder: Decoder, views: SlimViews, step: int) -> None:
         """Chooses, if it is time, and sees to the view.
@@ -130,7 +136,7 @@ class ExpertGroup:
         Raises:
             Exception: its experts cannot be chosen, or its view cannot be built.
         """
-        if self.stale and (self.experts is None or step - self._chosen >= STEPS_HELD):
+        if self.chooses(step):
             self._choose(decoder, views)
             self._chosen = step
         if self.view is not None and self.view.error is not None:
@@ -221,7 +227,7 @@ class ExpertGroups:
         self._views.take_zeroed(size)
         seat = Seat(session, size, prunes=k < session.experts.ff_width)
         self._seats[session.session_id] = seat
-        self._decide()
+        self._decide(self._step + 1)
 
     def leave(self, session: Session) -> None:
         """A session has ended. Without effect if it has not joined."""
@@ -236,9 +242,11 @@ class ExpertGroups:
         self._decide_at = self._step
 
     @property
-    def choosing(self) -> bool:
-        """Whether some group is to choose, or some view is on its way."""
-        return self._views.building or any(g.stale for g in self._shared.values())
+    def due(self) -> bool:
+        """Whether ``advance`` has something to do, even without a step to run."""
+        decides = self._decide_at is not None and self._decide_at <= self._step
+        chooses = any(group.chooses(self._step) for group in self._shared.values())
+        return decides or chooses or self._views.building
 
     def advance(self) -> list[tuple[Session, Exception]]:
         """Does what is due before the next step.
@@ -249,17 +257,18 @@ class ExpertGroups:
         self._step += 1
         failed: list[tuple[Session, Exception]] = []
         if self._decide_at is not None and self._step >= self._decide_at:
-            self._decide()
+            self._decide(self._step)
         for group in list(self._shared.values()):
-            if group.settled and not self._views.building:
+            if group.rests:
                 continue
             try:
                 group.advance(self._decoder, self._views, self._step)
             except Exception as error:
                 failed += [(seat.session, error) for seat in group.members]
-            else:
-                for seat in group.members:
-                    self._use(seat)
+                continue
+            for seat in group.members:
+                self._use(seat)
+            group.rests = group.settled
         for seat in list(self._building):
             assert seat.view is not None
             if seat.view.error is not None:
@@ -271,9 +280,13 @@ class ExpertGroups:
 
     # -- what each session runs on ---------------------------------------------------------------
 
-    def _decide(self) -> None:
+    def _decide(self, step: int) -> None:
         """Settles every session's form: after sessions came or went, or when a form was held for
-        long enough."""
+        long enough.
+
+        Args:
+            step: number of the step that comes next.
+        """
         self._decide_at = None
         seats = list(self._seats.values())
         self._decide_auto([seat for seat in seats if seat.auto])
@@ -293,7 +306,7 @@ class ExpertGroups:
                 self._building.append(seat)
         for group in self._shared.values():
             if group.experts is None:
-                group.advance(self._decoder, self._views, self._step)
+                group.advance(self._decoder, self._views, step)
         for seat in seats:
             self._use(seat)
 
@@ -382,7 +395,7 @@ class ExpertGroups:
     def _join_group(self, seat: Seat) -> None:
         group = self._shared.setdefault(seat.kind, ExpertGroup())
         group.members.append(seat)
-        group.stale = True
+        group.stale, group.rests = True, False
         seat.group = group
 
     def _leave_group(self, seat: Seat) -> None:
@@ -391,7 +404,7 @@ class ExpertGroups:
             return
         seat.group = None
         group.members.remove(seat)
-        group.stale = True
+        group.stale, group.rests = True, False
         if not group.members:
             group.drop_view(self._views)
             del self._shared[seat.kind]
