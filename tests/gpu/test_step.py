@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.gpu, needs_cuda]
 
 if torch.cuda.is_available():
     from griffin_core.cuda.step import CudaStep
+    from griffin_core.slim.costs import ASSUMED_COSTS, GraphCosts
     from griffin_core.slim.indexed import Indexed
 
 ERROR = 4e-2
@@ -82,7 +83,16 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
     single = decoder_of(tiny_directory(name), torch.float32)
     graphs = CudaStep(half, max_tokens=4, graphs=True)
     plain = CudaStep(half, max_tokens=4, graphs=False)
-    for kind in ("dense", "shared", "private", "mixed"):
+    for kind, most_private in (
+        ("dense", 0.0),
+        ("shared", 0.0),
+        ("private", 1.0),
+        ("private", 0.0),  # zeroed
+        ("mixed", 1.0),
+        ("mixed", 0.0),
+    ):
+        for step in (graphs, plain):
+            step._private_up_to = dict.fromkeys(step._private_up_to, most_private)
         by_index, masked = views(kind, half, single)
         for rows in ((0,), (0, 1, 2)):
             caches = [
@@ -167,14 +177,42 @@ def test_more_tokens_and_more_sessions_than_graphs_take_run_layer_by_layer(
             assert torch.equal(one.logits, two.logits)
 
 
-def test_the_crossover_is_measured_on_the_graphs_and_leaves_no_trace(
+def test_a_set_each_runs_where_it_costs_no_more_and_zeroed_where_it_would(
+    tiny_directory: Callable[[str], Path],
+) -> None:
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
+    step = CudaStep(decoder, max_tokens=16, graphs=True)
+    assert all((size, "zeroed") in step._graphs for size in (2, 4, 8, 16))
+    assert (16, "private") not in step._graphs
+    step._private_up_to = {1: 1.0, 2: 0.6, 4: 0.3, 8: 0.0}
+    some = [on(Indexed(), decoder, random_sets(decoder, k)) for k in (44, 22, 22)]
+    cache = prefilled(decoder, [1, 2, 3])
+
+    def mode(*of: View) -> str:
+        tokens = [StepTokens(cache=cache, view=view, token_ids=[1]) for view in of]
+        return step._mode(tokens, 1 << (len(of) - 1).bit_length())
+
+    assert mode(dense(decoder)) == mode(dense(decoder), dense(decoder)) == "dense"
+    assert mode(some[0]) == "private"
+    assert mode(some[0], some[0]) == "shared"
+    assert mode(some[0], some[1]) == "private"
+    assert mode(some[0], dense(decoder)) == "zeroed"
+    assert mode(*some) == "zeroed"
+    assert mode(some[1], some[2], some[1]) == "private"
+
+
+def test_costs_are_measured_on_the_graphs_and_leaves_no_trace(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     measured, fresh = (CudaStep(decoder, max_tokens=4, graphs=True) for _ in range(2))
-    limit = measured.private_limit()
-    assert all(1 <= limit(density) <= 4 for density in (0.01, 0.5, 1.0))
-    assert CudaStep(decoder, max_tokens=4, graphs=False).private_limit()(0.5) == 2  # by bytes
+    costs = measured.measure_costs()
+    assert isinstance(costs, GraphCosts)
+    assert set(costs.dense) == set(costs.private) == {1, 2, 4}
+    assert set(costs.zeroed) == set(costs.shared) == {2, 4}
+    for own in ([0.5], [0.5] * 3, [0.01, 1.0]):
+        assert costs.step_s(dense=0, own=own, shared=[]) > 0
+    assert CudaStep(decoder, max_tokens=4, graphs=False).measure_costs() is ASSUMED_COSTS
     view = on(Indexed(), decoder, random_sets(decoder, 44))
     made = []
     for step in (measured, fresh):
