@@ -40,11 +40,7 @@ from griffin_core.observer import Observer
 from griffin_core.prefill import PrefillEvent, Prompt
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun, PrefillStreamEvent, PrefillTask
 from griffin_core.slim.base import SlimForm
-from griffin_core.slim.crossover import (
-    PrivateLimit,
-    assumed_private_limit,
-    measure_private_limit,
-)
+from griffin_core.slim.costs import ASSUMED_COSTS, StepCosts, measure_costs
 from griffin_core.slim.packed import Packed
 
 log = logging.getLogger(__name__)
@@ -62,8 +58,7 @@ class Engine:
         limits: what it may hold.
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts; None for what the device does best.
-        private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
-            measures it at start.
+        costs: what a step costs by how its FF runs, see ``slim.costs``; None measures it at start.
         cuda_graphs: on a GPU, run a step as one graph, captured at start.
         overlap: launch a step before the tokens of the one before are read; None for where it
             pays, which is on a GPU.
@@ -84,9 +79,9 @@ class Engine:
         *,
         limits: Limits | None = None,
         selection: Selection | None = None,
-        sharing: Sharing = "private",
+        sharing: Sharing = "auto",
         slim: SlimForm | None = None,
-        private_limit: PrivateLimit | None = assumed_private_limit,
+        costs: StepCosts | None = ASSUMED_COSTS,
         cuda_graphs: bool = True,
         overlap: bool | None = None,
         stream_interval: int | None = None,
@@ -99,7 +94,7 @@ class Engine:
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
         self._slim = slim or _slim_form(model.decoder)
-        self._measures_private_limit = private_limit is None
+        self._measures_costs = costs is None
         observer = observer or Observer()
         self._prefills = PrefillQueue(
             model.decoder,
@@ -113,7 +108,7 @@ class Engine:
             selection=self.selection,
             sharing=sharing,
             slim=self._slim,
-            private_limit=private_limit or assumed_private_limit,
+            costs=costs or ASSUMED_COSTS,
             overlap=model.decoder.device.type == "cuda" if overlap is None else overlap,
             prefills=self._prefills,
             observer=observer,
@@ -271,8 +266,8 @@ class Engine:
         with torch.inference_mode():
             try:
                 measure = self._prepare()
-                if self._measures_private_limit:
-                    self._decoding.private_limit(measure())
+                if self._measures_costs:
+                    self._decoding.costs(measure())
                 self._set_memory()
                 self.ready.set_result(None)
                 while not self._stopping:
@@ -295,7 +290,7 @@ class Engine:
         else:
             self.ended.set_exception(fault)
 
-    def _prepare(self) -> Callable[[], PrivateLimit]:
+    def _prepare(self) -> Callable[[], StepCosts]:
         """As ``_prepare_step``; a device that is full is told in a sentence."""
         try:
             return self._prepare_step()
@@ -307,8 +302,8 @@ class Engine:
                 "weights"
             ) from error
 
-    def _prepare_step(self) -> Callable[[], PrivateLimit]:
-        """Sets what runs a step, and returns what measures up to when private sets pay on it."""
+    def _prepare_step(self) -> Callable[[], StepCosts]:
+        """Sets what runs a step, and returns what measures its costs."""
         decoder = self.model.decoder
         if decoder.device.type == "cuda":
             torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
@@ -325,8 +320,8 @@ class Engine:
                     progress=self._note_start,
                 )
                 self._decoding.stepper = step
-                return step.private_limit
-        return partial(measure_private_limit, decoder, self._slim)
+                return step.measure_costs
+        return partial(measure_costs, decoder, self._slim)
 
     def _set_memory(self) -> None:
         """Sets what sessions may hold: as the limits say, or from what the device has left.

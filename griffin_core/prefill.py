@@ -407,8 +407,12 @@ def prefill(
     prompt = Prompt(decoder, token_ids, selection, cache=cache, s2=s2, wants_kv=True, watch=watch)
     while True:
         events: list[LayerKv | LayerActivations] = []
+
+        def tell(_: Prompt, event: LayerKv | LayerActivations, to=events) -> None:  # type: ignore[no-untyped-def]
+            to.append(event)
+
         part = Part(prompt=prompt, tokens=min(chunk_tokens, prompt.left))
-        read = launch(decoder, [part], lambda _, event, to=events: to.append(event)).end()
+        read = launch(decoder, [part], tell).end()
         yield from events
         for done in read:
             yield from done.by_layer()

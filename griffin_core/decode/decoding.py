@@ -67,7 +67,7 @@ from griffin_core.prefill_queue import (
 )
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimForm
-from griffin_core.slim.crossover import PrivateLimit
+from griffin_core.slim.costs import StepCosts
 from griffin_core.slim.views import SlimViews
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 3600.0
 """A queue's time-out must be finite."""
 
-BUILD_S = 0.01
-"""For about how long slim views are built between two steps, or as long as a step takes: whoever
-waits for a view is then delayed about as much as those who do not."""
+BUILD_SHARE = 0.25
+"""Slim views are built between two steps for about this share of a step's time, a layer at least.
+No session waits for one: it runs zeroed or dense meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +87,12 @@ class UnderWay:
     Args:
         turns: of each row, by the id of its turn: a session may have ended by the time its token
             is read, and may even be in its next turn.
+        densities: that each row runs on.
         draw: the tokens.
     """
 
     turns: Sequence[tuple[str, Session]]
+    densities: Sequence[float]
     draw: Draw
 
 
@@ -102,7 +104,7 @@ class Decoding:
         limits: what may be held.
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts.
-        private_limit: see ``crossover``.
+        costs: see ``slim.costs``.
         stream_interval: see ``Pace``.
         overlap: launch a step before the tokens of the one before it are read. What a session
             makes is the same; one that has stopped by then has run a step too many, which is
@@ -121,7 +123,7 @@ class Decoding:
         selection: Selection,
         sharing: Sharing,
         slim: SlimForm,
-        private_limit: PrivateLimit,
+        costs: StepCosts,
         overlap: bool,
         prefills: PrefillQueue,
         stream_interval: int | None,
@@ -141,7 +143,7 @@ class Decoding:
         self.scheduler = Scheduler(limits, self.budget, self._free)
         self._caches = Caches(model.decoder, self.budget)
         self._views = SlimViews(model.decoder, slim, self.budget)
-        self._groups = ExpertGroups(model.decoder, self._views, private_limit)
+        self._groups = ExpertGroups(model.decoder, self._views, costs)
         # By the id of the turn, so that no turn of a session reaches into another.
         self._turns: dict[str, Session] = {}
         self._intakes: dict[str, Intake] = {}
@@ -159,9 +161,9 @@ class Decoding:
         self._under_way: list[UnderWay] = []
         self._step_s = 0.0  # what the last step took
 
-    def private_limit(self, limit: PrivateLimit) -> None:
-        """Sets up to how many sessions ``auto`` gives a set each."""
-        self._groups.private_limit = limit
+    def costs(self, costs: StepCosts) -> None:
+        """Sets what steps cost. Before the first session."""
+        self._groups.costs = costs
 
     # -- what comes from callers -----------------------------------------------------------------
 
@@ -258,7 +260,7 @@ class Decoding:
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
         return bool(
-            self._groups.choosing
+            self._groups.due
             or self._under_way
             or self._prompts_read
             or self._next_scoring()
@@ -287,10 +289,9 @@ class Decoding:
     def step(self) -> None:
         """A token for every session whose view is built and whose reader keeps up."""
         clock = time.monotonic()
-        if self._groups.choosing:
-            self._views.build(max(BUILD_S, self._step_s))
-            for session, error in self._groups.advance():
-                self._end_with(session, error)
+        self._views.build(BUILD_SHARE * self._step_s)
+        for session, error in self._groups.advance():
+            self._end_with(session, error)
         under_way, first = self._under_way, self._launch_first()
         if not self._overlap:
             self._read(first)
@@ -317,6 +318,7 @@ class Decoding:
         costs only the session whose fault it is."""
         try:
             turns = [(session.turn_id, session) for session in sessions]
+            densities = [session.density for session in sessions]
             draw = launch(sessions)
         except Exception as error:
             if self._decoder.device.type == "cuda":
@@ -328,7 +330,7 @@ class Decoding:
             return [step for session in sessions for step in self._launch([session], launch)]
         for session in sessions:
             session.in_flight += 1
-        return [UnderWay(turns=turns, draw=draw)]
+        return [UnderWay(turns=turns, densities=densities, draw=draw)]
 
     def _launch_step(self, sessions: list[Session]) -> Draw:
         return self.stepper.launch([_step_row(session) for session in sessions])
@@ -374,10 +376,12 @@ class Decoding:
                     if lives:
                         self._end_with(session, error)
                 continue
-            for (_, session), lives, token in zip(step.turns, live, drawn, strict=True):
+            rows = zip(step.turns, live, step.densities, drawn, strict=True)
+            for (_, session), lives, density, token in rows:
                 if lives:  # else it has ended, and this is the one step too many
                     session.in_flight -= 1
                     taken += 1
+                    session.ran(density)
                     self._guarded(session, partial(self._take, drawn=token))
         return taken
 
@@ -400,6 +404,7 @@ class Decoding:
         tokens = StepTokens(
             cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
         )
+        session.ran(session.density, tokens.tokens)
         if session.work.read(session, decode_tokens(self._decoder, [tokens])[0]):
             self._finish(session)
 
@@ -476,6 +481,7 @@ class Decoding:
         sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)
         needs = Reservation(
             kv=self._caches.most_bytes(capacity, resized=later_turn or keep),
+            zeroed=self._views.zeroed_bytes(selection.experts_of(spec.ff_width)),
             view=self._views.planned_bytes(selection.experts_of(spec.ff_width)),
             pool=self._groups.pool(selection, sharing),
         )
@@ -562,7 +568,9 @@ class Decoding:
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
         if not isinstance(session.work, Scoring):
             self._prompts_read.append((session.turn_id, session, hidden))
-        elif session.work.begin(session, self._decoder.head(hidden[None])[0]):
+            return
+        session.ran(1.0)
+        if session.work.begin(session, self._decoder.head(hidden[None])[0]):
             self._finish(session)
         else:
             self._groups.join(session)

@@ -95,9 +95,8 @@ class Intake:
             HandoffBroken: something did not come.
         """
         if self._own is not None:
-            session.s2 = self._own.s2
-            session.experts = ExpertSet(ff_width=self._own.s2.shape[1], indices=self._own.experts)
-            session.norm_mass = self._own.norm_mass
+            own = ExpertSet(ff_width=self._own.s2.shape[1], indices=self._own.experts)
+            session.chosen(self._own.s2, own, self._own.norm_mass)
             return
         experts = [layer for layer in self._experts if layer is not None]
         missing = len(self._experts) - len(experts)
@@ -107,7 +106,5 @@ class Intake:
                 f"layers and {min(self._received)} of {self._tokens} tokens"
             )
         self._cache.advance(self._tokens)
-        session.s2 = self._s2
         indices = torch.stack(experts).to(self._s2.device)
-        session.experts = ExpertSet(ff_width=self._s2.shape[1], indices=indices)
-        session.norm_mass = session.experts.norm_mass(self._s2)
+        session.chosen(self._s2, ExpertSet(ff_width=self._s2.shape[1], indices=indices))

@@ -125,9 +125,10 @@ class Scheduler:
             CapacityExhausted: the queue is full or too slow, or the session alone is over the
                 limit.
         """
-        if needs.kv + needs.view > self._budget.limit:
+        alone = needs.kv + needs.zeroed + needs.view
+        if alone > self._budget.limit:
             raise CapacityExhausted(
-                f"memory: the request needs {needs.kv + needs.view} bytes of KV cache and slim "
+                f"memory: the request needs {alone} bytes of KV cache and slim "
                 f"view; the server allows {self._budget.limit} in all. Ask for fewer "
                 "tokens",
                 retry_after_s=None,
@@ -266,7 +267,7 @@ class Scheduler:
     def _total(self, idle: list[Session], more: Reservation) -> int:
         """Bytes that the live sessions, these idle ones and one more can come to hold."""
         everyone = [*(s.reservation for s in (*self._live.values(), *idle)), more]
-        total = sum(r.kv + (0 if r.pool else r.view) for r in everyone)
+        total = sum(r.kv + r.zeroed + (0 if r.pool else r.view) for r in everyone)
         sharing = Counter((r.pool, r.view) for r in everyone if r.pool)
         for (pool, view), sessions in sharing.items():
             total += min(sessions, pool.most_views) * view

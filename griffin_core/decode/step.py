@@ -6,8 +6,9 @@ session's last token through the model, and its next one drawn, without the host
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from griffin_core.model.decoder import Decoder, RunFF
 from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
+from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,19 +135,25 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayeredStep:
-    """Runs a step layer by layer, on any device."""
+    """Runs a step layer by layer, on any device.
+
+    Args:
+        masks: kept from step to step where sessions run zeroed, so that they are made once for the
+            same sessions.
+    """
 
     decoder: Decoder
     sampler: Sampler
+    masks: RowMasks = field(default_factory=RowMasks)
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[StepRow]) -> Draw:
-        order = _by_view(rows)
+        order = _by_view(self.decoder, rows)
         ordered = [rows[i] for i in order]
         slots = torch.tensor([row.slot for row in ordered], device=self.decoder.device)
         # A row whose logits were not finite has drawn -1; its session is about to be told.
         ids = self.sampler.drawn[slots].clamp_(min=0)
-        logits = _forward(self.decoder, ordered, ids)
+        logits = _forward(self.decoder, ordered, ids, self.masks)
         starts = [row.cache.length + 1 for row in ordered]
         positions = torch.tensor(starts, device=self.decoder.device)
         tokens = self.sampler.sample(logits, slots, positions)
@@ -161,58 +169,107 @@ class LayeredStep:
 
 
 @torch.inference_mode()
-def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[Tensor]:
+def decode_tokens(
+    decoder: Decoder, sessions: Sequence[StepTokens], masks: RowMasks | None = None
+) -> list[Tensor]:
     """Runs each session's tokens after its cached ones, all in one batch. If it raises, no cache
     has moved on, and the same tokens may be run again.
+
+    Args:
+        masks: kept from step to step, as in ``LayeredStep``.
 
     Returns:
         Logits [T, V] float32 for each session, one row after each of its tokens.
     """
-    order = _by_view(sessions)
+    order = _by_view(decoder, sessions)
     ordered = [sessions[i] for i in order]
     ids = torch.tensor([t for s in ordered for t in s.token_ids], device=decoder.device)
-    parts = torch.split_with_sizes(_forward(decoder, ordered, ids), [s.tokens for s in ordered])
+    logits = _forward(decoder, ordered, ids, masks or RowMasks())
+    parts = torch.split_with_sizes(logits, [s.tokens for s in ordered])
     for session in ordered:
         session.cache.advance(session.tokens)
-    logits = dict(zip(order, parts, strict=True))
-    return [logits[index] for index in range(len(sessions))]
+    by_session = dict(zip(order, parts, strict=True))
+    return [by_session[index] for index in range(len(sessions))]
 
 
-def _forward(decoder: Decoder, runs: Sequence[Run], ids: Tensor) -> Tensor:
+def _forward(decoder: Decoder, runs: Sequence[Run], ids: Tensor, masks: RowMasks) -> Tensor:
     """Logits [N, V] after each of ids [N], of runs in the order of their views."""
     x, batch = decoder.begin(ids, [(run.cache, run.tokens) for run in runs])
-    groups = _groups(runs)
+    groups = _groups(decoder, runs, masks)
     for layer in range(len(decoder.layers)):
         x = decoder.layer(layer, x, batch, _grouped(groups, layer))
     return decoder.head(decoder.final_hidden(x))
 
 
-def _by_view(runs: Sequence[Run]) -> list[int]:
-    """Their order with those of one view side by side."""
+def _by_view(decoder: Decoder, runs: Sequence[Run]) -> list[int]:
+    """Their order with those of one product side by side."""
     ranks: dict[int, int] = {}
     for run in runs:
         ranks.setdefault(id(run.view), len(ranks))
-    return sorted(range(len(runs)), key=lambda i: ranks[id(runs[i].view)])
+    return sorted(
+        range(len(runs)),
+        key=lambda i: (_kind(decoder, runs[i].view), ranks[id(runs[i].view)]),
+    )
 
 
-def _groups(ordered: Sequence[Run]) -> list[tuple[int, Sequence[SlimFF]]]:
-    """Runs of sessions with one view, as (rows, view)."""
-    groups: list[tuple[int, Sequence[SlimFF]]] = []
-    for session in ordered:
+DENSE, ZEROED, SLIM = range(3)
+"""Kinds of views, in the order in which a step has their sessions."""
+
+BlockOf = Callable[[int], RunFF]
+"""A layer's number -> the FF block of some rows."""
+
+
+def _kind(decoder: Decoder, view: Sequence[SlimFF]) -> int:
+    if isinstance(view, ZeroedLayers):
+        return ZEROED
+    return DENSE if view[0] is decoder.layers[0].ff else SLIM
+
+
+def _groups(decoder: Decoder, ordered: Sequence[Run], masks: RowMasks) -> list[tuple[int, BlockOf]]:
+    """Rows that run one product together, as (how many, their block in each layer): those that run
+    on all weights, dense or zeroed, and those of each slim view."""
+    groups: list[tuple[int, BlockOf]] = []
+    whole = [s for s in ordered if _kind(decoder, s.view) != SLIM]
+    if whole:
+        groups.append((sum(s.tokens for s in whole), _on_all(decoder, whole, masks)))
+    last: Sequence[SlimFF] | None = None
+    for session in ordered[len(whole) :]:
         rows = session.tokens
-        if groups and groups[-1][1] is session.view:
+        if session.view is last:
             rows += groups.pop()[0]
-        groups.append((rows, session.view))
+        last = session.view
+        groups.append((rows, last.__getitem__))
     return groups
 
 
-def _grouped(groups: Sequence[tuple[int, Sequence[SlimFF]]], layer: int) -> RunFF:
+def _on_all(decoder: Decoder, sessions: Sequence[Run], masks: RowMasks) -> BlockOf:
+    """The dense block of sessions that run on all weights, those that run zeroed at the end."""
+    zeroed = [(s.view, s.tokens) for s in sessions if isinstance(s.view, ZeroedLayers)]
+    if not zeroed:
+        return lambda layer: decoder.layers[layer].ff
+    views = [view for view, _ in zeroed]
+    if len(sessions) == 1:
+        return views[0].__getitem__
+    if all(tokens == 1 for _, tokens in zeroed):
+        of_rows = masks.of(views, decoder.dtype)
+        return lambda layer: partial(decoder.layers[layer].ff.zeroed, keep=of_rows[layer])
+    counts = torch.tensor([tokens for _, tokens in zeroed], device=decoder.device)
+
+    def block(layer: int) -> RunFF:
+        keep = torch.stack([view.keep[layer] for view in views])
+        rows = keep.repeat_interleave(counts, dim=0).to(decoder.dtype)
+        return partial(decoder.layers[layer].ff.zeroed, keep=rows)
+
+    return block
+
+
+def _grouped(groups: Sequence[tuple[int, BlockOf]], layer: int) -> RunFF:
     if len(groups) == 1:
-        return groups[0][1][layer]
+        return groups[0][1](layer)
     sizes = [rows for rows, _ in groups]
 
     def run(x: Tensor) -> Tensor:
         parts = zip(torch.split_with_sizes(x, sizes), groups, strict=True)
-        return torch.cat([view[layer](rows) for rows, (_, view) in parts])
+        return torch.cat([block(layer)(rows) for rows, (_, block) in parts])
 
     return run

@@ -23,7 +23,7 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
 from griffin_core.prefill import CHUNK_TOKENS
-from griffin_core.slim.crossover import assumed_private_limit
+from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.channel import Mail
 from griffin_server.generation.service import GenerationServicer
 from griffin_server.handoff.shared_memory import remove_stale_segments
@@ -122,7 +122,7 @@ class App:
             stream_interval=settings.stream_interval or None,
             selection=Selection(density=settings.density, policy=settings.policy),
             sharing=settings.sharing,
-            private_limit=assumed_private_limit if settings.role == "prefill" else None,
+            costs=ASSUMED_COSTS if settings.role == "prefill" else None,
             own_prefill_tokens=settings.own_prefill_tokens if settings.prefill_target else None,
             threads=settings.threads or CpuShare(),
             observer=self.metrics,

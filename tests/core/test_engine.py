@@ -116,6 +116,17 @@ def test_figures_say_what_the_pruning_did(running: Engine, model: Model) -> None
     assert figures.kv_cache_bytes == kv_bytes(model.decoder.spec, torch.float32, 28)
 
 
+def test_figures_say_what_the_tokens_ran_on(running: Engine) -> None:
+    for density in (1.0, 0.5):
+        tokens, finished = complete(running, task(9, density=density))
+        ran = finished.pruning
+        assert ran.dense_tokens == (len(tokens) if density == 1.0 else 1)  # the prompt's
+        assert ran.mean_density == pytest.approx((1 + (len(tokens) - 1) * density) / len(tokens))
+    score = ScoreTask(prompt=PROMPT, continuation=(1, 2, 3, 4), pruning=PruningParams(density=0.25))
+    ran = complete(running, score)[1].pruning
+    assert (ran.mean_density, ran.dense_tokens) == (pytest.approx(1.75 / 4), 1)
+
+
 def test_sampled_tokens_repeat_with_their_seed(running: Engine) -> None:
     def draw(seed: int) -> list[int]:
         sampling = SamplingParams(temperature=1.0, seed=seed)

@@ -88,7 +88,8 @@ def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
     for _, inbox in turns:
         inbox.until(Started)
         inbox.open = False
-    eventually(lambda: not running._decoding._groups.choosing)
+    eventually(lambda: not running._decoding._groups.due)
+    monkeypatch.setattr(sharing, "STEPS_HELD", 0)
     Once(monkeypatch, sharing, "select_group", lambda _, members: len(members) == 2)
     running.cancel(turns[0][0])
     for _, inbox in turns[1:]:

@@ -181,9 +181,9 @@ def check_accounts(running: Engine) -> None:
     infos = running.sessions().result(10)
     decoding = running._decoding
     caches = sum(s.cache.nbytes for s in decoding.scheduler if s.cache is not None)
-    views = sum(view.nbytes for view in decoding._views._views.values())
+    views = decoding._views.nbytes
     assert running.held_bytes == caches + views
     for info in infos:
         running.close(info.session_id).result(10)
     assert running.held_bytes == views
-    assert not any(view.users for view in decoding._views._views.values())
+    assert not any(view.users for view in decoding._views.held)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from griffin_core.kernels.rows import ACTIVATION_CODES
 from griffin_core.model.attention import rotate
-from griffin_core.model.feedforward import ACTIVATIONS, Neurons
+from griffin_core.model.feedforward import ACTIVATIONS, FeedForward, Neurons
 from griffin_core.model.spec import Activation
 from tests.exact import attention
 from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
@@ -25,10 +25,10 @@ from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
 pytestmark = [pytest.mark.gpu, needs_triton]
 
 if DEVICE is not None:
-    from griffin_core.cuda.activation import activate_rows
+    from griffin_core.cuda.activation import activate_own, activate_rows
     from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
-    from griffin_core.cuda.expert_table import ExpertTable
-    from griffin_core.cuda.feedforward import feedforward
+    from griffin_core.cuda.expert_table import ExpertTable, IndexSets
+    from griffin_core.cuda.feedforward import feedforward, feedforward_on_all
     from griffin_core.cuda.matvec import matvec, rms_norm
     from griffin_core.cuda.rotary import rotate_rows
     from griffin_core.cuda.statistic import add_s2_columns
@@ -183,6 +183,65 @@ def test_experts_read_by_index_equal_the_masked_form(
         got = feedforward(x, n, table(sets, shared), residual=residual)
         close(got, exact + residual.double())
         assert torch.equal(got, feedforward(x, n, table(sets, shared), residual=residual))
+
+
+def index_sets(count: int, ks: list[int]) -> list[IndexSets]:
+    """Random sets of so many neurons."""
+    return [IndexSets(random_set(count, k)[None], count) for k in ks]
+
+
+def table_of(sets: list[IndexSets]) -> ExpertTable:
+    return ExpertTable(
+        addresses=torch.tensor([s.addresses[0] for s in sets], device=DEVICE),
+        counts=torch.tensor([s.count for s in sets], device=DEVICE),
+        shared=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_all_weights_read_once_and_zeroed_equal_a_set_for_each(
+    shape: tuple[int, int], block: tuple[Activation, bool], dtype: torch.dtype
+) -> None:
+    (width, count), (activation, gated) = shape, block
+    n = neurons(width, count, dtype, activation, gated)
+    x = randn(4, width, dtype=dtype)
+    sets = index_sets(count, [1, count // 2 | 1, count - 1, count])
+    exact = [exact_output(row, n, own.indices[0]) for row, own in zip(x, sets, strict=True)]
+    ff = FeedForward(n)
+    close(feedforward_on_all(x, ff, n, table_of(sets)), torch.stack(exact), 2)
+    close(feedforward(x, n, table_of(sets)), torch.stack(exact))
+    close(
+        feedforward_on_all(x, ff, n, None),
+        torch.stack([exact_output(row, n, None) for row in x]),
+        2,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_outside_a_set_is_zero_and_not_even_read(dtype: torch.dtype) -> None:
+    count = 331
+    sets = index_sets(count, [1, 40, 330])
+    h = randn(3, 2 * count, dtype=dtype)
+    keep = torch.cat([own.keep for own in sets]).bool()
+    z = torch.nn.functional.silu(h[:, :count].double()) * h[:, count:].double()
+    poisoned = h.masked_fill(~keep.repeat(1, 2), math.nan)
+    got = activate_own(poisoned, ACTIVATION_CODES["silu"], table_of(sets), gated=True)
+    close(got, z * keep)
+    assert not got[~keep].any()
+
+
+def test_a_set_is_rewritten_in_place() -> None:
+    """[N, K] numbers, then for each set a byte for each neuron."""
+    first = torch.tensor([[0, 2], [1, 4]], dtype=torch.int32, device=DEVICE)
+    sets = IndexSets(first, 5)
+    assert sets.keep.tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]
+    addresses = list(sets.addresses)
+    sets.write(torch.tensor([[3, 4], [0, 1]], dtype=torch.int32, device=DEVICE))
+    assert sets.indices.tolist() == [[3, 4], [0, 1]]
+    assert sets.keep.tolist() == [[0, 0, 0, 1, 1], [1, 1, 0, 0, 0]]
+    assert sets.addresses == addresses == [row.data_ptr() for row in sets.indices]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.gpu, needs_cuda]
 
 if torch.cuda.is_available():
     from griffin_core.cuda.step import CudaStep
+    from griffin_core.slim.costs import ASSUMED_COSTS, GraphCosts
     from griffin_core.slim.indexed import Indexed
 
 ERROR = 4e-2
@@ -48,7 +49,7 @@ def prefilled(decoder: Decoder, prompt: list[int], capacity: int = 40) -> KvCach
     return cache
 
 
-def sampler_of(decoder: Decoder, slots: int = 4) -> Sampler:
+def sampler_of(decoder: Decoder, slots: int = 16) -> Sampler:
     """All of whose slots are greedy."""
     vocabulary = decoder.spec.vocabulary
     sampler = Sampler(slots=slots, vocabulary=vocabulary, device=decoder.device)
@@ -108,7 +109,16 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
     half = decoder_of(tiny_directory(name), torch.float16)
     single = decoder_of(tiny_directory(name), torch.float32)
     graphs, plain = graphs_of(half, 4), graphs_of(half, 4, graphs=False)
-    for kind in ("dense", "shared", "private", "mixed"):
+    for kind, most_private in (
+        ("dense", 0.0),
+        ("shared", 0.0),
+        ("private", 1.0),
+        ("private", 0.0),  # zeroed
+        ("mixed", 1.0),
+        ("mixed", 0.0),
+    ):
+        for step in (graphs, plain):
+            step._private_up_to = dict.fromkeys(step._private_up_to, most_private)
         by_index, masked = views(kind, half, single)
         for rows in ((0,), (0, 1, 2)):
             caches = [
@@ -206,14 +216,42 @@ def test_more_sessions_than_graphs_take_run_layer_by_layer(
     assert torch.equal(*made)
 
 
-def test_the_crossover_is_measured_on_the_graphs_and_leaves_no_trace(
+def test_a_set_each_runs_where_it_costs_no_more_and_zeroed_where_it_would(
+    tiny_directory: Callable[[str], Path],
+) -> None:
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
+    step = graphs_of(decoder, 16)
+    assert all((size, "zeroed") in step._graphs for size in (2, 4, 8, 16))
+    assert (16, "private") not in step._graphs
+    step._private_up_to = {1: 1.0, 2: 0.6, 4: 0.3, 8: 0.0}
+    some = [on(Indexed(), decoder, random_sets(decoder, k)) for k in (44, 22, 22)]
+    cache = prefilled(decoder, [1, 2, 3])
+
+    def mode(*of: View) -> str:
+        rows = [StepRow(cache=cache, view=view, slot=0) for view in of]
+        return step._mode(rows, 1 << (len(of) - 1).bit_length())
+
+    assert mode(dense(decoder)) == mode(dense(decoder), dense(decoder)) == "dense"
+    assert mode(some[0]) == "private"
+    assert mode(some[0], some[0]) == "shared"
+    assert mode(some[0], some[1]) == "private"
+    assert mode(some[0], dense(decoder)) == "zeroed"
+    assert mode(*some) == "zeroed"
+    assert mode(some[1], some[2], some[1]) == "private"
+
+
+def test_costs_are_measured_on_the_graphs_and_leaves_no_trace(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     measured, fresh = (graphs_of(decoder, 4) for _ in range(2))
-    limit = measured.private_limit()
-    assert all(1 <= limit(density) <= 4 for density in (0.01, 0.5, 1.0))
-    assert graphs_of(decoder, 4, graphs=False).private_limit()(0.5) == 2  # by bytes
+    costs = measured.measure_costs()
+    assert isinstance(costs, GraphCosts)
+    assert set(costs.dense) == set(costs.private) == {1, 2, 4}
+    assert set(costs.zeroed) == set(costs.shared) == {2, 4}
+    for own in ([0.5], [0.5] * 3, [0.01, 1.0]):
+        assert costs.step_s(dense=0, own=own, shared=[]) > 0
+    assert graphs_of(decoder, 4, graphs=False).measure_costs() is ASSUMED_COSTS
     view = on(Indexed(), decoder, random_sets(decoder, 44))
     made = []
     for step in (measured, fresh):

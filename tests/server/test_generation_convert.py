@@ -28,6 +28,8 @@ FIGURES = events.PruningFigures(
     norm_mass=(0.5, 0.75, 1.0),
     slim_view_bytes=1000,
     kv_cache_bytes=2000,
+    mean_density=0.625,
+    dense_tokens=3,
 )
 TIMINGS = events.Timings(
     queue_s=1.0, prefill_s=2.0, selection_s=3.0, slim_build_s=4.0, first_token_s=5.0, decode_s=6.0

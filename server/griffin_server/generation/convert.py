@@ -345,6 +345,8 @@ def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
         norm_mass=figures.norm_mass,
         slim_view_bytes=figures.slim_view_bytes,
         kv_cache_bytes=figures.kv_cache_bytes,
+        mean_density=figures.mean_density,
+        dense_tokens=figures.dense_tokens,
     )
 
 

@@ -94,9 +94,10 @@ class Settings(BaseSettings):
     )
     policy: PolicyName = Field("topk", description="Selection policy of requests that name none.")
     sharing: Sharing = Field(
-        "private",
-        description="Of requests that name none. private: a set of experts each; shared: one for "
-        "all of one density; auto: shared once private ones cost more than they save.",
+        "auto",
+        description="Default when a request does not set it. auto: whatever costs least, and dense "
+        "unless pruning gains 5 % of a step's time; private: a set of experts for each session; "
+        "shared: one for all of one density and policy.",
     )
     max_sessions: int = Field(64, ge=1, description="Sessions in prefill or decode at once.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait; more are refused.")
