@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from griffin_core.errors import BadModelFile, InvalidRequest, ModelError, ModelNotFound
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.generation_config import (
+    SamplingDefaults,
+    load_generation_config,
+    sampling_defaults,
+)
 from griffin_core.model.source import Progress, resolve
 from griffin_core.model.spec import spec_from_config
 from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +34,7 @@ class Model:
         name: what was asked for, paths reduced to their last part.
         fingerprint: equal fingerprints give equal KV; see ``weights.fingerprint``.
         eos_ids: tokens that end a completion.
+        sampling_defaults: how the model's own generation_config.json wants tokens drawn.
     """
 
     name: str
@@ -36,6 +42,7 @@ class Model:
     tokenizer: Tokenizer
     fingerprint: str
     eos_ids: frozenset[int]
+    sampling_defaults: SamplingDefaults = field(default_factory=dict, hash=False)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -94,12 +101,14 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
     state = _state(model, where, dtype, device)
     tokenizer = load_tokenizer(where)
+    generation = load_generation_config(where)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
         decoder=Decoder(spec, weights_from_state(spec, state)),
         tokenizer=tokenizer,
         fingerprint=fingerprint(spec, state),
-        eos_ids=_eos_ids(where, config, tokenizer),
+        eos_ids=_eos_ids(generation, config, tokenizer),
+        sampling_defaults=sampling_defaults(generation),
     )
 
 
@@ -140,11 +149,10 @@ def _state(
     return {name: t.detach().to(device) for name, t in module.state_dict().items()}
 
 
-def _eos_ids(where: str, config: PreTrainedConfig, tokenizer: Tokenizer) -> frozenset[int]:
-    try:
-        ids = GenerationConfig.from_pretrained(where).eos_token_id
-    except OSError:  # the file is optional
-        ids = None
+def _eos_ids(
+    generation: GenerationConfig | None, config: PreTrainedConfig, tokenizer: Tokenizer
+) -> frozenset[int]:
+    ids = None if generation is None else generation.eos_token_id
     for fallback in (getattr(config, "eos_token_id", None), tokenizer.eos_id):
         ids = fallback if ids is None else ids
     if ids is None:
