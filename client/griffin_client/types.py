@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Policy = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
@@ -23,7 +23,11 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; None takes the server's default, which is greedy."""
+    """How tokens are drawn; None takes the server's default.
+
+    That is greedy, the most likely token each time, unless the server was started with
+    ``--sampling-defaults model`` and the model's generation_config.json sets the field.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
@@ -52,7 +56,8 @@ class PruningFigures:
 
     Args:
         experts_per_layer: K of ff_width F neurons.
-        norm_mass: for each layer the share of the prompt's activation norm the experts hold.
+        norm_mass: for each layer the share of the prompt's activation norm the experts hold; no
+            measure of the output's quality.
         slim_view_bytes, kv_cache_bytes: what the session holds on the server.
         mean_density: mean over the turn's tokens so far of the share of the FF neurons they ran on;
             0 before the first. The first comes of the dense pass over the prompt and counts as 1.
@@ -244,6 +249,7 @@ class ModelInfo:
     default_sharing: Sharing
     max_sessions: int
     version: str
+    default_sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

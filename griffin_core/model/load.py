@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,11 @@ from griffin_core.errors import (
     ModelNotFound,
 )
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.generation_config import (
+    SamplingDefaults,
+    load_generation_config,
+    sampling_defaults,
+)
 from griffin_core.model.source import Progress, resolve
 from griffin_core.model.spec import ModelSpec, spec_from_config
 from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +41,7 @@ class Model:
         name: what was asked for, paths reduced to their last part.
         fingerprint: equal fingerprints give equal KV; see ``weights.fingerprint``.
         eos_ids: tokens that end a completion.
+        sampling_defaults: how the model's own generation_config.json wants tokens drawn.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Model:
     tokenizer: Tokenizer
     fingerprint: str
     eos_ids: frozenset[int]
+    sampling_defaults: SamplingDefaults = field(default_factory=dict, hash=False)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -103,12 +110,14 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     state = _state(model, where, dtype)
     tokenizer = load_tokenizer(where)
     decoder, on_device = _on_device(spec, state, device)
+    generation = load_generation_config(where)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
         decoder=decoder,
         tokenizer=tokenizer,
         fingerprint=fingerprint(spec, on_device),
-        eos_ids=_eos_ids(where, config, tokenizer),
+        eos_ids=_eos_ids(generation, config, tokenizer),
+        sampling_defaults=sampling_defaults(generation),
     )
 
 
@@ -172,11 +181,10 @@ def _state(model: str, where: str, dtype: torch.dtype) -> dict[str, torch.Tensor
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
-def _eos_ids(where: str, config: PreTrainedConfig, tokenizer: Tokenizer) -> frozenset[int]:
-    try:
-        ids = GenerationConfig.from_pretrained(where).eos_token_id
-    except OSError:  # the file is optional
-        ids = None
+def _eos_ids(
+    generation: GenerationConfig | None, config: PreTrainedConfig, tokenizer: Tokenizer
+) -> frozenset[int]:
+    ids = None if generation is None else generation.eos_token_id
     for fallback in (getattr(config, "eos_token_id", None), tokenizer.eos_id):
         ids = fallback if ids is None else ids
     if ids is None:

@@ -18,11 +18,19 @@ from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2_grpc
 from griffin_core.cpu_share import CpuShare
 from griffin_core.decode.scheduler import Limits
 from griffin_core.engine import Engine
-from griffin_core.errors import DeviceMemoryExhausted, EngineFault, GriffinError
+from griffin_core.errors import (
+    BadModelFile,
+    DeviceMemoryExhausted,
+    EngineFault,
+    GriffinError,
+    InvalidRequest,
+)
 from griffin_core.experts.selection import Selection
+from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
 from griffin_core.prefill import CHUNK_TOKENS
+from griffin_core.sampling.params import SamplingParams
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.channel import Mail
 from griffin_server.generation.service import GenerationServicer
@@ -94,15 +102,42 @@ def _bytes(gib: float | None) -> int | None:
     return None if gib is None else int(gib * (1 << 30))
 
 
+def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
+    """The values of sampling fields that a request does not set; says in the log what they are.
+
+    Raises:
+        BadModelFile: those of the model are out of range.
+    """
+    if settings.sampling_defaults == "greedy":
+        return NO_SAMPLING_DEFAULTS
+    defaults = model.sampling_defaults
+    try:
+        SamplingParams(**defaults)  # type: ignore[arg-type]  # checked there, whatever they are
+    except (InvalidRequest, TypeError) as error:
+        raise BadModelFile(
+            f"model: generation_config.json of {model.name!r} has sampling that cannot be used "
+            f"({error})"
+        ) from error
+    if defaults:
+        log.info("sampling defaults of the model", **defaults)
+    else:
+        log.info(f"{model.name} has no sampling defaults of its own; the default stays greedy")
+    return defaults
+
+
 class App:
     """A running server. ``start`` it, then ``stop`` it; not to be used twice.
 
     Args:
         model: already loaded.
+
+    Raises:
+        BadModelFile: the model's sampling defaults are wanted and out of range.
     """
 
     def __init__(self, settings: Settings, model: Model) -> None:
         self._settings = settings
+        self._sampling_defaults = _sampling_defaults(settings, model)
         self.metrics = Metrics()
         session_bytes = _bytes(settings.session_memory_gib)
         self.engine = Engine(
@@ -212,7 +247,14 @@ class App:
                     ]
                 )
             generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-                GenerationServicer(engine, self._prefill, settings.role, mail, self.metrics),
+                GenerationServicer(
+                    engine,
+                    self._prefill,
+                    settings.role,
+                    mail,
+                    self.metrics,
+                    sampling_defaults=self._sampling_defaults,
+                ),
                 self._server,
             )
             services.append(GENERATION)

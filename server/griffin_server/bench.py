@@ -1,14 +1,16 @@
-"""`griffin bench`: load on a running server, and how it took it."""
+"""`griffin bench`: puts a running server under load and reports latencies and throughput."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from griffin_client import (
     AsyncGriffinClient,
     Finished,
     GriffinClientError,
+    ModelInfo,
     Sampling,
     Sharing,
     Started,
@@ -32,34 +35,81 @@ class Load:
     """What to send.
 
     Args:
-        requests: how many in all.
-        concurrency: closed loop: so many at once, the next as soon as one ends.
-        rate: open loop: so many a second on average, at random moments (Poisson), however many are
-            under way by then. None for a closed loop.
-        prompt_tokens, output_tokens: (least, most) of each request, drawn uniformly. Prompts are
-            random tokens; completions do not end before they have as many tokens as asked for.
+        requests: how many requests in all.
+        concurrency: closed loop: this many requests at once, the next as soon as one ends.
+        rate: open loop: this many requests a second on average, at random moments (Poisson),
+            however many are under way by then. None for a closed loop.
+        prompts: texts to send, in turn; as a chat if the model has a chat template. None for
+            prompts of random tokens.
+        prompt_tokens: (least, most) tokens of a random prompt, drawn uniformly.
+        output_tokens: (least, most) tokens of a completion, drawn uniformly. A completion does not
+            end before it has as many tokens as asked for.
+        sampling: how tokens are drawn; each request gets a seed of its own.
         densities: taken in turn; None is the server's default.
-        seed: of lengths, prompts and moments.
+        seed: seed of lengths, prompts and moments.
         timeout_s: deadline of each request, or None.
     """
 
     requests: int
     concurrency: int
     rate: float | None
+    prompts: Sequence[str] | None
     prompt_tokens: tuple[int, int]
     output_tokens: tuple[int, int]
+    sampling: Sampling
     densities: Sequence[float | None]
     sharing: Sharing | None
     seed: int
     timeout_s: float | None
 
 
+def read_prompts(path: Path) -> list[str]:
+    """Texts from a file: one a line, or one JSON object a line (a file named .jsonl) with the text
+    in "text" or "prompt". Empty lines are left out.
+
+    Raises:
+        OSError, UnicodeDecodeError: the file cannot be read.
+        ValueError: it has no text, or a line of JSON has none.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        texts = [_text_of(line, number) for number, line in numbered]
+    else:
+        texts = [line for _, line in numbered]
+    if not texts:
+        raise ValueError(f"{path} has no text; it needs one text a line")
+    return texts
+
+
+def _text_of(line: str, number: int) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from error
+    if isinstance(value, dict):
+        for name in ("text", "prompt"):
+            if isinstance(value.get(name), str) and value[name].strip():
+                return str(value[name])
+    raise ValueError(f'line {number} has no text; it needs an object with "text" or "prompt"')
+
+
 @dataclass
 class Results:
-    """What came back. Times in seconds, on this side's monotonic clock."""
+    """What came back. Times in seconds, on this side's monotonic clock.
 
+    Args:
+        sampling: how tokens were drawn.
+    """
+
+    sampling: Sampling
     first_token_s: list[float] = field(default_factory=list)
+    stream_token_s: list[float] = field(default_factory=list)
+    """Of each stream: (last token - first token) / (tokens - 1)."""
     inter_token_s: list[float] = field(default_factory=list)
+    """Of each token: the gap before its message, divided by the tokens of that message."""
+    message_gap_s: list[float] = field(default_factory=list)
+    """Between two messages of a stream."""
     end_to_end_s: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     """By status code."""
@@ -72,6 +122,11 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """For machines: seconds, counts, tokens a second."""
         return {
+            "sampling": {
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "top_k": self.sampling.top_k,
+            },
             "completed": len(self.end_to_end_s),
             "errors": dict(self.errors),
             "error_messages": self.messages,
@@ -80,7 +135,9 @@ class Results:
             "wall_s": self.wall_s,
             "tokens_per_s": self.generated_tokens / self.wall_s if self.wall_s else 0.0,
             "time_to_first_token_s": percentiles(self.first_token_s),
+            "stream_token_s": percentiles(self.stream_token_s),
             "inter_token_latency_s": percentiles(self.inter_token_s),
+            "message_gap_s": percentiles(self.message_gap_s),
             "end_to_end_s": percentiles(self.end_to_end_s),
         }
 
@@ -99,7 +156,7 @@ async def run_load(target: str, load: Load, console: Console) -> Results:
     Raises:
         GriffinClientError: the server does not say what model it holds.
     """
-    results = Results()
+    results = Results(sampling=load.sampling)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -108,13 +165,13 @@ async def run_load(target: str, load: Load, console: Console) -> Results:
         TextColumn("{task.fields[note]}"),
     )
     async with AsyncGriffinClient(target) as client:
-        vocabulary = (await client.model_info(timeout_s=10)).vocabulary
+        model = await client.model_info(timeout_s=10)
         clock = time.monotonic()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("requests", total=load.requests, note="")
 
             async def one(number: int) -> None:
-                await _one(client, load, number, vocabulary, results)
+                await _one(client, load, number, model, results)
                 rate = results.generated_tokens / (time.monotonic() - clock)
                 errors = f" · {results.errors.total()} errors" if results.errors else ""
                 progress.update(bar, advance=1, note=f"{rate:.1f} tokens/s{errors}")
@@ -148,28 +205,31 @@ async def _open_loop(load: Load, rate: float, one: Any) -> None:
 
 
 async def _one(
-    client: AsyncGriffinClient, load: Load, number: int, vocabulary: int, results: Results
+    client: AsyncGriffinClient, load: Load, number: int, model: ModelInfo, results: Results
 ) -> None:
     draw = random.Random(f"{load.seed} {number}")
-    prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(*load.prompt_tokens))]
+    prompt = _prompt(load, number, model, draw)
     stopping = Stopping(max_tokens=draw.randint(*load.output_tokens), ignore_eos=True)
     begin = last = time.monotonic()
-    first = 0.0
+    first, tokens = 0.0, 0
     try:
         async for event in client.generate(
-            token_ids=prompt,
+            **prompt,
             density=load.densities[number % len(load.densities)],
             sharing=load.sharing,
-            sampling=Sampling(seed=number),
+            sampling=replace(load.sampling, seed=number),
             stopping=stopping,
             timeout_s=load.timeout_s,
         ):
             now = time.monotonic()
             if isinstance(event, Tokens) and event.ids:
                 results.generated_tokens += len(event.ids)
+                tokens += len(event.ids)
                 if first:
-                    gap = (now - last) / len(event.ids)  # tokens of a message share its time
-                    results.inter_token_s.extend(gap for _ in event.ids)
+                    gap = now - last
+                    results.message_gap_s.append(gap)
+                    # Tokens of a message share its time.
+                    results.inter_token_s.extend(gap / len(event.ids) for _ in event.ids)
                 else:
                     first = now
                     results.first_token_s.append(now - begin)
@@ -178,9 +238,20 @@ async def _one(
                 results.prompt_tokens += event.prompt_tokens
             elif isinstance(event, Finished):
                 results.end_to_end_s.append(now - begin)
+                if tokens > 1:
+                    results.stream_token_s.append((last - first) / (tokens - 1))
     except GriffinClientError as error:
         results.errors[error.code.name] += 1
         results.messages.setdefault(error.code.name, str(error))
+
+
+def _prompt(load: Load, number: int, model: ModelInfo, draw: random.Random) -> dict[str, Any]:
+    """The prompt of a request, as an argument of ``generate``."""
+    length = draw.randint(*load.prompt_tokens)  # drawn in any case: a seed gives the same outputs
+    if load.prompts is None:
+        return {"token_ids": [draw.randrange(model.vocabulary) for _ in range(length)]}
+    text = load.prompts[number % len(load.prompts)]
+    return {"messages": [("user", text)]} if model.has_chat_template else {"prompt": text}
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -193,7 +264,8 @@ def print_results(results: Results, console: Console) -> None:
     table = Table("milliseconds", "p50", "p90", "p99", box=None)
     for name, key in (
         ("time to first token", "time_to_first_token_s"),
-        ("between tokens", "inter_token_latency_s"),
+        ("between tokens of a stream", "stream_token_s"),
+        ("between messages", "message_gap_s"),
         ("end to end", "end_to_end_s"),
     ):
         if values := summary[key]:

@@ -34,7 +34,7 @@ from griffin_client import (
     Stopping,
     Tokens,
 )
-from griffin_server.bench import Load, print_results, run_load
+from griffin_server.bench import Load, print_results, read_prompts, run_load
 from griffin_server.top import GONE, gone, look_twice, watch
 
 app = typer.Typer(
@@ -173,7 +173,7 @@ def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
     for name, value in asdict(model).items():
         table.add_row(name.replace("_", " "), str(value))
     console.print(table)
-    listing = Table("session", "state", "tokens", "density", "norm mass", "age s", box=None)
+    listing = Table("session", "state", "tokens", "density", "age s", box=None)
     for session in sessions:
         figures = session.pruning
         listing.add_row(
@@ -181,7 +181,6 @@ def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
             session.state,
             str(session.context_tokens),
             f"{figures.density:g}",
-            f"{figures.mean_norm_mass:.3f}",
             f"{session.age_s:.1f}",
         )
     if sessions:
@@ -272,18 +271,36 @@ def _analyzer(
 @app.command()
 def bench(
     target: Target = "localhost:50051",
-    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests in all.")] = 64,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Closed loop: so many at once, until all are done.")
+        int,
+        typer.Option(min=1, help="Closed loop: this many requests at once, until all are done."),
     ] = 8,
     rate: Annotated[
         float | None,
         typer.Option(
-            help="Open loop instead: so many a second on average, at random moments (Poisson)."
+            help="Open loop instead: this many requests a second on average, at random moments "
+            "(Poisson)."
         ),
     ] = None,
-    prompt_tokens: Annotated[str, typer.Option(help="A number, or least:most.")] = "128",
-    output_tokens: Annotated[str, typer.Option(help="A number, or least:most.")] = "64",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take prompts from this file, in turn: one text a line, or .jsonl with "
+            '"text" or "prompt" in each line. Without it prompts are random tokens.'
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Length of a random prompt: a number, or least:most.")
+    ] = "128",
+    output_tokens: Annotated[
+        str, typer.Option(help="Length of a completion: a number, or least:most.")
+    ] = "64",
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy. Tokens are sampled unless you say so.")
+    ] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the distribution, in (0, 1].")] = 0.9,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 is all.")] = 0,
     density: Annotated[
         list[float] | None,
         typer.Option(help="Repeat it for several, taken in turn; the server's if not given."),
@@ -291,19 +308,35 @@ def bench(
     sharing: Annotated[
         str | None, typer.Option(help="private, shared or auto; the server's if not given.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of lengths, prompts and moments.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed for prompt lengths, contents and arrival times.")
+    ] = 0,
     timeout: Annotated[float | None, typer.Option(help="Seconds for each request.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put a running server under load, and say how it took it."""
+    """Put a running server under load and report latency percentiles.
+
+    Tokens are sampled at temperature 0.7 with top-p 0.9, as users sample; --temperature 0 is
+    greedy. Between tokens of a stream is (last - first) / (tokens - 1) of each.
+    """
     if rate is not None and not 0 < rate < math.inf:
         _fail(f"rate: got {rate}; allowed: > 0", status=2)
+    if not 0 <= temperature < math.inf:
+        _fail(f"temperature: got {temperature}; allowed: >= 0", status=2)
+    if not 0 < top_p <= 1:
+        _fail(f"top-p: got {top_p}; allowed: (0, 1]", status=2)
+    try:
+        texts = None if prompts is None else read_prompts(prompts)
+    except (OSError, ValueError) as error:
+        _fail(f"prompts: {error}", status=2)
     load = Load(
         requests=requests,
         concurrency=concurrency,
         rate=rate,
+        prompts=texts,
         prompt_tokens=_range("prompt-tokens", prompt_tokens),
         output_tokens=_range("output-tokens", output_tokens),
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
         densities=density or [None],
         sharing=sharing,  # type: ignore[arg-type]  # the server names the allowed ones
         seed=seed,
@@ -316,7 +349,7 @@ def bench(
     else:
         print_results(results, Console(highlight=False))
     if not results.end_to_end_s:
-        _fail("no request came to its end")
+        _fail("no request finished")
 
 
 @app.command()
@@ -356,7 +389,7 @@ def figures_line(started: Started, finished: Finished) -> str:
         f"first token {finished.timings.first_token_s:.2f} s · "
         f"{finished.tokens_per_second:.1f} tokens/s · "
         f"FF density {pruning.density:g} ({pruning.experts_per_layer}/{pruning.ff_width}) · "
-        f"norm mass {pruning.mean_norm_mass:.3f} · {finished.reason}"
+        f"{finished.reason}"
     )
 
 

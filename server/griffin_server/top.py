@@ -142,7 +142,7 @@ def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("session", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    numbers = "tokens\n/s", "context\ntokens", "density", "norm\nmass"
+    numbers = "tokens\n/s", "context\ntokens", "density"
     memory = "KV\nMiB", "view\nMiB", "reserved\nMiB"
     for heading in (*numbers, *memory, "age\ns", "idle\ns"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -154,7 +154,6 @@ def _table(rows: Sequence[Row]) -> Table:
             _rate(row.tokens_per_s),
             str(session.context_tokens),
             f"{figures.density:g}",
-            f"{figures.mean_norm_mass:.3f}" if figures.norm_mass else "-",
             _mib(figures.kv_cache_bytes),
             _mib(figures.slim_view_bytes),
             _mib(session.reserved_bytes),

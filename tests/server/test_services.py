@@ -22,11 +22,12 @@ from griffin_client import (
     Finished,
     GriffinClient,
     NotFound,
+    Sampling,
     Stopping,
     Tokens,
     Unavailable,
 )
-from griffin_core.errors import EngineFault
+from griffin_core.errors import BadModelFile, EngineFault
 from griffin_core.model.load import Model
 from griffin_server.app import GENERATION, App
 from griffin_server.ops.settings import Settings
@@ -59,6 +60,54 @@ def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], M
     assert (info.vocabulary, info.context_length) == (260, 256)
     assert (info.dtype, info.device, info.role) == ("float32", "cpu", "all")
     assert info.has_chat_template and (info.default_density, info.default_policy) == (1.0, "topk")
+    assert info.default_sampling == Sampling()
+
+
+@pytest.fixture
+def opinionated(tiny: Callable[[str], Model]) -> Model:
+    """A model whose generation_config.json has sampling in it."""
+    wanted = {"temperature": 1.5, "top_k": 40, "repetition_penalty": 1.25}
+    return replace(tiny("llama"), sampling_defaults=wanted)
+
+
+def test_a_request_that_sets_no_sampling_is_greedy(opinionated: Model) -> None:
+    with running(opinionated) as server, server.client() as client:
+        said = [client.complete("a", stopping=Stopping(max_tokens=20)).token_ids for _ in range(3)]
+        greedy = client.complete(
+            "a", stopping=Stopping(max_tokens=20), sampling=Sampling(temperature=0)
+        )
+    assert said == [greedy.token_ids] * 3
+
+
+def test_the_models_own_sampling_is_the_default_if_the_server_is_told_so(
+    opinionated: Model,
+) -> None:
+    with running(opinionated, sampling_defaults="model") as server, server.client() as client:
+        assert client.model_info().default_sampling == Sampling(
+            temperature=1.5, top_k=40, repetition_penalty=1.25
+        )
+
+        def said(sampling: Sampling) -> tuple[int, ...]:
+            return client.complete(
+                "a", stopping=Stopping(max_tokens=20, ignore_eos=True), sampling=sampling
+            ).token_ids
+
+        whole = Sampling(temperature=1.5, top_k=40, repetition_penalty=1.25, seed=3)
+        assert said(Sampling(seed=3)) == said(whole)
+        # What a request sets wins, field by field: also where that is a plain default.
+        greedy = Sampling(temperature=0, repetition_penalty=1.25)
+        assert said(Sampling(temperature=0)) == said(greedy)
+        plain = Sampling(temperature=0, top_k=0, repetition_penalty=1)
+        assert said(plain) != said(greedy)
+
+
+def test_sampling_defaults_that_no_request_could_have_stop_the_start(
+    tiny: Callable[[str], Model],
+) -> None:
+    model = replace(tiny("llama"), sampling_defaults={"temperature": -1.0})
+    words = r"generation_config.json of 'llama'.*temperature: got -1.0; allowed: >= 0"
+    with pytest.raises(BadModelFile, match=words):
+        App(Settings(port=0, sampling_defaults="model"), model)
 
 
 def test_a_kept_session_is_listed_continued_and_closed(client: GriffinClient) -> None:

@@ -48,14 +48,14 @@ MODEL = ModelInfo(
 )
 
 
-def session(name: str, *, kv: int = 0, view: int = 0, mass: float = 0.9, **given: Any) -> Session:
+def session(name: str, *, kv: int = 0, view: int = 0, **given: Any) -> Session:
     pruning = PruningFigures(
         density=0.75,
         policy="topk",
         experts_per_layer=1152,
         ff_width=1536,
-        mean_norm_mass=mass,
-        norm_mass=(mass,) if mass else (),
+        mean_norm_mass=0.9,
+        norm_mass=(0.9,),
         slim_view_bytes=view,
         kv_cache_bytes=kv,
         mean_density=0.75,
@@ -128,12 +128,12 @@ def test_a_row_says_only_what_is_known() -> None:
     look = seen(
         0.0,
         session("0123456789abcdef", state="idle", kv=3 << 20, age_s=60.4, idle_s=7.0),
-        session("waits", state="queued", mass=0.0),
+        session("waits", state="queued"),
     )
     waits, idle = (line.split() for line in drawn(look)[-2:])
-    assert waits == ["waits", "queued", "-", "100", "0.75", "-", "0.0", "0.0", "0.0", "1", "-"]
-    assert idle[:6] == ["01234567", "idle", "-", "100", "0.75", "0.900"]
-    assert idle[6:] == ["3.0", "0.0", "0.0", "60", "7"]
+    assert waits == ["waits", "queued", "-", "100", "0.75", "0.0", "0.0", "0.0", "1", "-"]
+    assert idle[:5] == ["01234567", "idle", "-", "100", "0.75"]
+    assert idle[5:] == ["3.0", "0.0", "0.0", "60", "7"]
 
 
 def test_large_figures_fit_into_80_columns() -> None:
@@ -208,9 +208,9 @@ def test_once_prints_what_a_server_does_between_two_looks(long_server: Running) 
     rows = [line.split() for line in table[2:]]
     decoding = [row for row in rows if row[1] == "decode"]
     assert decoding and rows[: len(decoding)] == decoding
-    _, _, rate, context, density, mass, *memory, _, idle = decoding[0]
+    _, _, rate, context, density, *memory, _, idle = decoding[0]
     assert float(rate) > 0 and int(context) > 1
-    assert density == "0.5" and 0.5 < float(mass) < 1
+    assert density == "0.5"
     assert len(memory) == 3 and float(memory[2]) > 0
     assert idle == "-"
 

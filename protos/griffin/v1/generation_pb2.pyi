@@ -176,7 +176,7 @@ class Pruning(_message.Message):
     SHARING_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     """Fraction of FF neurons kept, in (0, 1]; K = max(1, floor(F * density)). 1 is the dense model.
-    Default: the server's `--density` (GetModelInfo tells it).
+    Default: the server's `--density` (GetModelInfo tells it), which is 1 unless it is set.
     """
     policy: Global___SelectionPolicy.ValueType
     """Default: the server's `--policy` (GetModelInfo tells it)."""
@@ -203,6 +203,13 @@ Global___Pruning: _TypeAlias = Pruning  # noqa: Y015
 class Sampling(_message.Message):
     """How a token is drawn from the logits. Applied in this order: logit bias, repetition, presence and
     frequency penalty, temperature, top_k, top_p, min_p.
+
+    A request that sets none of these fields is greedy: it takes the most likely token each time. A
+    server with `--sampling-defaults model` takes temperature, top_k, top_p, min_p and
+    repetition_penalty from the model's own generation_config.json where the request does not set
+    them (GetModelInfo tells them); whatever the request sets wins, field by field. So temperature 0
+    asks for the most likely token from every server, and the defaults below are those of fields that
+    neither sets.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -258,7 +265,9 @@ class Sampling(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id -> value in [-100, 100] added to its logit. At most 1024 entries."""
+        """Token id -> value in [-100, 100] added to its logit. At most 1024 entries. A server has no
+        defaults for it: an empty map biases nothing.
+        """
 
     def __init__(
         self,
@@ -760,7 +769,9 @@ class PruningFigures(_message.Message):
     """How many of those tokens ran on all neurons (dense), the first included."""
     @_builtins.property
     def norm_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """L values in (0, 1]: sum of s squared over the experts / over all neurons of the layer."""
+        """L values in (0, 1]: sum of s squared over the experts / over all neurons of the layer. It says
+        how much of the prompt's activations the experts hold, and not how good the output will be.
+        """
 
     def __init__(
         self,
@@ -1135,6 +1146,7 @@ class GetModelInfoResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DEFAULT_POLICY_FIELD_NUMBER: _builtins.int
     DEFAULT_SHARING_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The directory, file or hub id the server was started with; paths are reduced to their last part."""
     family: _builtins.str
@@ -1164,15 +1176,21 @@ class GetModelInfoResponse(_message.Message):
     """"all" or "decode"."""
     has_chat_template: _builtins.bool
     default_density: _builtins.float
-    """What a request that names no density gets."""
+    """The density of a request that does not set it."""
     max_sessions: _builtins.int
     """Most sessions that are live at once."""
     version: _builtins.str
     """The server's version, "1.2.3"."""
     default_policy: Global___SelectionPolicy.ValueType
-    """What a request that names no policy gets."""
+    """The policy of a request that does not set it."""
     default_sharing: Global___ExpertSharing.ValueType
-    """What a request that names no sharing gets."""
+    """The sharing of a request that does not set it."""
+    @_builtins.property
+    def default_sampling(self) -> Global___Sampling:
+        """The fields that `--sampling-defaults` sets for requests that do not; none is set if that is
+        "greedy", or if the model has no sampling defaults of its own.
+        """
+
     def __init__(
         self,
         *,
@@ -1196,10 +1214,11 @@ class GetModelInfoResponse(_message.Message):
         version: _builtins.str = ...,
         default_policy: Global___SelectionPolicy.ValueType = ...,
         default_sharing: Global___ExpertSharing.ValueType = ...,
+        default_sampling: Global___Sampling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,6 +19,7 @@ from griffin_core.decode.session import SessionInfo, Sharing, State
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
+from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.logprobs import Logprobs
@@ -88,10 +89,13 @@ def generate_task(
     tokenizer: Tokenizer,
     spec: ModelSpec,
     timeout_s: float | None = None,
+    *,
+    sampling_defaults: SamplingDefaults = NO_SAMPLING_DEFAULTS,
 ) -> GenerateTask:
     """Tokenizes and checks a request.
 
     Args:
+        sampling_defaults: values of the sampling fields that the request does not set.
         timeout_s: how long the caller waits; None for ever.
 
     Raises:
@@ -101,7 +105,7 @@ def generate_task(
     field = input_field(request)
     seed = seed_of(request.sampling)
     # What is cheap to check goes before the tokenizer.
-    sampling = _sampling(request.sampling, seed)
+    sampling = _sampling(request.sampling, seed, sampling_defaults)
     stopping = _stopping(request.stopping)
     pruning = pruning_params(request.pruning)
     prompt = prompt_ids(field, request, tokenizer, continues=bool(request.session_id))
@@ -246,21 +250,23 @@ def _set_fields(message: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
-def _sampling(message: pb.Sampling, seed: int) -> SamplingParams:
-    return SamplingParams(
-        seed=seed,
-        logit_bias=dict(message.logit_bias),
-        **_set_fields(
-            message,
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        ),
+def _sampling(message: pb.Sampling, seed: int, defaults: SamplingDefaults) -> SamplingParams:
+    given = _set_fields(
+        message,
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
     )
+    return SamplingParams(seed=seed, logit_bias=dict(message.logit_bias), **{**defaults, **given})
+
+
+def sampling_defaults_to_pb(defaults: SamplingDefaults) -> pb.Sampling:
+    """A message with the fields that are not at their plain defaults."""
+    return pb.Sampling(**defaults)  # type: ignore[arg-type]  # each has its field's type
 
 
 def _stopping(message: pb.Stopping) -> StoppingParams:

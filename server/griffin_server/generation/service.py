@@ -26,6 +26,7 @@ from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import CapacityExhausted, EngineFault, GriffinError
 from griffin_core.kv_cache import kv_bytes
+from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.prefill import LayerActivations, LayerExperts
@@ -56,6 +57,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         role: "all" or "decode", for GetModelInfo.
         mail: what brings the engine's events here.
         metrics: where requests are counted.
+        sampling_defaults: values of the sampling fields that a request does not set.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         role: str,
         mail: Mail,
         metrics: Metrics,
+        sampling_defaults: SamplingDefaults = NO_SAMPLING_DEFAULTS,
     ) -> None:
         self._engine = engine
         self._model = engine.model
@@ -72,12 +75,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._role = role
         self._mail = mail
         self._metrics = metrics
+        self._sampling_defaults = sampling_defaults
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         with self._metrics.request(time.monotonic(), context) as counted:
-            task = await self._task(convert.generate_task, request, context)
+            make = partial(convert.generate_task, sampling_defaults=self._sampling_defaults)
+            task = await self._task(make, request, context)
             async with aclosing(self._events(task, context)) as events:
                 async for event in events:
                     match event:
@@ -217,6 +222,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             default_sharing=convert.sharing_to_pb(self._engine.sharing),
             max_sessions=self._engine.limits.max_sessions,
             version=__version__,
+            default_sampling=convert.sampling_defaults_to_pb(self._sampling_defaults),
         )
 
     async def GetSession(

@@ -27,6 +27,9 @@ from griffin_server.ops.logging import LogFormat
 
 HandoffWay = Literal["auto", "shared_memory", "messages"]
 
+SamplingDefaultsFrom = Literal["greedy", "model"]
+"""Where the sampling comes from that a request does not set."""
+
 _config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
 
@@ -86,18 +89,27 @@ class Settings(BaseSettings):
         True, description="On a GPU, run a decode step as one graph, captured at start."
     )
     density: float = Field(
-        0.75,
+        1.0,
         gt=0,
         le=1,
-        description="Fraction of FF neurons kept, for requests that name none. 0.5 is the paper's "
-        "choice for 7B models and larger; small models need more.",
+        description="Fraction of FF neurons kept, for requests that do not set it. 1, the default, "
+        "is the dense model. Set 0.5 or 0.75 for models of 7B parameters and more and for long "
+        "prompts, and look at the answers: small models on short prompts repeat themselves.",
     )
-    policy: PolicyName = Field("topk", description="Selection policy of requests that name none.")
+    policy: PolicyName = Field(
+        "topk", description="Selection policy, for requests that do not set it."
+    )
     sharing: Sharing = Field(
         "auto",
         description="Default when a request does not set it. auto: whatever costs least, and dense "
         "unless pruning gains 5 % of a step's time; private: a set of experts for each session; "
         "shared: one for all of one density and policy.",
+    )
+    sampling_defaults: SamplingDefaultsFrom = Field(
+        "greedy",
+        description="How tokens are drawn, for sampling fields that a request does not set. "
+        "greedy: the likeliest token, no penalties; model: as the model's own "
+        "generation_config.json says, and greedy where it says nothing.",
     )
     max_sessions: int = Field(64, ge=1, description="Sessions in prefill or decode at once.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait; more are refused.")

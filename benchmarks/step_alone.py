@@ -1,0 +1,195 @@
+"""A decode step by itself, in a process of its own: no server, no client, no sampling.
+
+Prints one JSON object when it is ready: what the machine reads or copies, and the ceilings. Then it
+answers each number of sessions, one a line, with the milliseconds of a greedy step of them by form
+of the FF, all after the same context. ``step_ms`` is what the host waits for, step after step; on a
+GPU ``graph_ms`` is the step's CUDA graph alone, replayed.
+
+    echo 4 | python -m benchmarks.step_alone --model smollm2-135m-instruct --context 160 --most 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.ceiling import step_bytes
+from benchmarks.report import read_bandwidth
+from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.kv_cache import KvCache
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.linear import Rows
+from griffin_core.model.load import load_model
+from griffin_core.slim.base import SlimFF, SlimForm
+from griffin_core.slim.packed import Packed
+
+STEPS, ROUNDS = 8, 3
+"""Steps of one timing, and timings, of which the median counts."""
+
+
+def context_cache(decoder: Decoder, tokens: int) -> KvCache:
+    """A cache of random keys and values, with room for the steps."""
+    cache = decoder.new_cache(tokens + 2 * STEPS)
+    for layer in range(len(decoder.layers)):
+        cache.room(layer, 0, tokens).normal_()
+    cache.advance(tokens)
+    return cache
+
+
+def random_set(decoder: Decoder, form: SlimForm, density: float, rows: Rows) -> list[SlimFF]:
+    """The view of a random expert set.
+
+    Args:
+        rows: what its products are laid out for; see ``linear.Rows``.
+    """
+    every = decoder.spec.ff_width
+    k = max(1, int(every * density))
+    return [
+        form.build(
+            layer,
+            torch.randperm(every, device=decoder.device)[:k].sort().values.int(),
+            rows,
+        )
+        for layer in decoder.layers
+    ]
+
+
+@torch.inference_mode()
+def step_s(
+    step: Any, caches: Sequence[KvCache], views: Sequence[Sequence[SlimFF]], context: int
+) -> float:
+    """Seconds of a step of all sessions, each behind ``context`` tokens."""
+
+    def once() -> None:
+        step(
+            [
+                StepTokens(cache=cache, view=view, token_ids=[5])
+                for cache, view in zip(caches, views, strict=True)
+            ]
+        )
+
+    def timed() -> float:
+        for cache in caches:
+            cache.length = context
+        clock = time.perf_counter()
+        for _ in range(STEPS):
+            once()
+        return (time.perf_counter() - clock) / STEPS
+
+    timed()
+    return statistics.median(timed() for _ in range(ROUNDS))
+
+
+def replay_s(step: Any, sessions: int, form: str) -> float:
+    """Seconds of the graph that the last step of so many sessions ran, replayed on its own."""
+    size = next(size for size in step._inputs if size >= sessions)
+    mode = "dense" if form == "dense" else form if sessions > 1 else "private"
+    graph, _ = step._graphs[size, mode]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(STEPS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / STEPS)
+    return statistics.median(times)
+
+
+class Alone:
+    """A model, and its step in every form.
+
+    Args:
+        arguments: of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._context, self._density = arguments.context, arguments.density
+        self._cuda = arguments.device.startswith("cuda")
+        self.about: dict[str, Any] = {"context": arguments.context}
+        if self._cuda:
+            from benchmarks import cuda_decode  # noqa: PLC0415  # needs triton
+
+            self.about["gpu"] = torch.cuda.get_device_name()
+            rate = round(cuda_decode.copy_bandwidth() / 1e9)
+            self.about["copy_gigabytes_per_s"] = rate
+            torch.cuda.empty_cache()
+        else:
+            rate = round(read_bandwidth() / 1e9, 1)
+            self.about["read_gigabytes_per_s"] = rate
+        if arguments.shape is not None and self._cuda:
+            decoder = cuda_decode.random_decoder(arguments.shape)
+        else:
+            decoder = load_model(arguments.model, device=arguments.device).decoder
+        self._step, form = _step_and_form(decoder, arguments.most)
+        self.about["ceiling_ms"] = {
+            f"{density:g}": round(step_bytes(decoder, density, self._context) / rate / 1e6, 2)
+            for density in (1.0, self._density)
+        }
+        self._caches = [context_cache(decoder, self._context) for _ in range(arguments.most)]
+        self._dense = [layer.ff for layer in decoder.layers]
+        self._private = [
+            random_set(decoder, form, self._density, "one") for _ in range(arguments.most)
+        ]
+        self._shared = random_set(decoder, form, self._density, "many")
+
+    def measure(self, streams: int) -> dict[str, dict[str, float]]:
+        """Milliseconds of a step of so many sessions, by form."""
+        views: dict[str, Sequence[Sequence[SlimFF]]] = {
+            "dense": [self._dense] * streams,
+            "shared": [self._shared if streams > 1 else self._private[0]] * streams,
+            "private": self._private[:streams],
+        }
+        found: dict[str, dict[str, float]] = {"step_ms": {}, "graph_ms": {}}
+        for form, own in views.items():
+            seconds = step_s(self._step, self._caches[:streams], own, self._context)
+            found["step_ms"][form] = 1e3 * seconds
+            if self._cuda:
+                try:
+                    found["graph_ms"][form] = 1e3 * replay_s(self._step, streams, form)
+                except (AttributeError, KeyError, StopIteration):
+                    continue  # a step of this form has no graph
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--shape", help="random weights of this shape, made here on the GPU")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--context", type=int, required=True, help="tokens before the step")
+    parser.add_argument("--most", type=int, required=True, help="most sessions that are asked for")
+    parser.add_argument("--density", type=float, default=0.5)
+    answers = os.fdopen(os.dup(1), "w")
+    arguments = parser.parse_args()
+    os.dup2(2, 1)  # the output is for answers alone
+    alone = Alone(arguments)
+    print(json.dumps(alone.about), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(alone.measure(int(line))), file=answers, flush=True)
+
+
+def _step_and_form(decoder: Decoder, most: int) -> tuple[Any, SlimForm]:
+    if decoder.device.type != "cuda":
+        return partial(decode_tokens, decoder), Packed()
+    from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
+    from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
+
+    return CudaStep(decoder, max_tokens=most, graphs=True), Indexed()
+
+
+if __name__ == "__main__":
+    main()
