@@ -1,15 +1,15 @@
 """A token for each row of logits on a GPU, without sorting a vocabulary and without the host.
 
-Four launches, the same whatever the rows ask for; a row that does not need one leaves it at once. All
-but the last share a row among ``splits`` programs. (docs/adr/0014-the-sampler.md)
+Four launches, the same whatever the rows ask for; a row that does not need one leaves it at once.
+All but the last share a row among several programs. (docs/adr/0014-the-sampler.md)
 
 1. ``_shape``: the largest and the smallest logit, and whether all are finite; with biases or
    penalties, the row that has them is written.
 2. ``_count``: for rows with top_k or top_p, a histogram of distances to the largest logit: tokens
    and masses for each bin.
-3. ``_race``: whose bin lies before the cut is kept for certain, and races: token i has the key
-   -log(1 - v_i) / w_i with v_i uniform in (0, 1) by Philox, and the smallest key wins. Tokens of the
-   bin where the cut is are listed.
+3. ``_race``: tokens of bins before the cut are kept for certain, and race: token i has the key
+   -log(1 - v_i) / w_i with v_i uniform in (0, 1) by Philox, and the smallest key wins. Tokens of
+   the bin where the cut is are listed.
 4. ``_finish``: finds the cut among those by halving an interval of logits, has them race too, and
    writes the token.
 
@@ -211,7 +211,8 @@ def _scale(bottoms, row, top, inverse, SPLITS: tl.constexpr):
     """Bins for each unit of distance to the largest logit."""
     bottom = _float_of(tl.min(tl.load(bottoms + row * SPLITS + tl.arange(0, SPLITS)), axis=0))
     spread = tl.minimum(tl.maximum(top - bottom, 1e-30), _LARGEST)
-    return tl.minimum(tl.maximum((_BINS - 1) / spread, _BINS_PER_NAT * inverse), _LARGEST)
+    least = tl.full((), _BINS - 1, tl.float32) / spread
+    return tl.minimum(tl.maximum(least, inverse * _BINS_PER_NAT), _LARGEST)
 
 
 @triton.jit
@@ -243,7 +244,7 @@ def _wanted_mass(top_p, mass):
 
 @triton.jit
 def _raced(bits, w, tokens, kept):
-    """Keys of the race in the upper half, tokens in the lower; the largest number where not kept."""
+    """Keys of the race in the upper half, tokens in the lower; the largest number if not kept."""
     v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     series = v * (0.5 + v * (0.3333333333333333 + v * 0.25))
     waited = tl.where(v < 0.015625, v * (1.0 + series), -tl.log(1.0 - v))
@@ -262,11 +263,7 @@ def _row_of(logits, shaped, table, slot, row, vocabulary):
     """Where the row stands that has its biases and penalties."""
     own = (_number(table, slot, _BIASED) != 0) | (_number(table, slot, _PENALIZED) != 0)
     offset = row * vocabulary
-    if own:
-        x = shaped + offset
-    else:
-        x = logits + offset
-    return x
+    return shaped + offset if own else logits + offset
 
 
 # -- launches ------------------------------------------------------------------------------------
@@ -321,7 +318,7 @@ def _shape(
             x = tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST)
             tl.store(shaped + row * vocabulary + tokens, x, mask=inside)
         key = _key_of(x)
-        packed = (key.to(tl.int64) << 32) | (_HIGHEST - tokens).to(tl.int64)
+        packed = (key.to(tl.int64) << 32) | (tokens ^ 0x7FFFFFFF).to(tl.int64)
         best = tl.where(inside, tl.maximum(best, packed), best)
         lowest = tl.where(inside, tl.minimum(lowest, key), lowest)
     top = tl.where(tl.max(bad, axis=0) != 0, _NOT_FINITE, tl.max(best, axis=0))
@@ -407,7 +404,8 @@ def _race(
         source = _row_of(logits, shaped, table, slot, row, vocabulary)
         # Bins before ``sure`` are kept. The cut may be in bins [sure, unsure), and top_k's, which
         # decides how much mass top_p is a share of, is in ``counted``.
-        sure, unsure, counted = _BINS, _BINS, _BINS
+        sure = tl.full((), _BINS, tl.int32)
+        unsure, counted = sure, sure
         bins = row * _BINS + tl.arange(0, _BINS)
         if top_k != 0:
             counted = tl.sum((tl.cumsum(tl.load(counts + bins), axis=0) < top_k).to(tl.int32))
@@ -478,9 +476,9 @@ def _finish(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     packed = _top(tops, row, SPLITS)
-    token = (_HIGHEST - (packed & 0xFFFFFFFF)).to(tl.int64)
+    token = (packed & 0xFFFFFFFF) ^ 0x7FFFFFFF
     if packed == _NOT_FINITE:
-        token = (row * 0 - 1).to(tl.int64)
+        token = tl.full((), -1, tl.int64)
     elif _number(table, slot, _SAMPLES) != 0:
         best = tl.min(tl.load(bests + row * SPLITS + tl.arange(0, SPLITS)), axis=0)
         top_k, top_p = _number(table, slot, _TOP_K), _float(table, slot, _TOP_P)
@@ -492,7 +490,7 @@ def _finish(
             own, length = listed + row * vocabulary, tl.load(lengths + row)
             count = tl.load(counts + row * _BINS + tl.arange(0, _BINS)).to(tl.int64)
             mass = tl.load(masses + row * _BINS + tl.arange(0, _BINS))
-            limit, equal, last = _cut(
+            limit, last = _cut(
                 own, length, source, count, mass, top, scale, inverse, top_k, top_p, BLOCK
             )
             found = _race_listed(
@@ -519,8 +517,8 @@ def _finish(
 
 @triton.jit
 def _cut(own, length, source, count, mass, top, scale, inverse, top_k, top_p, BLOCK: tl.constexpr):
-    """Where the ranking is cut: the key of the last logit that is kept, how many equal to it are,
-    and the last token of those. top_k's cut first, then top_p's of what that keeps.
+    """Where the ranking is cut: the key of the last logit that is kept, and the last token that is
+    kept of those equal to it. top_k's cut first, then top_p's of what that keeps.
 
     Args:
         own, length: the listed tokens.
@@ -571,7 +569,7 @@ def _cut(own, length, source, count, mass, top, scale, inverse, top_k, top_p, BL
             else:
                 low = middle + 1
         last = low
-    return limit, equal, last
+    return limit, last
 
 
 @triton.jit
@@ -598,9 +596,7 @@ def _ends(own, length, source, top, scale, place, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _over(
-    own, length, source, top, scale, inverse, place, by_mass, middle, BLOCK: tl.constexpr
-):
+def _over(own, length, source, top, scale, inverse, place, by_mass, middle, BLOCK: tl.constexpr):
     """Of a bin's tokens: how many, or how much mass, have a key of ``middle`` or more; the smallest
     key of those, and the largest of the others."""
     total = tl.zeros((BLOCK,), tl.int64)
@@ -623,9 +619,7 @@ def _over(
 
 
 @triton.jit
-def _kept_mass(
-    own, length, source, top, scale, inverse, place, limit, equal, BLOCK: tl.constexpr
-):
+def _kept_mass(own, length, source, top, scale, inverse, place, limit, equal, BLOCK: tl.constexpr):
     """Mass of a bin's tokens over the limit, and of so many equal to it."""
     total = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, length, BLOCK):
