@@ -395,28 +395,25 @@ def test_sampling_leaves_the_logits_as_they_were() -> None:
 
 def test_it_draws_the_same_where_torch_has_other_threads_than_libgomp() -> None:
     code = """
-import ctypes
 import torch
 from griffin_core.kernels import team
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
-if {alone}:
-    team._gomp = lambda: None
 sampler = Sampler(slots=1, vocabulary=400, device=torch.device("cpu"))
 sampler.open(0, SamplingParams(temperature=0.7, top_p=0.9, seed=3), [])
 logits = torch.randn(8, 400, generator=torch.Generator().manual_seed(1))
-print(sampler.sample(logits, torch.zeros(8, dtype=torch.int64), torch.arange(8)).tolist())
+tokens = sampler.sample(logits, torch.zeros(8, dtype=torch.int64), torch.arange(8))
 """
-    made = [
-        subprocess.run(
-            [sys.executable, "-c", code.format(alone=alone)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for alone in (True, False)
-    ]
-    assert made[0] == made[1] and made[0].startswith("[")
+    alone = code.replace("sampler = ", "team._gomp = lambda: None\nsampler = ", 1)
+    made = subprocess.run(
+        [sys.executable, "-c", f"{alone}\nprint(tokens.tolist())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here: dict[str, Tensor] = {}
+    exec(code, here)
+    assert made.stdout.strip() == str(here["tokens"].tolist())
 
 
 # -- log-probabilities ---------------------------------------------------------------------------
@@ -477,7 +474,6 @@ def test_the_references_truncation_is_transformers(
         ("frequency_penalty", math.nan, "[-2, 2]"),
         ("seed", -1, "[0, 2^64)"),
         ("seed", 1 << 64, "[0, 2^64)"),
-        ("seed", 10**400, "[0, 2^64)"),
     ],
 )
 def test_values_out_of_range_name_field_value_and_range(
