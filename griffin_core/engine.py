@@ -369,7 +369,7 @@ class Engine:
     def _follow_load(self) -> None:
         """Runs on more or fewer threads from here on, if the machine's load says so."""
         if isinstance(self._threads, CpuShare) and self._threads.follow():
-            log.info("threads: %d", self._threads.threads)
+            log.debug("threads: %d", self._threads.threads)
             torch.set_num_threads(self._threads.threads)
 
     def _take_commands(self, *, wait: bool) -> None:
