@@ -379,9 +379,12 @@ class Engine:
 
     def _follow_load(self) -> None:
         """Runs on more or fewer threads from here on, if the machine's load says so."""
-        if isinstance(self._threads, CpuShare) and self._threads.follow():
-            log.info("threads: %d", self._threads.threads)
-            torch.set_num_threads(self._threads.threads)
+        share = self._threads
+        if self.model.decoder.device.type != "cpu" or not isinstance(share, CpuShare):
+            return
+        if share.follow():
+            log.debug("threads: %d", share.threads)
+            torch.set_num_threads(share.threads)
 
     def _take_commands(self, *, wait: bool) -> None:
         try:

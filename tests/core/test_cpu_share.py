@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from griffin_core import cpu_share
 from griffin_core.cgroup import memory_left, quota_cpus
@@ -21,6 +22,10 @@ from griffin_core.cpu_share import (
     others_cpus,
     threads_beside,
 )
+from griffin_core.model.load import Model
+from griffin_core.observer import Observer
+from tests.core.engines import complete, engine
+from tests.core.test_scheduler import task
 
 STAT = """\
 cpu  700 10 250 10000 270 3 38 11 20 5
@@ -278,3 +283,61 @@ def test_between_two_looks_nothing_is_read(clock: Clock) -> None:
 def test_one_thread_has_nothing_to_follow(clock: Clock) -> None:
     share = CpuShare(most=1, cpus=8, look=lambda: pytest.fail("looked"))
     assert clock.threads(share, [3.0, 0.0]) == [1, 1]
+
+
+# -- an engine ------------------------------------------------------------------------------------
+
+
+class CountsThreads(Observer):
+    """Notes on how many threads each step ran."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def stepped(self, seconds: float, sessions: int) -> None:
+        self.threads.append(torch.get_num_threads())
+
+
+@pytest.fixture
+def torchs_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def busy_after(calm: int) -> Callable[[], Look]:
+    """Clocks of two CPUs that others leave alone for so many looks and keep busy afterwards."""
+    looks = iter(range(1000))
+
+    def look() -> Look:
+        number = next(looks)
+        return Look(at=float(number), busy_s=2.0 * max(0, number - calm), own_s=0.0)
+
+    return look
+
+
+@pytest.mark.usefixtures("torchs_threads")
+def test_steps_run_on_fewer_threads_once_others_are_busy(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_share, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(cpu_share, "MOST_COST", float("inf"))
+    counts, share = CountsThreads(), CpuShare(most=2, cpus=2, look=busy_after(12))
+    with engine(tiny("llama"), own_prefill_tokens=None, threads=share, observer=counts) as running:
+        assert running.threads == 2
+        complete(running, task(60))
+        assert running.threads == 1
+    assert counts.threads[0] == 2 and counts.threads[-1] == 1
+    assert counts.threads == sorted(counts.threads, reverse=True)
+
+
+@pytest.mark.usefixtures("torchs_threads")
+def test_a_number_of_threads_that_is_set_stays(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_share, "look", lambda: pytest.fail("looked"))
+    counts = CountsThreads()
+    with engine(tiny("llama"), own_prefill_tokens=None, threads=2, observer=counts) as running:
+        complete(running, task(60))
+        assert running.threads == 2
+    assert set(counts.threads) == {2}
