@@ -406,14 +406,10 @@ def prefill(
     """
     prompt = Prompt(decoder, token_ids, selection, cache=cache, s2=s2, wants_kv=True, watch=watch)
     while True:
-        events: list[LayerKv | LayerActivations] = []
-
-        def tell(_: Prompt, event: LayerKv | LayerActivations, to=events) -> None:  # type: ignore[no-untyped-def]
-            to.append(event)
-
+        told: list[tuple[Prompt, LayerKv | LayerActivations]] = []
         part = Part(prompt=prompt, tokens=min(chunk_tokens, prompt.left))
-        read = launch(decoder, [part], tell).end()
-        yield from events
+        read = launch(decoder, [part], lambda *each, to=told: to.append(each)).end()
+        yield from (event for _, event in told)
         for done in read:
             yield from done.by_layer()
             yield done.finished

@@ -30,7 +30,7 @@ if DEVICE is not None:
     from griffin_core.cuda.expert_table import ExpertTable, IndexSets
     from griffin_core.cuda.feedforward import feedforward, feedforward_on_all
     from griffin_core.cuda.matvec import matvec, rms_norm
-    from griffin_core.cuda.rotary import rotate_rows
+    from griffin_core.cuda.rotary import Places, rotate_and_store, rotate_rows
     from griffin_core.cuda.statistic import add_s2_columns
 
 DTYPES = (
@@ -374,3 +374,54 @@ def test_rotary_positions(heads: int, size: int, dtype: torch.dtype) -> None:
     )
     rotate_rows(qkv[:, :heads], cos, sin)
     close(qkv, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "lengths"),
+    [(4, 2, 16, (5,)), (6, 3, 96, (1, 7, 3)), (32, 8, 128, (2, 4))],
+)
+def test_keys_and_values_of_prompts_go_where_they_belong(
+    heads: int,
+    kv_heads: int,
+    size: int,
+    lengths: tuple[int, ...],
+    rotates: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Behind what each cache holds, rotated as by the plain form; padding goes nowhere."""
+    tokens, padding = sum(lengths), 2
+    qkv = randn(tokens + padding, heads + 2 * kv_heads, size, dtype=dtype)
+    by = tuple(randn(tokens + padding, 1, size, dtype=dtype) for _ in range(2))
+    exact = qkv.double()
+    if rotates:
+        turned = exact[:, : heads + kv_heads].clone()
+        rotate(turned, (by[0].double(), by[1].double()))
+        exact[:, : heads + kv_heads] = turned
+    caches = [
+        [torch.full((2, kv_heads, 20 + n, size), torch.nan, dtype=dtype, device=DEVICE)] * 2
+        for n in range(len(lengths))
+    ]
+    starts = [3 * n for n in range(len(lengths))]
+    bounds = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+
+    def on_device(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+    places = Places(
+        addresses=on_device([[cache[layer].data_ptr() for cache in caches] for layer in range(2)]),
+        capacities=on_device([cache[0].shape[2] for cache in caches]),
+        starts=on_device(starts),
+        bounds=on_device(bounds),
+    )
+    values = qkv[:, heads + kv_heads :].clone()
+    rotate_and_store(qkv, heads, by if rotates else None, places, 1)
+    close(qkv, exact)
+    assert torch.equal(qkv[:, heads + kv_heads :], values)
+    for n, length in enumerate(lengths):
+        cache, rows = caches[n][1], qkv[bounds[n] : bounds[n + 1], heads:]
+        there = cache[:, :, starts[n] : starts[n] + length]
+        assert torch.equal(there, rows.view(length, 2, kv_heads, size).permute(1, 2, 0, 3))
+        assert cache[:, :, : starts[n]].isnan().all()
+        assert cache[:, :, starts[n] + length :].isnan().all()

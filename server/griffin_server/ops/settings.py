@@ -138,8 +138,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=32768,
-        description="Prompt tokens that run at once, between two decode steps; 0 is 512 on a CPU "
-        "and 2048 on a GPU.",
+        description="Prompt tokens, of one prompt or several, that run at once between two decode "
+        "steps; 0 is 512 on a CPU and 2048 on a GPU.",
     )
     prefill_share: float = Field(
         0.5, gt=0, le=1, description="Of the time, for prompts while sessions decode."
