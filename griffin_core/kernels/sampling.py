@@ -107,7 +107,7 @@ class CpuSlots:
         self._owned[slot] = (tokens, values) if counts is None else (tokens, values, counts)
         row = {
             SAMPLES: int(params.temperature > 0),
-            TOP_K: params.top_k,
+            TOP_K: params.top_k if params.top_k < self._vocabulary else 0,
             SEED: params.seed - (params.seed >> 63 << 64),  # its bits, as signed
             BIASES: len(tokens),
             BIAS_TOKENS: address(tokens),
@@ -204,10 +204,10 @@ def _sampled(x, top, bottom, settings, position, scratch, size):
     inverse = _float(own[INVERSE_TEMPERATURE])
     top_k, top_p = own[TOP_K], _float(own[TOP_P])
     _weigh(x, w, top, inverse, size, padded)
-    if (top_k != 0 and top_k < size) or top_p < np.float32(1.0):
+    if top_k != 0 or top_p < np.float32(1.0):
         _find_bins(x, at(scratch + 8 * padded, types.int32), top, bottom, inverse, size)
     for by_mass in range(2):
-        if by_mass == 0 and (top_k == 0 or top_k >= size):
+        if by_mass == 0 and top_k == 0:
             continue
         if by_mass == 1 and top_p >= np.float32(1.0):
             continue

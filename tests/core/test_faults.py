@@ -6,16 +6,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from griffin_core.decode import sharing
-from griffin_core.decode.events import Finished, Started, TokensMade
+from griffin_core.decode.events import Failed, Finished, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
-from griffin_core.errors import EngineFault
+from griffin_core.errors import EngineFault, NonFiniteLogits
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
@@ -129,6 +130,37 @@ def test_a_cache_that_breaks_while_it_grows_holds_nothing(
     assert isinstance(hit.error, EngineFault)
     eventually(lambda: at_baseline(running))
     assert running.held_bytes == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_session_whose_logits_are_not_finite_ends_alone(
+    value: float, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [partial(task, 200, first=first) for first in (1, 20, 40)]
+    expected = [complete(running, make())[0] for make in tasks]
+    whole, spoilt = Decoder.head, []
+
+    def head(self: Decoder, *arguments: object, **named: object) -> torch.Tensor:
+        logits = whole(self, *arguments, **named)
+        if len(logits) == 3 and not spoilt:
+            logits[1, 7] = value
+            spoilt.append(logits)
+        return logits
+
+    monkeypatch.setattr(Decoder, "head", head)
+    inboxes = [submit(running, make())[1] for make in tasks]
+    ended = 0
+    for inbox, whole_run in zip(inboxes, expected, strict=True):
+        tokens, end = finish(inbox)
+        if isinstance(end, Failed):
+            assert isinstance(end.error, NonFiniteLogits)
+            assert f"position {9 + len(tokens)};" in str(end.error)  # 9 in the prompt
+            assert tokens == whole_run[: len(tokens)]
+            ended += 1
+        else:
+            assert tokens == whole_run
+    assert spoilt and ended == 1
+    eventually(lambda: at_baseline(running))
 
 
 @pytest.mark.parametrize("method", ["head", "final_hidden", "layer"])

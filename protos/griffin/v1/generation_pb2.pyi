@@ -246,7 +246,7 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """>= 0. 0 takes the most likely token. Default 0."""
     top_k: _builtins.int
-    """Keep the k most likely tokens; 0 keeps all. Default 0."""
+    """Keep the k most likely tokens, of equals those with the lowest id; 0 keeps all. Default 0."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probability reaches top_p, in (0, 1]. Default 1."""
     min_p: _builtins.float
@@ -260,7 +260,8 @@ class Sampling(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted once for each time a token is in the output, in [-2, 2]. Default 0."""
     seed: _builtins.int
-    """Makes the draw repeatable: same request, same server, same tokens. It also seeds the SAMPLED,
+    """Makes the draw repeatable: for the same logits it depends on the seed and on the token's
+    position in the sequence, not on the device nor on other requests. It also seeds the SAMPLED,
     TOPK_SAMPLED and RANDOM policies. Default: drawn at random.
     """
     @_builtins.property
