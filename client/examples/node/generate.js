@@ -37,7 +37,8 @@ const { griffin } = grpc.loadPackageDefinition(
 );
 const client = new griffin.v1.GenerationService(target, grpc.credentials.createInsecure());
 
-// A field that is left out takes the server's default: pruning: { density: 0.6 } would choose one.
+// A field that is left out takes the server's default: greedy, on the dense model. To sample, add
+// sampling: { temperature: 0.7, top_p: 0.9 }; to prune, pruning: { density: 0.75 }.
 const call = client.generate(
   {
     messages: [{ role: "user", content: prompt }],
