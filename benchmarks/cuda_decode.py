@@ -10,7 +10,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +19,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.cuda_shapes import SHAPES
 from benchmarks.report import finish
+from benchmarks.steps import greedy_sampler, step_s
 from griffin_core.cuda.step import CudaStep
-from griffin_core.decode.step import StepRow
 from griffin_core.kv_cache import KvCache, kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.spec import spec_from_config
 from griffin_core.model.weights import weights_from_state
-from griffin_core.sampling.params import SamplingParams
-from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.indexed import Indexed
 
@@ -97,41 +95,6 @@ def filled_cache(decoder: Decoder, capacity: int) -> KvCache:
         cache.room(layer, 0, PROMPT).normal_()
     cache.advance(PROMPT)
     return cache
-
-
-def step_s(
-    step: CudaStep, caches: Sequence[KvCache], views: Sequence[list[SlimFF]], tokens: int
-) -> float:
-    """Seconds of a step, the mean over so many tokens after the prompt, the host's work included.
-    Each step is launched before the tokens of the last are read, as the engine does."""
-    rows = [
-        StepRow(cache=cache, view=view, slot=slot)
-        for slot, (cache, view) in enumerate(zip(caches, views, strict=True))
-    ]
-
-    def run(count: int) -> None:
-        for cache in caches:
-            cache.length = PROMPT
-        before = step.launch(rows)
-        for _ in range(count - 1):
-            now = step.launch(rows)
-            before.wait()
-            before = now
-        before.wait()
-
-    run(3)
-    clock = time.perf_counter()
-    run(tokens)
-    return (time.perf_counter() - clock) / tokens
-
-
-def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
-    """All of whose slots are greedy."""
-    vocabulary = decoder.spec.vocabulary
-    sampler = Sampler(slots=slots, vocabulary=vocabulary, device=decoder.device)
-    for slot in range(slots):
-        sampler.open(slot, SamplingParams(), [])
-    return sampler
 
 
 @torch.inference_mode()
@@ -213,10 +176,8 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
             random_view(decoder, density) if sharing == "private" else views[density]
             for _ in range(batch)
         ]
-        rounds = [
-            step_s(step, caches[:batch], own, tokens) for _ in range(2 if tokens == 128 else 1)
-        ]
-        seconds = statistics.median(rounds)
+        step_s(step, caches[:batch], own, context=PROMPT, steps=3)  # warms up
+        seconds = step_s(step, caches[:batch], own, context=PROMPT, steps=tokens)
         sets = batch if sharing == "private" else 1
         moved = step_bytes(decoder, density, PROMPT + tokens // 2, batch, sets)
         if density == 1.0:
