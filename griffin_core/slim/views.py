@@ -107,8 +107,10 @@ class SlimViews:
             rows: how many tokens its users together will mostly run at once.
             own: for one user alone, who may ``change`` it.
         """
-        # A digest takes the set to the host; numbers that are there at once are not worth it.
-        view = None if own and not self.copies else self._views.get((experts.digest, rows))
+        # A digest takes the set to the host, which waits for the device; numbers that are there at
+        # once are not worth it.
+        own = own or not self.copies
+        view = self._views.get((experts.digest, rows)) if self.copies else None
         if own and view is not None and view.users:
             view = None
         if view is None:

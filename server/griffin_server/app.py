@@ -29,7 +29,7 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
-from griffin_core.prefill import CHUNK_TOKENS
+from griffin_core.prefill import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.channel import Mail
@@ -95,7 +95,11 @@ def _check_free(host: str, name: str, port: int) -> None:
 
 def _chunk_tokens(device: torch.device) -> int:
     """So many that products run at the device's rate, and no more: streams wait meanwhile."""
-    return 2048 if device.type == "cuda" else CHUNK_TOKENS
+    return GPU_CHUNK_TOKENS if device.type == "cuda" else CHUNK_TOKENS
+
+
+def _prefill_share(device: torch.device) -> float:
+    return 1.0 if device.type == "cuda" else 0.5
 
 
 def _bytes(gib: float | None) -> int | None:
@@ -151,7 +155,7 @@ class App:
                 session_ttl_s=settings.session_ttl_s,
                 reader_timeout_s=settings.reader_timeout_s,
                 chunk_tokens=settings.prefill_chunk_tokens or _chunk_tokens(model.decoder.device),
-                prefill_share=settings.prefill_share,
+                prefill_share=settings.prefill_share or _prefill_share(model.decoder.device),
             ),
             cuda_graphs=settings.cuda_graphs and settings.role != "prefill",
             stream_interval=settings.stream_interval or None,

@@ -139,10 +139,14 @@ class Settings(BaseSettings):
         ge=0,
         le=32768,
         description="Prompt tokens, of one prompt or several, that run at once between two decode "
-        "steps; 0 is 512 on a CPU and 2048 on a GPU.",
+        "steps; 0 is 512 on a CPU and 4096 on a GPU.",
     )
     prefill_share: float = Field(
-        0.5, gt=0, le=1, description="Of the time, for prompts while sessions decode."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the time that prompts get while sessions decode: 1 is one decode "
+        "step between two passes over prompts. 0 is 0.5 on a CPU and 1 on a GPU.",
     )
     stream_interval: int = Field(
         0,
