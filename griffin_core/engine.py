@@ -56,7 +56,8 @@ class Engine:
         slim: how sessions run on their experts; None for what the device does best.
         private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
             measures it at start.
-        cuda_graphs: on a GPU, run a step as one graph, captured at start.
+        cuda_graphs: on a GPU, run a step, and a pass over one short prompt, as one graph, captured
+            at start.
         stream_interval: a session's tokens come out so many at a time, but for the first; None for
             more the more sessions there are. See ``generation.Pace``.
         own_prefill_tokens: prompts of new sessions up to this many tokens it runs itself, for
@@ -273,6 +274,12 @@ class Engine:
             from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
             from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
+            if self._cuda_graphs:
+                from griffin_core.cuda.prompt_graph import PromptGraphs  # noqa: PLC0415
+
+                self._prefills.launch = PromptGraphs(
+                    decoder, most_tokens=self.limits.chunk_tokens, progress=self._note_start
+                ).launch
             if isinstance(self._slim, Indexed):  # other forms have no addresses
                 step = CudaStep(
                     decoder,

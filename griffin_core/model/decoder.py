@@ -109,14 +109,15 @@ class TokenRun:
     """Consecutive tokens of one sequence.
 
     Args:
-        cache: of the sequence; holds everything before them, gets their keys and values.
+        cache: of the sequence; holds everything before them, gets their keys and values. None if
+            there is nothing before them and ``Batch.places`` says where these go.
         start: position of the first.
         first_row: where they begin in the batch.
         tokens: how many they are.
         visible: what they see, by the layer's window.
     """
 
-    cache: KvCache
+    cache: KvCache | None
     start: int
     first_row: int
     tokens: int
@@ -211,23 +212,26 @@ class Decoder:
             table = cache_table([(c.addresses, c.length, c.capacity) for c, _ in runs])
         places = None
         if runs_cuda_kernels(self.dtype, self.device):
-            places = self._places(batch_runs)
+            places = self._places(runs)
         return x, Batch(runs=tuple(batch_runs), rotations=rotations, table=table, places=places)
 
-    def _places(self, runs: Sequence[TokenRun]) -> Places:
+    def _places(self, runs: Sequence[tuple[KvCache, int]]) -> Places:
         """On the device, in one copy that the host does not wait for."""
         from griffin_core.cuda.rotary import Places  # noqa: PLC0415  # needs triton
 
-        for run in runs:
-            if run.start + run.tokens > run.cache.capacity:
-                end, capacity = run.start + run.tokens, run.cache.capacity
-                raise ValueError(f"tokens {run.start}..{end} do not fit a cache of {capacity}")
+        caches = [cache for cache, _ in runs]
+        ends = [0]
+        for cache, tokens in runs:
+            end = cache.length + tokens
+            if end > cache.capacity:
+                raise ValueError(
+                    f"tokens {cache.length}..{end} do not fit a cache of {cache.capacity}"
+                )
+            ends.append(ends[-1] + tokens)
         count, layers = len(runs), len(self.layers)
-        numbers = [run.cache.capacity for run in runs]
-        numbers += [run.start for run in runs]
-        numbers += [0, *(run.first_row + run.tokens for run in runs)]
+        numbers = [cache.capacity for cache in caches] + [cache.length for cache in caches] + ends
         for layer in range(layers):
-            numbers += [run.cache.addresses[layer] for run in runs]
+            numbers += [cache.addresses[layer] for cache in caches]
         there = on_device(numbers, torch.int64, self.device)
         capacities, starts, bounds, addresses = torch.split_with_sizes(
             there, [count, count, count + 1, layers * count]
@@ -298,11 +302,13 @@ class Decoder:
             rows = slice(run.first_row, run.first_row + run.tokens)
             visible = run.visible[layer.window]
             if batch.places is None:
+                assert run.cache is not None
                 keys, values = run.cache.write(index, run.start, qkv[rows, heads:])
-            elif visible.causal:  # the cache holds what stands in these rows
+            elif run.start == 0:  # the cache holds what stands in these rows
                 own = qkv[rows, heads:].transpose(0, 1)
                 keys, values = own[:kv_heads], own[kv_heads:]
             else:
+                assert run.cache is not None
                 keys, values = run.cache.room(index, 0, run.start + run.tokens).unbind()
             out.append(
                 attend(q[rows], keys, values, visible, spec.query_scale, spec.attention_softcap)
