@@ -3,7 +3,8 @@ have theirs. Llama-3-8B's shape with random weights, unless told otherwise.
 
 Prints first how long the card's own matrix products and one reading of the weights take: no pass
 can be faster than the larger of both. Beside each row stands what the passes alone take, without
-an engine around them: what the host takes to launch them, and what the device takes to run them.
+an engine around them and without graphs: what the host takes to launch them, and what the device
+takes to run them.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def measure(model: Model, arguments: argparse.Namespace) -> list[dict[str, Any]]
         chunk_tokens=chunk_tokens,
         session_bytes=2 * kv_bytes(decoder.spec, decoder.dtype, tokens) + (8 << 30),
     )
-    engine = Engine(model, limits=limits, cuda_graphs=False)
+    engine = Engine(model, limits=limits, cuda_graphs=arguments.graphs)
     engine.start()
     rows = []
     try:
@@ -180,8 +181,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=workload, action="append", help="16x512, repeatable")
     parser.add_argument("--density", type=float, default=1.0)
     parser.add_argument("--chunk-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--no-graphs", dest="graphs", action="store_false", help="nor for one short prompt"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="tables for one prompt of 128")
+    parser.add_argument(
+        "--profile", action="store_true", help="tables for one prompt of 128, without a graph"
+    )
     arguments = parser.parse_args()
     rate, bandwidth = product_rate(), copy_bandwidth()
     torch.cuda.empty_cache()

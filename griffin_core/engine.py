@@ -59,7 +59,8 @@ class Engine:
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts; None for what the device does best.
         costs: what a step costs by how its FF runs, see ``slim.costs``; None measures it at start.
-        cuda_graphs: on a GPU, run a step as one graph, captured at start.
+        cuda_graphs: on a GPU, run a step, and a pass over one short prompt, as one graph, captured
+            at start.
         overlap: launch a step before the tokens of the one before are read; None for where it
             pays, which is on a GPU.
         stream_interval: a session's tokens come out so many at a time, but for the first; None for
@@ -311,6 +312,12 @@ class Engine:
             from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
             from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
+            if self._cuda_graphs:
+                from griffin_core.cuda.prompt_graph import PromptGraphs  # noqa: PLC0415
+
+                self._prefills.launch = PromptGraphs(
+                    decoder, most_tokens=self.limits.chunk_tokens, progress=self._note_start
+                ).launch
             if isinstance(self._slim, Indexed):  # other forms have no addresses
                 step = CudaStep(
                     decoder,

@@ -255,7 +255,7 @@ class Pass:
         Returns:
             One for each prompt that is read to its end, in the order of the parts.
         """
-        ended = _moment(self.decoder.device)
+        ended = moment(self.decoder.device)
         total = self.rows[-1]
         last = [index for index, part in enumerate(self.parts) if part.is_last]
         sums = [self._s2_so_far(index) for index in range(len(self.parts))]
@@ -282,11 +282,11 @@ class Pass:
         ends = [self.rows[index + 1] for index in last]
         rows = torch.cat([self.hidden[end - 1 : end] for end in ends])
         hidden = decoder.final_hidden(rows).float().unbind()
-        selecting = _moment(decoder.device)
+        selecting = moment(decoder.device)
         experts = select_together(
             s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
         )
-        selected = _moment(decoder.device)
+        selected = moment(decoder.device)
         # The one wait: behind it every moment of this pass and of those before it is known.
         masses = torch.stack([_norm_mass(*pair) for pair in zip(s2s, experts, strict=True)])
         norm_mass: list[list[float]] = masses.tolist()
@@ -313,6 +313,10 @@ class Pass:
         return read
 
 
+Launch = Callable[[Decoder, Sequence[Part], Tell], Pass]
+"""Runs a pass, as ``launch`` does."""
+
+
 @torch.inference_mode()
 def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None) -> Pass:
     """Runs the model dense over parts of prompts, together, and takes each one's statistic.
@@ -327,7 +331,7 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
             of the device's work.
     """
     device = decoder.device
-    began = _moment(device)
+    began = moment(device)
     rows = (0, *accumulate(part.tokens for part in parts))
     runs = RowRuns.of(rows, device)
     spec = decoder.spec
@@ -341,21 +345,9 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
     watched = {layer for part in parts for layer in part.prompt.watch}
     activations: dict[int, Tensor] = {}
 
-    def counted(layer: int) -> RunFF:
-        """A layer's dense FF block, which counts what passes through it."""
-        ff = decoder.layers[layer].ff
-
-        def run(x: Tensor) -> Tensor:
-            z, squares = ff.activations_and_squares(x)
-            add_s2(s2[:, layer], z, squares, runs)
-            if layer in watched:
-                activations[layer] = z
-            return ff.output(z)
-
-        return run
-
     for layer in range(len(decoder.layers)):
-        hidden = decoder.layer(layer, hidden, batch, counted(layer))
+        kept = activations if layer in watched else None
+        hidden = decoder.layer(layer, hidden, batch, counting_ff(decoder, layer, s2, runs, kept))
         if readers or layer in watched:
             z = activations.pop(layer, None)
             ready = _event(device) if readers else None
@@ -363,6 +355,31 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
                 of_part = None if z is None else z[rows[index] : rows[index + 1]]
                 _tell_layer(part, layer, ready, of_part, tell)
     return Pass(decoder=decoder, parts=parts, rows=rows, hidden=hidden, s2=s2, began=began)
+
+
+def counting_ff(
+    decoder: Decoder,
+    layer: int,
+    s2: Tensor,
+    runs: RowRuns,
+    activations: dict[int, Tensor] | None = None,
+) -> RunFF:
+    """A layer's dense FF block, which adds the statistic of what passes through it to s2 [R, L, F].
+
+    Args:
+        runs: whose rows are whose.
+        activations: gets Z [N, F], if given.
+    """
+    ff = decoder.layers[layer].ff
+
+    def run(x: Tensor) -> Tensor:
+        z, squares = ff.activations_and_squares(x)
+        add_s2(s2[:, layer], z, squares, runs)
+        if activations is not None:
+            activations[layer] = z
+        return ff.output(z)
+
+    return run
 
 
 def _tell_layer(
@@ -439,7 +456,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def _moment(device: torch.device) -> Moment:
+def moment(device: torch.device) -> Moment:
     """Now, or on a GPU when it has done what it was given so far: it is not waited for."""
     if device.type != "cuda":
         return time.perf_counter()

@@ -16,6 +16,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.observer import Observer
 from griffin_core.prefill import (
     MAX_TOGETHER,
+    Launch,
     LayerActivations,
     LayerKv,
     Part,
@@ -160,6 +161,8 @@ class PrefillQueue:
         self._max_waiting = max_waiting
         self._chunk_tokens = chunk_tokens
         self._runs: list[PrefillRun] = []
+        self.launch: Launch = launch
+        """What runs a pass; the engine sets one with graphs where the device has them."""
 
     def add(self, run: PrefillRun, retry_after_s: float) -> None:
         """Queues a prefill, or tells its sink that there is no room.
@@ -257,7 +260,7 @@ class PrefillQueue:
         def tell(prompt: Prompt, event: LayerKv | LayerActivations) -> None:
             runs[id(prompt)].tell(event)
 
-        read = launch(self._decoder, [part for _, part in taken], tell).end()
+        read = self.launch(self._decoder, [part for _, part in taken], tell).end()
         return [(runs[id(each.prompt)], each) for each in read]
 
     def _deliver(self, read: Sequence[tuple[PrefillRun, PromptRead]]) -> None:

@@ -127,7 +127,7 @@ def test_the_time_of_a_pass_is_divided_by_tokens(
 ) -> None:
     decoder = tiny("llama").decoder
     clock = iter((0.0, 4.0, 3.0, 3.5))  # begin, end, before and behind the selection
-    monkeypatch.setattr("griffin_core.prefill._moment", lambda _: next(clock))
+    monkeypatch.setattr("griffin_core.prefill.moment", lambda _: next(clock))
     parts = [Part(prompt=Prompt(decoder, ids(n), HALF), tokens=n) for n in (10, 30)]
     short, long = (each.finished for each in launch(decoder, parts).end())
     assert (short.selection_s, long.selection_s) == (0.25, 0.25)
@@ -140,7 +140,7 @@ def test_the_time_of_a_pass_is_divided_by_tokens(
 class Passes:
     """A queue, and what its passes read: of each pass the tokens of each prompt by its name."""
 
-    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int) -> None:
+    def __init__(self, model: Model, chunk_tokens: int) -> None:
         self.decoder = model.decoder
         self.queue = PrefillQueue(
             model.decoder, max_waiting=100, chunk_tokens=chunk_tokens, observer=Observer()
@@ -149,7 +149,7 @@ class Passes:
         self.names: dict[int, str] = {}
         self.fails: Callable[[dict[str, int]], bool] = lambda _: False
         self.during: Callable[[], None] = lambda: None
-        monkeypatch.setattr("griffin_core.prefill_queue.launch", self._launch)
+        self.queue.launch = self._launch
 
     def _launch(self, decoder: Decoder, parts: Any, tell: Any) -> Any:
         self.read.append({self.names[id(part.prompt)]: part.tokens for part in parts})
@@ -196,8 +196,8 @@ Make = Callable[[int], Passes]
 
 
 @pytest.fixture
-def passes(tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch) -> Make:
-    return partial(Passes, tiny("llama-long"), monkeypatch)
+def passes(tiny: Callable[[str], Model]) -> Make:
+    return partial(Passes, tiny("llama-long"))
 
 
 def test_waiting_prompts_share_passes_up_to_the_chunk_size(passes: Make) -> None:
