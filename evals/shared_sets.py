@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64, help="of each text behind its prompt")
+    parser.add_argument("--windows", type=int, default=8, help="most that are taken of a file")
     parser.add_argument("--every", type=int, default=4, help="steps between two that join")
     parser.add_argument("--share", type=float, nargs="+", default=[0.0, 0.05, 0.1])
     given = parser.parse_args()
@@ -163,7 +164,8 @@ def main() -> None:
     samples: list[list[int]] = []
     for path in given.text:
         ids = model.tokenizer.encode(path.read_text(encoding="utf-8"))
-        samples += [ids[at : at + needed] for at in range(0, len(ids) - needed + 1, needed)][:2]
+        starts = range(0, len(ids) - needed + 1, needed)[: given.windows]
+        samples += [ids[at : at + needed] for at in starts]
     groups = {"at every change": Group(held=0, share=0.0)}
     for share in given.share:
         groups[f"every {STEPS_HELD}, {share:g} kept"] = Group(held=STEPS_HELD, share=share)
