@@ -135,11 +135,17 @@ class FeedForward:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         if self._row is not None and x.shape[0] == 1:
-            n = self._row
-            return feedforward_row(
-                x, n.w_in, n.down, n.up_bias, n.down_bias, ACTIVATION_CODES[n.activation]
-            )
+            return self._of_row(x, self._row, None)
         return self.output(self.activations(x))
+
+    def on(self, x: Tensor, keep: Tensor) -> Tensor:
+        """[T, D] -> [T, D], all rows on the neurons ``keep`` [F] bool."""
+        if self._row is not None and x.shape[0] == 1:
+            return self._of_row(x, self._row, keep)
+        return self.output(self.activations(x).mul_(keep))
+
+    def _of_row(self, x: Tensor, n: Neurons, keep: Tensor | None) -> Tensor:
+        return feedforward_row(x, n.w_in, n.down, n.up_bias, n.down_bias, self._code, keep)
 
 
 def feedforward_bytes(neurons: Neurons, k: int) -> int:

@@ -29,7 +29,7 @@ class ZeroedFF:
         self.keep = keep
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.ff.output(self.ff.activations(x).mul_(self.keep))
+        return self.ff.on(x, self.keep)
 
 
 class ZeroedLayers(Sequence[ZeroedFF]):

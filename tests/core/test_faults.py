@@ -68,8 +68,9 @@ def test_a_view_that_cannot_be_built_ends_its_own_sessions_alone(
     how: sharing.Sharing, running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bystander = submit(running, task(200))[1]
-    for _ in range(2):  # the second needs its view
+    for _ in range(2):  # the second runs on its experts
         bystander.until(TokensMade)
+    eventually(lambda: not running._decoding._groups.due)
     once = Once(monkeypatch, Packed, "build", lambda *_: True)
     pruning = PruningParams(density=0.5, sharing=how)
     hit = submit(running, task(first=50, pruning=pruning))[1].until(Finished)
@@ -239,7 +240,7 @@ def test_densities_that_came_once_are_forgotten(running: Engine) -> None:
         pruning = PruningParams(density=number / 50, sharing="auto")
         complete(running, task(3, pruning=pruning))
     running.sessions().result(10)
-    assert not running._decoding._groups._auto
+    assert not running._decoding._groups._seats and not running._decoding._groups._shared
 
 
 def test_scores_show_how_long_turns_take(running: Engine) -> None:
