@@ -1,4 +1,4 @@
-"""Two servers, one article, three densities, and a table of what the pruning did.
+"""Two servers, one prompt, three densities, and a table of what the pruning did.
 
 Starts `griffin serve` twice, as a prefill and as a decode process, streams an answer at each
 density through the client SDK, and stops both.
@@ -30,15 +30,12 @@ from griffin_client import (
 )
 
 DENSITIES = (1.0, 0.75, 0.5)
-MAX_TOKENS = 96
-ARTICLE = Path(__file__).parent / "article.txt"
-QUESTION = "List three facts from the article above."
+STOPPING = Stopping(max_tokens=48, stop=["\n\n"])
+PROMPT = Path(__file__).parent / "almanac.txt"
 WHY = (
-    "The answer is in a prompt of some 900 tokens, from which the experts are chosen: there "
-    "pruning works even on a model this small."
+    "The prompt shows sixteen records of the kind that is asked for, so the experts chosen from it "
+    "fit what follows: there pruning works even on a model this small."
 )
-# SmolLM2's chat template, written out: Score takes text, and must see the prompt Generate saw.
-PROMPT = "<|im_start|>user\n{article}\n\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 console = Console(highlight=False)
 
@@ -96,8 +93,7 @@ def answer(client: GriffinClient, prompt: str, density: float, dense: Run | None
     """Streams an answer to the screen."""
     console.rule(f"density {density:.2f}", align="left")
     text = ""
-    stopping = Stopping(max_tokens=MAX_TOKENS)
-    for event in client.generate(prompt, density=density, stopping=stopping):
+    for event in client.generate(prompt, density=density, stopping=STOPPING):
         match event:
             case Started():
                 console.print(
@@ -137,8 +133,7 @@ def table(runs: list[Run]) -> Table:
 def main() -> None:
     """The demo."""
     began = time.monotonic()
-    article = ARTICLE.read_text(encoding="utf-8").strip()
-    prompt = PROMPT.format(article=article, question=QUESTION)
+    prompt = PROMPT.read_text(encoding="utf-8")
     console.print("Starting a prefill and a decode server on SmolLM2-135M-Instruct")
     with (
         server("--role", "prefill") as prefill,
@@ -146,7 +141,8 @@ def main() -> None:
         GriffinClient(decode) as client,
     ):
         console.print(f"  prefill on {prefill}, decode on {decode}\n", style="dim")
-        console.print(f"An article, and: {QUESTION}")
+        last = prompt.splitlines()[-1]
+        console.print(f'An almanac of sixteen countries, and then "{last}".')
         console.print(f"{WHY}\n", style="dim")
         try:
             runs: list[Run] = []
