@@ -52,7 +52,7 @@ $(NODE_EXAMPLE)/node_modules: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/packa
 
 install: $(STAMP)  ## set up .venv with all that the verbs need
 
-demo: $(SERVER_STAMP)  ## answer from an article at three densities, with prefill and decode servers
+demo: $(SERVER_STAMP)  ## complete a record at three densities, with prefill and decode servers
 	@$(BIN)/python -m demo
 
 serve: $(SERVER_STAMP)  ## serve the default model on localhost:50051; settings by ARGS="..."

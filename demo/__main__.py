@@ -1,6 +1,6 @@
-"""Two servers, one article, three densities, and a table of what the pruning did.
+"""Two servers, one prompt, three densities, and a table of what the pruning did.
 
-Starts `griffin serve` twice, as a prefill and as a decode process, streams a summary at each
+Starts `griffin serve` twice, as a prefill and as a decode process, streams an answer at each
 density through the client SDK, and stops both.
 """
 
@@ -30,12 +30,11 @@ from griffin_client import (
 )
 
 DENSITIES = (1.0, 0.75, 0.5)
-MAX_TOKENS = 96
-ARTICLE = Path(__file__).parent / "article.txt"
-# SmolLM2's chat template, written out: Score takes text, and must see the prompt Generate saw.
-PROMPT = (
-    "<|im_start|>user\nSummarise this article in three sentences.\n\n{article}<|im_end|>\n"
-    "<|im_start|>assistant\n"
+STOPPING = Stopping(max_tokens=48, stop=["\n\n"])
+PROMPT = Path(__file__).parent / "almanac.txt"
+WHY = (
+    "The prompt shows sixteen records of the kind that is asked for, so the experts chosen from it "
+    "fit what follows: there pruning works even on a model this small."
 )
 
 console = Console(highlight=False)
@@ -43,12 +42,12 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One summary."""
+    """One answer."""
 
     text: str
     finished: Finished
     agreeing: float
-    """Share of the dense summary's tokens that this density would have chosen in their place."""
+    """Share of the dense answer's tokens that this density would have chosen in their place."""
 
     @property
     def pruning(self) -> PruningFigures:
@@ -90,12 +89,11 @@ def _address(process: subprocess.Popen[str]) -> str:
     sys.exit("".join(said))
 
 
-def summarise(client: GriffinClient, prompt: str, density: float, dense: Run | None) -> Run:
-    """Streams a summary to the screen."""
+def answer(client: GriffinClient, prompt: str, density: float, dense: Run | None) -> Run:
+    """Streams an answer to the screen."""
     console.rule(f"density {density:.2f}", align="left")
     text = ""
-    stopping = Stopping(max_tokens=MAX_TOKENS)
-    for event in client.generate(prompt, density=density, stopping=stopping):
+    for event in client.generate(prompt, density=density, stopping=STOPPING):
         match event:
             case Started():
                 console.print(
@@ -123,7 +121,6 @@ def table(runs: list[Run]) -> Table:
         "FF sparsity": [f"{1 - run.pruning.density:.0%}" for run in runs],
         "time to first token, s": [f"{run.finished.timings.first_token_s:.2f}" for run in runs],
         "tokens/s": [f"{run.finished.tokens_per_second:.1f}" for run in runs],
-        "mean norm mass": [f"{run.pruning.mean_norm_mass:.3f}" for run in runs],
         "slim view, MB": [f"{run.pruning.slim_view_bytes / 1e6:.0f}" for run in runs],
         "tokens": [str(run.finished.usage.generated_tokens) for run in runs],
         "of the dense run's tokens": ["all", *(f"{run.agreeing:.0%} agree" for run in runs[1:])],
@@ -136,7 +133,7 @@ def table(runs: list[Run]) -> Table:
 def main() -> None:
     """The demo."""
     began = time.monotonic()
-    prompt = PROMPT.format(article=ARTICLE.read_text(encoding="utf-8"))
+    prompt = PROMPT.read_text(encoding="utf-8")
     console.print("Starting a prefill and a decode server on SmolLM2-135M-Instruct")
     with (
         server("--role", "prefill") as prefill,
@@ -144,10 +141,13 @@ def main() -> None:
         GriffinClient(decode) as client,
     ):
         console.print(f"  prefill on {prefill}, decode on {decode}\n", style="dim")
+        last = prompt.splitlines()[-1]
+        console.print(f'An almanac of sixteen countries, and then "{last}".')
+        console.print(f"{WHY}\n", style="dim")
         try:
             runs: list[Run] = []
             for density in DENSITIES:
-                runs.append(summarise(client, prompt, density, runs[0] if runs else None))
+                runs.append(answer(client, prompt, density, runs[0] if runs else None))
         except GriffinClientError as error:
             sys.exit(f"demo: {error}")
     console.print(table(runs))
