@@ -600,26 +600,27 @@ def test_admitted_sessions_are_not_refused_by_the_prefill_queue(model: Model) ->
         assert all(len(finish(inbox)[0]) == 8 for inbox in inboxes)
 
 
-def test_readers_that_lag_hold_few_caches(running: Engine) -> None:
-    asked = PrefillTask(token_ids=PROMPT, selection=Selection(density=0.5))
-    inboxes = [Inbox() for _ in range(2 * MAX_BEGUN_PREFILLS)]
+def test_readers_that_lag_hold_few_caches(model: Model) -> None:
+    with engine(model, limits=Limits(chunk_tokens=4)) as running:  # five passes each
+        asked = PrefillTask(token_ids=PROMPT, selection=Selection(density=0.5))
+        inboxes = [Inbox() for _ in range(2 * MAX_BEGUN_PREFILLS)]
 
-    def close_after_first(inbox: Inbox) -> Callable[[object], None]:
-        def put(event: object) -> None:
-            inbox.open = False
-            Inbox.put(inbox, event)
+        def close_after_first(inbox: Inbox) -> Callable[[object], None]:
+            def put(event: object) -> None:
+                inbox.open = False
+                Inbox.put(inbox, event)
 
-        return put
+            return put
 
-    for inbox in inboxes:
-        inbox.put = close_after_first(inbox)  # type: ignore[method-assign]
-        running.prefill(asked, inbox)
-    eventually(
-        lambda: sum(run.holds_cache for run in running._prefills._runs) == MAX_BEGUN_PREFILLS
-    )
-    assert len(running._prefills._runs) == len(inboxes)
-    for inbox in inboxes:
-        inbox.put = partial(Inbox.put, inbox)  # type: ignore[method-assign]
-        inbox.open = True
-    running.wake()
-    assert all(isinstance(i.until(PrefillFinished), PrefillFinished) for i in inboxes)
+        for inbox in inboxes:
+            inbox.put = close_after_first(inbox)  # type: ignore[method-assign]
+            running.prefill(asked, inbox)
+        eventually(
+            lambda: sum(run.holds_cache for run in running._prefills._runs) == MAX_BEGUN_PREFILLS
+        )
+        assert len(running._prefills._runs) == len(inboxes)
+        for inbox in inboxes:
+            inbox.put = partial(Inbox.put, inbox)  # type: ignore[method-assign]
+            inbox.open = True
+        running.wake()
+        assert all(isinstance(i.until(PrefillFinished), PrefillFinished) for i in inboxes)

@@ -24,7 +24,7 @@ from griffin_client import (
 )
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.load import Model
-from griffin_core.prefill_queue import PrefillRun
+from griffin_core.prefill import Prompt
 from griffin_server.handoff.shared_memory import DIRECTORY
 from tests.e2e.texts import LICENCE, cut
 from tests.servers import Process, Running, eventually, running
@@ -77,10 +77,10 @@ def swallow(events: Iterator[Event]) -> None:
 def test_a_client_that_cancels_during_prefill_stops_it_within_a_chunk(
     one_at_a_time: Running, smollm2: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns: list[bool] = []
-    turn = PrefillRun.turn
+    turns: list[int] = []  # the tokens of each pass
+    next_ids = Prompt.next_ids
     monkeypatch.setattr(
-        PrefillRun, "turn", lambda run, to: (turns.append(run.cancelled), turn(run, to))[1]
+        Prompt, "next_ids", lambda prompt, n: (turns.append(n), next_ids(prompt, n))[1]
     )
     ids = cut(LICENCE, 2000, smollm2.tokenizer) * 4  # 16 chunks
     with one_at_a_time.client() as client:

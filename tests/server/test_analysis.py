@@ -183,11 +183,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent(
     setting: dict[str, float], said: str, tiny: Callable[[str], Model]
 ) -> None:
     with (
-        running(tiny("llama"), prefill_chunk_tokens=1, **setting) as server,
+        running(tiny("llama-long"), prefill_chunk_tokens=1, **setting) as server,
         server.client() as client,
     ):
         stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
-        calls = [stub.AnalyzePrompt(pb.AnalyzePromptRequest(text="x" * 200)) for _ in range(2)]
+        calls = [stub.AnalyzePrompt(pb.AnalyzePromptRequest(text="x" * 4000)) for _ in range(2)]
         with pytest.raises(ResourceExhausted, match=said):
             for _ in range(50):
                 client.analyze_prompt("x" * 200)
