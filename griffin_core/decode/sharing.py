@@ -219,15 +219,15 @@ class ExpertGroups:
         )
 
     def join(self, session: Session) -> None:
-        """A session has its statistic and its own experts, and is to run on some from the next
-        ``advance`` on."""
+        """A session has its statistic and its own experts, and is to run on some from the next step
+        on."""
         assert session.experts is not None
         k = session.experts.indices.shape[1]
         size = self._views.zeroed_bytes(k)
         self._views.take_zeroed(size)
         seat = Seat(session, size, prunes=k < session.experts.ff_width)
         self._seats[session.session_id] = seat
-        self._decide_at = self._step
+        self._decide(self._step + 1)
 
     def leave(self, session: Session) -> None:
         """A session has ended. Without effect if it has not joined."""
