@@ -85,7 +85,7 @@ class CudaSlots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all slots take."""
+        """See ``Sampler``."""
         return self._bias.nbytes + self._seen.nbytes + self._table.nbytes + self.drawn.nbytes
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:

@@ -93,6 +93,12 @@ class CpuSlots:
         self._owned: list[tuple[Tensor, ...]] = [()] * (slots + 1)  # what the table's addresses are
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        """See ``Sampler``."""
+        own = sum(tensor.nbytes for tensors in self._owned for tensor in tensors)
+        return own + self._table.nbytes + self.drawn.nbytes
+
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """See ``Sampler``."""
         self.close(slot)

@@ -17,6 +17,9 @@ class Slots(Protocol):
 
     drawn: Tensor
 
+    @property
+    def nbytes(self) -> int: ...
+
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None: ...
 
     def close(self, slot: int) -> None: ...
@@ -56,6 +59,12 @@ class Sampler:
         """[slots + 1] int64 on the device: the token that each slot drew last; -1 if its logits
         were not finite. Always the same memory."""
         return self._slots.drawn
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots: on a GPU about 8 · (slots + 1) · V, from the start; on a CPU what the
+        open slots need."""
+        return self._slots.nbytes
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """Gives a slot to a request. In the order of the device's work; nothing waits for it.

@@ -324,6 +324,15 @@ def test_a_slot_that_is_opened_again_knows_nothing_of_its_last_request() -> None
     assert again == [draw(fresh, logits, [0], [position])[0] for position in range(30)]
 
 
+def test_a_closed_slot_holds_no_memory() -> None:
+    sampler = Sampler(slots=2, vocabulary=V, device=CPU)
+    before = sampler.nbytes
+    sampler.open(1, SamplingParams(presence_penalty=1.0, logit_bias={3: 1.0}), [])
+    assert sampler.nbytes == before + 4 * V + 8 + 4
+    sampler.close(1)
+    assert sampler.nbytes == before
+
+
 # -- seeds ---------------------------------------------------------------------------------------
 
 
