@@ -26,6 +26,7 @@ def file(tmp_path: Path) -> Path:
 def test_everything_has_a_default() -> None:
     settings = load_settings([])
     assert (settings.role, settings.port, settings.density) == ("all", 50051, 0.75)
+    assert settings.sharing == "auto"
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(
