@@ -137,8 +137,10 @@ class ExpertGroup:
             Exception: its experts cannot be chosen, or its view cannot be built.
         """
         if self.chooses(step):
+            # What a first member brings along is its own set; the group's first choice is to come.
+            founds = self.experts is None and len(self.members) == 1
             self._choose(decoder, views)
-            self._chosen = step
+            self._chosen = self._chosen if founds else step
         if self.view is not None and self.view.error is not None:
             raise self.view.error
         self._lay_out(views, step)
