@@ -67,7 +67,8 @@ class Group:
             self.rewritten += sum(not torch.equal(one, other) for one, other in pairs)
             self.choices += 1
         self.layers = ZeroedLayers(model.decoder, self.experts)
-        self.chosen, self.stale = step, False
+        founds = old is None and len(members) == 1
+        self.chosen, self.stale = self.chosen if founds else step, False
 
 
 class Text:

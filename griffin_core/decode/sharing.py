@@ -137,8 +137,10 @@ class ExpertGroup:
             Exception: its experts cannot be chosen, or its view cannot be built.
         """
         if self.chooses(step):
+            # What a first member brings along is its own set; the group's first choice is to come.
+            founds = self.experts is None and len(self.members) == 1
             self._choose(decoder, views)
-            self._chosen = step
+            self._chosen = self._chosen if founds else step
         if self.view is not None and self.view.error is not None:
             raise self.view.error
         self._lay_out(views, step)
@@ -199,6 +201,7 @@ class ExpertGroups:
         self._seats: dict[str, Seat] = {}  # by session id
         self._shared: dict[Kind, ExpertGroup] = {}
         self._building: list[Seat] = []  # whose own view is on its way
+        self._failed: list[tuple[Session, Exception]] = []
         self._step = 0
         self._auto_form: Form = "dense"
         self._auto_since = self._copies_since = -STEPS_HELD
@@ -237,6 +240,7 @@ class ExpertGroups:
         self._leave_group(seat)
         self._release(seat)
         self._views.give_back_zeroed(seat.zeroed_bytes)
+        self._failed = [(failed, error) for failed, error in self._failed if failed is not session]
         session.use(None)
         session.view_bytes = 0
         self._decide_at = self._step
@@ -246,7 +250,7 @@ class ExpertGroups:
         """Whether ``advance`` has something to do, even without a step to run."""
         decides = self._decide_at is not None and self._decide_at <= self._step
         chooses = any(group.chooses(self._step) for group in self._shared.values())
-        return decides or chooses or self._views.building
+        return decides or chooses or self._views.building or bool(self._failed)
 
     def advance(self) -> list[tuple[Session, Exception]]:
         """Does what is due before the next step.
@@ -255,16 +259,18 @@ class ExpertGroups:
             The sessions that failed, and how.
         """
         self._step += 1
-        failed: list[tuple[Session, Exception]] = []
         if self._decide_at is not None and self._step >= self._decide_at:
             self._decide(self._step)
+        failed, self._failed = self._failed, []
         for group in list(self._shared.values()):
             if group.rests:
                 continue
             try:
                 group.advance(self._decoder, self._views, self._step)
             except Exception as error:
-                failed += [(seat.session, error) for seat in group.members]
+                told = {session.session_id for session, _ in failed}
+                members = [seat.session for seat in group.members]
+                failed += [(one, error) for one in members if one.session_id not in told]
                 continue
             for seat in group.members:
                 self._use(seat)
@@ -302,13 +308,20 @@ class ExpertGroups:
             if seat.form == "shared" and seat.group is None:
                 self._join_group(seat)
             if self._wants_view(seat) and seat.view is None:
-                seat.view = self._views.acquire(seat.experts, seat.session.work.rows)
-                self._building.append(seat)
+                try:
+                    seat.view = self._views.acquire(seat.experts, seat.session.work.rows)
+                    self._building.append(seat)
+                except Exception as error:  # it must not end whatever session came or went
+                    self._failed.append((seat.session, error))
         for group in self._shared.values():
             if group.experts is None:
-                group.advance(self._decoder, self._views, step)
+                try:
+                    group.advance(self._decoder, self._views, step)
+                except Exception as error:
+                    self._failed += [(member.session, error) for member in group.members]
         for seat in seats:
-            self._use(seat)
+            if seat.group is None or seat.group.experts is not None:
+                self._use(seat)
 
     def _form_of(self, seat: Seat) -> Form:
         if not seat.prunes:

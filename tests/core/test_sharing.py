@@ -187,3 +187,29 @@ def test_a_later_turn_keeps_its_sharing_and_joins_again(running: Engine) -> None
     sessions = [running._decoding.scheduler.find(each.turn_id) for each in (first, other)]
     eventually(lambda: sessions[0].view is sessions[1].view)
     assert as_lists(chosen(sessions[0])) == by_formula(*sessions)
+
+
+def test_private_sessions_among_all_kinds_make_what_each_makes_alone(running: Engine) -> None:
+    """As they come and go, private ones run on copies, zeroed and on copies again."""
+
+    def private() -> list[GenerateTask]:
+        return [task(n % 4, "private", 20 + 15 * n, density=(0.5, 0.25)[n % 2]) for n in range(5)]
+
+    alone = [complete(running, each)[0] for each in private()]
+    others = [
+        task(n % 4, how, 10 + 20 * n, density=density)
+        for how, density in (("shared", 0.5), ("auto", 0.5), ("private", 1.0))
+        for n in range(3)
+    ]
+    inboxes = [submit(running, each)[1] for each in (*private(), *others)]
+    made = [finish(inbox) for inbox in inboxes]
+    assert [tokens for tokens, _ in made[:5]] == alone
+    for number, (tokens, last) in enumerate(made):
+        assert isinstance(last, Finished)
+        ran = last.pruning
+        if number < 5:
+            asked = (0.5, 0.25)[number % 2]
+            mean = (1 + (len(tokens) - 1) * asked) / len(tokens)
+            assert (ran.dense_tokens, ran.mean_density) == (1, pytest.approx(mean))
+        else:
+            assert 1 <= ran.dense_tokens <= len(tokens) and 0.5 <= ran.mean_density <= 1

@@ -35,6 +35,7 @@ def test_everything_has_a_default() -> None:
     settings = load_settings([])
     assert (settings.role, settings.port, settings.density) == ("all", 50051, 1.0)
     assert settings.sampling_defaults == "greedy"
+    assert settings.sharing == "auto"
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(
