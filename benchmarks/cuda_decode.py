@@ -10,7 +10,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.cuda_shapes import SHAPES
 from benchmarks.report import finish
+from benchmarks.steps import greedy_sampler, step_s
 from griffin_core.cuda.step import CudaStep
-from griffin_core.decode.step import StepTokens
 from griffin_core.kv_cache import KvCache, kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.spec import spec_from_config
@@ -97,32 +97,6 @@ def filled_cache(decoder: Decoder, capacity: int) -> KvCache:
     return cache
 
 
-def step_s(
-    step: CudaStep, caches: Sequence[KvCache], views: Sequence[list[SlimFF]], tokens: int
-) -> float:
-    """Seconds of a step, the mean over so many tokens behind the prompt, host's work included."""
-
-    def once() -> None:
-        step(
-            [
-                StepTokens(cache=cache, view=view, token_ids=[5])
-                for cache, view in zip(caches, views, strict=True)
-            ]
-        )
-
-    for cache in caches:
-        cache.length = PROMPT
-    for _ in range(3):
-        once()
-    for cache in caches:
-        cache.length = PROMPT
-    torch.cuda.synchronize()
-    clock = time.perf_counter()
-    for _ in range(tokens):
-        once()
-    return (time.perf_counter() - clock) / tokens
-
-
 @torch.inference_mode()
 def transformers_s(module: PreTrainedModel, tokens: int) -> float:
     """Seconds a token of eager ``generate`` behind the prompt."""
@@ -180,7 +154,8 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
         weights += decoder.spec.vocabulary * decoder.spec.width * DTYPE.itemsize
     print(f"\n{name}: weights take {resident / weights:.3f} times their bytes")
     clock = time.perf_counter()
-    step = CudaStep(decoder, max_tokens=max(arguments.batch), graphs=True)
+    batch = max(arguments.batch)
+    step = CudaStep(decoder, greedy_sampler(decoder, batch), max_tokens=batch, graphs=True)
     print(f"graphs captured in {time.perf_counter() - clock:.0f} s")
     found: list[dict[str, Any]] = []
     lengths = [128, 2048] if arguments.long else [128]
@@ -201,10 +176,8 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
             random_view(decoder, density) if sharing == "private" else views[density]
             for _ in range(batch)
         ]
-        rounds = [
-            step_s(step, caches[:batch], own, tokens) for _ in range(2 if tokens == 128 else 1)
-        ]
-        seconds = statistics.median(rounds)
+        step_s(step, caches[:batch], own, context=PROMPT, steps=3)  # warms up
+        seconds = step_s(step, caches[:batch], own, context=PROMPT, steps=tokens)
         sets = batch if sharing == "private" else 1
         moved = step_bytes(decoder, density, PROMPT + tokens // 2, batch, sets)
         if density == 1.0:

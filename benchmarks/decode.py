@@ -1,21 +1,33 @@
-"""Decode of SmolLM2 after 384 prompt tokens: the engine at three densities, and transformers."""
+"""Decode of SmolLM2 after 384 prompt tokens: the engine at three densities, and transformers; then
+several sessions at once, dense and at density 0.5 with each kind of sharing.
+
+    python -m benchmarks.decode [--only sessions]
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.ceiling import step_bytes, step_ceilings_ms
-from benchmarks.load import submit
+from benchmarks.load import engine_moments, step_s, submit
 from benchmarks.report import Rounds, about, apart, finish, read_bandwidth
+from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.session import Sharing
 from griffin_core.engine import Engine
-from griffin_core.model.load import load_model
+from griffin_core.model.load import Model, load_model
 from griffin_core.model.source import DEFAULT_MODEL, resolve
 
 PROMPT, TOKENS = 384, 64
 DENSITIES = (1.0, 0.75, 0.5)
+
+SESSIONS = (1, 4, 16)
+SESSIONS_PROMPT, SESSIONS_TOKENS, SESSIONS_ROUNDS = 128, 160, 5
+SHARINGS: tuple[Sharing, ...] = ("private", "shared", "auto")
 
 
 def engine_s(engine: Engine, ids: list[int], density: float) -> float:
@@ -44,8 +56,54 @@ def transformers_s(reference: PreTrainedModel, ids: list[int]) -> float:
     return (generate(TOKENS) - generate(1)) / (TOKENS - 1)
 
 
-def main() -> None:
+def of_sessions(model: Model, rounds: int) -> dict[str, object]:
+    """Milliseconds of a step with several sessions, dense and at 0.5, and their ratios to dense."""
+    # Prompts come one behind the other at once, so that all are soon live; costs are measured.
+    engine = Engine(model, limits=Limits(prefill_share=1.0), costs=None)
+    engine.start()
+    engine.ready.result()
+    result: dict[str, object] = {}
+    try:
+        for sessions in SESSIONS:
+
+            def step(density: float, sharing: Sharing, sessions: int = sessions) -> float:
+                return step_s(
+                    engine_moments(
+                        engine,
+                        sessions,
+                        SESSIONS_PROMPT,
+                        SESSIONS_TOKENS,
+                        density=density,
+                        sharing=sharing,
+                    )
+                )
+
+            candidates: dict[str, Callable[[], float]] = {"dense": lambda: step(1.0, "private")}
+            for sharing in SHARINGS:
+                candidates[sharing] = lambda sharing=sharing: step(0.5, sharing)  # type: ignore[misc]
+            timed = Rounds(candidates, rounds=rounds)
+            ratios = {sharing: timed.ratio(sharing, "dense") for sharing in SHARINGS}
+            best = min(1.0, ratios["private"], ratios["shared"])
+            result[str(sessions)] = {
+                "median_ms": timed.median_ms(),
+                "of_dense": ratios,
+                "auto_of_best": round(ratios["auto"] / best, 3),
+            }
+            print(f"{sessions:>3} sessions: {timed.median_ms()} ms/step; 0.5 of dense: {ratios}")
+    finally:
+        engine.stop()
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["sessions"], help="no single session, no transformers")
+    parser.add_argument("--rounds", type=int, default=SESSIONS_ROUNDS, help="of several sessions")
+    given = parser.parse_args(arguments)
     model = load_model(DEFAULT_MODEL, progress=print)
+    if given.only:
+        finish("decode", {**about(model), "sessions": of_sessions(model, given.rounds)})
+        return
     decoder = model.decoder
     where = resolve(DEFAULT_MODEL, decoder.dtype, print)
     reference = AutoModelForCausalLM.from_pretrained(where, dtype=decoder.dtype).eval()
@@ -89,6 +147,7 @@ def main() -> None:
             "ceiling_ms": ceiling_ms,
             "median_ms": ms,
             "ratios": ratios,
+            "sessions": of_sessions(model, given.rounds),
         },
     )
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from griffin_core.decode.events import Event, Failed, Finished, TokensMade
 from griffin_core.decode.session import Sharing
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
+from griffin_core.sampling.stopping import StoppingParams
 
 
 class Inbox:

@@ -1,4 +1,5 @@
-"""Prefill of 384 tokens of SmolLM2: with the statistic, without it, and transformers' forward."""
+"""Prefill of SmolLM2: 384 tokens with the statistic, without it, and transformers' forward; and
+16 prompts of 64 tokens, in passes together and one after the other."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL, resolve
-from griffin_core.prefill import prefill
+from griffin_core.prefill import CHUNK_TOKENS, Part, Prompt, launch, prefill
 
 TOKENS = 384
+PROMPTS, SHORT = 16, 64
+"""Short prompts that arrive together, and their tokens."""
 
 
 def without_statistic(decoder: Decoder, ids: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
@@ -24,6 +27,17 @@ def without_statistic(decoder: Decoder, ids: torch.Tensor, chunk_tokens: int) ->
             hidden = decoder.layer(layer, hidden, batch, block.ff)
         cache.advance(len(chunk))
     return decoder.final_hidden(hidden[-1:])
+
+
+@torch.inference_mode()
+def read_prompts(decoder: Decoder, at_once: int) -> None:
+    """Reads the short prompts in passes of ``at_once``, as a server's queue does."""
+    for first in range(0, PROMPTS, at_once):
+        prompts = [
+            Prompt(decoder, range(1000 + n, 1000 + n + SHORT), Selection(density=0.5))
+            for n in range(first, first + at_once)
+        ]
+        launch(decoder, [Part(prompt=prompt, tokens=SHORT) for prompt in prompts]).end()
 
 
 @torch.inference_mode()
@@ -60,6 +74,16 @@ def main() -> None:
         "with/transformers": rounds.ratio("with statistic", "transformers"),
     }
     print(f"ratios: {ratios}\n")
+
+    short = Rounds(
+        {
+            "together": timed(lambda: read_prompts(decoder, CHUNK_TOKENS // SHORT)),
+            "one by one": timed(lambda: read_prompts(decoder, 1)),
+        },
+        rounds=15,
+    )
+    short_ms, short_ratio = short.median_ms(), short.ratio("together", "one by one")
+    print(f"{PROMPTS} prompts of {SHORT} tokens: {short_ms}, {short_ratio} times\n")
     finish(
         "prefill",
         {
@@ -68,6 +92,12 @@ def main() -> None:
             "ceiling_ms": round(ceiling_ms, 1),
             "median_ms": ms,
             "ratios": ratios,
+            "prompts_together": {
+                "prompts": PROMPTS,
+                "tokens_each": SHORT,
+                "median_ms": short_ms,
+                "ratio": short_ratio,
+            },
         },
     )
 

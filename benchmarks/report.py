@@ -34,9 +34,9 @@ class Rounds:
             for name, run in candidates.items():
                 self._ms[name].append(run() * 1e3)
 
-    def median_ms(self) -> dict[str, float]:
-        """Median of each candidate."""
-        return {name: round(statistics.median(ms), 2) for name, ms in self._ms.items()}
+    def median_ms(self, digits: int = 2) -> dict[str, float]:
+        """Median of each candidate, to so many digits."""
+        return {name: round(statistics.median(ms), digits) for name, ms in self._ms.items()}
 
     def ratio(self, over: str, under: str) -> float:
         """Median of the ratios within each round, which drift of the machine does not move."""

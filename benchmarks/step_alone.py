@@ -1,4 +1,4 @@
-"""A decode step by itself, in a process of its own: no server, no client, no sampling.
+"""A decode step by itself, in a process of its own: no server, no client, every session greedy.
 
 Prints one JSON object when it is ready: what the machine reads or copies, and the ceilings. Then it
 answers each number of sessions, one a line, with the milliseconds of a greedy step of them by form
@@ -15,16 +15,15 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.ceiling import step_bytes
 from benchmarks.report import read_bandwidth
-from griffin_core.decode.step import StepTokens, decode_tokens
+from benchmarks.steps import greedy_sampler, step_s
+from griffin_core.decode.step import LayeredStep
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
@@ -61,32 +60,6 @@ def random_set(decoder: Decoder, form: SlimForm, density: float, rows: Rows) -> 
         )
         for layer in decoder.layers
     ]
-
-
-@torch.inference_mode()
-def step_s(
-    step: Any, caches: Sequence[KvCache], views: Sequence[Sequence[SlimFF]], context: int
-) -> float:
-    """Seconds of a step of all sessions, each behind ``context`` tokens."""
-
-    def once() -> None:
-        step(
-            [
-                StepTokens(cache=cache, view=view, token_ids=[5])
-                for cache, view in zip(caches, views, strict=True)
-            ]
-        )
-
-    def timed() -> float:
-        for cache in caches:
-            cache.length = context
-        clock = time.perf_counter()
-        for _ in range(STEPS):
-            once()
-        return (time.perf_counter() - clock) / STEPS
-
-    timed()
-    return statistics.median(timed() for _ in range(ROUNDS))
 
 
 def replay_s(step: Any, sessions: int, form: str) -> float:
@@ -153,7 +126,16 @@ class Alone:
         }
         found: dict[str, dict[str, float]] = {"step_ms": {}, "graph_ms": {}}
         for form, own in views.items():
-            seconds = step_s(self._step, self._caches[:streams], own, self._context)
+            seconds = statistics.median(
+                step_s(
+                    self._step,
+                    self._caches[:streams],
+                    own,
+                    context=self._context,
+                    steps=STEPS,
+                )
+                for _ in range(ROUNDS + 1)
+            )
             found["step_ms"][form] = 1e3 * seconds
             if self._cuda:
                 try:
@@ -183,12 +165,13 @@ def main() -> None:
 
 
 def _step_and_form(decoder: Decoder, most: int) -> tuple[Any, SlimForm]:
+    sampler = greedy_sampler(decoder, most)
     if decoder.device.type != "cuda":
-        return partial(decode_tokens, decoder), Packed()
+        return LayeredStep(decoder=decoder, sampler=sampler), Packed()
     from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
     from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
-    return CudaStep(decoder, max_tokens=most, graphs=True), Indexed()
+    return CudaStep(decoder, sampler, max_tokens=most, graphs=True), Indexed()
 
 
 if __name__ == "__main__":

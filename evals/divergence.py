@@ -40,7 +40,7 @@ def logprobs(
     layers = zip(decoder.layers, experts, strict=True)
     view = [Packed().build(layer, kept, "many") for layer, kept in layers]
     rest = StepTokens(cache=cache, view=view, token_ids=token_ids[prompt_tokens:])
-    return decode_tokens(decoder, [rest])[0].logits.log_softmax(dim=1)
+    return decode_tokens(decoder, [rest])[0].log_softmax(dim=1)
 
 
 def divergence(

@@ -1,4 +1,4 @@
-"""Bytes of sessions: what is held, what may be held, and who gives way."""
+"""Bytes of sessions: what is held, what may be held, and what gives way."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ class Budget:
     kept only because there was room has gone.
 
     Args:
-        limit: bytes.
+        limit: bytes that may be held.
+        idle_limit: bytes of them that kept sessions may hold between their turns.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, idle_limit: int = 0) -> None:
         self.limit = limit
+        self.idle_limit = idle_limit
         self.held = 0
         self.peak = 0
         """The most that was ever held."""

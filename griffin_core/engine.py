@@ -18,25 +18,29 @@ from typing import TypeVar
 
 import torch
 
+from griffin_core.cpu_share import CpuShare
 from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import Holdings, SessionInfo, Sharing
 from griffin_core.decode.task import GenerateTask, ScoreTask
-from griffin_core.errors import EngineStopped
+from griffin_core.device_memory import (
+    DeviceShare,
+    budget_from_cpu,
+    fraction_of,
+    said_size,
+    tokens_held,
+)
+from griffin_core.errors import DeviceMemoryExhausted, EngineStopped, GriffinError
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.observer import Observer
-from griffin_core.prefill import PrefillEvent, prefill
+from griffin_core.prefill import PrefillEvent, Prompt
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun, PrefillStreamEvent, PrefillTask
 from griffin_core.slim.base import SlimForm
-from griffin_core.slim.crossover import (
-    PrivateLimit,
-    assumed_private_limit,
-    measure_private_limit,
-)
+from griffin_core.slim.costs import ASSUMED_COSTS, StepCosts, measure_costs
 from griffin_core.slim.packed import Packed
 
 log = logging.getLogger(__name__)
@@ -54,16 +58,19 @@ class Engine:
         limits: what it may hold.
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts; None for what the device does best.
-        private_limit: up to how many sessions ``auto`` gives a set each; see ``crossover``. None
-            measures it at start.
-        cuda_graphs: on a GPU, run a step as one graph, captured at start.
+        costs: what a step costs by how its FF runs, see ``slim.costs``; None measures it at start.
+        cuda_graphs: on a GPU, run a step, and a pass over one short prompt, as one graph, captured
+            at start.
+        overlap: launch a step before the tokens of the one before are read; None for where it
+            pays, which is on a GPU.
         stream_interval: a session's tokens come out so many at a time, but for the first; None for
             more the more sessions there are. See ``generation.Pace``.
         own_prefill_tokens: prompts of new sessions up to this many tokens it runs itself, for
             longer ones it asks its caller; None for all.
-        threads: of the engine's thread on a CPU; None for torch's default. No other thread of the
-            process should multiply matrices: OpenMP gives each its own workers, and as soon as
-            there are more of them than CPUs, all wait for one another by sleeping (docs/LOG.md).
+        threads: of the engine's thread on a CPU: a number, or a share of the CPUs that follows the
+            load of the machine; None for torch's default. No other thread of the process should
+            multiply matrices: OpenMP gives each its own workers, and as soon as there are more of
+            them than CPUs, all wait for one another by sleeping (docs/LOG.md).
         observer: is told what is done.
     """
 
@@ -73,13 +80,14 @@ class Engine:
         *,
         limits: Limits | None = None,
         selection: Selection | None = None,
-        sharing: Sharing = "private",
+        sharing: Sharing = "auto",
         slim: SlimForm | None = None,
-        private_limit: PrivateLimit | None = assumed_private_limit,
+        costs: StepCosts | None = ASSUMED_COSTS,
         cuda_graphs: bool = True,
+        overlap: bool | None = None,
         stream_interval: int | None = None,
         own_prefill_tokens: int | None = None,
-        threads: int | None = None,
+        threads: int | CpuShare | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.model = model
@@ -87,22 +95,29 @@ class Engine:
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
         self._slim = slim or _slim_form(model.decoder)
-        self._measures_private_limit = private_limit is None
+        self._measures_costs = costs is None
         observer = observer or Observer()
-        self._prefills = PrefillQueue(self.limits.max_queue, observer)
+        self._prefills = PrefillQueue(
+            model.decoder,
+            max_waiting=self.limits.max_queue,
+            chunk_tokens=self.limits.chunk_tokens,
+            observer=observer,
+        )
         self._decoding = Decoding(
             model,
             limits=self.limits,
             selection=self.selection,
             sharing=sharing,
             slim=self._slim,
-            private_limit=private_limit or assumed_private_limit,
+            costs=costs or ASSUMED_COSTS,
+            overlap=model.decoder.device.type == "cuda" if overlap is None else overlap,
             prefills=self._prefills,
             observer=observer,
             stream_interval=stream_interval,
             own_prefill_tokens=own_prefill_tokens,
         )
         self._threads = threads
+        self._share: DeviceShare | None = None  # of a GPU's memory
         self._cuda_graphs = cuda_graphs
         self._owed_s = 0.0  # what decoding is to get before the next chunk of a prefill
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -172,15 +187,21 @@ class Engine:
     def prefill(self, task: PrefillTask, sink: Sink[PrefillStreamEvent]) -> PrefillRun:
         """Queues a prefill that no session of this engine is for. Events go to ``sink`` up to
         PrefillFinished or Failed."""
-        events = partial(
-            prefill,
+        prompt = partial(
+            Prompt,
             self.model.decoder,
             task.token_ids,
             task.selection,
-            chunk_tokens=self.limits.chunk_tokens,
+            wants_kv=task.wants_kv,
             watch=task.watch,
         )
-        run = PrefillRun(events, sink, admitted=False, most_begun=task.most_begun)
+        run = PrefillRun(
+            prompt,
+            sink,
+            tokens=len(task.token_ids),
+            admitted=False,
+            most_begun=task.most_begun,
+        )
         scheduler = self._decoding.scheduler
         self._post(lambda: self._prefills.add(run, scheduler.retry_after_s), partial(_refuse, sink))
         return run
@@ -188,6 +209,18 @@ class Engine:
     def wake(self) -> None:
         """Makes the engine look again: a sink is ready, or a flag was set."""
         self._commands.put(lambda: None)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that the model runs on now."""
+        if isinstance(self._threads, CpuShare):
+            return self._threads.threads
+        return self._threads or torch.get_num_threads()
+
+    @property
+    def session_bytes(self) -> int:
+        """What KV caches and slim views may hold; 0 until the engine is ready."""
+        return self._decoding.budget.limit
 
     @property
     def held_bytes(self) -> int:
@@ -229,23 +262,28 @@ class Engine:
     def _run(self) -> None:
         fault: Exception | None = None
         if self._threads is not None:
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(self.threads)
+        self._follow_load()  # so that the first turn knows what there was beside the start
         with torch.inference_mode():
             try:
-                measure = self._prepare_step()
-                if self._measures_private_limit:
-                    self._decoding.private_limit(measure())
+                measure = self._prepare()
+                if self._measures_costs:
+                    self._decoding.costs(measure())
+                self._set_memory()
                 self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
             except Exception as error:  # a bug must not leave callers waiting
-                log.exception("the engine's thread ends")
+                if self.ready.done() or not isinstance(error, GriffinError):
+                    log.exception("the engine's thread ends")
                 fault = error
             with self._stop_lock:
                 self._stopping = True
             self._take_commands(wait=False)
             self._decoding.end(EngineStopped(_STOPPING))
             self._prefills.end(EngineStopped(_STOPPING))
+        if self._share is not None:
+            self._share.release()
         if not self.ready.done():
             self.ready.set_exception(fault or EngineStopped(_STOPPING))
         if fault is None:
@@ -253,8 +291,20 @@ class Engine:
         else:
             self.ended.set_exception(fault)
 
-    def _prepare_step(self) -> Callable[[], PrivateLimit]:
-        """Sets what runs a step, and returns what measures up to when private sets pay on it."""
+    def _prepare(self) -> Callable[[], StepCosts]:
+        """As ``_prepare_step``; a device that is full is told in a sentence."""
+        try:
+            return self._prepare_step()
+        except torch.OutOfMemoryError as error:
+            device = self.model.decoder.device
+            free, _ = torch.cuda.mem_get_info(device)
+            raise DeviceMemoryExhausted(
+                f"the steps' graphs do not fit {device}: {said_size(free)} are free beside the "
+                "weights"
+            ) from error
+
+    def _prepare_step(self) -> Callable[[], StepCosts]:
+        """Sets what runs a step, and returns what measures its costs."""
         decoder = self.model.decoder
         if decoder.device.type == "cuda":
             torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
@@ -262,16 +312,51 @@ class Engine:
             from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
             from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
+            if self._cuda_graphs:
+                from griffin_core.cuda.prompt_graph import PromptGraphs  # noqa: PLC0415
+
+                self._prefills.launch = PromptGraphs(
+                    decoder, most_tokens=self.limits.chunk_tokens, progress=self._note_start
+                ).launch
             if isinstance(self._slim, Indexed):  # other forms have no addresses
                 step = CudaStep(
                     decoder,
+                    self._decoding.sampler,
                     max_tokens=self.limits.max_sessions,
                     graphs=self._cuda_graphs,
                     progress=self._note_start,
                 )
-                self._decoding.run_step = step
-                return step.private_limit
-        return partial(measure_private_limit, decoder, self._slim)
+                self._decoding.stepper = step
+                return step.measure_costs
+        return partial(measure_costs, decoder, self._slim)
+
+    def _set_memory(self) -> None:
+        """Sets what sessions may hold: as the limits say, or from what the device has left.
+
+        Raises:
+            DeviceMemoryExhausted: that is too little.
+        """
+        limits, decoder, budget = self.limits, self.model.decoder, self._decoding.budget
+        size = limits.session_bytes
+        if size == 0:
+            return
+        fraction = fraction_of(decoder.device, limits.memory_fraction)
+        if decoder.device.type == "cuda":
+            share = DeviceShare(decoder, budget, limits.chunk_tokens)
+            size = share.claim(fraction, size)
+            self._share = share
+        elif size is None:
+            size = budget_from_cpu(decoder, fraction, limits.chunk_tokens)
+        budget.limit, budget.idle_limit = size, limits.idle_bytes_of(size)
+        tokens = tokens_held(decoder, size)
+        log.info("session memory %s: %s tokens of KV", said_size(size), f"{tokens:,}")
+        if tokens < decoder.spec.context_length:
+            log.warning(
+                "session memory holds %s tokens of KV, less than one session of the full context "
+                "of %s: longer requests are refused",
+                f"{tokens:,}",
+                f"{decoder.spec.context_length:,}",
+            )
 
     def _note_start(self, message: str) -> None:
         if self._stopping:
@@ -282,6 +367,7 @@ class Engine:
         """A chunk of one prefill if it is due, a token of every session, and what has become due
         meanwhile."""
         decoding = self._decoding
+        self._follow_load()
         decoding.tick()
         self._take_commands(wait=not (self._prefills.has_work or decoding.has_work))
         if self._owed_s <= 0 or not decoding.has_work:
@@ -297,6 +383,15 @@ class Engine:
         clock = time.monotonic()
         decoding.step()
         self._owed_s -= time.monotonic() - clock
+
+    def _follow_load(self) -> None:
+        """Runs on more or fewer threads from here on, if the machine's load says so."""
+        share = self._threads
+        if self.model.decoder.device.type != "cpu" or not isinstance(share, CpuShare):
+            return
+        if share.follow():
+            log.debug("threads: %d", share.threads)
+            torch.set_num_threads(share.threads)
 
     def _take_commands(self, *, wait: bool) -> None:
         try:

@@ -9,6 +9,7 @@
     ├── SessionClosed           ended from outside while it was running
     ├── ReaderTooSlow           its client has stopped reading
     ├── CapacityExhausted       no room: now (retry later) or ever
+    ├── DeviceMemoryExhausted   the device has no room for the model or its sessions, at start
     ├── ModelError
     │   ├── ModelNotFound       no such directory, file or hub id
     │   ├── UnknownFamily       an architecture the decoder does not define
@@ -18,6 +19,7 @@
     │   ├── HandoffBroken       the handoff ended early or did not verify
     │   └── PrefillUnavailable  no prefill server answers
     ├── DeadlinePassed          the caller's time ran out on the way
+    ├── NonFiniteLogits         the model's output was NaN or infinite for this session
     ├── EngineStopped           shutting down
     └── EngineFault             a bug, or the machine gave out (memory, device)
 
@@ -89,6 +91,10 @@ class CapacityExhausted(GriffinError):
         self.retry_after_s = retry_after_s
 
 
+class DeviceMemoryExhausted(GriffinError):
+    """At start, a device has too little memory for the weights or for any session."""
+
+
 class ModelError(GriffinError):
     """The model cannot be loaded."""
 
@@ -123,6 +129,21 @@ class PrefillUnavailable(HandoffError):
 
 class DeadlinePassed(GriffinError):
     """The caller's own deadline ran out while others worked for it."""
+
+
+class NonFiniteLogits(GriffinError):
+    """The model's logits for a session were NaN or infinite, so no token can be drawn.
+
+    Args:
+        position: index in the session's sequence of the token that was to be drawn.
+    """
+
+    def __init__(self, *, position: int) -> None:
+        super().__init__(
+            f"logits: got NaN or an infinite value for the token at position {position}; allowed: "
+            "finite values. The model's weights or its data type do not suit this prompt"
+        )
+        self.position = position
 
 
 class EngineStopped(GriffinError):

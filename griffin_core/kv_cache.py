@@ -69,6 +69,12 @@ class KvCache:
         """Says that every layer now holds that many tokens more."""
         self.length += tokens
 
+    def rewind(self, length: int) -> None:
+        """Forgets what is after the first ``length`` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind {self.length} tokens to {length}")
+        self.length = length
+
     def resize(self, capacity: int) -> None:
         """Makes room for ``capacity`` tokens in all, or gives room back, by a copy of one layer
         after the other."""

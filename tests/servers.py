@@ -39,8 +39,8 @@ class Running:
 @contextlib.contextmanager
 def running(model: Model, **settings: Any) -> Iterator[Running]:
     """Runs a server with an event loop on another thread; in role decode, one that prefills
-    nothing itself."""
-    defaults = {"port": 0, "density": 1.0, "own_prefill_tokens": 0}
+    nothing itself. Sessions are private, so that what one makes depends on nothing else."""
+    defaults = {"port": 0, "density": 1.0, "sharing": "private", "own_prefill_tokens": 0}
     app = App(Settings(**{**defaults, **settings}), model)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

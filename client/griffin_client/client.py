@@ -95,7 +95,9 @@ class GriffinClient:
                 (role, content) pairs.
             density: fraction of FF neurons generation runs on, in (0, 1]; None takes the server's.
             policy: how they are chosen; None takes the server's.
-            sharing: with whom the session may run on one expert set; None takes the server's.
+            sharing: "private" for a set of experts of its own, "shared" for one with other
+                sessions, "auto" for whatever costs least at the time, which may be all neurons:
+                ``Finished.pruning`` says what the tokens ran on. None takes the server's.
             top_logprobs: how many alternatives to report at each token; None for no
                 log-probabilities at all.
             session_id: a kept session to continue.

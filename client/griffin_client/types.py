@@ -59,6 +59,9 @@ class PruningFigures:
         norm_mass: for each layer the share of the prompt's activation norm the experts hold; no
             measure of the output's quality.
         slim_view_bytes, kv_cache_bytes: what the session holds on the server.
+        mean_density: mean over the turn's tokens so far of the share of the FF neurons they ran on;
+            0 before the first. The first comes of the dense pass over the prompt and counts as 1.
+        dense_tokens: how many of them ran on all neurons, the first included.
     """
 
     density: float
@@ -69,6 +72,8 @@ class PruningFigures:
     norm_mass: tuple[float, ...]
     slim_view_bytes: int
     kv_cache_bytes: int
+    mean_density: float
+    dense_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from griffin_core.cuda import expert_matmul, expert_matvec
+from griffin_core.cuda.activation import activate_own
 from griffin_core.cuda.expert_table import ExpertTable
 from griffin_core.cuda.tuning import others_may_begin_and_i_wait, overlap
-from griffin_core.model.feedforward import Neurons
+from griffin_core.kernels.rows import ACTIVATION_CODES
+from griffin_core.model.feedforward import FeedForward, Neurons
 
 MAX_SHARED_TOKENS = 64
 SUM_BLOCK = 256
@@ -63,6 +65,24 @@ def feedforward(
         **overlap(),
     )
     return out
+
+
+def feedforward_on_all(
+    x: Tensor, ff: FeedForward, neurons: Neurons, table: ExpertTable | None
+) -> Tensor:
+    """An FF block whose weights are all read once for all rows of x [N, D], each row's activations
+    zeroed outside its own set: what private sets give, at what dense costs.
+
+    Args:
+        x: bfloat16 or float16, contiguous.
+        ff: of all of the layer's ``neurons``.
+        table: whose set each row runs on, of ``IndexSets``; None for all neurons.
+
+    Returns:
+        [N, D].
+    """
+    code = ACTIVATION_CODES[neurons.activation]
+    return ff.output(activate_own(ff.inner(x), code, table, gated=neurons.gated))
 
 
 @triton.jit

@@ -15,7 +15,8 @@ def _add_s2(
     s2,
     z,
     squares,
-    tokens,
+    bounds,
+    stride,
     width,
     parts,
     tiny,
@@ -23,6 +24,9 @@ def _add_s2(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    number = tl.program_id(1)
+    first = tl.load(bounds + number)
+    tokens = tl.load(bounds + number + 1) - first
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     part = tl.arange(0, PARTS)
@@ -30,8 +34,9 @@ def _add_s2(
     # The last tokens first: they were written last, and may still be in the cache.
     runs = tl.cdiv(tokens, ROWS)
     for run in range(runs):
-        rows = ((runs - 1 - run) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        there = rows < tokens
+        places = (runs - 1 - run) * ROWS + tl.arange(0, ROWS)
+        there = places < tokens
+        rows = (first + places).to(tl.int64)
         of_parts = tl.load(
             squares + rows[:, None] * parts + part[None, :],
             mask=there[:, None] & (part < parts)[None, :],
@@ -45,19 +50,26 @@ def _add_s2(
             other=0.0,
         ).to(tl.float32)
         total += v * v * weight[:, None]
-    before = tl.load(s2 + columns, mask=inside, other=0.0)
-    tl.store(s2 + columns, before + tl.sum(total, axis=0), mask=inside)
+    own = s2 + number.to(tl.int64) * stride + columns
+    before = tl.load(own, mask=inside, other=0.0)
+    tl.store(own, before + tl.sum(total, axis=0), mask=inside)
 
 
-def add_s2_columns(s2: Tensor, z: Tensor, squares: Tensor) -> None:
-    """See ``experts.statistic.add_s2``; z [T, F] bfloat16 or float16, contiguous."""
-    tokens, width = z.shape
-    parts = squares.shape[1]
-    _add_s2[(triton.cdiv(width, BLOCK),)](
+def add_s2_columns(s2: Tensor, z: Tensor, squares: Tensor, bounds: Tensor) -> None:
+    """See ``experts.statistic.add_s2``.
+
+    Args:
+        s2: [R, F] float32, each row contiguous.
+        z: [N, F] bfloat16 or float16, contiguous.
+        bounds: [R + 1] int32, as of ``RowRuns``.
+    """
+    width, parts = z.shape[1], squares.shape[1]
+    _add_s2[(triton.cdiv(width, BLOCK), s2.shape[0])](
         s2,
         z,
         squares,
-        tokens,
+        bounds,
+        s2.stride(0),
         width,
         parts,
         torch.finfo(torch.float32).tiny,

@@ -1,9 +1,12 @@
-"""A decode step on a GPU: every live session's next token, in one CUDA graph.
+"""A decode step on a GPU: every live session's next token, run and drawn in one CUDA graph.
 
-Graphs are captured for batch sizes of powers of two and for three ways to run the FF: dense, one
-set for all, a set for each. What differs from step to step, tokens, lengths, where caches and
+Graphs are captured for batch sizes of powers of two and for four ways to run the FF: dense; one set
+for all; a set for each, which few sessions are fastest with; and zeroed, all weights read once for
+all sessions and each one's activations zeroed outside its set, which gives the same as a set for
+each at what dense costs. What differs from step to step, sampler slots, lengths, where caches and
 expert sets lie, stands in one table in device memory, so sessions come, go and change their experts
-without a new capture.
+without a new capture. The tokens themselves stay on the device: a step reads those that the step
+before has drawn, so it may be launched before the host knows them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -19,33 +23,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
-from griffin_core.cuda.expert_table import ExpertTable
-from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
+from griffin_core.cuda.expert_table import ExpertTable, IndexSets
+from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, feedforward, feedforward_on_all
 from griffin_core.cuda.matvec import matvec, rms_norm
-from griffin_core.decode.step import StepLogits, StepTokens, decode_tokens
+from griffin_core.decode.step import Draw, LayeredStep, StepRow
 from griffin_core.experts.selection import Selection
 from griffin_core.model.attention import Rotation, rotation
 from griffin_core.model.decoder import Decoder, Norm
 from griffin_core.model.linear import Linear
 from griffin_core.model.source import Progress
-from griffin_core.slim.crossover import (
-    PrivateLimit,
-    assumed_private_limit,
-    private_limit_of,
-)
+from griffin_core.sampling.sampler import Sampler
+from griffin_core.slim.costs import ASSUMED_COSTS, GraphCosts, StepCosts
 from griffin_core.slim.indexed import IndexedFF
 
-FFMode = Literal["dense", "shared", "private"]
-MODES: tuple[FFMode, ...] = ("dense", "shared", "private")
+FFMode = Literal["dense", "shared", "private", "zeroed"]
+MODES: tuple[FFMode, ...] = ("dense", "shared", "private", "zeroed")
 
 PROGRAMS = 2
 """Of attention, that a multiprocessor runs at once."""
 
-MOST_PRIVATE, ROUNDS = 16, 5
-"""Most sessions whose sets are timed beside a dense step, and how often."""
+MOST_PRIVATE, ROUNDS = 8, 5
+"""Most sessions that may run on a set each, and how often steps are timed. At density 0.25 sets of
+their own cost as much as dense with four sessions (docs/BENCHMARKS.md)."""
 
-IDS, STARTS, CAPACITIES, COUNTS, TABLES = range(5)
+SLOTS, STARTS, POSITIONS, CAPACITIES, COUNTS, TABLES = range(6)
 """Rows of ``StepInputs``; from TABLES on, L of cache addresses, then L of expert sets."""
+
+BUFFERS = 2
+"""Host copies of a step's table: one may still be on its way to the device while the next is
+written. A third step is launched only after the first has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a captured step leaves on the device, good until the next one.
+
+    Args:
+        tokens: [N] int64.
+        logits: [N, V] float32 that they were drawn from.
+    """
+
+    tokens: Tensor
+    logits: Tensor
 
 
 class StepInputs:
@@ -55,7 +74,7 @@ class StepInputs:
 
     Args:
         tokens: N.
-        nobody: the column [4 + 2 L] of such a row; its sets begin with the set of all neurons.
+        nobody: the column [5 + 2 L] of such a row; its sets begin with the set of all neurons.
         ff_width: how many those are.
     """
 
@@ -64,21 +83,25 @@ class StepInputs:
         self._layers = (nobody.shape[0] - TABLES) // 2
         self._nobody = nobody.numpy()
         self._ff_width = ff_width
-        self._host = nobody[:, None].repeat(1, tokens).pin_memory()
-        self._table = self._host.numpy()  # of the same memory; torch takes microseconds a number
-        self._device = self._host.to(device)
-        self.likeliest = torch.zeros(tokens, dtype=torch.int64).pin_memory()
-        """[N], on the host, what the step has made."""
+        self._table = nobody[:, None].repeat(1, tokens).numpy()
+        self._sent = [torch.from_numpy(self._table).clone().pin_memory() for _ in range(BUFFERS)]
+        self._device = self._sent[0].to(device)
         self._held: list[object] = [None] * tokens
 
     @property
-    def ids(self) -> Tensor:
+    def slots(self) -> Tensor:
         """[N] int64, as are the others."""
-        return self._device[IDS]
+        return self._device[SLOTS]
 
     @property
     def starts(self) -> Tensor:
+        """Positions of the tokens that are run."""
         return self._device[STARTS]
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the tokens that are drawn."""
+        return self._device[POSITIONS]
 
     @property
     def caches(self) -> DeviceCaches:
@@ -95,7 +118,7 @@ class StepInputs:
             shared=shared,
         )
 
-    def fill(self, sessions: Sequence[StepTokens]) -> None:
+    def fill(self, sessions: Sequence[StepRow]) -> None:
         """Writes the sessions' rows, on the host."""
         table = self._table
         for column, session in enumerate(sessions):
@@ -108,8 +131,9 @@ class StepInputs:
                 self._held[column] = None  # whatever goes wrong, the column is nobody's
                 self._write_tables(column, session)
                 self._held[column] = cache.addresses, block
-            table[IDS, column] = session.token_ids[0]
+            table[SLOTS, column] = session.slot
             table[STARTS, column] = cache.length
+            table[POSITIONS, column] = cache.length + 1
             table[CAPACITIES, column] = cache.capacity
         for column in range(len(sessions), self.tokens):
             if self._held[column] is not None:
@@ -118,15 +142,18 @@ class StepInputs:
 
     def send(self) -> None:
         """To the device, in the order of its work."""
-        self._device.copy_(self._host, non_blocking=True)
+        host = self._sent.pop(0)
+        self._sent.append(host)
+        host.numpy()[:] = self._table
+        self._device.copy_(host, non_blocking=True)
 
-    def fill_usual(self, experts: Tensor) -> None:
-        """Gives each row a set of its own, of experts [N, K], in all layers."""
-        self._table[TABLES + self._layers :] = [own.data_ptr() for own in experts]
-        self._table[COUNTS] = experts.shape[1]
-        self._held = [experts] * self.tokens  # so that the next ``fill`` writes every row
+    def fill_usual(self, sets: IndexSets) -> None:
+        """Gives each row a set of its own, of N, in all layers."""
+        self._table[TABLES + self._layers :] = sets.addresses
+        self._table[COUNTS] = sets.count
+        self._held = [sets] * self.tokens  # so that the next ``fill`` writes every row
 
-    def _write_tables(self, column: int, session: StepTokens) -> None:
+    def _write_tables(self, column: int, session: StepRow) -> None:
         table, layers = self._table, self._layers
         table[TABLES : TABLES + layers, column] = session.cache.addresses
         if isinstance(session.view[0], IndexedFF):
@@ -139,34 +166,47 @@ class StepInputs:
 
 
 class CudaStep:
-    """Runs decode steps of a model in bfloat16 or float16.
+    """Runs decode steps of a model in bfloat16 or float16. A ``Stepper``.
 
     Args:
+        sampler: draws the tokens.
         max_tokens: most sessions of a step that are captured; larger steps run layer by layer.
         graphs: capture them at all.
     """
 
     def __init__(
-        self, decoder: Decoder, *, max_tokens: int, graphs: bool, progress: Progress | None = None
+        self,
+        decoder: Decoder,
+        sampler: Sampler,
+        *,
+        max_tokens: int,
+        graphs: bool,
+        progress: Progress | None = None,
     ) -> None:
         self._decoder = decoder
+        self.sampler = sampler
+        self._layered = LayeredStep(decoder=decoder, sampler=sampler)
         self._spec = decoder.spec
         properties = torch.cuda.get_device_properties(decoder.device)
         self._programs = PROGRAMS * properties.multi_processor_count
         spec = decoder.spec
-        self._every = torch.arange(spec.ff_width, dtype=torch.int32, device=decoder.device)
+        every = torch.arange(spec.ff_width, dtype=torch.int32, device=decoder.device)
+        self._every = IndexSets(every[None], spec.ff_width)
         self._spare = torch.zeros(
             (2, spec.kv_heads, 1, spec.head_dim), dtype=decoder.dtype, device=decoder.device
         )
         layers = len(decoder.layers)
-        addresses = [self._spare.data_ptr()] * layers + [self._every.data_ptr()] * layers
-        nobody = torch.tensor([0, 0, 1, 1, *addresses])
+        addresses = [self._spare.data_ptr()] * layers + self._every.addresses * layers
+        nobody = torch.tensor([sampler.padding, 0, 1, 1, 1, *addresses])
         most = min(max_tokens, MAX_SHARED_TOKENS)
         sizes = [1 << power for power in range((most - 1).bit_length() + 1)]
         self._inputs = {
             size: StepInputs(size, nobody, spec.ff_width, decoder.device) for size in sizes
         }
-        self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, Made]] = {}
+        # By size, the largest mean density at which a set each is no slower than zeroed; until that
+        # is measured, what bytes say.
+        self._private_up_to = {size: 1 / size for size in sizes if size <= MOST_PRIVATE}
         with torch.inference_mode():
             if graphs:
                 self._capture(progress)
@@ -180,37 +220,49 @@ class CudaStep:
                 progress(f"capturing a step of {size}")
             inputs = self._inputs[size]
             inputs.fill_usual(self._random_sets(size, 0.5))  # configurations are chosen on these
-            for mode in MODES:
-                if mode == "shared" and size == 1:
-                    continue
+            inputs.send()
+            for mode in _modes(size):
                 self._run(inputs, mode)  # chooses configurations, allocates for cuBLAS
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    logits = self._run(inputs, mode)
+                    made = self._run(inputs, mode)
                 pool = pool or graph.pool()
-                self._graphs[size, mode] = graph, logits
+                self._graphs[size, mode] = graph, made
 
-    def _random_sets(self, sets: int, density: float) -> Tensor:
+    def _random_sets(self, sets: int, density: float) -> IndexSets:
         k = Selection(density=density).experts_of(self._spec.ff_width)
         score = torch.rand((sets, self._spec.ff_width), device=self._decoder.device)
-        return score.topk(k).indices.sort(dim=1).values.int()
+        experts = score.topk(k).indices.sort(dim=1).values.int()
+        return IndexSets(experts, self._spec.ff_width)
 
-    def private_limit(self) -> PrivateLimit:
-        """Up to how many sessions a set each pays, measured on the graphs; without them, what bytes
-        say."""
+    def measure_costs(self) -> StepCosts:
+        """What steps cost, measured on the graphs, by which modes are chosen from now on; without
+        graphs, what bytes say."""
         if not self._graphs:
-            return assumed_private_limit
-        sizes = [size for size in self._inputs if size <= MOST_PRIVATE]
-        return private_limit_of(
-            dense={size: self._seconds(size, "dense", 1.0) for size in sizes},
-            half={size: self._seconds(size, "private", 0.5) for size in sizes},
-            whole={size: self._seconds(size, "private", 1.0) for size in sizes},
+            return ASSUMED_COSTS
+
+        def seconds(mode: FFMode) -> dict[int, tuple[float, float]]:
+            """On half of the neurons and on all, by captured size."""
+            sizes = [size for size in self._inputs if (size, mode) in self._graphs]
+            return {
+                size: (self._seconds(size, mode, 0.5), self._seconds(size, mode, 1.0))
+                for size in sizes
+            }
+
+        costs = GraphCosts(
+            dense={size: whole for size, (_, whole) in seconds("dense").items()},
+            zeroed={size: half for size, (half, _) in seconds("zeroed").items()},
+            shared=seconds("shared"),
+            private=seconds("private"),
         )
+        self._private_up_to = {size: costs.private_up_to(size) for size in self._private_up_to}
+        return costs
 
     def _seconds(self, size: int, mode: FFMode, density: float) -> float:
         inputs, (graph, _) = self._inputs[size], self._graphs[size, mode]
         inputs.fill_usual(self._random_sets(size, density))
+        inputs.send()
         times = []
         for _ in range(ROUNDS + 1):  # the first warms up
             clock = time.perf_counter()
@@ -219,38 +271,45 @@ class CudaStep:
             times.append(time.perf_counter() - clock)
         return statistics.median(times[1:])
 
-    def __call__(self, sessions: Sequence[StepTokens]) -> list[StepLogits]:
-        """As ``decode_tokens``. Logits are good until the next step."""
+    @torch.inference_mode()
+    def launch(self, rows: Sequence[StepRow]) -> Draw:
         largest = max(self._inputs)
-        if len(sessions) > largest or any(len(s.token_ids) != 1 for s in sessions):
-            return decode_tokens(self._decoder, sessions)
-        size = next(size for size in self._inputs if size >= len(sessions))
+        if len(rows) > largest:
+            return self._layered.launch(rows)
+        size = next(size for size in self._inputs if size >= len(rows))
         inputs = self._inputs[size]
-        inputs.fill(sessions)
-        mode = _mode(sessions)
+        inputs.fill(rows)
+        inputs.send()
+        mode = self._mode(rows, size)
         if (size, mode) in self._graphs:
-            graph, logits = self._graphs[size, mode]
+            graph, made = self._graphs[size, mode]
             graph.replay()
         else:
-            try:
-                logits = self._run(inputs, mode)
-            except BaseException:
-                torch.cuda.current_stream().synchronize()  # the table may still be on its way
-                raise
-        torch.cuda.current_stream().synchronize()
-        ids = inputs.likeliest.tolist()
-        for session in sessions:
-            session.cache.advance(1)
-        return [
-            StepLogits(logits=logits[row : row + 1], likeliest=ids[row : row + 1])
-            for row in range(len(sessions))
-        ]
+            made = self._run(inputs, mode)
+        count = len(rows)
+        draw = Draw(made.tokens[:count], [row.top_logprobs for row in rows], made.logits[:count])
+        for row in rows:
+            row.cache.advance(1)
+        return draw
 
-    def _run(self, inputs: StepInputs, mode: FFMode) -> Tensor:
-        """Logits [N, V] float32; the index of the largest of each goes to the host."""
+    def _mode(self, rows: Sequence[StepRow], size: int) -> FFMode:
+        """The cheapest mode in which every session runs on its own set."""
+        counts = [row.view[0].count for row in rows if isinstance(row.view[0], IndexedFF)]
+        if not counts:
+            return "dense"
+        if len(rows) == 1:
+            return "private"
+        if len(counts) == len(rows) and len({id(row.view) for row in rows}) == 1:
+            return "shared"
+        neurons = sum(counts) + (len(rows) - len(counts)) * self._spec.ff_width
+        mean = neurons / (len(rows) * self._spec.ff_width)
+        return "private" if mean <= self._private_up_to.get(size, 0.0) else "zeroed"
+
+    def _run(self, inputs: StepInputs, mode: FFMode) -> Made:
         decoder, spec = self._decoder, self._spec
-        inputs.send()
-        x = decoder.embed(inputs.ids, inputs.starts)
+        # A row whose logits were not finite has drawn -1; its session is about to be told.
+        ids = self.sampler.drawn[inputs.slots].clamp_(min=0)
+        x = decoder.embed(ids, inputs.starts)
         rotations = tuple(rotation(r, inputs.starts, decoder.dtype) for r in spec.rotaries)
         for index in range(len(decoder.layers)):
             x = self._layer(index, x, rotations, inputs, mode)
@@ -258,8 +317,8 @@ class CudaStep:
         if norm is not None and not (x.shape[0] == 1 and _is_rms(norm)):
             x, norm = _normed(norm, x), None
         logits = decoder.head(x, partial(self._project, norm=norm))
-        inputs.likeliest.copy_(logits.argmax(dim=1), non_blocking=True)
-        return logits
+        tokens = self.sampler.sample(logits, inputs.slots, inputs.positions)
+        return Made(tokens=tokens, logits=logits)
 
     def _layer(
         self, index: int, x: Tensor, rotations: Sequence[Rotation], inputs: StepInputs, mode: FFMode
@@ -322,18 +381,19 @@ class CudaStep:
         by_token = mode == "private" or (mode == "dense" and x.shape[0] == 1)
         if norm is not None and not (by_token and _is_rms(norm)):
             x, norm = _normed(norm, x), None
-        if mode == "dense" and not by_token:
-            y = layer.ff(x)
+        if mode == "zeroed" or (mode == "dense" and not by_token):
+            sets = None if mode == "dense" else inputs.experts(index, shared=False)
+            y = feedforward_on_all(x, layer.ff, layer.neurons, sets)
             return y if residual is None else y.add_(residual)
         table = None if mode == "dense" else inputs.experts(index, shared=mode == "shared")
         return feedforward(x, layer.neurons, table, norm=_fused(norm), residual=residual)
 
 
-def _mode(sessions: Sequence[StepTokens]) -> FFMode:
-    views = {id(session.view) for session in sessions}
-    if not any(isinstance(session.view[0], IndexedFF) for session in sessions):
-        return "dense"
-    return "shared" if len(views) == 1 and len(sessions) > 1 else "private"
+def _modes(size: int) -> list[FFMode]:
+    """The modes that a step of a captured size can run in."""
+    if size == 1:
+        return ["dense", "private"]
+    return [mode for mode in MODES if mode != "private" or size <= MOST_PRIVATE]
 
 
 def _is_rms(norm: Norm) -> bool:

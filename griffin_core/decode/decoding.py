@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from griffin_core.budget import Budget
 from griffin_core.decode.caches import Caches
@@ -27,7 +29,15 @@ from griffin_core.decode.session import (
     Work,
 )
 from griffin_core.decode.sharing import ExpertGroups
-from griffin_core.decode.step import StepLogits, Stepper, StepTokens, decode_tokens
+from griffin_core.decode.step import (
+    Draw,
+    Drawn,
+    LayeredStep,
+    Stepper,
+    StepRow,
+    StepTokens,
+    decode_tokens,
+)
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
@@ -47,7 +57,7 @@ from griffin_core.prefill import (
     PrefillEvent,
     PrefillFinished,
     PrefillRestarted,
-    prefill,
+    Prompt,
 )
 from griffin_core.prefill_queue import (
     PrefillBegun,
@@ -55,8 +65,9 @@ from griffin_core.prefill_queue import (
     PrefillRun,
     PrefillStreamEvent,
 )
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimForm
-from griffin_core.slim.crossover import PrivateLimit
+from griffin_core.slim.costs import StepCosts
 from griffin_core.slim.views import SlimViews
 
 log = logging.getLogger(__name__)
@@ -64,9 +75,25 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 3600.0
 """A queue's time-out must be finite."""
 
-BUILD_S = 0.01
-"""For about how long slim views are built between two steps, or as long as a step takes: whoever
-waits for a view is then delayed about as much as those who do not."""
+BUILD_SHARE = 0.25
+"""Slim views are built between two steps for about this share of a step's time, a layer at least.
+No session waits for one: it runs zeroed or dense meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnderWay:
+    """Tokens that were launched and not read yet.
+
+    Args:
+        turns: of each row, by the id of its turn: a session may have ended by the time its token
+            is read, and may even be in its next turn.
+        densities: that each row runs on.
+        draw: the tokens.
+    """
+
+    turns: Sequence[tuple[str, Session]]
+    densities: Sequence[float]
+    draw: Draw
 
 
 class Decoding:
@@ -77,8 +104,11 @@ class Decoding:
         limits: what may be held.
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts.
-        private_limit: see ``crossover``.
+        costs: see ``slim.costs``.
         stream_interval: see ``Pace``.
+        overlap: launch a step before the tokens of the one before it are read. What a session
+            makes is the same; one that has stopped by then has run a step too many, which is
+            dropped.
         prefills: where prompts queue that this engine runs itself.
         own_prefill_tokens: prompts of a new session up to this many tokens are among them; None
             for all.
@@ -93,7 +123,8 @@ class Decoding:
         selection: Selection,
         sharing: Sharing,
         slim: SlimForm,
-        private_limit: PrivateLimit,
+        costs: StepCosts,
+        overlap: bool,
         prefills: PrefillQueue,
         stream_interval: int | None,
         own_prefill_tokens: int | None,
@@ -108,22 +139,31 @@ class Decoding:
         self._pace = Pace(stream_interval)
         self._own_prefill_tokens = own_prefill_tokens
         self._observer = observer
-        self.budget = Budget(limits.session_bytes)
-        self.scheduler = Scheduler(limits, self._free)
+        self.budget = Budget(0)  # until the engine knows what the device has left
+        self.scheduler = Scheduler(limits, self.budget, self._free)
         self._caches = Caches(model.decoder, self.budget)
         self._views = SlimViews(model.decoder, slim, self.budget)
-        self._groups = ExpertGroups(model.decoder, self._views, private_limit)
+        self._groups = ExpertGroups(model.decoder, self._views, costs)
         # By the id of the turn, so that no turn of a session reaches into another.
         self._turns: dict[str, Session] = {}
         self._intakes: dict[str, Intake] = {}
         self._own_prefills: dict[str, PrefillRun] = {}
-        self.run_step: Stepper = partial(decode_tokens, model.decoder)
-        """What runs the model; the engine sets a faster one where the device has it."""
+        decoder = model.decoder
+        self.sampler = Sampler(
+            slots=limits.max_sessions, vocabulary=decoder.spec.vocabulary, device=decoder.device
+        )
+        self._free_slots = list(reversed(range(limits.max_sessions)))
+        self.stepper: Stepper = LayeredStep(decoder=decoder, sampler=self.sampler)
+        """What runs a step; the engine sets a faster one where the device has it."""
+        self._overlap = overlap
+        self._prompts_read: list[tuple[str, Session, Tensor]] = []
+        """Turns that have no token yet, and what the head reads for their first, [D]."""
+        self._under_way: list[UnderWay] = []
         self._step_s = 0.0  # what the last step took
 
-    def private_limit(self, limit: PrivateLimit) -> None:
-        """Sets up to how many sessions ``auto`` gives a set each."""
-        self._groups.private_limit = limit
+    def costs(self, costs: StepCosts) -> None:
+        """Sets what steps cost. Before the first session."""
+        self._groups.costs = costs
 
     # -- what comes from callers -----------------------------------------------------------------
 
@@ -197,7 +237,7 @@ class Decoding:
             sessions={state: states[state] for state in State},
             slim_view_bytes=views,
             kv_cache_bytes=self.budget.held - views,
-            limit_bytes=self._limits.session_bytes,
+            limit_bytes=self.budget.limit,
         )
 
     # -- what becomes due ------------------------------------------------------------------------
@@ -219,7 +259,13 @@ class Decoding:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
-        return self._groups.choosing or bool(self._runnable())
+        return bool(
+            self._groups.due
+            or self._under_way
+            or self._prompts_read
+            or self._next_scoring()
+            or self._runnable()
+        )
 
     def next_due_s(self) -> float | None:
         """Seconds until something becomes due by itself; None if nothing will."""
@@ -234,61 +280,151 @@ class Decoding:
         return max(0.0, min(*due, LONGEST_WAIT_S)) if due else None
 
     def flush(self) -> None:
-        """Shows what sessions hold back of their tokens: something that takes long comes next."""
+        """Reads and shows all tokens there are: something that takes long comes next."""
+        self._read_all()
         for session in self.scheduler.live:
             if session.state is State.DECODE:
                 session.work.flush(session)
 
     def step(self) -> None:
         """A token for every session whose view is built and whose reader keeps up."""
-        if self._groups.choosing:
-            self._views.build(max(BUILD_S, self._step_s))
-            for session, error in self._groups.advance():
-                self._end_with(session, error)
-        sessions = self._runnable()
-        if not sessions:
-            return
-        self._pace.set(streams=len(sessions), prompts=self._prefills.has_work)
         clock = time.monotonic()
+        self._views.build(BUILD_SHARE * self._step_s)
+        for session, error in self._groups.advance():
+            self._end_with(session, error)
+        under_way, first = self._under_way, self._launch_first()
+        if not self._overlap:
+            self._read(first)
+            first = []
+        sessions = self._runnable()
+        launched: list[UnderWay] = []
+        if sessions:
+            self._pace.set(streams=len(sessions), prompts=self._prefills.has_work)
+            launched = self._launch(sessions, self._launch_step)
+        steps, self._under_way = launched, []
+        if self._overlap:  # the device has the next step by now, and the host reads the last one
+            steps, self._under_way = under_way, launched
+        read = self._read(steps)
+        self._read(first)
+        self._score()
+        self._step_s = time.monotonic() - clock
+        if read:
+            self._observer.stepped(self._step_s, read)
+
+    def _launch(
+        self, sessions: list[Session], launch: Callable[[list[Session]], Draw]
+    ) -> list[UnderWay]:
+        """Has tokens drawn for all sessions together; if that fails, for each alone, so that it
+        costs only the session whose fault it is."""
         try:
-            self._run(sessions)
+            turns = [(session.turn_id, session) for session in sessions]
+            densities = [session.density for session in sessions]
+            draw = launch(sessions)
         except Exception as error:
             if self._decoder.device.type == "cuda":
                 torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
             if len(sessions) == 1:
                 self._end_with(sessions[0], error)
-                return
-            log.exception("a step of %d sessions failed; each is tried alone", len(sessions))
-            for session in sessions:
-                self._guarded(session, lambda s: self._run([s]))
-        self._step_s = time.monotonic() - clock
-        self._observer.stepped(self._step_s, len(sessions))
+                return []
+            log.exception("%d sessions together failed; each is tried alone", len(sessions))
+            return [step for session in sessions for step in self._launch([session], launch)]
+        for session in sessions:
+            session.in_flight += 1
+        return [UnderWay(turns=turns, densities=densities, draw=draw)]
 
-    def _run(self, sessions: list[Session]) -> None:
-        results = self.run_step([_step_tokens(s) for s in sessions])
-        for session, result in zip(sessions, results, strict=True):
-            self._guarded(session, partial(self._read, result=result))
+    def _launch_step(self, sessions: list[Session]) -> Draw:
+        return self.stepper.launch([_step_row(session) for session in sessions])
 
-    def _read(self, session: Session, *, result: StepLogits) -> None:
-        if session.work.read(session, result.logits, result.likeliest):
+    def _launch_first(self) -> list[UnderWay]:
+        """Has the first token of every prompt that has been read drawn, in one batch: a first
+        token needs no experts."""
+        read, self._prompts_read = self._prompts_read, []
+        for turn_id, _, _ in read:
+            self._with_turn(turn_id, self._open_slot)
+        hidden = {id(s): h for turn_id, s, h in read if self._turns.get(turn_id) is s}
+        sessions = [s for _, s, _ in read if id(s) in hidden]
+
+        def launch(sessions: list[Session]) -> Draw:
+            logits = self._decoder.head(torch.stack([hidden[id(s)] for s in sessions]))
+            slots = torch.tensor([s.slot for s in sessions], device=logits.device)
+            positions = torch.tensor([len(s.tokens) for s in sessions], device=logits.device)
+            tokens = self.sampler.sample(logits, slots, positions)
+            return Draw(tokens, [_generation(s).top_logprobs for s in sessions], logits)
+
+        return self._launch(sessions, launch) if sessions else []
+
+    def _open_slot(self, session: Session) -> None:
+        work = _generation(session)
+        session.slot = self._free_slots.pop()
+        self.sampler.open(session.slot, work.sampling, session.tokens)
+        work.begin(session)
+
+    def _read_all(self) -> None:
+        due, self._under_way = self._under_way, []
+        self._read(due)
+
+    def _read(self, steps: Sequence[UnderWay]) -> int:
+        """Takes what was drawn. Returns for how many sessions."""
+        taken = 0
+        for step in steps:
+            live = [self._turns.get(turn_id) is session for turn_id, session in step.turns]
+            try:
+                drawn = step.draw.wait()
+            except Exception as error:
+                torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
+                for (_, session), lives in zip(step.turns, live, strict=True):
+                    if lives:
+                        self._end_with(session, error)
+                continue
+            rows = zip(step.turns, live, step.densities, drawn, strict=True)
+            for (_, session), lives, density, token in rows:
+                if lives:  # else it has ended, and this is the one step too many
+                    session.in_flight -= 1
+                    taken += 1
+                    session.ran(density)
+                    self._guarded(session, partial(self._take, drawn=token))
+        return taken
+
+    def _take(self, session: Session, *, drawn: Drawn) -> None:
+        first = session.turn_generated == 0
+        if _generation(session).take(session, drawn):
+            self._finish(session)
+        elif first:
+            self._groups.join(session)
+
+    def _score(self) -> None:
+        """The next tokens of one session that scores: it brings many."""
+        session = self._next_scoring()
+        if session is not None:
+            self._guarded(session, self._run_scoring)
+
+    def _run_scoring(self, session: Session) -> None:
+        assert isinstance(session.work, Scoring)
+        assert session.cache is not None and session.view is not None
+        tokens = StepTokens(
+            cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
+        )
+        session.ran(session.density, tokens.tokens)
+        if session.work.read(session, decode_tokens(self._decoder, [tokens])[0]):
             self._finish(session)
 
     def _runnable(self) -> list[Session]:
-        """Sessions of the next step. Of those that score, which bring many tokens, only one."""
-        scoring = False
+        """Sessions of the next step."""
         sessions = []
         for session in self.scheduler.live:
-            if session.state is not State.DECODE or session.view is None:
-                continue
-            if not session.sink.ready():
-                continue
-            session.clock.stalled = 0.0
-            if isinstance(session.work, Scoring):
-                if scoring:
-                    continue
-                scoring = True
-            sessions.append(session)
+            if self._runs(session) and isinstance(session.work, Generation):
+                session.clock.stalled = 0.0
+                if session.work.wants(session):
+                    sessions.append(session)
         return sessions
+
+    def _next_scoring(self) -> Session | None:
+        return next(
+            (s for s in self.scheduler.live if isinstance(s.work, Scoring) and self._runs(s)), None
+        )
+
+    def _runs(self, session: Session) -> bool:
+        return session.state is State.DECODE and session.view is not None and session.sink.ready()
 
     def _watch_readers(self) -> None:
         now = time.monotonic()
@@ -345,6 +481,7 @@ class Decoding:
         sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)
         needs = Reservation(
             kv=self._caches.most_bytes(capacity, resized=later_turn or keep),
+            zeroed=self._views.zeroed_bytes(selection.experts_of(spec.ff_width)),
             view=self._views.planned_bytes(selection.experts_of(spec.ff_width)),
             pool=self._groups.pool(selection, sharing),
         )
@@ -358,7 +495,7 @@ class Decoding:
             sharing=sharing,
             work=work,
             sink=sink,
-            keep=keep and self._caches.nbytes(capacity) <= self._limits.idle_bytes,
+            keep=keep and self._caches.nbytes(capacity) <= self.budget.idle_limit,
         )
 
     def _begin_prefill(self, session: Session) -> None:
@@ -366,18 +503,19 @@ class Decoding:
         self._caches.prepare(session)
         limit = self._own_prefill_tokens
         own = later_turn or limit is None or session.prompt_tokens <= limit
-        self._intakes[session.turn_id] = self._new_intake(session, in_place=own)
+        self._intakes[session.turn_id] = self._new_intake(session)
         if own:
-            events = partial(
-                prefill,
+            token_ids = session.tokens[session.turn_start :]
+            prompt = partial(
+                Prompt,
                 self._decoder,
-                session.tokens[session.turn_start :],
+                token_ids,
                 session.selection,
                 cache=session.cache,
                 s2=session.s2,
-                chunk_tokens=self._limits.chunk_tokens,
             )
-            run = PrefillRun(events, _OwnIntake(self, session), admitted=True)
+            sink = _OwnIntake(self, session)
+            run = PrefillRun(prompt, sink, tokens=len(token_ids), admitted=True)
             self._own_prefills[session.turn_id] = run
             self._prefills.add(run, 0.0)
         session.sink.put(
@@ -387,12 +525,11 @@ class Decoding:
             )
         )
 
-    def _new_intake(self, session: Session, *, in_place: bool) -> Intake:
+    def _new_intake(self, session: Session) -> Intake:
         assert session.cache is not None
         return Intake(
             self._decoder,
             session.cache,
-            in_place=in_place,
             tokens=session.prompt_tokens,
             experts_per_layer=session.selection.experts_of(self._decoder.spec.ff_width),
         )
@@ -402,15 +539,15 @@ class Decoding:
         if intake is None:
             return
         if isinstance(event, PrefillRestarted):
-            self._intakes[session.turn_id] = self._new_intake(session, in_place=False)
+            self._intakes[session.turn_id] = self._new_intake(session)
         elif isinstance(event, PrefillFinished):
             self._begin_decode(session, intake, event)
         else:
             intake.take(event)
 
     def _begin_decode(self, session: Session, intake: Intake, event: PrefillFinished) -> None:
-        """The handoff is whole: the first token is drawn and goes out, and only then are the
-        experts that the second one needs laid out."""
+        """The handoff is whole: the first token is drawn by the next ``step``, with those of other
+        prompts, and only then are the experts that the second one needs laid out."""
         intake.finish(session)
         del self._intakes[session.turn_id]
         self._own_prefills.pop(session.turn_id, None)
@@ -426,13 +563,17 @@ class Decoding:
                 pruning=session.figures(self._decoder.spec.ff_width),
             )
         )
+        if session.experts is not None:
+            self._observer.chose(session.experts)
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
+        if not isinstance(session.work, Scoring):
+            self._prompts_read.append((session.turn_id, session, hidden))
+            return
+        session.ran(1.0)
         if session.work.begin(session, self._decoder.head(hidden[None])[0]):
             self._finish(session)
         else:
             self._groups.join(session)
-        if session.experts is not None:
-            self._observer.chose(session.experts)
 
     def _finish(self, session: Session) -> None:
         if not session.keep:
@@ -441,6 +582,10 @@ class Decoding:
         assert session.cache is not None
         del self._turns[session.turn_id]
         self._groups.leave(session)
+        self._free_slot(session)
+        session.in_flight = 0  # one step too many may be under way: nothing of it counts
+        if isinstance(session.work, Generation):
+            session.cache.rewind(len(session.tokens) - 1)
         self._caches.resize(session.cache, session.cache.length)
         self.scheduler.keep(session, session.cache.nbytes)
 
@@ -460,7 +605,14 @@ class Decoding:
         if run := self._own_prefills.pop(session.turn_id, None):
             run.cancel()
         self._groups.leave(session)
+        self._free_slot(session)
         self._caches.free(session)
+
+    def _free_slot(self, session: Session) -> None:
+        if session.slot is not None:
+            self.sampler.close(session.slot)
+            self._free_slots.append(session.slot)
+            session.slot = None
 
     def _with_turn(self, turn_id: str, action: Callable[[Session], None]) -> None:
         if session := self._turns.get(turn_id):
@@ -480,11 +632,19 @@ class Decoding:
         self._fail(session, error=error)
 
 
-def _step_tokens(session: Session) -> StepTokens:
-    assert session.cache is not None and session.view is not None
-    return StepTokens(
-        cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
+def _step_row(session: Session) -> StepRow:
+    assert session.cache is not None and session.view is not None and session.slot is not None
+    return StepRow(
+        cache=session.cache,
+        view=session.view.layers,
+        slot=session.slot,
+        top_logprobs=_generation(session).top_logprobs,
     )
+
+
+def _generation(session: Session) -> Generation:
+    assert isinstance(session.work, Generation)
+    return session.work
 
 
 class _OwnIntake:

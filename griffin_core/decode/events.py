@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from griffin_core.decode.sampling import Logprobs
-from griffin_core.decode.stopping import FinishReason
 from griffin_core.experts.selection import PolicyName, Selection
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.stopping import FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,9 @@ class PruningFigures:
         norm_mass: L values, see ``expert_set.norm_mass``.
         slim_view_bytes: held beyond the model's own weights.
         kv_cache_bytes: held by the session's cache.
+        mean_density: mean over the turn's tokens so far of the density they ran at; 0 before the
+            first. The first comes of the dense prompt and counts as 1.
+        dense_tokens: how many of them ran on all neurons, that first one included.
     """
 
     density: float
@@ -29,6 +32,8 @@ class PruningFigures:
     norm_mass: tuple[float, ...]
     slim_view_bytes: int
     kv_cache_bytes: int
+    mean_density: float = 0.0
+    dense_tokens: int = 0
 
     @property
     def mean_norm_mass(self) -> float:

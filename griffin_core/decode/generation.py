@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-
-from torch import Tensor
 
 from griffin_core.decode.events import Finished, Timings, TokensMade
-from griffin_core.decode.sampling import Logprobs, Sampler, logprobs_at
 from griffin_core.decode.session import Session
-from griffin_core.decode.stopping import FinishReason, StopChecker
+from griffin_core.decode.step import Drawn
 from griffin_core.decode.task import GenerateTask
+from griffin_core.errors import NonFiniteLogits
 from griffin_core.model.linear import Rows
 from griffin_core.model.load import Model
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.stopping import FinishReason, StopChecker
 
 STREAMS_SHOWN = 4
 """About how many streams a step shows tokens of, if it may choose."""
@@ -50,43 +49,46 @@ class Pace:
 
 
 class Generation:
-    """One turn: draw a token, show it, stop or have it run. ``Work`` of a session."""
+    """One turn: take the tokens that are drawn, show them, and say when it ends. ``Work`` of a
+    session."""
 
     rows: Rows = "one"
 
     def __init__(self, model: Model, task: GenerateTask, pace: Pace) -> None:
         self._model = model
-        self._task = task
         self._pace = pace
+        self._stopping = task.stopping
+        self.sampling = task.sampling
+        self.top_logprobs = task.top_logprobs
         self._ids: list[int] = []
         self._text = ""
         self._logprobs: list[Logprobs] = []
-        self._sampler = Sampler(task.sampling, model.decoder.spec.vocabulary, model.decoder.device)
 
-    def begin(self, session: Session, logits: Tensor) -> bool:
-        """Draws the turn's first token, which needs no experts yet."""
-        self._sampler.see_prompt(session.tokens)
+    def begin(self, session: Session) -> None:
+        """The prompt is read."""
         self._checker = StopChecker(
-            self._task.stopping,
+            self._stopping,
             self._model.tokenizer.stream(),
             self._model.eos_ids,
             room=self._model.decoder.spec.context_length - len(session.tokens),
         )
-        return self._draw(session, logits, None)
 
-    def tokens(self) -> list[int]:
-        """The token drawn last."""
-        return [self._token]
+    def wants(self, session: Session) -> bool:
+        """Whether a token more may be drawn, as far as numbers say: what those in flight are is
+        not known yet."""
+        return self._checker.remaining > session.in_flight
 
-    def read(self, session: Session, logits: Tensor, likeliest: Sequence[int]) -> bool:
-        """Draws the next token."""
-        return self._draw(session, logits[0], likeliest[0])
+    def take(self, session: Session, drawn: Drawn) -> bool:
+        """Takes the next token. True when the turn ends with it.
 
-    def _draw(self, session: Session, logits: Tensor, likeliest: int | None) -> bool:
-        token = self._token = self._sampler.sample(logits, likeliest)
-        top = self._task.top_logprobs
-        if top is not None:
-            self._logprobs.append(logprobs_at(logits, token, top))
+        Raises:
+            NonFiniteLogits: there is none.
+        """
+        token = drawn.token
+        if token < 0:
+            raise NonFiniteLogits(position=len(session.tokens))
+        if drawn.logprobs is not None:
+            self._logprobs.append(drawn.logprobs)
         text, reason = self._checker.push(token)
         self._ids.append(token)
         self._text += text

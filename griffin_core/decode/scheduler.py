@@ -7,9 +7,13 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from griffin_core.budget import Budget
 from griffin_core.decode.session import Reservation, Session, State
 from griffin_core.errors import CapacityExhausted
 from griffin_core.prefill import CHUNK_TOKENS
+
+IDLE_SHARE = 0.25
+"""Of the sessions' memory, for those that are kept between turns, unless a limit is set."""
 
 _REMEMBERED = 1024  # kept sessions whose end can still be explained
 
@@ -21,8 +25,12 @@ class Limits:
     Args:
         max_sessions: sessions in prefill or decode at once.
         max_queue: sessions, and prefills for other servers, that may wait.
-        session_bytes: KV caches and slim views of all sessions together.
-        idle_bytes: the share of it that kept sessions between turns may hold.
+        session_bytes: KV caches and slim views of all sessions together; None for
+            ``memory_fraction`` of what the device has free once the engine is prepared; 0 for an
+            engine that only prefills for others.
+        idle_bytes: the share of it that kept sessions between turns may hold; None for
+            ``IDLE_SHARE`` of it.
+        memory_fraction: in (0, 1]; None for the device's default (``device_memory.FRACTIONS``).
         session_ttl_s: how long a kept session may be idle.
         reader_timeout_s: how long a session waits for a client that does not read.
         chunk_tokens: prompt tokens prefilled between two decode steps.
@@ -31,8 +39,9 @@ class Limits:
 
     max_sessions: int = 64
     max_queue: int = 256
-    session_bytes: int = 4 << 30
-    idle_bytes: int = 1 << 30
+    session_bytes: int | None = None
+    idle_bytes: int | None = None
+    memory_fraction: float | None = None
     session_ttl_s: float = 600.0
     reader_timeout_s: float = 60.0
     chunk_tokens: int = CHUNK_TOKENS
@@ -42,16 +51,25 @@ class Limits:
         for name, least in (
             ("max_sessions", 1),
             ("max_queue", 0),
-            ("session_bytes", 1),
+            ("session_bytes", 0),
             ("idle_bytes", 0),
             ("session_ttl_s", 0),
             ("reader_timeout_s", 0),
             ("chunk_tokens", 1),
         ):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: >= {least}")
-        if not 0 < self.prefill_share <= 1:
-            raise ValueError(f"prefill_share: got {self.prefill_share}; allowed: (0, 1]")
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name}: got {value}; allowed: >= {least}")
+        for name in ("prefill_share", "memory_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}: got {value}; allowed: (0, 1]")
+
+    def idle_bytes_of(self, session_bytes: int) -> int:
+        """Bytes that kept sessions may hold, of a budget of so many."""
+        if self.idle_bytes is None:
+            return int(session_bytes * IDLE_SHARE)
+        return min(self.idle_bytes, session_bytes)
 
 
 class Scheduler:
@@ -61,11 +79,13 @@ class Scheduler:
     runs out (docs/adr/0007). Idle sessions give way to new ones, the longest idle first.
 
     Args:
+        budget: says how many bytes there are.
         free: called with each kept session that has to go, and why.
     """
 
-    def __init__(self, limits: Limits, free: Callable[[Session], None]) -> None:
+    def __init__(self, limits: Limits, budget: Budget, free: Callable[[Session], None]) -> None:
         self._limits = limits
+        self._budget = budget
         self._free = free
         self._waiting: deque[Session] = deque()
         self._needs: dict[str, Reservation] = {}  # of those that wait
@@ -105,10 +125,11 @@ class Scheduler:
             CapacityExhausted: the queue is full or too slow, or the session alone is over the
                 limit.
         """
-        if needs.kv + needs.view > self._limits.session_bytes:
+        alone = needs.kv + needs.zeroed + needs.view
+        if alone > self._budget.limit:
             raise CapacityExhausted(
-                f"memory: the request needs {needs.kv + needs.view} bytes of KV cache and slim "
-                f"view; the server allows {self._limits.session_bytes} in all. Ask for fewer "
+                f"memory: the request needs {alone} bytes of KV cache and slim "
+                f"view; the server allows {self._budget.limit} in all. Ask for fewer "
                 "tokens",
                 retry_after_s=None,
             )
@@ -188,7 +209,7 @@ class Scheduler:
         # Those whose next turn waits are as good as live.
         others = self._evictable(session)
         while (
-            others and held_bytes + sum(s.reservation.kv for s in others) > self._limits.idle_bytes
+            others and held_bytes + sum(s.reservation.kv for s in others) > self._budget.idle_limit
         ):
             self._evict(others.pop(0), "it gave way to sessions kept later (--idle-memory-gib)")
 
@@ -233,20 +254,20 @@ class Scheduler:
             return False
         freeable = self._evictable(session)
         stays = [s for s in self._idle.values() if s is not session and s not in freeable]
-        return self._total(stays, needs) <= self._limits.session_bytes
+        return self._total(stays, needs) <= self._budget.limit
 
     def _make_room(self, session: Session) -> None:
         needs = self._needs[session.session_id]
         for idle in self._evictable(session):
             stays = [s for s in self._idle.values() if s is not session]
-            if self._total(stays, needs) <= self._limits.session_bytes:
+            if self._total(stays, needs) <= self._budget.limit:
                 return
             self._evict(idle, "it gave way to requests that needed its memory")
 
     def _total(self, idle: list[Session], more: Reservation) -> int:
         """Bytes that the live sessions, these idle ones and one more can come to hold."""
         everyone = [*(s.reservation for s in (*self._live.values(), *idle)), more]
-        total = sum(r.kv + (0 if r.pool else r.view) for r in everyone)
+        total = sum(r.kv + r.zeroed + (0 if r.pool else r.view) for r in everyone)
         sharing = Counter((r.pool, r.view) for r in everyone if r.pool)
         for (pool, view), sessions in sharing.items():
             total += min(sessions, pool.most_views) * view

@@ -30,7 +30,8 @@ class Scoring:
         self._greedy: list[bool] = []
 
     def begin(self, session: Session, logits: Tensor) -> bool:
-        """The first continuation token is scored by what the context says."""
+        """Scores the first continuation token by the logits [V] after the context. True when
+        nothing is left to do."""
         return self._score(session, logits[None])
 
     def tokens(self) -> Sequence[int]:
@@ -38,8 +39,9 @@ class Scoring:
         begin = len(self._logprobs) - 1
         return self._continuation[begin:-1][:STEP_TOKENS]
 
-    def read(self, session: Session, logits: Tensor, likeliest: Sequence[int]) -> bool:
-        """Scores the tokens behind those that were run."""
+    def read(self, session: Session, logits: Tensor) -> bool:
+        """Scores the tokens after those that were run, by the logits [T, V] there. True when
+        nothing is left to do."""
         return self._score(session, logits)
 
     def flush(self, session: Session) -> None:

@@ -15,11 +15,11 @@ from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import PolicyName, Selection
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.linear import Rows
-from griffin_core.slim.views import SlimView
+from griffin_core.slim.base import SlimFF
 
 Sharing = Literal["private", "shared", "auto"]
-"""Whether a session may run on one expert set with others: never, with all that may, or as soon as
-private sets cost more than they save."""
+"""Whether a session runs on one expert set with others: never; with all that may; or whatever costs
+least at the time, and on all neurons while no set of experts gains enough."""
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 
 
@@ -34,13 +34,14 @@ class State(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPool:
-    """Sessions that may share expert sets reserve their slim views together.
+    """Sessions of one kind reserve their slim views together.
 
     Args:
-        density, policy: what they have in common.
+        sharing, density, policy: what they have in common.
         most_views: they never hold more than this, however many they are.
     """
 
+    sharing: Sharing
     density: float
     policy: PolicyName
     most_views: int
@@ -52,11 +53,13 @@ class Reservation:
 
     Args:
         kv: of its KV cache.
+        zeroed: of what lets it run on all weights, zeroed.
         view: of a slim view.
-        pool: with whom it shares views; None if its view is its own.
+        pool: with which sessions it shares views; None if its view is its own.
     """
 
     kv: int
+    zeroed: int = 0
     view: int = 0
     pool: ViewPool | None = None
 
@@ -66,8 +69,8 @@ class SessionInfo:
     """A session as others may see it.
 
     Args:
-        reserved_bytes: the most its KV cache, and its slim view if that is its own, can come to
-            hold.
+        reserved_bytes: the most its KV cache, what lets it run zeroed, and its slim view if that is
+            its own, can come to hold.
     """
 
     session_id: str
@@ -110,28 +113,26 @@ class Clock:
     selection_s: float = 0.0
 
 
-class Work(Protocol):
-    """What a session does once its prompt is read: generate, or score.
+class RunView(Protocol):
+    """What a session's FF runs on: a slim view, all weights zeroed outside its set, or all."""
 
-    It is asked which tokens to run, and told what the model makes of them. It puts events into the
-    session's sink.
-    """
+    @property
+    def layers(self) -> Sequence[SlimFF]:
+        """The FF block of each layer. Sessions with the same list share every product."""
+        ...
+
+    @property
+    def experts(self) -> ExpertSet | None:
+        """The set; None for all neurons."""
+        ...
+
+
+class Work(Protocol):
+    """What a session does once its prompt is read: ``Generation`` or ``Scoring``. It puts events
+    into the session's sink."""
 
     rows: Rows
     """How many tokens it mostly runs at once."""
-
-    def begin(self, session: Session, logits: Tensor) -> bool:
-        """Takes the logits [V] behind the prompt. True when nothing is left to do."""
-        ...
-
-    def tokens(self) -> Sequence[int]:
-        """The tokens to run next, at least one."""
-        ...
-
-    def read(self, session: Session, logits: Tensor, likeliest: Sequence[int]) -> bool:
-        """Takes the logits [T, V] behind each of ``tokens()``, and the index of the largest of
-        each. True when nothing is left to do."""
-        ...
 
     def flush(self, session: Session) -> None:
         """Puts out what it still holds back, for the turn fails."""
@@ -155,14 +156,20 @@ class Session:
         self.tokens: list[int] = []
         """All tokens of all turns; the cache may lack the last ones."""
         self.generated_tokens = 0
+        self.slot: int | None = None
+        """Of the sampler, while it generates."""
+        self.in_flight = 0
+        """Tokens that the device draws and the host has not read yet."""
         self.reservation = Reservation(kv=0)
         self.cache: KvCache | None = None
         self.s2: Tensor | None = None
         self.experts: ExpertSet | None = None
         """What its own statistic chose; in a group it may run on others."""
-        self.view: SlimView | None = None
-        """What it runs on; None while that is being built. Its expert group owns it."""
-        self.norm_mass: tuple[float, ...] = ()
+        self.view: RunView | None = None
+        """What its next step runs on; None before it has joined ``ExpertGroups``, which owns it."""
+        self.view_bytes = 0
+        """What it holds beyond the model's own weights to run on its experts."""
+        self._mass: tuple[ExpertSet, tuple[float, ...]] | None = None
 
     def begin_turn(
         self,
@@ -194,6 +201,10 @@ class Session:
         self.turn_start = self.cache.length if self.cache else 0
         self.tokens += prompt
         self.turn_generated = 0
+        self.in_flight = 0
+        self._ran = 0
+        self._ran_dense = 0
+        self._ran_density = 0.0
         self.capacity = capacity
         self.selection = selection
         self.sharing = sharing
@@ -201,13 +212,42 @@ class Session:
         self.sink = sink
         self.keep = keep
 
-    def use(self, view: SlimView | None) -> None:
-        """Runs on a view from now on, or waits for one."""
+    def use(self, view: RunView | None) -> None:
+        """Runs on a view from the next step on."""
         self.view = view
-        if view is not None:
-            assert self.s2 is not None
-            self.norm_mass = view.experts.norm_mass(self.s2)
-            self.clock.view_ready = self.clock.view_ready or time.monotonic()
+
+    @property
+    def density(self) -> float:
+        """The share of the FF neurons that its next step runs on."""
+        experts = None if self.view is None else self.view.experts
+        return 1.0 if experts is None else experts.density
+
+    def ran(self, density: float, tokens: int = 1) -> None:
+        """Notes what tokens of the turn came of: the density of the step that made them, taken
+        when the step began. A turn's first token comes of its prompt, which runs dense."""
+        self._ran += tokens
+        self._ran_density += density * tokens
+        if density == 1.0:
+            self._ran_dense += tokens
+
+    def chosen(
+        self, s2: Tensor, experts: ExpertSet, norm_mass: tuple[float, ...] | None = None
+    ) -> None:
+        """Takes the statistic of all its tokens and the experts it chose, with their norm mass if
+        that is known."""
+        self.s2, self.experts = s2, experts
+        self._mass = None if norm_mass is None else (experts, norm_mass)
+
+    @property
+    def norm_mass(self) -> tuple[float, ...]:
+        """For each layer the share of its statistic that the experts hold which it runs on; those
+        it would run on while it runs dense."""
+        experts = (self.view and self.view.experts) or self.experts
+        if experts is None or self.s2 is None:
+            return ()
+        if self._mass is None or self._mass[0] is not experts:
+            self._mass = experts, experts.norm_mass(self.s2)
+        return self._mass[1]
 
     @property
     def prompt_tokens(self) -> int:
@@ -222,8 +262,10 @@ class Session:
             experts_per_layer=self.selection.experts_of(ff_width),
             ff_width=ff_width,
             norm_mass=self.norm_mass,
-            slim_view_bytes=self.view.nbytes if self.view else 0,
+            slim_view_bytes=self.view_bytes,
             kv_cache_bytes=self.cache.nbytes if self.cache else 0,
+            mean_density=self._ran_density / self._ran if self._ran else 0.0,
+            dense_tokens=self._ran_dense,
         )
 
     def info(self, ff_width: int) -> SessionInfo:
@@ -236,6 +278,6 @@ class Session:
             generated_tokens=self.generated_tokens,
             age_s=now - self.opened,
             idle_s=now - self.clock.last_token if self.state is State.IDLE else 0.0,
-            reserved_bytes=reserved.kv + (0 if reserved.pool else reserved.view),
+            reserved_bytes=reserved.kv + reserved.zeroed + (0 if reserved.pool else reserved.view),
             pruning=self.figures(ff_width),
         )

@@ -1,21 +1,30 @@
-"""The model in the generation phase: one run for all sessions, each on its own experts."""
+"""The model in the generation phase: one run for all sessions, each on its own experts.
+
+``decode_tokens`` gives logits of given tokens. A ``Stepper`` runs a step of the engine's loop: each
+session's last token through the model, and its next one drawn, without the host knowing either.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
+from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
+from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTokens:
-    """One session's tokens in a step.
+    """Given tokens of one session.
 
     Args:
         cache: holds what is before them; must have room for them.
@@ -27,71 +36,240 @@ class StepTokens:
     view: Sequence[SlimFF]
     token_ids: Sequence[int]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
 
 @dataclass(frozen=True, kw_only=True)
-class StepLogits:
-    """What the model makes of one session's tokens.
+class StepRow:
+    """One session in a step of the loop: the token that its slot drew last is run, and its next
+    one is drawn.
 
     Args:
-        logits: [T, V] float32, behind each of them.
-        likeliest: T token ids, the largest of each row.
+        cache: holds what is before that token; must have room for it.
+        view: as in ``StepTokens``.
+        slot: of the sampler.
+        top_logprobs: how many log-probabilities to give with the token; None for none at all.
     """
 
-    logits: Tensor
-    likeliest: Sequence[int]
+    cache: KvCache
+    view: Sequence[SlimFF]
+    slot: int
+    top_logprobs: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return 1
 
 
-Stepper = Callable[[Sequence[StepTokens]], list[StepLogits]]
-"""Runs each session's tokens, as ``decode_tokens`` does."""
+Run = StepTokens | StepRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A session's next token.
+
+    Args:
+        token: its id; -1 if the logits were not finite.
+        logprobs: if they were asked for.
+    """
+
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class Draw:
+    """Tokens that a device draws, perhaps still at work.
+
+    Args:
+        tokens: [N] int64 on the device.
+        top_logprobs: for each row as in ``StepRow``.
+        logits: [N, V] float32 that the tokens were drawn from. What is needed of them is taken now:
+            they may be gone with the next step.
+    """
+
+    def __init__(self, tokens: Tensor, top_logprobs: Sequence[int | None], logits: Tensor) -> None:
+        self.logits = logits
+        self._asked = {row: top for row, top in enumerate(top_logprobs) if top is not None}
+        self._logprobs: RowLogprobs | None = None
+        if self._asked:
+            rows = torch.tensor(list(self._asked), device=tokens.device)
+            most = max(self._asked.values())
+            self._logprobs = logprobs_of(logits, rows, tokens, most).to_host()
+        self._tokens = to_host(tokens)
+        self._ready: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
+
+    def wait(self) -> list[Drawn]:
+        """The tokens of all rows; waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        drawn = [Drawn(token=token) for token in self._tokens.tolist()]
+        if self._logprobs is not None:
+            for index, (row, top) in enumerate(self._asked.items()):
+                logprobs = self._logprobs.read(index, top)
+                drawn[row] = Drawn(token=drawn[row].token, logprobs=logprobs)
+        return drawn
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy in the host's memory, there once the device has done what it was given so far."""
+    if x.device.type == "cpu":
+        return x.clone()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
+
+
+class Stepper(Protocol):
+    """Runs steps of the engine's loop."""
+
+    def launch(self, rows: Sequence[StepRow]) -> Draw:
+        """Runs each row's last token after its cached ones and draws its next token, all in one
+        batch. On return every cache has moved on by one token, which the device may still be
+        writing. If it raises, no cache has moved on, and the same rows may be run again."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredStep:
+    """Runs a step layer by layer, on any device.
+
+    Args:
+        masks: kept from step to step where sessions run zeroed, so that they are made once for the
+            same sessions.
+    """
+
+    decoder: Decoder
+    sampler: Sampler
+    masks: RowMasks = field(default_factory=RowMasks)
+
+    @torch.inference_mode()
+    def launch(self, rows: Sequence[StepRow]) -> Draw:
+        order = _by_view(self.decoder, rows)
+        ordered = [rows[i] for i in order]
+        slots = torch.tensor([row.slot for row in ordered], device=self.decoder.device)
+        # A row whose logits were not finite has drawn -1; its session is about to be told.
+        ids = self.sampler.drawn[slots].clamp_(min=0)
+        logits = _forward(self.decoder, ordered, ids, self.masks)
+        starts = [row.cache.length + 1 for row in ordered]
+        positions = torch.tensor(starts, device=self.decoder.device)
+        tokens = self.sampler.sample(logits, slots, positions)
+        if order != sorted(order):
+            back = torch.tensor(order, device=tokens.device).argsort()
+            tokens = tokens[back]
+            if any(row.top_logprobs is not None for row in rows):
+                logits = logits[back]
+        draw = Draw(tokens, [row.top_logprobs for row in rows], logits)
+        for row in rows:
+            row.cache.advance(1)
+        return draw
 
 
 @torch.inference_mode()
-def decode_tokens(decoder: Decoder, sessions: Sequence[StepTokens]) -> list[StepLogits]:
-    """Runs each session's tokens behind its cached ones, all in one batch. If it raises, no cache
+def decode_tokens(
+    decoder: Decoder, sessions: Sequence[StepTokens], masks: RowMasks | None = None
+) -> list[Tensor]:
+    """Runs each session's tokens after its cached ones, all in one batch. If it raises, no cache
     has moved on, and the same tokens may be run again.
 
+    Args:
+        masks: kept from step to step, as in ``LayeredStep``.
+
     Returns:
-        One for each session, in the given order.
+        Logits [T, V] float32 for each session, one row after each of its tokens.
     """
-    ranks: dict[int, int] = {}
-    for session in sessions:
-        ranks.setdefault(id(session.view), len(ranks))
-    order = sorted(range(len(sessions)), key=lambda i: ranks[id(sessions[i].view)])
+    order = _by_view(decoder, sessions)
     ordered = [sessions[i] for i in order]
     ids = torch.tensor([t for s in ordered for t in s.token_ids], device=decoder.device)
-    x, batch = decoder.begin(ids, [(s.cache, len(s.token_ids)) for s in ordered])
-    groups = _groups(ordered)
+    logits = _forward(decoder, ordered, ids, masks or RowMasks())
+    parts = torch.split_with_sizes(logits, [s.tokens for s in ordered])
+    for session in ordered:
+        session.cache.advance(session.tokens)
+    by_session = dict(zip(order, parts, strict=True))
+    return [by_session[index] for index in range(len(sessions))]
+
+
+def _forward(decoder: Decoder, runs: Sequence[Run], ids: Tensor, masks: RowMasks) -> Tensor:
+    """Logits [N, V] after each of ids [N], of runs in the order of their views."""
+    x, batch = decoder.begin(ids, [(run.cache, run.tokens) for run in runs])
+    groups = _groups(decoder, runs, masks)
     for layer in range(len(decoder.layers)):
         x = decoder.layer(layer, x, batch, _grouped(groups, layer))
-    logits = decoder.head(decoder.final_hidden(x))
-    likeliest = logits.argmax(dim=1).tolist()
-    results: dict[int, StepLogits] = {}
-    for index, run in zip(order, batch.runs, strict=True):
-        rows = slice(run.first_row, run.first_row + run.tokens)
-        results[index] = StepLogits(logits=logits[rows], likeliest=likeliest[rows])
-    for session in ordered:
-        session.cache.advance(len(session.token_ids))
-    return [results[index] for index in range(len(sessions))]
+    return decoder.head(decoder.final_hidden(x))
 
 
-def _groups(ordered: Sequence[StepTokens]) -> list[tuple[int, Sequence[SlimFF]]]:
-    """Runs of sessions with one view, as (rows, view)."""
-    groups: list[tuple[int, Sequence[SlimFF]]] = []
-    for session in ordered:
-        rows = len(session.token_ids)
-        if groups and groups[-1][1] is session.view:
+def _by_view(decoder: Decoder, runs: Sequence[Run]) -> list[int]:
+    """Their order with those of one product side by side."""
+    ranks: dict[int, int] = {}
+    for run in runs:
+        ranks.setdefault(id(run.view), len(ranks))
+    return sorted(
+        range(len(runs)),
+        key=lambda i: (_kind(decoder, runs[i].view), ranks[id(runs[i].view)]),
+    )
+
+
+DENSE, ZEROED, SLIM = range(3)
+"""Kinds of views, in the order in which a step has their sessions."""
+
+BlockOf = Callable[[int], RunFF]
+"""A layer's number -> the FF block of some rows."""
+
+
+def _kind(decoder: Decoder, view: Sequence[SlimFF]) -> int:
+    if isinstance(view, ZeroedLayers):
+        return ZEROED
+    return DENSE if view[0] is decoder.layers[0].ff else SLIM
+
+
+def _groups(decoder: Decoder, ordered: Sequence[Run], masks: RowMasks) -> list[tuple[int, BlockOf]]:
+    """Rows that run one product together, as (how many, their block in each layer): those that run
+    on all weights, dense or zeroed, and those of each slim view."""
+    groups: list[tuple[int, BlockOf]] = []
+    whole = [s for s in ordered if _kind(decoder, s.view) != SLIM]
+    if whole:
+        groups.append((sum(s.tokens for s in whole), _on_all(decoder, whole, masks)))
+    last: Sequence[SlimFF] | None = None
+    for session in ordered[len(whole) :]:
+        rows = session.tokens
+        if session.view is last:
             rows += groups.pop()[0]
-        groups.append((rows, session.view))
+        last = session.view
+        groups.append((rows, last.__getitem__))
     return groups
 
 
-def _grouped(groups: Sequence[tuple[int, Sequence[SlimFF]]], layer: int) -> RunFF:
+def _on_all(decoder: Decoder, sessions: Sequence[Run], masks: RowMasks) -> BlockOf:
+    """The dense block of sessions that run on all weights, those that run zeroed at the end."""
+    zeroed = [(s.view, s.tokens) for s in sessions if isinstance(s.view, ZeroedLayers)]
+    if not zeroed:
+        return lambda layer: decoder.layers[layer].ff
+    views = [view for view, _ in zeroed]
+    if len(sessions) == 1:
+        return views[0].__getitem__
+    if all(tokens == 1 for _, tokens in zeroed):
+        of_rows = masks.of(views, decoder.dtype)
+        return lambda layer: partial(decoder.layers[layer].ff.zeroed, keep=of_rows[layer])
+    counts = torch.tensor([tokens for _, tokens in zeroed], device=decoder.device)
+
+    def block(layer: int) -> RunFF:
+        keep = torch.stack([view.keep[layer] for view in views])
+        rows = keep.repeat_interleave(counts, dim=0).to(decoder.dtype)
+        return partial(decoder.layers[layer].ff.zeroed, keep=rows)
+
+    return block
+
+
+def _grouped(groups: Sequence[tuple[int, BlockOf]], layer: int) -> RunFF:
     if len(groups) == 1:
-        return groups[0][1][layer]
+        return groups[0][1](layer)
     sizes = [rows for rows, _ in groups]
 
     def run(x: Tensor) -> Tensor:
         parts = zip(torch.split_with_sizes(x, sizes), groups, strict=True)
-        return torch.cat([view[layer](rows) for rows, (_, view) in parts])
+        return torch.cat([block(layer)(rows) for rows, (_, block) in parts])
 
     return run

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from griffin_core.decode.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from griffin_core.decode.session import Sharing
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName, Selection
 from griffin_core.model.spec import ModelSpec
+from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import StoppingParams
 
 
 @dataclass(frozen=True, kw_only=True)

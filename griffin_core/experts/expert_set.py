@@ -20,7 +20,10 @@ class ExpertSet:
         indices: [L, K] int32, each row ascending.
 
     Raises:
-        ValueError: indices are not ascending, not distinct or not in [0, F).
+        ValueError: indices are of another shape or type; or not ascending, not distinct or not in
+            [0, F), if they are on the CPU. On a GPU their values are not looked at, for that would
+            wait for all it was given to do: what comes from elsewhere is checked before it gets
+            there (``unpack_indices``).
     """
 
     ff_width: int
@@ -29,7 +32,10 @@ class ExpertSet:
     def __post_init__(self) -> None:
         if self.indices.ndim != 2:
             raise ValueError(f"experts: got {tuple(self.indices.shape)}; allowed: [L, K]")
-        check_experts(self.indices, self.ff_width, "experts")
+        if self.indices.device.type == "cpu":
+            check_experts(self.indices, self.ff_width, "experts")
+        else:
+            _check_form(self.indices, self.ff_width, "experts")
 
     @cached_property
     def layers(self) -> tuple[Tensor, ...]:
@@ -79,16 +85,20 @@ def check_experts(experts: Tensor, ff_width: int, what: str) -> None:
     Args:
         what: its name in the error.
     """
+    _check_form(experts, ff_width, what)
+    ascending = (experts[..., 1:] > experts[..., :-1]).all()
+    inside = (experts[..., 0] >= 0).all() & (experts[..., -1] < ff_width).all()
+    if not (ascending & inside):
+        raise ValueError(f"{what}: indices must be ascending, distinct and in [0, {ff_width})")
+
+
+def _check_form(experts: Tensor, ff_width: int, what: str) -> None:
     k = experts.shape[-1] if experts.ndim else 0
     if experts.dtype != torch.int32 or not 0 < k <= ff_width or not experts.numel():
         raise ValueError(
             f"{what}: got {experts.dtype} {tuple(experts.shape)}; "
             f"allowed: int32 [..., K] with 1 <= K <= {ff_width}"
         )
-    ascending = (experts[..., 1:] > experts[..., :-1]).all()
-    inside = (experts[..., 0] >= 0).all() & (experts[..., -1] < ff_width).all()
-    if not (ascending & inside):
-        raise ValueError(f"{what}: indices must be ascending, distinct and in [0, {ff_width})")
 
 
 def pack_indices(experts: Tensor) -> bytes:

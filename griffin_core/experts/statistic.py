@@ -8,11 +8,13 @@ is additive over disjoint runs of tokens: chunks, cached prefixes and later turn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from griffin_core.cuda import runs_cuda_kernels
+from griffin_core.cuda import on_device, runs_cuda_kernels
 from griffin_core.kernels.statistic import s2_rows
 from griffin_core.kernels.team import runs_kernels
 
@@ -43,18 +45,39 @@ def relative(z: Tensor) -> Tensor:
     return torch.where(row.square() >= _TINY, z.abs().float() / row, 0.0)
 
 
-def add_s2(s2: Tensor, z: Tensor, squares: Tensor | None) -> None:
-    """Adds the statistic of activations Z [T, F] to s2 [F] float32, in place.
+@dataclass(frozen=True, kw_only=True)
+class RowRuns:
+    """R runs of rows, one after the other, that fill a batch.
 
     Args:
-        squares: [T, n] float32, of which each row sums to that row's ‖Z_t‖²; None if not known.
+        bounds: R + 1 numbers: run r is rows bounds[r] to bounds[r + 1].
+        on_device: the same, [R + 1] int32.
+    """
+
+    bounds: tuple[int, ...]
+    on_device: Tensor
+
+    @staticmethod
+    def of(bounds: Sequence[int], device: torch.device) -> RowRuns:
+        """Of bounds on the host; a GPU is not waited for."""
+        return RowRuns(bounds=tuple(bounds), on_device=on_device(bounds, torch.int32, device))
+
+
+def add_s2(s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
+    """Adds the statistic of each run of rows of activations Z [N, F] to its row of s2 [R, F]
+    float32, in place. On a GPU that is one kernel for all runs.
+
+    Args:
+        s2: its rows may lie apart.
+        squares: [N, n] float32, of which each row sums to that row's ‖Z_t‖²; None if not known.
     """
     if squares is not None and runs_cuda_kernels(z.dtype, z.device):
         from griffin_core.cuda.statistic import add_s2_columns  # noqa: PLC0415  # needs triton
 
-        add_s2_columns(s2, z, squares)
+        add_s2_columns(s2, z, squares, runs.on_device)
     else:
-        s2 += s2_of(z)
+        for run, (begin, end) in enumerate(pairwise(runs.bounds)):
+            s2[run] += s2_of(z[begin:end])
 
 
 def group_score(s2s: Sequence[Tensor]) -> Tensor:

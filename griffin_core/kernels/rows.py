@@ -50,6 +50,7 @@ def feedforward_row(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: int,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """A whole FF block, dense or of a copy of the experts.
 
@@ -57,6 +58,8 @@ def feedforward_row(
         x: [1, D].
         w_in, down, up_bias, down_bias: as in ``Neurons``.
         activation: of ``ACTIVATION_CODES``.
+        keep: [F] bool, contiguous: the neurons that are run; None for all. All rows are read
+            nevertheless: to leave out every other one takes longer (docs/LOG.md).
 
     Returns:
         [1, D].
@@ -76,12 +79,14 @@ def feedforward_row(
         width,
         activation,
         w_in.shape[0],
+        address(keep),
     )
     return y
 
 
 @Kernel
 def _feedforward(a):
+    keep, chooses = at(a[11], types.uint8), a[11] != 0
     up_bias, down_bias, y = at(a[3], types.uint16), at(a[4], types.uint16), at(a[5], types.uint16)
     neurons, width, activation, gated = a[7], a[8], a[9], a[10] == 2
     rank, size = team_rank(), team_size()
@@ -102,6 +107,10 @@ def _feedforward(a):
             z[k] = activate(first, activation)
     for i in range(width):
         own[i] = np.float32(0.0)
+    if chooses:
+        for k in range(begin, end):
+            if keep[k] == 0:
+                z[k] = np.float32(0.0)
     for k in range(begin, end):
         add(own, at(a[2] + 2 * k * width, types.uint16), z[k], width)
     team_barrier()

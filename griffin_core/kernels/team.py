@@ -53,6 +53,23 @@ def _gomp() -> Any:
     return library
 
 
+@cache
+def _stand_alone() -> None:
+    """Where torch's threads are not libgomp's: a team of one, the calling thread."""
+    for name, signature, body in (
+        ("griffin_team_rank", types.int32(), lambda: 0),
+        ("griffin_team_size", types.int32(), lambda: 1),
+        ("griffin_team_barrier", types.void(), lambda: None),
+    ):
+        compiled = cfunc(signature)(body)
+        _ALONE.append(compiled)
+        llvmlite.binding.add_symbol(name, compiled.address)
+
+
+_ALONE: list[Any] = []
+"""Keeps the code that the symbols name."""
+
+
 def runs_kernels(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights of this kind are multiplied by the loops of this package."""
     return device.type == "cpu" and dtype is torch.bfloat16 and _gomp() is not None
@@ -73,16 +90,25 @@ class Kernel:
 
     @cached_property
     def address(self) -> int:
-        """Of the compiled code."""
-        _gomp()  # before it is compiled: the names above are resolved then
+        """Address of the compiled function."""
+        if _gomp() is None:  # before it is compiled: the names above are resolved then
+            _stand_alone()
         # Not cached on disk: numba's cache would miss a change in a loop of another module.
         self._compiled = cfunc(types.void(types.CPointer(types.int64)), fastmath=FAST)(self._body)
         return int(self._compiled.address)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether it is, so that a call does not wait for it."""
+        return "address" in self.__dict__
+
     def __call__(self, *arguments: int, threads: int | None = None) -> None:
         """Runs it on as many threads as torch uses, or on ``threads``."""
         passed = (ctypes.c_int64 * len(arguments))(*arguments)
-        _gomp().GOMP_parallel(self.address, passed, threads or torch.get_num_threads(), 0)
+        if (library := _gomp()) is None:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)(passed)
+        else:
+            library.GOMP_parallel(self.address, passed, threads or torch.get_num_threads(), 0)
 
 
 def compile_kernels() -> None:

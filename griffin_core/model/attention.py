@@ -8,6 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.model.spec import RotarySpec
@@ -49,13 +50,16 @@ class Visible:
     Args:
         first: index of the first cached token any new token sees; those before it are skipped.
         causal: the cache holds the new tokens alone, and each sees those up to itself.
-        mask: [T, S - first] bool, True where seen, unless ``causal`` says it; None if every new
-            token sees all of them.
+        mask: [T, S - first] bool, True where seen, unless ``causal`` or ``shifted`` says it; None
+            if every new token sees all of them.
+        shifted: on a GPU, causal with tokens before the new ones, in a form for which torch has a
+            fused kernel; with a mask of numbers it has none that also takes grouped heads.
     """
 
     first: int
     causal: bool
     mask: Tensor | None
+    shifted: CausalBias | None = None
 
 
 def visible_tokens(start: int, count: int, window: int | None, device: torch.device) -> Visible:
@@ -70,6 +74,8 @@ def visible_tokens(start: int, count: int, window: int | None, device: torch.dev
         return Visible(first=first, causal=False, mask=None)
     if start == 0 and (window is None or window >= end):
         return Visible(first=0, causal=True, mask=None)
+    if device.type == "cuda" and first == 0 and (window is None or window >= end):
+        return Visible(first=0, causal=False, mask=None, shifted=causal_lower_right(count, end))
     queries = torch.arange(start, end, device=device)[:, None]
     keys = torch.arange(first, end, device=device)[None, :]
     mask = keys <= queries
@@ -102,23 +108,26 @@ def attend(
         out = F.scaled_dot_product_attention(rows, k[None], v[None], scale=scale)
         return out.reshape(1, -1)
     q = q.transpose(0, 1)
+    group = heads // k.shape[0]
+    # On a GPU only the form without a mask takes grouped heads in a fused kernel.
+    if softcap is not None or (visible.mask is not None and k.is_cuda):
+        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
     if softcap is None:
         out = F.scaled_dot_product_attention(
             q[None],
             k[None],
             v[None],
-            attn_mask=visible.mask,
+            attn_mask=visible.mask if visible.shifted is None else visible.shifted,
             is_causal=visible.causal,
             scale=scale,
-            enable_gqa=True,
+            enable_gqa=k.shape[0] != heads,
         )[0]
     else:  # no fused kernel of torch knows a soft cap
-        group = heads // k.shape[0]
-        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
         scores = softcap * torch.tanh((q @ k.transpose(1, 2)) * scale / softcap)
         mask = visible.mask
-        if visible.causal:
-            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        if visible.causal or visible.shifted is not None:
+            mask = torch.ones(tokens, k.shape[1], dtype=torch.bool, device=q.device)
+            mask = mask.tril(k.shape[1] - tokens)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         out = scores.float().softmax(dim=-1).to(v.dtype) @ v

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.cuda import runs_cuda_kernels
+from griffin_core.cuda import on_device, runs_cuda_kernels
 from griffin_core.kernels.attention import CacheTable, attend_kernel, attend_rows, cache_table
 from griffin_core.kernels.norm import MAX_VALUES, rms_norm
 from griffin_core.kernels.team import compile_kernels, runs_kernels
@@ -25,6 +26,9 @@ from griffin_core.model.attention import (
 from griffin_core.model.feedforward import FeedForward, Neurons
 from griffin_core.model.linear import Linear
 from griffin_core.model.spec import ModelSpec
+
+if TYPE_CHECKING:  # it needs triton
+    from griffin_core.cuda.rotary import Places
 
 RunFF = Callable[[Tensor], Tensor]
 """[N, D] -> [N, D]: what a layer runs as its FF block: the dense one, one that also takes the
@@ -105,14 +109,15 @@ class TokenRun:
     """Consecutive tokens of one sequence.
 
     Args:
-        cache: of the sequence; holds everything before them, gets their keys and values.
+        cache: of the sequence; holds everything before them, gets their keys and values. None if
+            there is nothing before them and ``Batch.places`` says where these go.
         start: position of the first.
         first_row: where they begin in the batch.
         tokens: how many they are.
         visible: what they see, by the layer's window.
     """
 
-    cache: KvCache
+    cache: KvCache | None
     start: int
     first_row: int
     tokens: int
@@ -126,11 +131,13 @@ class Batch:
     Args:
         rotations: of each kind of rotary positions, as in ``ModelSpec.rotaries``.
         table: of the caches, if each run is one token and a kernel attends for all of them.
+        places: on a GPU, where a kernel puts keys and values.
     """
 
     runs: tuple[TokenRun, ...]
     rotations: tuple[Rotation, ...]
     table: CacheTable | None
+    places: Places | None = None
 
 
 class Decoder:
@@ -197,16 +204,52 @@ class Decoder:
                 TokenRun(cache=cache, start=start, first_row=row, tokens=tokens, visible=visible)
             )
             row += tokens
-        positions = torch.tensor(
-            [p for run in batch_runs for p in range(run.start, run.start + run.tokens)],
-            device=self.device,
-        )
+        positions = self._positions(batch_runs)
         x = self.embed(token_ids, positions)
         rotations = tuple(rotation(r, positions, self.dtype) for r in self.spec.rotaries)
         table = None
         if self._runs_kernels and all(tokens == 1 for _, tokens in runs):
             table = cache_table([(c.addresses, c.length, c.capacity) for c, _ in runs])
-        return x, Batch(runs=tuple(batch_runs), rotations=rotations, table=table)
+        places = None
+        if runs_cuda_kernels(self.dtype, self.device):
+            places = self._places(runs)
+        return x, Batch(runs=tuple(batch_runs), rotations=rotations, table=table, places=places)
+
+    def _places(self, runs: Sequence[tuple[KvCache, int]]) -> Places:
+        """On the device, in one copy that the host does not wait for."""
+        from griffin_core.cuda.rotary import Places  # noqa: PLC0415  # needs triton
+
+        caches = [cache for cache, _ in runs]
+        ends = [0]
+        for cache, tokens in runs:
+            end = cache.length + tokens
+            if end > cache.capacity:
+                raise ValueError(
+                    f"tokens {cache.length}..{end} do not fit a cache of {cache.capacity}"
+                )
+            ends.append(ends[-1] + tokens)
+        count, layers = len(runs), len(self.layers)
+        numbers = [cache.capacity for cache in caches] + [cache.length for cache in caches] + ends
+        for layer in range(layers):
+            numbers += [cache.addresses[layer] for cache in caches]
+        there = on_device(numbers, torch.int64, self.device)
+        capacities, starts, bounds, addresses = torch.split_with_sizes(
+            there, [count, count, count + 1, layers * count]
+        )
+        return Places(
+            addresses=addresses.view(layers, count),
+            capacities=capacities,
+            starts=starts,
+            bounds=bounds,
+        )
+
+    def _positions(self, runs: Sequence[TokenRun]) -> Tensor:
+        """Of all tokens, [N] int64, made where they are needed: a list of thousands takes the host
+        longer than a GPU takes a layer."""
+        spans = [
+            torch.arange(run.start, run.start + run.tokens, device=self.device) for run in runs
+        ]
+        return spans[0] if len(spans) == 1 else torch.cat(spans)
 
     def layer(self, index: int, x: Tensor, batch: Batch, ff: RunFF) -> Tensor:
         """x [N, D] through layer ``index``; writes its keys and values into the caches."""
@@ -246,15 +289,27 @@ class Decoder:
                     softcap=spec.attention_softcap,
                 )
             )
-        if rotation is not None:
+        if batch.places is not None:
+            from griffin_core.cuda.rotary import rotate_and_store  # noqa: PLC0415  # needs triton
+
+            rotate_and_store(qkv, heads, rotation, batch.places, index)
+        elif rotation is not None:
             rotate(qk, rotation)
         # The one loop over sequences: each has its own length, and torch's CPU has no attention
         # that takes many lengths without padding them to the longest.
         out = []
         for run in batch.runs:
             rows = slice(run.first_row, run.first_row + run.tokens)
-            keys, values = run.cache.write(index, run.start, qkv[rows, heads:])
             visible = run.visible[layer.window]
+            if batch.places is None:
+                assert run.cache is not None
+                keys, values = run.cache.write(index, run.start, qkv[rows, heads:])
+            elif run.start == 0:  # the cache holds what stands in these rows
+                own = qkv[rows, heads:].transpose(0, 1)
+                keys, values = own[:kv_heads], own[kv_heads:]
+            else:
+                assert run.cache is not None
+                keys, values = run.cache.room(index, 0, run.start + run.tokens).unbind()
             out.append(
                 attend(q[rows], keys, values, visible, spec.query_scale, spec.attention_softcap)
             )

@@ -103,7 +103,7 @@ class FeedForward:
     def activations_and_squares(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, D] -> Z [T, F], and its rows' squares [T, n] float32, of which each row sums to
         ‖Z_t‖², where they come with Z for nothing; else None."""
-        h = self._in(x)
+        h = self.inner(x)
         if runs_cuda_kernels(h.dtype, h.device):
             from griffin_core.cuda.activation import activate_rows  # noqa: PLC0415  # needs triton
 
@@ -113,6 +113,21 @@ class FeedForward:
         gate, up = h.chunk(2, dim=-1)
         return self._activation(gate).mul_(up), None
 
+    def zeroed(self, x: Tensor, keep: Tensor) -> Tensor:
+        """[T, D] -> [T, D], the last n rows on some neurons only.
+
+        Args:
+            keep: [n, F] of x's dtype, n <= T: 1 for the neurons that a row runs on, else 0.
+        """
+        z = self.activations(x)
+        z[z.shape[0] - keep.shape[0] :] *= keep
+        return self.output(z)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """[T, D] -> what the activation is taken of: [T, 2F], gate and up beside each other, or
+        [T, F] of a plain FF."""
+        return self._in(x)
+
     def output(self, z: Tensor) -> Tensor:
         """Z [T, F] -> [T, D]."""
         return self._out(z)
@@ -120,11 +135,17 @@ class FeedForward:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         if self._row is not None and x.shape[0] == 1:
-            n = self._row
-            return feedforward_row(
-                x, n.w_in, n.down, n.up_bias, n.down_bias, ACTIVATION_CODES[n.activation]
-            )
+            return self._of_row(x, self._row, None)
         return self.output(self.activations(x))
+
+    def on(self, x: Tensor, keep: Tensor) -> Tensor:
+        """[T, D] -> [T, D], all rows on the neurons ``keep`` [F] bool."""
+        if self._row is not None and x.shape[0] == 1:
+            return self._of_row(x, self._row, keep)
+        return self.output(self.activations(x).mul_(keep))
+
+    def _of_row(self, x: Tensor, n: Neurons, keep: Tensor | None) -> Tensor:
+        return feedforward_row(x, n.w_in, n.down, n.up_bias, n.down_bias, self._code, keep)
 
 
 def feedforward_bytes(neurons: Neurons, k: int) -> int:

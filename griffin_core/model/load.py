@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from griffin_core.errors import BadModelFile, InvalidRequest, ModelError, ModelNotFound
+from griffin_core.errors import (
+    BadModelFile,
+    DeviceMemoryExhausted,
+    InvalidRequest,
+    ModelError,
+    ModelNotFound,
+)
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.generation_config import (
     SamplingDefaults,
@@ -19,7 +26,7 @@ from griffin_core.model.generation_config import (
     sampling_defaults,
 )
 from griffin_core.model.source import Progress, resolve
-from griffin_core.model.spec import spec_from_config
+from griffin_core.model.spec import ModelSpec, spec_from_config
 from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
 from griffin_core.model.weights import fingerprint, weights_from_state
 
@@ -75,6 +82,7 @@ def load_model(
 
     Raises:
         ModelNotFound, UnknownFamily, BadModelFile: see ``griffin_core.errors``.
+        DeviceMemoryExhausted: the device has no room for the weights.
         InvalidRequest: no such device.
     """
     there = _device(device)
@@ -99,14 +107,15 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     config = _config(model, where)
     spec = spec_from_config(config)
     progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
-    state = _state(model, where, dtype, device)
+    state = _state(model, where, dtype)
     tokenizer = load_tokenizer(where)
+    decoder, on_device = _on_device(spec, state, device)
     generation = load_generation_config(where)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
-        decoder=Decoder(spec, weights_from_state(spec, state)),
+        decoder=decoder,
         tokenizer=tokenizer,
-        fingerprint=fingerprint(spec, state),
+        fingerprint=fingerprint(spec, on_device),
         eos_ids=_eos_ids(generation, config, tokenizer),
         sampling_defaults=sampling_defaults(generation),
     )
@@ -126,9 +135,32 @@ def _config(model: str, where: str) -> PreTrainedConfig:
         ) from error
 
 
-def _state(
-    model: str, where: str, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
+def _on_device(
+    spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device
+) -> tuple[Decoder, Mapping[str, torch.Tensor]]:
+    """The decoder, and the state where its weights are.
+
+    Raises:
+        DeviceMemoryExhausted: a GPU has no room for them. Found out before anything is copied, or
+            while they are laid out, when some are there twice.
+    """
+    if device.type != "cuda":
+        return Decoder(spec, weights_from_state(spec, state)), state
+    size = sum(tensor.nbytes for tensor in state.values())
+    free, _ = torch.cuda.mem_get_info(device)
+    if size <= free:
+        try:
+            state = {name: tensor.to(device) for name, tensor in state.items()}
+            return Decoder(spec, weights_from_state(spec, state)), state
+        except torch.OutOfMemoryError:
+            pass
+    raise DeviceMemoryExhausted(
+        f"the weights need {size / (1 << 30):.1f} GiB of {device}, and room to lay them out; "
+        f"{free / (1 << 30):.1f} GiB are free there"
+    )
+
+
+def _state(model: str, where: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, output_loading_info=True
@@ -146,7 +178,7 @@ def _state(
         raise BadModelFile(
             f"model: {model!r}: shapes differ: {sorted(info['mismatched_keys'])[:5]}"
         )
-    return {name: t.detach().to(device) for name, t in module.state_dict().items()}
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
 def _eos_ids(

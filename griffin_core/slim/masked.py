@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from griffin_core.slim.base import SlimFF
 class Masked:
     """Runs all neurons and keeps what the experts say."""
 
+    copies = True
+
     def build(self, layer: Layer, experts: Tensor, rows: Rows) -> SlimFF:
         if experts.shape[0] == layer.neurons.count:
             return layer.ff
@@ -20,6 +24,12 @@ class Masked:
         mask = torch.zeros(down.shape[0], dtype=down.dtype, device=down.device)
         mask[experts.long().to(mask.device)] = 1
         return lambda x: layer.ff.output(layer.ff.activations(x) * mask)
+
+    def build_all(self, layers: Sequence[Layer], experts: Tensor) -> list[SlimFF] | None:
+        return None
+
+    def rewrite(self, blocks: Sequence[SlimFF], experts: Tensor) -> bool:
+        return False
 
     def planned_bytes(self, layer: Layer, k: int) -> int:
         down = layer.neurons.down

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+import torch
 
 from griffin_core.budget import Budget
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
 from griffin_core.slim.base import SlimFF, SlimForm
+from griffin_core.slim.zeroed import zeroed_bytes
 
 Key = tuple[bytes, Rows]
 
@@ -19,7 +23,7 @@ class SlimView:
     """The FF blocks of all layers on one expert set.
 
     Args:
-        experts: what it is built of.
+        experts: the set it is, or is coming to be, built of.
         rows: for how many at once.
         nbytes: the most it will hold beyond the model's own weights.
     """
@@ -29,6 +33,10 @@ class SlimView:
         self.rows: Rows = rows
         self.nbytes = nbytes
         self.layers: list[SlimFF] = []
+        """The blocks that are built; those of all layers once the view is ready. The list is the
+        same for as long as the view lives."""
+        self.pending: deque[int] = deque(range(len(experts.layers)))
+        """Layers that are to be built, or built anew."""
         self.error: Exception | None = None
         """Why it cannot be built."""
         self.users = 0
@@ -40,14 +48,14 @@ class SlimView:
 
     @property
     def ready(self) -> bool:
-        """Whether all layers are built."""
+        """Whether all layers can run. Some may still run on the experts before a ``change``."""
         return len(self.layers) == len(self.experts.layers)
 
 
 class SlimViews:
     """All slim views of an engine. Owned by the engine's thread.
 
-    A view that nobody uses any more stays until its bytes are needed, for the next session that
+    A view that is no longer used stays until its bytes are needed, for the next session that
     chooses the same experts: a prompt that is asked again, a kept session's next turn.
 
     Args:
@@ -59,38 +67,105 @@ class SlimViews:
         self._form = form
         self._budget = budget
         self._views: OrderedDict[Key, SlimView] = OrderedDict()  # longest unused first
+        self._owned: list[SlimView] = []  # of groups, which change them
         self._unbuilt: deque[SlimView] = deque()
+        self._zeroed = 0  # bytes of sessions that run zeroed
         budget.on_short(self._drop_unused)
 
     def __len__(self) -> int:
-        return len(self._views)
+        return len(self._views) + len(self._owned)
+
+    @property
+    def copies(self) -> bool:
+        """See ``SlimForm``."""
+        return self._form.copies
 
     def planned_bytes(self, k: int) -> int:
         """Most bytes a view of k experts a layer holds."""
         return sum(self._form.planned_bytes(layer, k) for layer in self._decoder.layers)
 
-    def acquire(self, experts: ExpertSet, rows: Rows) -> SlimView:
+    def zeroed_bytes(self, k: int) -> int:
+        """Most bytes a session of k experts a layer holds to run zeroed: none where views are
+        numbers, which a step reads either way."""
+        runs_zeroed = self.copies and k < self._decoder.spec.ff_width
+        return zeroed_bytes(self._decoder) if runs_zeroed else 0
+
+    def take_zeroed(self, size: int) -> None:
+        """Counts the bytes of a session that may run zeroed from now on."""
+        self._budget.take(size)
+        self._zeroed += size
+
+    def give_back_zeroed(self, size: int) -> None:
+        """The session has gone."""
+        self._budget.give_back(size)
+        self._zeroed -= size
+
+    def acquire(self, experts: ExpertSet, rows: Rows, *, own: bool = False) -> SlimView:
         """The view of an expert set, perhaps still to be built. ``release`` it after use.
 
         Args:
             rows: how many tokens its users together will mostly run at once.
+            own: for one user alone, who may ``change`` it.
         """
-        key: Key = experts.digest, rows
-        view = self._views.get(key)
+        # A digest takes the set to the host, which waits for the device; numbers that are there at
+        # once are not worth it.
+        own = own or not self.copies
+        view = self._views.get((experts.digest, rows)) if self.copies else None
+        if own and view is not None and view.users:
+            view = None
         if view is None:
             view = SlimView(experts, rows, self.planned_bytes(experts.indices.shape[1]))
             self._budget.take(view.nbytes)
-            self._views[key] = view
-            self._unbuilt.append(view)
+            self._begin(view)
+        elif own:
+            del self._views[view.key]
+        if own:
+            self._owned.append(view)
+        else:
+            self._views[view.key] = view
+            self._views.move_to_end(view.key)
         view.users += 1
-        self._views.move_to_end(key)
         return view
 
+    def _begin(self, view: SlimView) -> None:
+        try:
+            blocks = self._form.build_all(self._decoder.layers, view.experts.indices)
+        except Exception as error:
+            view.error = error
+            return
+        if blocks is None:
+            self._unbuilt.append(view)
+        else:
+            view.layers += blocks
+            view.pending.clear()
+
+    def change(self, view: SlimView, experts: ExpertSet) -> None:
+        """Lets a view of ``acquire(own=True)`` run on other experts, as many: at once where the
+        form can rewrite its blocks, else layer by layer as ``build`` comes to them. Until then a
+        layer runs on its old ones. Layers whose experts stay are not touched."""
+        if view.ready and self._form.rewrite(view.layers, experts.indices):
+            view.experts = experts
+            return
+        pairs = zip(view.experts.layers, experts.layers, strict=True)
+        changed = [layer for layer, (old, new) in enumerate(pairs) if not torch.equal(old, new)]
+        view.experts = experts
+        view.pending += [layer for layer in changed if layer not in view.pending]
+        if view.pending and view not in self._unbuilt:
+            self._unbuilt.append(view)
+
     def release(self, view: SlimView) -> None:
-        """One user less. A view that is not whole by then is not worth keeping."""
+        """Drops a reference. A view that is unfinished by then is discarded."""
         view.users -= 1
-        if not view.users and not view.ready:
-            self._drop(view)
+        if view in self._owned:
+            self._owned.remove(view)
+            whole = self.copies and not view.pending and view.error is None
+            if whole and view.key not in self._views:
+                self._views[view.key] = view
+            else:
+                self._discard(view)
+        elif not view.users and (view.pending or view.error is not None):
+            del self._views[view.key]
+            self._discard(view)
 
     def build(self, seconds: float) -> None:
         """Builds layers of the views that wait, in order, for about so long; at least one layer.
@@ -98,22 +173,33 @@ class SlimViews:
         until = time.monotonic() + seconds
         while self._unbuilt:
             view = self._unbuilt[0]
-            layer = len(view.layers)
+            layer = view.pending.popleft()
             experts = view.experts.layers[layer]
+            of = self._decoder.layers[layer]
+            if layer < len(view.layers):
+                view.layers[layer] = of.ff  # the old copy goes first: never two of a layer
             try:
-                block = self._form.build(self._decoder.layers[layer], experts, view.rows)
-                view.layers.append(block)
+                block = self._form.build(of, experts, view.rows)
+                if layer < len(view.layers):
+                    view.layers[layer] = block
+                else:
+                    view.layers.append(block)
             except Exception as error:
                 view.error = error
-            if view.ready or view.error:
+            if view.error or not view.pending:
                 self._unbuilt.popleft()
             if time.monotonic() >= until:
                 return
 
     @property
+    def held(self) -> Sequence[SlimView]:
+        """All views, used or not."""
+        return [*self._views.values(), *self._owned]
+
+    @property
     def nbytes(self) -> int:
-        """The most that all views hold."""
-        return sum(view.nbytes for view in self._views.values())
+        """The most that all views hold, with what lets sessions run zeroed."""
+        return sum(view.nbytes for view in self.held) + self._zeroed
 
     @property
     def building(self) -> bool:
@@ -123,12 +209,12 @@ class SlimViews:
     def _drop_unused(self) -> bool:
         for view in self._views.values():
             if not view.users:
-                self._drop(view)
+                del self._views[view.key]
+                self._discard(view)
                 return True
         return False
 
-    def _drop(self, view: SlimView) -> None:
+    def _discard(self, view: SlimView) -> None:
         if view in self._unbuilt:
             self._unbuilt.remove(view)
-        del self._views[view.key]
         self._budget.give_back(view.nbytes)

@@ -15,20 +15,26 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2_grpc
-from griffin_core.decode.sampling import SamplingParams
+from griffin_core.cpu_share import CpuShare
 from griffin_core.decode.scheduler import Limits
 from griffin_core.engine import Engine
-from griffin_core.errors import BadModelFile, EngineFault, GriffinError, InvalidRequest
+from griffin_core.errors import (
+    BadModelFile,
+    DeviceMemoryExhausted,
+    EngineFault,
+    GriffinError,
+    InvalidRequest,
+)
 from griffin_core.experts.selection import Selection
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
-from griffin_core.prefill import CHUNK_TOKENS
-from griffin_core.slim.crossover import assumed_private_limit
+from griffin_core.prefill import CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.channel import Mail
 from griffin_server.generation.service import GenerationServicer
 from griffin_server.handoff.shared_memory import remove_stale_segments
-from griffin_server.ops.cpus import available_cpus
 from griffin_server.ops.http import HttpServer
 from griffin_server.ops.interceptors import CallInterceptor
 from griffin_server.ops.metrics import Metrics
@@ -89,7 +95,15 @@ def _check_free(host: str, name: str, port: int) -> None:
 
 def _chunk_tokens(device: torch.device) -> int:
     """So many that products run at the device's rate, and no more: streams wait meanwhile."""
-    return 2048 if device.type == "cuda" else CHUNK_TOKENS
+    return GPU_CHUNK_TOKENS if device.type == "cuda" else CHUNK_TOKENS
+
+
+def _prefill_share(device: torch.device) -> float:
+    return 1.0 if device.type == "cuda" else 0.5
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * (1 << 30))
 
 
 def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
@@ -128,27 +142,28 @@ class App:
     def __init__(self, settings: Settings, model: Model) -> None:
         self._settings = settings
         self._sampling_defaults = _sampling_defaults(settings, model)
-        self.threads = settings.threads or available_cpus()
         self.metrics = Metrics()
+        session_bytes = _bytes(settings.session_memory_gib)
         self.engine = Engine(
             model,
             limits=Limits(
                 max_sessions=settings.max_sessions,
                 max_queue=settings.max_queue,
-                session_bytes=int(settings.session_memory_gib * (1 << 30)),
-                idle_bytes=int(settings.idle_memory_gib * (1 << 30)),
+                session_bytes=0 if settings.role == "prefill" else session_bytes,
+                idle_bytes=_bytes(settings.idle_memory_gib),
+                memory_fraction=settings.memory_fraction,
                 session_ttl_s=settings.session_ttl_s,
                 reader_timeout_s=settings.reader_timeout_s,
                 chunk_tokens=settings.prefill_chunk_tokens or _chunk_tokens(model.decoder.device),
-                prefill_share=settings.prefill_share,
+                prefill_share=settings.prefill_share or _prefill_share(model.decoder.device),
             ),
             cuda_graphs=settings.cuda_graphs and settings.role != "prefill",
             stream_interval=settings.stream_interval or None,
             selection=Selection(density=settings.density, policy=settings.policy),
             sharing=settings.sharing,
-            private_limit=assumed_private_limit if settings.role == "prefill" else None,
+            costs=ASSUMED_COSTS if settings.role == "prefill" else None,
             own_prefill_tokens=settings.own_prefill_tokens if settings.prefill_target else None,
-            threads=self.threads,
+            threads=settings.threads or CpuShare(),
             observer=self.metrics,
         )
         self.metrics.watch(self.engine)
@@ -166,6 +181,7 @@ class App:
 
         Raises:
             ListenError: an address is taken or not this machine's.
+            DeviceMemoryExhausted: the device has no room for sessions.
             EngineFault: the engine did not come up.
         """
         settings = self._settings
@@ -204,6 +220,8 @@ class App:
         await self._server.start()
         try:
             await asyncio.shield(asyncio.wrap_future(self.engine.ready))
+        except DeviceMemoryExhausted:  # says all there is to say
+            raise
         except Exception as error:
             raise EngineFault(f"the engine did not start: {error}") from error
         self._calls.open()
@@ -215,7 +233,8 @@ class App:
             role=settings.role,
             model=self.engine.model.name,
             dtype=str(self.engine.model.decoder.dtype).removeprefix("torch."),
-            threads=self.threads,
+            threads=self.engine.threads,
+            session_bytes=self.engine.session_bytes,
         )
 
     def _add_services(self) -> list[str]:

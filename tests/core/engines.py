@@ -39,8 +39,9 @@ class Inbox:
 
 @contextlib.contextmanager
 def engine(model: Model, **options: Any) -> Iterator[Engine]:
-    """Runs an engine; whose caller brings it every prompt's prefill, unless told otherwise."""
-    running = Engine(model, **{"own_prefill_tokens": 0, **options})
+    """Runs an engine; whose caller brings it every prompt's prefill, unless told otherwise. By
+    default sessions are private, so that what one makes does not depend on the others."""
+    running = Engine(model, **{"own_prefill_tokens": 0, "sharing": "private", **options})
     running.start()
     try:
         yield running
@@ -92,13 +93,14 @@ def at_baseline(running: Engine) -> bool:
     """No session and nothing under way; of bytes, only views that nobody uses and that would give
     way."""
     decoding = running._decoding
-    views = decoding._views._views.values()
+    views = decoding._views.held
     return (
         running.sessions().result(30) == []
         and not any(view.users for view in views)
         and running.held_bytes == sum(view.nbytes for view in views)
         and not decoding._turns
         and not decoding._intakes
-        and not decoding._groups._groups
+        and not decoding._groups._seats
+        and not decoding._groups._shared
         and not running._prefills._runs
     )

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from griffin_core.decode.events import Finished, Started, TokensMade
-from griffin_core.decode.sampling import SamplingParams
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.step import StepTokens, decode_tokens
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, prefill
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.base import SlimFF
+from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
+from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 from tests.core.engines import Inbox, complete, engine, finish, submit
 from tests.servers import eventually
 from tests.tiny import MODELS
@@ -50,16 +53,20 @@ def random_task(number: int) -> GenerateTask:
     )
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
 def test_32_sessions_that_come_and_go_make_what_each_makes_alone(
-    name: str, tiny: Callable[[str], Model]
+    name: str, overlap: bool, tiny: Callable[[str], Model]
 ) -> None:
     tasks = [random_task(number) for number in range(32)]
     with engine(tiny(name), own_prefill_tokens=None) as running:
         alone = [complete(running, each)[0] for each in tasks]
     draw = random.Random(0)
     with engine(
-        tiny(name), own_prefill_tokens=None, limits=Limits(max_sessions=24, chunk_tokens=16)
+        tiny(name),
+        own_prefill_tokens=None,
+        limits=Limits(max_sessions=24, chunk_tokens=16),
+        overlap=overlap,
     ) as running:
         inboxes = []
         for number, each in enumerate(tasks):
@@ -75,32 +82,95 @@ def test_32_sessions_that_come_and_go_make_what_each_makes_alone(
 def test_a_step_of_several_sessions_is_several_steps_of_one(
     name: str, tiny: Callable[[str], Model]
 ) -> None:
-    """Ragged lengths, several tokens at once, dense and slim views, in every family."""
+    """Ragged lengths, several tokens at once, dense, zeroed and slim views, in every family."""
     decoder = tiny(name).decoder
 
-    def session(number: int) -> tuple[KvCache, list[SlimFF]]:
+    def session(number: int) -> tuple[KvCache, Sequence[SlimFF]]:
         cache = decoder.new_cache(64)
         ids = [(7 * number + i) % 256 for i in range(1 + 9 * number)]
         selection = Selection(density=(1.0, 0.5, 0.25)[number % 3])
         events = prefill(decoder, ids, selection, cache=cache)
         experts = [event.experts for event in events if isinstance(event, LayerExperts)]
+        if selection.density < 1 and number > 2:
+            every = ExpertSet(ff_width=decoder.spec.ff_width, indices=torch.stack(experts))
+            return cache, ZeroedLayers(decoder, every)
         layers = zip(decoder.layers, experts, strict=True)
         return cache, [Packed().build(layer, kept, "many") for layer, kept in layers]
 
-    def steps(sessions: list[tuple[KvCache, list[SlimFF]]]) -> list[StepTokens]:
+    def steps(sessions: list[tuple[KvCache, Sequence[SlimFF]]]) -> list[StepTokens]:
         return [
             StepTokens(cache=cache, view=view, token_ids=range(5, 6 + number))
             for number, (cache, view) in enumerate(sessions)
         ]
 
-    together = decode_tokens(decoder, steps([session(number) for number in range(5)]))
+    together = decode_tokens(decoder, steps([session(number) for number in range(6)]))
     alone = [
         decode_tokens(decoder, [step])[0]
-        for step in steps([session(number) for number in range(5)])
+        for step in steps([session(number) for number in range(6)])
     ]
     for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
-        assert one.likeliest == one.logits.argmax(dim=1).tolist()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+@torch.inference_mode()
+def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
+    name: str, tiny: Callable[[str], Model]
+) -> None:
+    """Copies, zeroed with others, zeroed alone, masked: log-probabilities within 1e-5."""
+    decoder, masks = tiny(name).decoder, RowMasks()
+    width = decoder.spec.ff_width
+
+    def random_set(seed: int) -> ExpertSet:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.rand((len(decoder.layers), width), generator=generator).topk(width // 2)
+        return ExpertSet(ff_width=width, indices=chosen.indices.sort(dim=1).values.int())
+
+    def of(form: Packed | Masked, experts: ExpertSet) -> list[SlimFF]:
+        pairs = zip(decoder.layers, experts.layers, strict=True)
+        return [form.build(layer, own, "one") for layer, own in pairs]
+
+    mine, zeroed = of(Packed(), random_set(0)), ZeroedLayers(decoder, random_set(0))
+    dense = [layer.ff for layer in decoder.layers]
+    others = [ZeroedLayers(decoder, random_set(seed)) for seed in (1, 2)]
+    shared = of(Packed(), random_set(3))
+    batches: list[list[Sequence[SlimFF]]] = [
+        [mine],
+        [zeroed],
+        [zeroed, *others],
+        [others[1], zeroed, others[0]],
+        [dense, zeroed, shared, shared],
+        [zeroed, dense, others[0], shared],
+        [mine, dense, *others],
+        [zeroed, *others],
+    ]
+    caches = [decoder.new_cache(32) for _ in range(4)]
+    alone = decoder.new_cache(32)
+    for token, batch in enumerate(batches, start=40):
+        place = next(i for i, view in enumerate(batch) if view in (mine, zeroed))
+        own, *rest = caches
+        used = [*rest[:place], own, *rest[place : len(batch) - 1]]
+        for cache in rest:
+            cache.length = own.length  # of whatever: they only take part
+        steps = [
+            StepTokens(cache=cache, view=view, token_ids=[token])
+            for cache, view in zip(used, batch, strict=True)
+        ]
+        got = decode_tokens(decoder, steps, masks)[place].log_softmax(dim=1)
+        masked = StepTokens(cache=alone, view=of(Masked(), random_set(0)), token_ids=[token])
+        exact = decode_tokens(decoder, [masked])[0].log_softmax(dim=1)
+        torch.testing.assert_close(got, exact, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_masks_are_made_once_for_the_same_sessions(model: Model) -> None:
+    masks, dtype = RowMasks(), torch.float32
+    experts = ExpertSet(ff_width=88, indices=torch.tensor([[3], [5], [87]], dtype=torch.int32))
+    one, other = ZeroedLayers(model.decoder, experts), ZeroedLayers(model.decoder, experts)
+    first = masks.of([one, other], dtype)
+    assert [layer.sum().item() for layer in first] == [2, 2, 2]
+    assert masks.of([one, other], dtype) is first
+    assert masks.of([other, one], dtype) is not first
 
 
 @torch.inference_mode()

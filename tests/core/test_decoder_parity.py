@@ -49,7 +49,7 @@ def test_prefill_and_32_steps_give_transformers_logits(
     dense = [layer.ff for layer in decoder.layers]
     for token in ids[20:].tolist():
         step = StepTokens(cache=cache, view=dense, token_ids=[token])
-        logits.append(decode_tokens(decoder, [step])[0].logits[0])
+        logits.append(decode_tokens(decoder, [step])[0][0])
 
     torch.testing.assert_close(torch.stack(logits), expected[19:], atol=1e-4, rtol=1e-4)
 
@@ -69,7 +69,7 @@ def test_half_density_equals_transformers_with_the_other_neurons_masked(
     layers = zip(decoder.layers, experts, strict=True)
     view = [Masked().build(layer, kept, "many") for layer, kept in layers]
     step = StepTokens(cache=cache, view=view, token_ids=ids[16:].tolist())
-    ours = decode_tokens(decoder, [step])[0].logits
+    ours = decode_tokens(decoder, [step])[0]
 
     reference = AutoModelForCausalLM.from_pretrained(
         tiny_directory(name), dtype=torch.float32, attn_implementation="eager"

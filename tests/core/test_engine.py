@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from griffin_core.decode.events import Admitted, Failed, Finished, Started, TokensMade
-from griffin_core.decode.sampling import SamplingParams
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import State
-from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import (
@@ -31,6 +29,8 @@ from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, PrefillFinished
 from griffin_core.prefill_queue import MAX_BEGUN_PREFILLS, PrefillTask
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, complete, engine, finish, hand_over, submit
@@ -114,6 +114,17 @@ def test_figures_say_what_the_pruning_did(running: Engine, model: Model) -> None
     assert all(0.5 < mass < 1 for mass in figures.norm_mass)
     assert figures.slim_view_bytes >= 3 * 3 * 44 * 48 * 4
     assert figures.kv_cache_bytes == kv_bytes(model.decoder.spec, torch.float32, 28)
+
+
+def test_figures_say_what_the_tokens_ran_on(running: Engine) -> None:
+    for density in (1.0, 0.5):
+        tokens, finished = complete(running, task(9, density=density))
+        ran = finished.pruning
+        assert ran.dense_tokens == (len(tokens) if density == 1.0 else 1)  # the prompt's
+        assert ran.mean_density == pytest.approx((1 + (len(tokens) - 1) * density) / len(tokens))
+    score = ScoreTask(prompt=PROMPT, continuation=(1, 2, 3, 4), pruning=PruningParams(density=0.25))
+    ran = complete(running, score)[1].pruning
+    assert (ran.mean_density, ran.dense_tokens) == (pytest.approx(1.75 / 4), 1)
 
 
 def test_sampled_tokens_repeat_with_their_seed(running: Engine) -> None:
@@ -268,7 +279,8 @@ def test_kept_sessions_expire(model: Model) -> None:
 
 def test_idle_sessions_give_way_the_longest_idle_first(model: Model) -> None:
     one = kv_bytes(model.decoder.spec, torch.float32, 21)
-    with engine(model, limits=Limits(session_bytes=3 * one)) as running:
+    limits = Limits(session_bytes=3 * one, idle_bytes=3 * one)
+    with engine(model, limits=limits) as running:
         kept = [task(1, keep=True) for _ in range(3)]
         for each in kept:
             complete(running, each)
@@ -280,7 +292,8 @@ def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
     model: Model,
 ) -> None:
     tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
-    with engine(model, limits=Limits(session_bytes=100 * tokens)) as running:
+    limits = Limits(session_bytes=100 * tokens, idle_bytes=100 * tokens)
+    with engine(model, limits=limits) as running:
         kept = task(29, keep=True)  # 49 of 100 tokens
         complete(running, kept)
         live, large = task(31), task(40)  # 51, and 60: more than there is beside either
@@ -293,7 +306,8 @@ def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
 
 def test_kept_sessions_that_block_one_another_give_way(model: Model) -> None:
     tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
-    with engine(model, limits=Limits(max_sessions=1, session_bytes=100 * tokens)) as running:
+    limits = Limits(max_sessions=1, session_bytes=100 * tokens, idle_bytes=100 * tokens)
+    with engine(model, limits=limits) as running:
         kept = [task(20, keep=True) for _ in range(2)]  # 40 of 100 tokens each
         for each in kept:
             complete(running, each)
@@ -434,12 +448,12 @@ def test_a_fault_in_one_session_leaves_the_others_running(
     from griffin_core.decode.generation import Generation  # noqa: PLC0415
 
     healthy, sick = task(40), task(40)
-    read = Generation.read
+    take = Generation.take
     monkeypatch.setattr(
         Generation,
-        "read",
-        lambda self, session, *rest: (
-            read(self, session, *rest) if session.session_id == healthy.turn_id else 1 // 0
+        "take",
+        lambda self, session, drawn: (
+            take(self, session, drawn) if session.session_id == healthy.turn_id else 1 // 0
         ),
     )
     inboxes = [submit(running, each)[1] for each in (healthy, sick)]
@@ -560,7 +574,8 @@ def test_a_handoff_that_arrives_while_the_engine_stops_is_no_fault(model: Model)
     ("values", "name"),
     [
         ({"max_sessions": 0}, "max_sessions"),
-        ({"session_bytes": 0}, "session_bytes"),
+        ({"session_bytes": -1}, "session_bytes"),
+        ({"memory_fraction": 1.5}, "memory_fraction"),
         ({"session_ttl_s": float("nan")}, "session_ttl_s"),
         ({"chunk_tokens": 0}, "chunk_tokens"),
     ],

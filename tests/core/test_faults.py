@@ -6,20 +6,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from griffin_core.decode import sharing
-from griffin_core.decode.events import Finished, Started, TokensMade
+from griffin_core.decode.events import Failed, Finished, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
-from griffin_core.errors import EngineFault
+from griffin_core.errors import EngineFault, NonFiniteLogits
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
+from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
@@ -67,8 +68,9 @@ def test_a_view_that_cannot_be_built_ends_its_own_sessions_alone(
     how: sharing.Sharing, running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bystander = submit(running, task(200))[1]
-    for _ in range(2):  # the second needs its view
+    for _ in range(2):  # the second runs on its experts
         bystander.until(TokensMade)
+    eventually(lambda: not running._decoding._groups.due)
     once = Once(monkeypatch, Packed, "build", lambda *_: True)
     pruning = PruningParams(density=0.5, sharing=how)
     hit = submit(running, task(first=50, pruning=pruning))[1].until(Finished)
@@ -88,7 +90,8 @@ def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
     for _, inbox in turns:
         inbox.until(Started)
         inbox.open = False
-    eventually(lambda: not running._decoding._groups.choosing)
+    eventually(lambda: not running._decoding._groups.due)
+    monkeypatch.setattr(sharing, "STEPS_HELD", 0)
     Once(monkeypatch, sharing, "select_group", lambda _, members: len(members) == 2)
     running.cancel(turns[0][0])
     for _, inbox in turns[1:]:
@@ -128,6 +131,37 @@ def test_a_cache_that_breaks_while_it_grows_holds_nothing(
     assert isinstance(hit.error, EngineFault)
     eventually(lambda: at_baseline(running))
     assert running.held_bytes == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_session_whose_logits_are_not_finite_ends_alone(
+    value: float, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [partial(task, 200, first=first) for first in (1, 20, 40)]
+    expected = [complete(running, make())[0] for make in tasks]
+    whole, spoilt = Decoder.head, []
+
+    def head(self: Decoder, *arguments: object, **named: object) -> torch.Tensor:
+        logits = whole(self, *arguments, **named)
+        if len(logits) == 3 and not spoilt:
+            logits[1, 7] = value
+            spoilt.append(logits)
+        return logits
+
+    monkeypatch.setattr(Decoder, "head", head)
+    inboxes = [submit(running, make())[1] for make in tasks]
+    ended = 0
+    for inbox, whole_run in zip(inboxes, expected, strict=True):
+        tokens, end = finish(inbox)
+        if isinstance(end, Failed):
+            assert isinstance(end.error, NonFiniteLogits)
+            assert f"position {9 + len(tokens)};" in str(end.error)  # 9 in the prompt
+            assert tokens == whole_run[: len(tokens)]
+            ended += 1
+        else:
+            assert tokens == whole_run
+    assert spoilt and ended == 1
+    eventually(lambda: at_baseline(running))
 
 
 @pytest.mark.parametrize("method", ["head", "final_hidden", "layer"])
@@ -206,7 +240,7 @@ def test_densities_that_came_once_are_forgotten(running: Engine) -> None:
         pruning = PruningParams(density=number / 50, sharing="auto")
         complete(running, task(3, pruning=pruning))
     running.sessions().result(10)
-    assert not running._decoding._groups._auto
+    assert not running._decoding._groups._seats and not running._decoding._groups._shared
 
 
 def test_scores_show_how_long_turns_take(running: Engine) -> None:

@@ -11,12 +11,12 @@ import torch
 
 from griffin_core.decode.events import Failed, Finished, Started
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
 from griffin_core.errors import CapacityExhausted, SessionNotFound
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.load import Model
+from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox, complete, engine, finish, submit
 
 
@@ -135,7 +135,8 @@ def test_a_small_budget_is_never_exceeded(sharing: str, model: Model) -> None:
     """Random sessions, kept, continued, cancelled, in room for three or four."""
     draw = random.Random(5)
     spec = model.decoder.spec
-    limits = Limits(session_bytes=5 * kv_bytes(spec, torch.float32, 120), max_queue=6)
+    room = 5 * kv_bytes(spec, torch.float32, 120)
+    limits = Limits(session_bytes=room, idle_bytes=room, max_queue=6)
     ends: dict[str, int] = {}
     with engine(model, own_prefill_tokens=None, limits=limits, sharing=sharing) as running:
         kept: list[str] = []
@@ -180,9 +181,9 @@ def check_accounts(running: Engine) -> None:
     infos = running.sessions().result(10)
     decoding = running._decoding
     caches = sum(s.cache.nbytes for s in decoding.scheduler if s.cache is not None)
-    views = sum(view.nbytes for view in decoding._views._views.values())
+    views = decoding._views.nbytes
     assert running.held_bytes == caches + views
     for info in infos:
         running.close(info.session_id).result(10)
     assert running.held_bytes == views
-    assert not any(view.users for view in decoding._views._views.values())
+    assert not any(view.users for view in decoding._views.held)

@@ -7,19 +7,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from griffin_core.decode import sharing
 from griffin_core.decode.events import Finished, Started
 from griffin_core.decode.session import Session, Sharing
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
-from griffin_core.slim.crossover import (
-    assumed_private_limit,
-    measure_private_limit,
-    private_limit_of,
-)
-from griffin_core.slim.packed import Packed
+from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox, complete, engine, finish, submit
 from tests.servers import eventually
 
@@ -37,11 +32,18 @@ def running(model: Model) -> Iterator[Engine]:
         yield started
 
 
-def task(number: int, sharing: Sharing, max_tokens: int = 200, **pruning: object) -> GenerateTask:
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups choose again before the next step, however little changes."""
+    monkeypatch.setattr(sharing, "STEPS_HELD", 0)
+    monkeypatch.setattr(sharing, "SHARE_KEPT", 0.0)
+
+
+def task(number: int, how: Sharing, max_tokens: int = 200, **pruning: object) -> GenerateTask:
     return GenerateTask(
         prompt=PROMPTS[number],
         stopping=StoppingParams(max_tokens=max_tokens, ignore_eos=True),
-        pruning=PruningParams(**{"density": 0.25, "sharing": sharing, **pruning}),
+        pruning=PruningParams(**{"density": 0.25, "sharing": how, **pruning}),
     )
 
 
@@ -61,7 +63,7 @@ def look(running: Engine, *turns: GenerateTask) -> list[Session]:
         running.sessions().result(10)
         found = [decoding.scheduler.find(each.turn_id) for each in turns]
         has_views = all(s is not None and s.view is not None for s in found)
-        return has_views and not decoding._groups.choosing
+        return has_views and not decoding._groups.due
 
     eventually(settled)
     return [decoding.scheduler.find(each.turn_id) for each in turns]
@@ -88,6 +90,7 @@ def as_lists(experts: ExpertSet) -> list[list[int]]:
     return [layer.tolist() for layer in experts.layers]
 
 
+@pytest.mark.usefixtures("restless")
 def test_a_group_runs_on_the_topk_of_its_summed_statistics(running: Engine) -> None:
     tasks = [task(n, "shared") for n in range(4)]
     for each in tasks:
@@ -100,6 +103,7 @@ def test_a_group_runs_on_the_topk_of_its_summed_statistics(running: Engine) -> N
         assert session.norm_mass == pytest.approx(chosen(session).norm_mass(session.s2))
 
 
+@pytest.mark.usefixtures("restless")
 def test_joining_and_leaving_choose_again(running: Engine) -> None:
     one, two, three = (task(n, "shared") for n in range(3))
     paused(running, one)
@@ -156,36 +160,11 @@ def test_sessions_that_come_and_go_in_a_group_all_finish_and_leave_nothing(
         assert isinstance(last, Finished) and len(tokens) == 5 + 7 * n
     assert running.sessions().result(10) == []
     decoding = running._decoding
-    assert not decoding._groups._groups and not decoding._groups._shared
-    assert not decoding._groups._auto
-    assert not any(view.users for view in decoding._views._views.values())
+    assert not decoding._groups._seats and not decoding._groups._shared
+    assert not any(view.users for view in decoding._views.held)
 
 
-def test_auto_is_private_up_to_the_limit_and_shared_beyond(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None, private_limit=lambda density: 2) as running:
-        tasks = [task(n, "auto") for n in range(4)]
-        for each in tasks[:2]:
-            paused(running, each)
-        for session in look(running, *tasks[:2]):
-            assert as_lists(chosen(session)) == as_lists(session.experts)
-        paused(running, tasks[2])
-        sessions = look(running, *tasks[:3])
-        assert as_lists(chosen(sessions[0])) == by_formula(*sessions)
-        assert all(s.view is sessions[0].view for s in sessions)
-        paused(running, tasks[3])
-        assert len({id(s.view) for s in look(running, *tasks)}) == 1
-
-
-def test_auto_leaves_private_sessions_alone(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None, private_limit=lambda density: 1) as running:
-        private, *autos = task(0, "private"), task(1, "auto"), task(2, "auto")
-        for each in (private, *autos):
-            paused(running, each)
-        first, *others = look(running, private, *autos)
-        assert as_lists(chosen(first)) == as_lists(first.experts)
-        assert as_lists(chosen(others[0])) == by_formula(*others)
-
-
+@pytest.mark.usefixtures("restless")
 def test_a_later_turn_keeps_its_sharing_and_joins_again(running: Engine) -> None:
     first = GenerateTask(
         prompt=PROMPTS[0],
@@ -208,24 +187,3 @@ def test_a_later_turn_keeps_its_sharing_and_joins_again(running: Engine) -> None
     sessions = [running._decoding.scheduler.find(each.turn_id) for each in (first, other)]
     eventually(lambda: sessions[0].view is sessions[1].view)
     assert as_lists(chosen(sessions[0])) == by_formula(*sessions)
-
-
-def test_private_sets_pay_as_long_as_they_take_no_longer_than_dense() -> None:
-    limit = private_limit_of(
-        dense={1: 10.0, 2: 12.0, 4: 14.0},
-        half={1: 6.0, 2: 11.0, 4: 20.0},
-        whole={1: 10.0, 2: 19.0, 4: 36.0},
-    )
-    assert [limit(density) for density in (0.25, 0.5, 0.75, 1.0)] == [4, 2, 1, 1]
-    noisy = {1: 6.0, 2: 13.0, 4: 13.9}  # four seem to pay, and two do not
-    assert private_limit_of({1: 10.0, 2: 12.0, 4: 14.0}, noisy, noisy)(0.5) == 1
-
-
-def test_the_crossover_is_measured(model: Model) -> None:
-    limit = measure_private_limit(model.decoder, Packed())
-    assert all(1 <= limit(density) <= 16 for density in (0.01, 0.25, 0.5, 1.0))
-    assert limit(0.05) >= limit(1.0)
-
-
-def test_by_bytes_alone_two_halves_are_a_whole() -> None:
-    assert [assumed_private_limit(d) for d in (1.0, 0.75, 0.5, 0.25)] == [1, 1, 2, 4]

@@ -11,6 +11,7 @@ from griffin_core.model.linear import Linear, Rows
 from griffin_core.model.spec import Activation
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
+from griffin_core.slim.zeroed import ZeroedFF
 
 D, F = 40, 67
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -61,6 +62,13 @@ def test_packed_is_masked(
     masked = Masked().build(layer, experts, rows)(x)
     scale = masked.float().abs().max().item()
     torch.testing.assert_close(packed, masked, atol=TOLERANCE[dtype] * scale, rtol=0)
+    keep = torch.zeros(F, dtype=torch.bool).index_fill_(0, experts.long(), True)
+    zeroed = ZeroedFF(layer.ff, keep)(x)
+    torch.testing.assert_close(zeroed, masked, atol=TOLERANCE[dtype] * scale, rtol=0)
+    beside = layer.ff.zeroed(
+        torch.cat((torch.randn(2, D).to(dtype), x)), keep.expand(tokens, -1).to(dtype)
+    )
+    torch.testing.assert_close(beside[2:], masked, atol=TOLERANCE[dtype] * scale, rtol=0)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from griffin_core.decode.stopping import FinishReason, StopChecker, StoppingParams
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model
+from griffin_core.sampling.stopping import FinishReason, StopChecker, StoppingParams
 
 EOS = 257
 

@@ -244,7 +244,10 @@ def test_the_image_checks_its_health_as_the_services_do() -> None:
 def test_on_a_gpu_it_is_the_same_service_under_the_same_name(role: str) -> None:
     cpu, gpu = SERVICES[role], SERVICES[f"{role}-gpu"]
     assert gpu["command"] == cpu["command"]
-    assert gpu["environment"] == {**cpu["environment"], "GRIFFIN_DEVICE": "cuda"}
+    only_here = {"GRIFFIN_DEVICE": "cuda"}
+    if role == "decode":  # on the same card as prefill, which has no sessions to claim memory for
+        only_here["GRIFFIN_MEMORY_FRACTION"] = "0.7"
+    assert gpu["environment"] == {**cpu["environment"], **only_here}
     assert gpu["networks"]["default"]["aliases"] == [role]
     assert gpu["volumes"] == cpu["volumes"]
     assert gpu.get("ports") == cpu.get("ports")

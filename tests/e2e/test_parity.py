@@ -76,7 +76,7 @@ def expected(reference: PreTrainedModel, smollm2: Model) -> dict[str, tuple[int,
 @pytest.fixture(scope="module")
 def split() -> Iterator[GriffinClient]:
     """A client of a decode process that pulls from a prefill process."""
-    common = ("--dtype", "float32", "--density", "1.0")
+    common = ("--dtype", "float32", "--density", "1.0", "--sharing", "private")
     with (
         Process("--role", "prefill", *common) as prefill,
         Process(

@@ -35,7 +35,8 @@ async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind(
     from two minutes after unused slim views have filled what they may: until then it grows by
     design, and what the allocator keeps between them still does (docs/LOG.md)."""
     port = free_port()
-    with Process("--max-sessions", str(STREAMS), "--metrics-port", str(port)) as server:
+    memory = ("--session-memory-gib", "4")  # filled within minutes
+    with Process("--max-sessions", str(STREAMS), "--metrics-port", str(port), *memory) as server:
         target = server.target()
         process = psutil.Process(server.pid)
         resident: list[tuple[float, int]] = []

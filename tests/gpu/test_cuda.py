@@ -9,9 +9,9 @@ import torch
 
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.session import Sharing
-from griffin_core.decode.stopping import StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.model.load import load_model
+from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import at_baseline, complete, engine, finish, submit
 from tests.gpu.devices import needs_cuda
 from tests.servers import eventually

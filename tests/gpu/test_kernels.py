@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from griffin_core.kernels.rows import ACTIVATION_CODES
 from griffin_core.model.attention import rotate
-from griffin_core.model.feedforward import ACTIVATIONS, Neurons
+from griffin_core.model.feedforward import ACTIVATIONS, FeedForward, Neurons
 from griffin_core.model.spec import Activation
 from tests.exact import attention
 from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
@@ -24,12 +25,12 @@ from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
 pytestmark = [pytest.mark.gpu, needs_triton]
 
 if DEVICE is not None:
-    from griffin_core.cuda.activation import activate_rows
+    from griffin_core.cuda.activation import activate_own, activate_rows
     from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
-    from griffin_core.cuda.expert_table import ExpertTable
-    from griffin_core.cuda.feedforward import feedforward
+    from griffin_core.cuda.expert_table import ExpertTable, IndexSets
+    from griffin_core.cuda.feedforward import feedforward, feedforward_on_all
     from griffin_core.cuda.matvec import matvec, rms_norm
-    from griffin_core.cuda.rotary import rotate_rows
+    from griffin_core.cuda.rotary import Places, rotate_and_store, rotate_rows
     from griffin_core.cuda.statistic import add_s2_columns
 
 DTYPES = (
@@ -184,6 +185,65 @@ def test_experts_read_by_index_equal_the_masked_form(
         assert torch.equal(got, feedforward(x, n, table(sets, shared), residual=residual))
 
 
+def index_sets(count: int, ks: list[int]) -> list[IndexSets]:
+    """Random sets of so many neurons."""
+    return [IndexSets(random_set(count, k)[None], count) for k in ks]
+
+
+def table_of(sets: list[IndexSets]) -> ExpertTable:
+    return ExpertTable(
+        addresses=torch.tensor([s.addresses[0] for s in sets], device=DEVICE),
+        counts=torch.tensor([s.count for s in sets], device=DEVICE),
+        shared=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_all_weights_read_once_and_zeroed_equal_a_set_for_each(
+    shape: tuple[int, int], block: tuple[Activation, bool], dtype: torch.dtype
+) -> None:
+    (width, count), (activation, gated) = shape, block
+    n = neurons(width, count, dtype, activation, gated)
+    x = randn(4, width, dtype=dtype)
+    sets = index_sets(count, [1, count // 2 | 1, count - 1, count])
+    exact = [exact_output(row, n, own.indices[0]) for row, own in zip(x, sets, strict=True)]
+    ff = FeedForward(n)
+    close(feedforward_on_all(x, ff, n, table_of(sets)), torch.stack(exact), 2)
+    close(feedforward(x, n, table_of(sets)), torch.stack(exact))
+    close(
+        feedforward_on_all(x, ff, n, None),
+        torch.stack([exact_output(row, n, None) for row in x]),
+        2,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_outside_a_set_is_zero_and_not_even_read(dtype: torch.dtype) -> None:
+    count = 331
+    sets = index_sets(count, [1, 40, 330])
+    h = randn(3, 2 * count, dtype=dtype)
+    keep = torch.cat([own.keep for own in sets]).bool()
+    z = torch.nn.functional.silu(h[:, :count].double()) * h[:, count:].double()
+    poisoned = h.masked_fill(~keep.repeat(1, 2), math.nan)
+    got = activate_own(poisoned, ACTIVATION_CODES["silu"], table_of(sets), gated=True)
+    close(got, z * keep)
+    assert not got[~keep].any()
+
+
+def test_a_set_is_rewritten_in_place() -> None:
+    """[N, K] numbers, then for each set a byte for each neuron."""
+    first = torch.tensor([[0, 2], [1, 4]], dtype=torch.int32, device=DEVICE)
+    sets = IndexSets(first, 5)
+    assert sets.keep.tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]
+    addresses = list(sets.addresses)
+    sets.write(torch.tensor([[3, 4], [0, 1]], dtype=torch.int32, device=DEVICE))
+    assert sets.indices.tolist() == [[3, 4], [0, 1]]
+    assert sets.keep.tolist() == [[0, 0, 0, 1, 1], [1, 1, 0, 0, 0]]
+    assert sets.addresses == addresses == [row.data_ptr() for row in sets.indices]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_token_behind_a_norm_dense_and_on_half(
@@ -290,11 +350,16 @@ def test_activations_and_the_statistic_of_them(
     rows = z.double().square()
     torch.testing.assert_close(squares.sum(dim=1).double(), rows.sum(dim=1), rtol=1e-4, atol=0.0)
     norms = rows.sum(dim=1, keepdim=True)
-    s2 = torch.where(norms > 0, rows / norms, 0.0).sum(dim=0)
-    before = torch.rand(neurons, device=DEVICE)
-    after = before.clone()
-    add_s2_columns(after, z, squares)
-    torch.testing.assert_close(after.double(), before + s2, rtol=1e-4, atol=1e-6)
+    weighed = torch.where(norms > 0, rows / norms, 0.0)
+    before = torch.rand(2, 3, neurons, device=DEVICE)
+    for bounds in ((0, tokens), (0, tokens // 3, tokens)):  # one prompt, and two; one may be empty
+        after = before.clone()
+        table = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        add_s2_columns(after[: len(bounds) - 1, 1], z, squares, table)
+        for run, (begin, end) in enumerate(pairwise(bounds)):
+            exact = before[run, 1] + weighed[begin:end].sum(dim=0)
+            torch.testing.assert_close(after[run, 1].double(), exact, rtol=1e-4, atol=1e-6)
+        assert torch.equal(after[:, ::2], before[:, ::2])  # the layers beside it
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -309,3 +374,54 @@ def test_rotary_positions(heads: int, size: int, dtype: torch.dtype) -> None:
     )
     rotate_rows(qkv[:, :heads], cos, sin)
     close(qkv, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "lengths"),
+    [(4, 2, 16, (5,)), (6, 3, 96, (1, 7, 3)), (32, 8, 128, (2, 4))],
+)
+def test_keys_and_values_of_prompts_go_where_they_belong(
+    heads: int,
+    kv_heads: int,
+    size: int,
+    lengths: tuple[int, ...],
+    rotates: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Behind what each cache holds, rotated as by the plain form; padding goes nowhere."""
+    tokens, padding = sum(lengths), 2
+    qkv = randn(tokens + padding, heads + 2 * kv_heads, size, dtype=dtype)
+    by = tuple(randn(tokens + padding, 1, size, dtype=dtype) for _ in range(2))
+    exact = qkv.double()
+    if rotates:
+        turned = exact[:, : heads + kv_heads].clone()
+        rotate(turned, (by[0].double(), by[1].double()))
+        exact[:, : heads + kv_heads] = turned
+    caches = [
+        [torch.full((2, kv_heads, 20 + n, size), torch.nan, dtype=dtype, device=DEVICE)] * 2
+        for n in range(len(lengths))
+    ]
+    starts = [3 * n for n in range(len(lengths))]
+    bounds = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+
+    def on_device(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+    places = Places(
+        addresses=on_device([[cache[layer].data_ptr() for cache in caches] for layer in range(2)]),
+        capacities=on_device([cache[0].shape[2] for cache in caches]),
+        starts=on_device(starts),
+        bounds=on_device(bounds),
+    )
+    values = qkv[:, heads + kv_heads :].clone()
+    rotate_and_store(qkv, heads, by if rotates else None, places, 1)
+    close(qkv, exact)
+    assert torch.equal(qkv[:, heads + kv_heads :], values)
+    for n, length in enumerate(lengths):
+        cache, rows = caches[n][1], qkv[bounds[n] : bounds[n + 1], heads:]
+        there = cache[:, :, starts[n] : starts[n] + length]
+        assert torch.equal(there, rows.view(length, 2, kv_heads, size).permute(1, 2, 0, 3))
+        assert cache[:, :, : starts[n]].isnan().all()
+        assert cache[:, :, starts[n] + length :].isnan().all()

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.decode.step import LayeredStep, StepRow, StepTokens, decode_tokens
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.masked import Masked
 from tests.gpu.devices import needs_cuda
@@ -22,6 +24,7 @@ pytestmark = [pytest.mark.gpu, needs_cuda]
 
 if torch.cuda.is_available():
     from griffin_core.cuda.step import CudaStep
+    from griffin_core.slim.costs import ASSUMED_COSTS, GraphCosts
     from griffin_core.slim.indexed import Indexed
 
 ERROR = 4e-2
@@ -44,6 +47,31 @@ def prefilled(decoder: Decoder, prompt: list[int], capacity: int = 40) -> KvCach
         x = decoder.layer(index, x, batch, layer.ff)
     cache.advance(len(prompt))
     return cache
+
+
+def sampler_of(decoder: Decoder, slots: int = 16) -> Sampler:
+    """All of whose slots are greedy."""
+    vocabulary = decoder.spec.vocabulary
+    sampler = Sampler(slots=slots, vocabulary=vocabulary, device=decoder.device)
+    for slot in range(slots):
+        sampler.open(slot, SamplingParams(), [])
+    return sampler
+
+
+def graphs_of(decoder: Decoder, max_tokens: int, graphs: bool = True) -> CudaStep:
+    return CudaStep(decoder, sampler_of(decoder), max_tokens=max_tokens, graphs=graphs)
+
+
+def rows_of(
+    step: CudaStep | LayeredStep, ids: list[int], caches: list[KvCache], views: list[View]
+) -> list[StepRow]:
+    """Rows that run the given tokens, as if their slots had drawn them."""
+    sampler = step.sampler
+    sampler.drawn[: len(ids)] = torch.tensor(ids, device=sampler.drawn.device)
+    return [
+        StepRow(cache=cache, view=view, slot=slot)
+        for slot, (cache, view) in enumerate(zip(caches, views, strict=True))
+    ]
 
 
 def random_sets(decoder: Decoder, k: int) -> list[Tensor]:
@@ -80,9 +108,17 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
 ) -> None:
     half = decoder_of(tiny_directory(name), torch.float16)
     single = decoder_of(tiny_directory(name), torch.float32)
-    graphs = CudaStep(half, max_tokens=4, graphs=True)
-    plain = CudaStep(half, max_tokens=4, graphs=False)
-    for kind in ("dense", "shared", "private", "mixed"):
+    graphs, plain = graphs_of(half, 4), graphs_of(half, 4, graphs=False)
+    for kind, most_private in (
+        ("dense", 0.0),
+        ("shared", 0.0),
+        ("private", 1.0),
+        ("private", 0.0),  # zeroed
+        ("mixed", 1.0),
+        ("mixed", 0.0),
+    ):
+        for step in (graphs, plain):
+            step._private_up_to = dict.fromkeys(step._private_up_to, most_private)
         by_index, masked = views(kind, half, single)
         for rows in ((0,), (0, 1, 2)):
             caches = [
@@ -90,41 +126,59 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
                 for decoder in (half, half, single)
             ]
             for token in range(20, 24):
+                ids = [token + row for row in rows]
+                index, masks = ([own[row] for row in rows] for own in (by_index, masked))
+                draw = graphs.launch(rows_of(graphs, ids, caches[0], index))
+                got = draw.logits.clone()
+                again = plain.launch(rows_of(plain, ids, caches[1], index)).logits
                 tokens = [
-                    [
-                        StepTokens(cache=cache, view=view[row], token_ids=[token + row])
-                        for row, cache in zip(rows, own, strict=True)
-                    ]
-                    for own, view in zip(caches, (by_index, by_index, masked), strict=True)
+                    StepTokens(cache=cache, view=view, token_ids=[one])
+                    for one, cache, view in zip(ids, caches[2], masks, strict=True)
                 ]
-                got = [result.logits.clone() for result in graphs(tokens[0])]
-                again = plain(tokens[1])
-                exact = decode_tokens(single, tokens[2])
-                for one, two, three in zip(got, again, exact, strict=True):
-                    assert torch.equal(one, two.logits)
-                    error = (one - three.logits).norm() / three.logits.norm()
+                exact = torch.cat(decode_tokens(single, tokens))
+                assert torch.equal(got, again)
+                assert [one.token for one in draw.wait()] == got.argmax(dim=1).tolist()
+                for one, three in zip(got, exact, strict=True):
+                    error = (one - three).norm() / three.norm()
                     assert error <= ERROR, (kind, rows, float(error))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_steps_launched_before_their_tokens_are_read_draw_the_same(
+    density: float, tiny_directory: Callable[[str], Path]
+) -> None:
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
+    step = graphs_of(decoder, 4)
+    k = int(density * decoder.spec.ff_width)
+    view = on(Indexed(), decoder, random_sets(decoder, k)) if density < 1 else dense(decoder)
+    made: list[list[list[int]]] = []
+    for ahead in (0, 1):
+        caches = [prefilled(decoder, prompt) for prompt in PROMPTS]
+        rows = rows_of(step, [5, 6, 7], caches, [view] * 3)
+        draws, tokens = [], []
+        for _ in range(20):
+            draws.append(step.launch(rows))
+            if len(draws) > ahead:
+                tokens.append([one.token for one in draws.pop(0).wait()])
+        tokens += [[one.token for one in draw.wait()] for draw in draws]
+        made.append(tokens)
+    assert made[0] == made[1]
 
 
 def test_new_sets_and_sessions_need_no_allocation_and_no_capture(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
-    step = CudaStep(decoder, max_tokens=2, graphs=True)
+    step = graphs_of(decoder, 2)
     some = [on(Indexed(), decoder, random_sets(decoder, 44)) for _ in range(20)]
     caches = [prefilled(decoder, [1, 2, 3], 256) for _ in range(4)]
 
     def run(turn: int) -> None:
-        step(
-            [
-                StepTokens(
-                    cache=caches[(turn + row) % 4],
-                    view=some[(turn + row) % 20],
-                    token_ids=[turn % 200],
-                )
-                for row in range(2)
-            ]
-        )
+        rows = [
+            StepRow(cache=caches[(turn + row) % 4], view=some[(turn + row) % 20], slot=row)
+            for row in range(2)
+        ]
+        step.launch(rows).wait()
         for cache in caches:
             cache.length = 3
 
@@ -142,43 +196,65 @@ def test_a_full_cache_is_refused_before_anything_is_written(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
-    step = CudaStep(decoder, max_tokens=1, graphs=True)
+    step = graphs_of(decoder, 1)
     cache = prefilled(decoder, [1, 2, 3], capacity=3)
     with pytest.raises(ValueError, match="does not fit"):
-        step([StepTokens(cache=cache, view=dense(decoder), token_ids=[4])])
+        step.launch(rows_of(step, [4], [cache], [dense(decoder)]))
 
 
-def test_more_tokens_and_more_sessions_than_graphs_take_run_layer_by_layer(
+def test_more_sessions_than_graphs_take_run_layer_by_layer(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
-    step = CudaStep(decoder, max_tokens=1, graphs=True)
+    step = graphs_of(decoder, 1)
+    layered = LayeredStep(decoder=decoder, sampler=sampler_of(decoder))
     view = on(Indexed(), decoder, random_sets(decoder, 44))
-    for ids in ([[5, 6, 7]], [[5], [6]]):
-        pairs = []
-        for _ in range(2):
-            pairs.append(
-                [
-                    StepTokens(cache=prefilled(decoder, [1, 2, 3]), view=view, token_ids=i)
-                    for i in ids
-                ]
-            )
-        for one, two in zip(step(pairs[0]), decode_tokens(decoder, pairs[1]), strict=True):
-            assert torch.equal(one.logits, two.logits)
+    made = []
+    for stepper in (step, layered):
+        caches = [prefilled(decoder, [1, 2, 3]) for _ in range(2)]
+        made.append(stepper.launch(rows_of(stepper, [5, 6], caches, [view] * 2)).logits)
+    assert torch.equal(*made)
 
 
-def test_the_crossover_is_measured_on_the_graphs_and_leaves_no_trace(
+def test_a_set_each_runs_where_it_costs_no_more_and_zeroed_where_it_would(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
-    measured, fresh = (CudaStep(decoder, max_tokens=4, graphs=True) for _ in range(2))
-    limit = measured.private_limit()
-    assert all(1 <= limit(density) <= 4 for density in (0.01, 0.5, 1.0))
-    assert CudaStep(decoder, max_tokens=4, graphs=False).private_limit()(0.5) == 2  # by bytes
+    step = graphs_of(decoder, 16)
+    assert all((size, "zeroed") in step._graphs for size in (2, 4, 8, 16))
+    assert (16, "private") not in step._graphs
+    step._private_up_to = {1: 1.0, 2: 0.6, 4: 0.3, 8: 0.0}
+    some = [on(Indexed(), decoder, random_sets(decoder, k)) for k in (44, 22, 22)]
+    cache = prefilled(decoder, [1, 2, 3])
+
+    def mode(*of: View) -> str:
+        rows = [StepRow(cache=cache, view=view, slot=0) for view in of]
+        return step._mode(rows, 1 << (len(of) - 1).bit_length())
+
+    assert mode(dense(decoder)) == mode(dense(decoder), dense(decoder)) == "dense"
+    assert mode(some[0]) == "private"
+    assert mode(some[0], some[0]) == "shared"
+    assert mode(some[0], some[1]) == "private"
+    assert mode(some[0], dense(decoder)) == "zeroed"
+    assert mode(*some) == "zeroed"
+    assert mode(some[1], some[2], some[1]) == "private"
+
+
+def test_costs_are_measured_on_the_graphs_and_leaves_no_trace(
+    tiny_directory: Callable[[str], Path],
+) -> None:
+    decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
+    measured, fresh = (graphs_of(decoder, 4) for _ in range(2))
+    costs = measured.measure_costs()
+    assert isinstance(costs, GraphCosts)
+    assert set(costs.dense) == set(costs.private) == {1, 2, 4}
+    assert set(costs.zeroed) == set(costs.shared) == {2, 4}
+    for own in ([0.5], [0.5] * 3, [0.01, 1.0]):
+        assert costs.step_s(dense=0, own=own, shared=[]) > 0
+    assert graphs_of(decoder, 4, graphs=False).measure_costs() is ASSUMED_COSTS
     view = on(Indexed(), decoder, random_sets(decoder, 44))
     made = []
     for step in (measured, fresh):
         caches = [prefilled(decoder, prompt) for prompt in PROMPTS]
-        tokens = [StepTokens(cache=cache, view=view, token_ids=[5]) for cache in caches]
-        made.append(torch.cat([result.logits.clone() for result in step(tokens)]))
+        made.append(step.launch(rows_of(step, [5] * 3, caches, [view] * 3)).logits.clone())
     assert torch.equal(*made)

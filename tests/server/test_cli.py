@@ -105,6 +105,7 @@ def test_chat_without_a_template_says_what_to_do(tiny: Callable[[str], Model]) -
         (["serve", "--model", "/no/such/model"], 1, "no such file or directory"),
         (["serve", "--role", "decode"], 2, "role decode needs one"),
         (["serve", "--device", "cuda:77"], 1, "device: got cuda:77; allowed: cpu"),
+        (["serve", "--memory-fraction", "2"], 2, "memory_fraction: got '2'"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], status: int, words: str) -> None:
@@ -131,6 +132,15 @@ def test_a_port_that_is_taken_is_one_line(
         name = option.replace("-", "_")
         said = f"griffin: host, {name}: cannot listen on 127.0.0.1:{port} (Address already in use)"
         assert err.strip() == said  # and nothing of a load
+
+
+def test_a_device_without_room_is_one_line(tiny_directory: Callable[[str], Path]) -> None:
+    model = str(tiny_directory("llama"))
+    arguments = ("--model", model, "--port", "0", "--memory-fraction", "1e-9")
+    out, err = griffin("serve", *arguments, "--log-level", "warning", status=1)
+    assert out == ""
+    (line,) = err.strip().splitlines()
+    assert line.startswith("griffin: session memory: 1e-09 of what the machine has free is")
 
 
 def test_without_the_servers_packages_the_command_says_which_it_needs() -> None:

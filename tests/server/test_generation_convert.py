@@ -11,12 +11,13 @@ from griffin_client import Sampling, Stopping
 from griffin_client import convert as client_convert
 from griffin_client import types as client_types
 from griffin_core.decode import events
-from griffin_core.decode.sampling import Logprobs, SamplingParams
 from griffin_core.decode.session import SessionInfo, State
-from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import POLICIES
 from griffin_core.model.load import Model
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_server.generation import convert
 
 FIGURES = events.PruningFigures(
@@ -27,6 +28,8 @@ FIGURES = events.PruningFigures(
     norm_mass=(0.5, 0.75, 1.0),
     slim_view_bytes=1000,
     kv_cache_bytes=2000,
+    mean_density=0.625,
+    dense_tokens=3,
 )
 TIMINGS = events.Timings(
     queue_s=1.0, prefill_s=2.0, selection_s=3.0, slim_build_s=4.0, first_token_s=5.0, decode_s=6.0

@@ -169,7 +169,9 @@ async def test_a_callers_own_deadline_is_no_fault_of_the_server(
     servers, apps = two
     for each in apps:  # they never answer
         monkeypatch.setattr(
-            each.app.engine, "prefill", lambda task, sink: PrefillRun(iter, sink, admitted=False)
+            each.app.engine,
+            "prefill",
+            lambda task, sink: PrefillRun(lambda: 1 / 0, sink, tokens=1, admitted=False),
         )
     with pytest.raises(DeadlinePassed):
         await events_of(servers, timeout_s=0.2)

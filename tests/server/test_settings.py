@@ -16,6 +16,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"GRIFFIN_{name.upper()}", raising=False)
 
 
+def test_memory_comes_from_the_device_unless_it_is_set() -> None:
+    settings = load_settings([])
+    memory = (settings.memory_fraction, settings.session_memory_gib, settings.idle_memory_gib)
+    assert memory == (None, None, None)
+    settings = load_settings(["--session-memory-gib", "2.5", "--idle-memory-gib", "0"])
+    assert (settings.session_memory_gib, settings.idle_memory_gib) == (2.5, 0)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "griffin.toml"
@@ -85,6 +93,10 @@ def test_every_setting_is_a_flag_and_an_environment_variable_and_a_line_of_the_f
         (["--role", "decode"], ["prefill_target", "None", "role decode needs one"]),
         (["--prefill-target", "a:1"], ["prefill_target", "'a:1'", "other roles take none"]),
         (["--policy", "best"], ["policy", "best", "topk"]),
+        (["--memory-fraction", "0"], ["memory_fraction", "'0'", "greater than 0"]),
+        (["--memory-fraction", "1.5"], ["memory_fraction", "1.5", "less than or equal to 1"]),
+        (["--session-memory-gib", "0"], ["session_memory_gib", "'0'", "greater than 0"]),
+        (["--idle-memory-gib", "-1"], ["idle_memory_gib", "-1", "greater than or equal to 0"]),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(arguments: list[str], words: list[str]) -> None:

@@ -58,6 +58,8 @@ def session(name: str, *, kv: int = 0, view: int = 0, **given: Any) -> Session:
         norm_mass=(0.9,),
         slim_view_bytes=view,
         kv_cache_bytes=kv,
+        mean_density=0.75,
+        dense_tokens=1,
     )
     figures = {
         "state": "decode",

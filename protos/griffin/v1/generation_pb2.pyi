@@ -76,17 +76,22 @@ class _ExpertSharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertS
     EXPERT_SHARING_PRIVATE: _ExpertSharing.ValueType  # 1
     """A set of its own: what it generates does not depend on who else is there."""
     EXPERT_SHARING_SHARED: _ExpertSharing.ValueType  # 2
-    """One set with all that may share and have its density and policy, chosen from the sum of their
-    statistics, and again whenever one joins or leaves.
+    """One set with all that share and have its density and policy, chosen from the sum of their
+    statistics. A session that joins begins on the present set; its statistic counts within 16 steps.
+    The set is chosen again at most every 16 steps, after sessions have come or gone.
     """
     EXPERT_SHARING_AUTO: _ExpertSharing.ValueType  # 3
-    """PRIVATE while there are few such sessions; SHARED once sets of their own would cost more time
-    than running dense, as the server measured it at its start.
+    """Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
+    unless pruning gains at least 5 % of a step's time; then PRIVATE while that is no slower than
+    SHARED, else SHARED. It may change during a completion; `Finished.pruning` says what its tokens
+    ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
     """
 
 class ExpertSharing(_ExpertSharing, metaclass=_ExpertSharingEnumTypeWrapper):
-    """Whether a session may run on one expert set with others. One set for several costs less; a set of
-    its own serves a session better.
+    """Whether a session runs on one expert set with others. One set for several costs less; a set of its
+    own serves a session better. No form costs more than running dense: where a set of its own for each
+    of many sessions would, all weights are read once and each session's activations zeroed outside its
+    set, with the same result.
     """
 
 EXPERT_SHARING_UNSPECIFIED: ExpertSharing.ValueType  # 0
@@ -94,12 +99,15 @@ EXPERT_SHARING_UNSPECIFIED: ExpertSharing.ValueType  # 0
 EXPERT_SHARING_PRIVATE: ExpertSharing.ValueType  # 1
 """A set of its own: what it generates does not depend on who else is there."""
 EXPERT_SHARING_SHARED: ExpertSharing.ValueType  # 2
-"""One set with all that may share and have its density and policy, chosen from the sum of their
-statistics, and again whenever one joins or leaves.
+"""One set with all that share and have its density and policy, chosen from the sum of their
+statistics. A session that joins begins on the present set; its statistic counts within 16 steps.
+The set is chosen again at most every 16 steps, after sessions have come or gone.
 """
 EXPERT_SHARING_AUTO: ExpertSharing.ValueType  # 3
-"""PRIVATE while there are few such sessions; SHARED once sets of their own would cost more time
-than running dense, as the server measured it at its start.
+"""Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
+unless pruning gains at least 5 % of a step's time; then PRIVATE while that is no slower than
+SHARED, else SHARED. It may change during a completion; `Finished.pruning` says what its tokens
+ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
 """
 Global___ExpertSharing: _TypeAlias = ExpertSharing  # noqa: Y015
 
@@ -173,7 +181,7 @@ class Pruning(_message.Message):
     policy: Global___SelectionPolicy.ValueType
     """Default: the server's `--policy` (GetModelInfo tells it)."""
     sharing: Global___ExpertSharing.ValueType
-    """Default: the server's `--sharing` (GetModelInfo tells it)."""
+    """Default: the server's `--sharing`, AUTO unless it was set (GetModelInfo tells it)."""
     def __init__(
         self,
         *,
@@ -238,7 +246,7 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """>= 0. 0 takes the most likely token. Default 0."""
     top_k: _builtins.int
-    """Keep the k most likely tokens; 0 keeps all. Default 0."""
+    """Keep the k most likely tokens, of equals those with the lowest id; 0 keeps all. Default 0."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probability reaches top_p, in (0, 1]. Default 1."""
     min_p: _builtins.float
@@ -252,7 +260,8 @@ class Sampling(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted once for each time a token is in the output, in [-2, 2]. Default 0."""
     seed: _builtins.int
-    """Makes the draw repeatable: same request, same server, same tokens. It also seeds the SAMPLED,
+    """Makes the draw repeatable: for the same logits it depends on the seed and on the token's
+    position in the sequence, not on the device nor on other requests. It also seeds the SAMPLED,
     TOPK_SAMPLED and RANDOM policies. Default: drawn at random.
     """
     @_builtins.property
@@ -699,7 +708,9 @@ class Timings(_message.Message):
     selection_s: _builtins.float
     """Choosing the experts of all layers, as the prefill side measured it."""
     slim_build_s: _builtins.float
-    """From a verified handoff until the slim view was there; the first token is on its way meanwhile."""
+    """From a verified handoff until the session's first slim view was there. Tokens do not wait for it:
+    they run on all weights meanwhile. 0 if it never ran on one.
+    """
     first_token_s: _builtins.float
     """From arrival to the first token."""
     decode_s: _builtins.float
@@ -736,6 +747,8 @@ class PruningFigures(_message.Message):
     NORM_MASS_FIELD_NUMBER: _builtins.int
     SLIM_VIEW_BYTES_FIELD_NUMBER: _builtins.int
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    MEAN_DENSITY_FIELD_NUMBER: _builtins.int
+    DENSE_TOKENS_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     policy: Global___SelectionPolicy.ValueType
     experts_per_layer: _builtins.int
@@ -748,6 +761,13 @@ class PruningFigures(_message.Message):
     """What this session's slim view holds beyond the model's own weights."""
     kv_cache_bytes: _builtins.int
     """What this session's KV cache holds."""
+    mean_density: _builtins.float
+    """Mean, over the tokens this turn has made or scored so far, of the share of the FF neurons that
+    they ran on, in (0, 1]; 0 before the first. The first token comes of the pass over the prompt,
+    which is dense, and counts as 1.
+    """
+    dense_tokens: _builtins.int
+    """How many of those tokens ran on all neurons (dense), the first included."""
     @_builtins.property
     def norm_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """L values in (0, 1]: sum of s squared over the experts / over all neurons of the layer. It says
@@ -765,10 +785,12 @@ class PruningFigures(_message.Message):
         norm_mass: _abc.Iterable[_builtins.float] | None = ...,
         slim_view_bytes: _builtins.int = ...,
         kv_cache_bytes: _builtins.int = ...,
+        mean_density: _builtins.float = ...,
+        dense_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense_tokens", b"dense_tokens", "density", b"density", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_density", b"mean_density", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,7 @@ def analyze_task(
     return PrefillTask(
         token_ids=tuple(prompt),
         selection=pruning.selection(base, seed_of(request)),
+        wants_kv=False,
         watch=frozenset(layers),
         most_begun=1,  # no reservation covers its cache
     )

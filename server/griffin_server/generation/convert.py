@@ -15,15 +15,16 @@ from griffin_core.decode.events import (
     Started,
     TokensMade,
 )
-from griffin_core.decode.sampling import Logprobs, SamplingParams
 from griffin_core.decode.session import SessionInfo, Sharing, State
-from griffin_core.decode.stopping import FinishReason, StoppingParams
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
 
 N = TypeVar("N", bound=str)
 
@@ -350,6 +351,8 @@ def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
         norm_mass=figures.norm_mass,
         slim_view_bytes=figures.slim_view_bytes,
         kv_cache_bytes=figures.kv_cache_bytes,
+        mean_density=figures.mean_density,
+        dense_tokens=figures.dense_tokens,
     )
 
 

@@ -117,7 +117,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             task = await self._task(make, request, context)
             spec = model.decoder.spec
             needs = kv_bytes(spec, model.decoder.dtype, len(task.token_ids))
-            if needs > (allowed := self._engine.limits.session_bytes):
+            if needs > (allowed := self._engine.session_bytes):
                 raise CapacityExhausted(
                     f"memory: the prompt needs {needs} bytes of KV cache; the server allows "
                     f"{allowed} in all. Give fewer tokens",

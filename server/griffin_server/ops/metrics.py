@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
 from contextlib import contextmanager
 from typing import Any
@@ -150,6 +151,7 @@ class Metrics(Observer):
         for origin in {*ORIGINS.values(), "client", "server"}:
             self.aborts.labels(origin)
         self._last_experts: dict[int, ExpertSet] = {}
+        self._compares = ThreadPoolExecutor(1, thread_name_prefix="griffin-overlap")
 
     def watch(self, engine: Engine) -> None:
         """Adds what an engine holds at the moment of each scrape."""
@@ -170,11 +172,17 @@ class Metrics(Observer):
         if k == experts.ff_width:
             return
         if (before := self._last_experts.get(k)) is not None:
-            overlaps = experts.jaccard(before)
-            self.jaccard.observe(sum(overlaps) / len(overlaps))
+            if experts.indices.device.type == "cpu":
+                self._compare(experts, before)
+            else:  # the copy to the host waits for the device, and the engine must not
+                self._compares.submit(self._compare, experts, before)
         elif len(self._last_experts) >= MOST_REMEMBERED:
             self._last_experts.pop(next(iter(self._last_experts)))
         self._last_experts[k] = experts
+
+    def _compare(self, experts: ExpertSet, before: ExpertSet) -> None:
+        overlaps = experts.jaccard(before)
+        self.jaccard.observe(sum(overlaps) / len(overlaps))
 
     # -- what servicers tell ---------------------------------------------------------------------
 

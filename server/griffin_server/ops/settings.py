@@ -80,7 +80,10 @@ class Settings(BaseSettings):
         "auto", description="Of weights, activations and KV; auto is what the device is fast in."
     )
     threads: int = Field(
-        0, ge=0, description="CPU threads of the model; 0 is one for each CPU there is to use."
+        0,
+        ge=0,
+        description="CPU threads of the model. 0 is one for each CPU there is to use, by affinity, "
+        "quota and what other programs leave, looked at as it runs; a number stays as it is.",
     )
     cuda_graphs: bool = Field(
         True, description="On a GPU, run a decode step as one graph, captured at start."
@@ -97,9 +100,10 @@ class Settings(BaseSettings):
         "topk", description="Selection policy, for requests that do not set it."
     )
     sharing: Sharing = Field(
-        "private",
-        description="Of requests that name none. private: a set of experts each; shared: one for "
-        "all of one density; auto: shared once private ones cost more than they save.",
+        "auto",
+        description="Default when a request does not set it. auto: whatever costs least, and dense "
+        "unless pruning gains 5 % of a step's time; private: a set of experts for each session; "
+        "shared: one for all of one density and policy.",
     )
     sampling_defaults: SamplingDefaultsFrom = Field(
         "greedy",
@@ -109,11 +113,22 @@ class Settings(BaseSettings):
     )
     max_sessions: int = Field(64, ge=1, description="Sessions in prefill or decode at once.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait; more are refused.")
-    session_memory_gib: float = Field(
-        4.0, gt=0, description="KV caches and slim views of all sessions together."
+    memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the memory that is free once the model is loaded, for KV caches and "
+        "slim views of all sessions: 0.9 on a GPU and 0.5 on a CPU if not given. On a GPU it is "
+        "taken at once, so that a second server divides what is left.",
     )
-    idle_memory_gib: float = Field(
-        1.0, ge=0, description="The share of it that kept sessions may hold between their turns."
+    session_memory_gib: float | None = Field(
+        None, gt=0, description="So much for them instead, whatever is free."
+    )
+    idle_memory_gib: float | None = Field(
+        None,
+        ge=0,
+        description="What kept sessions may hold of it between their turns; a quarter of it if not "
+        "given.",
     )
     session_ttl_s: float = Field(600.0, ge=0, description="How long a kept session may be idle.")
     reader_timeout_s: float = Field(
@@ -123,11 +138,15 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=32768,
-        description="Prompt tokens that run at once, between two decode steps; 0 is 512 on a CPU "
-        "and 2048 on a GPU.",
+        description="Prompt tokens, of one prompt or several, that run at once between two decode "
+        "steps; 0 is 512 on a CPU and 4096 on a GPU.",
     )
     prefill_share: float = Field(
-        0.5, gt=0, le=1, description="Of the time, for prompts while sessions decode."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the time that prompts get while sessions decode: 1 is one decode "
+        "step between two passes over prompts. 0 is 0.5 on a CPU and 1 on a GPU.",
     )
     stream_interval: int = Field(
         0,

@@ -15,7 +15,7 @@ from griffin_server.channel import Channel, Mail
 from griffin_server.ops.tracing import spans_var
 
 EVENTS_AHEAD = 16
-"""Layer results that may wait to be read before the model pauses."""
+"""Results that may wait to be read; with that many the prompt joins no further pass."""
 
 
 async def run_prefill(

@@ -79,6 +79,11 @@ class StopChecker:
         self.matched = ""
         """The stop string that ended the completion, once one has."""
 
+    @property
+    def remaining(self) -> int:
+        """Most tokens that the completion still takes."""
+        return min(self._params.max_tokens, self._room) - self._count
+
     def push(self, token_id: int) -> tuple[str, FinishReason | None]:
         """The text this token lets out, and why the completion ends with it, if it does.
 

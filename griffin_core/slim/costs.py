@@ -1,0 +1,258 @@
+"""What a step costs by how its FF runs, measured at start on the device and the model at hand.
+
+A step reads each private set once, a shared set once for all its sessions, and all weights once for
+all sessions that run dense or zeroed. By bytes alone n private sets of density d pay while n · d is
+below 1; what rows and small products cost beside bytes depends on the machine, so it is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from griffin_core.experts.selection import Selection
+from griffin_core.model.decoder import Decoder
+from griffin_core.slim.base import SlimFF, SlimForm
+
+MOST_COPIES = 16
+"""No more sessions are given a set each as copies, whatever was measured."""
+
+_ROWS = (1, 2, 4, 8, 16)
+_BYTES = 256 << 20  # measured over layers of so much together: more than caches hold
+_CACHED = 128  # tokens behind which the rest of a step is measured
+_ROUNDS = 3
+
+Seconds = Mapping[int, float]
+"""Number of sessions -> seconds. Between and beyond those given it is interpolated linearly."""
+
+
+Candidate = tuple[str, int]
+"""What is timed, for how many sessions."""
+
+
+class StepCosts(Protocol):
+    """Seconds of a step."""
+
+    def step_s(
+        self, *, dense: int, own: Sequence[float], shared: Sequence[tuple[float, int]]
+    ) -> float:
+        """The step in the cheapest way that keeps each session on its set.
+
+        Args:
+            dense: sessions on all neurons.
+            own: the densities of sessions on a set each.
+            shared: for each set that several sessions share its density and how many they are.
+        """
+        ...
+
+    def copies_pay(self, *, whole: int, own: Sequence[float]) -> bool:
+        """Whether a copy of its experts for each of ``own`` costs less than running them zeroed.
+
+        Args:
+            whole: further sessions that run on all weights.
+            own: the densities of sessions on a set each.
+        """
+        ...
+
+    def most_copies(self, density: float) -> int:
+        """The most sessions of a density for which ``copies_pay`` may say so; at least 1."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCosts:
+    """Of a backend that runs a step group by group, one after the other: a CPU.
+
+    Args:
+        rest: everything but the FF, by sessions.
+        dense: the FF of all layers on all neurons, by sessions.
+        half: on half of them, one set for all, by sessions. Its entry for 1 is that of a set laid
+            out for one row.
+    """
+
+    rest: Seconds
+    dense: Seconds
+    half: Seconds
+
+    def step_s(
+        self, *, dense: int, own: Sequence[float], shared: Sequence[tuple[float, int]]
+    ) -> float:
+        """As ``StepCosts`` says."""
+        copies = self.copies_pay(whole=dense, own=own)
+        whole = dense if copies else dense + len(own)
+        sessions = dense + len(own) + sum(rows for _, rows in shared)
+        return (
+            _at(self.rest, sessions)
+            + self._whole(whole)
+            + (sum(self._slim(density, 1) for density in own) if copies else 0.0)
+            + sum(self._slim(density, rows) for density, rows in shared)
+        )
+
+    def copies_pay(self, *, whole: int, own: Sequence[float]) -> bool:
+        """As ``StepCosts`` says."""
+        if not own or len(own) > min(self.most_copies(density) for density in own):
+            return False
+        copied = sum(self._slim(density, 1) for density in own)
+        return self._whole(whole) + copied <= self._whole(whole + len(own))
+
+    def most_copies(self, density: float) -> int:
+        """As ``StepCosts`` says."""
+        one = self._slim(density, 1)
+        counts = range(1, MOST_COPIES + 1)
+        return max(takewhile(lambda n: n * one <= self._whole(n), counts), default=1)
+
+    def _whole(self, sessions: int) -> float:
+        return _at(self.dense, sessions) if sessions else 0.0
+
+    def _slim(self, density: float, sessions: int) -> float:
+        return _by_density(density, _at(self.half, sessions), _at(self.dense, sessions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphCosts:
+    """Of a backend that runs every step as one captured graph: a GPU. A step has the next larger
+    captured size, and takes as long as one of that size.
+
+    Args:
+        dense, zeroed: by captured size.
+        shared: on one set for all of half of the neurons and of all, by captured size.
+        private: on a set each, of half of the neurons and of all, by captured size; only sizes for
+            which private graphs were captured.
+    """
+
+    dense: Seconds
+    zeroed: Seconds
+    shared: Mapping[int, tuple[float, float]]
+    private: Mapping[int, tuple[float, float]]
+
+    def step_s(
+        self, *, dense: int, own: Sequence[float], shared: Sequence[tuple[float, int]]
+    ) -> float:
+        """As ``StepCosts`` says. Sessions of a shared set beside others run as if each had its
+        own."""
+        densities = [*own, *(d for d, rows in shared for _ in range(rows))]
+        sessions = dense + len(densities)
+        size = next((size for size in sorted(self.dense) if size >= sessions), max(self.dense))
+        if not densities:
+            return self.dense[size]
+        if len(shared) == 1 and size in self.shared and not dense and not own:
+            return _by_density(shared[0][0], *self.shared[size])
+        ways = [self.zeroed[size]] if size in self.zeroed else []
+        if size in self.private:
+            mean = (dense + sum(densities)) / sessions
+            ways.append(_by_density(mean, *self.private[size]))
+        return min(ways)
+
+    def private_up_to(self, size: int) -> float:
+        """The largest mean density at which a set each costs no more than zeroing, in a step of a
+        captured size."""
+        if size not in self.private:
+            return 0.0
+        if size not in self.zeroed:  # one session
+            return 1.0
+        half, whole = self.private[size]
+        if whole <= half:
+            return 1.0 if whole <= self.zeroed[size] else 0.0
+        return 0.5 + 0.5 * (self.zeroed[size] - half) / (whole - half)
+
+    def copies_pay(self, *, whole: int, own: Sequence[float]) -> bool:
+        """There are no copies; the step itself decides."""
+        return True
+
+    def most_copies(self, density: float) -> int:
+        """There are no copies."""
+        return MOST_COPIES
+
+
+ASSUMED_COSTS = BlockCosts(
+    rest=dict.fromkeys(_ROWS, 0.5), dense=dict.fromkeys(_ROWS, 1.0), half=dict.fromkeys(_ROWS, 0.5)
+)
+"""What counting bytes alone says, for an FF that is two thirds of a step."""
+
+
+@torch.inference_mode()
+def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
+    """Times FF blocks for 1 to 16 rows over enough layers to be read from memory, dense and on half
+    of the neurons, and the rest of a step behind ``_CACHED`` tokens."""
+    spec = decoder.spec
+    layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].neurons.nbytes))]
+    k = Selection(density=0.5).experts_of(spec.ff_width)
+    experts = torch.arange(k, dtype=torch.int32)
+    dense: list[SlimFF] = [layer.ff for layer in layers]
+    one = [form.build(layer, experts, "one") for layer in layers]
+    many = [form.build(layer, experts, "many") for layer in layers]
+    candidates: dict[Candidate, Callable[[], Tensor]] = {}
+    for rows in _ROWS:
+        x = torch.ones((rows, spec.width), dtype=decoder.dtype, device=decoder.device)
+        candidates["dense", rows] = lambda x=x: _run(dense, x)  # type: ignore[misc]
+        half = one if rows == 1 else many
+        candidates["half", rows] = lambda x=x, half=half: _run(half, x)  # type: ignore[misc]
+        candidates["rest", rows] = _rest(decoder, rows, len(layers))
+        candidates["head", rows] = lambda x=x: decoder.head(decoder.final_hidden(x))  # type: ignore[misc]
+    times = _seconds(candidates)
+    share = len(decoder.layers) / len(layers)
+    return BlockCosts(
+        rest={n: share * times["rest", n] + times["head", n] for n in _ROWS},
+        dense={n: share * times["dense", n] for n in _ROWS},
+        half={n: share * times["half", n] for n in _ROWS},
+    )
+
+
+def _run(blocks: Sequence[SlimFF], x: Tensor) -> Tensor:
+    for block in blocks:
+        y = block(x)
+    return y
+
+
+def _rest(decoder: Decoder, rows: int, layers: int) -> Callable[[], Tensor]:
+    """Runs some layers for several sessions without their FF."""
+    caches = [decoder.new_cache(_CACHED) for _ in range(rows)]
+    for cache in caches:
+        for layer in range(layers):
+            cache.room(layer, 0, _CACHED).zero_()
+        cache.advance(_CACHED - 1)
+    ids = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
+
+    def run() -> Tensor:
+        x, batch = decoder.begin(ids, [(cache, 1) for cache in caches])
+        for layer in range(layers):
+            x = decoder.layer(layer, x, batch, lambda x: x)
+        return x
+
+    return run
+
+
+def _seconds(candidates: Mapping[Candidate, Callable[[], Tensor]]) -> dict[Candidate, float]:
+    """The least of several rounds, in turn, so that a busy moment of the machine hits all alike."""
+    times = dict.fromkeys(candidates, float("inf"))
+    for turn in range(_ROUNDS + 1):  # the first warms up
+        for name, run in candidates.items():
+            clock = time.perf_counter()
+            run()[0, 0].item()  # a GPU is waited for
+            if turn:
+                times[name] = min(times[name], time.perf_counter() - clock)
+    return times
+
+
+def _by_density(density: float, half: float, whole: float) -> float:
+    """Seconds at a density, from those at 0.5 and 1; never less than a tenth of half's."""
+    return max(half + (density - 0.5) / 0.5 * (whole - half), 0.1 * half)
+
+
+def _at(times: Seconds, sessions: int) -> float:
+    """Seconds for so many sessions: interpolated, and beyond the largest on the last line."""
+    if sessions in times:
+        return times[sessions]
+    known = sorted(times)
+    if len(known) == 1:
+        return times[known[0]]
+    high = next((n for n in known if n > sessions), known[-1])
+    low = known[max(0, known.index(high) - 1)]
+    share = (sessions - low) / (high - low)
+    return max(0.0, times[low] + share * (times[high] - times[low]))

@@ -1,0 +1,83 @@
+"""The dense FF for several sessions at once, each one's activations zeroed outside its own set.
+
+All weights are read once for all rows, so a step costs what a dense one does, and each session has
+the same result as on a copy of its experts. This is what sessions run on where copies do not pay,
+and until one is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.feedforward import FeedForward
+
+
+class ZeroedFF:
+    """A layer's dense FF block with the activations outside one set zeroed: [T, D] -> [T, D].
+
+    Args:
+        keep: [F] bool, the neurons of the set.
+    """
+
+    def __init__(self, ff: FeedForward, keep: Tensor) -> None:
+        self.ff = ff
+        self.keep = keep
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ff.on(x, self.keep)
+
+
+class ZeroedLayers(Sequence[ZeroedFF]):
+    """The blocks of all layers on one expert set. Made in microseconds: no weight is touched."""
+
+    def __init__(self, decoder: Decoder, experts: ExpertSet) -> None:
+        device = decoder.device
+        self.keep = torch.zeros(
+            (len(decoder.layers), experts.ff_width), dtype=torch.bool, device=device
+        )
+        """[L, F]."""
+        self.keep.scatter_(1, experts.indices.to(device, torch.int64), True)
+        self._blocks = [
+            ZeroedFF(layer.ff, keep) for layer, keep in zip(decoder.layers, self.keep, strict=True)
+        ]
+
+    def __getitem__(self, layer):  # type: ignore[no-untyped-def]  # an int or a slice
+        return self._blocks[layer]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[ZeroedFF]:
+        return iter(self._blocks)
+
+
+def zeroed_bytes(decoder: Decoder) -> int:
+    """Most bytes that a session which runs zeroed takes: its ``ZeroedLayers``, and its row of the
+    step's ``RowMasks``."""
+    neurons = len(decoder.layers) * decoder.spec.ff_width
+    return neurons * (torch.bool.itemsize + decoder.dtype.itemsize)
+
+
+class RowMasks:
+    """Which activations the rows of a step keep. Made when the step's sessions change, and kept
+    for the steps after."""
+
+    def __init__(self) -> None:
+        self._sessions: list[ZeroedLayers] = []
+        self._masks: list[Tensor] = []
+
+    def of(self, sessions: Sequence[ZeroedLayers], dtype: torch.dtype) -> Sequence[Tensor]:
+        """For each layer [N, F]: 1 for what a row keeps, else 0; a row for each session."""
+        same = len(sessions) == len(self._sessions) and all(
+            one is other for one, other in zip(sessions, self._sessions, strict=True)
+        )
+        if not same:
+            self._sessions, self._masks = [], []  # so that old and new are never held together
+            self._masks = list(torch.stack([s.keep for s in sessions], dim=1).to(dtype).unbind())
+            self._sessions = list(sessions)
+        return self._masks

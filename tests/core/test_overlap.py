@@ -1,0 +1,177 @@
+"""A loop that launches a step before it has read the last one makes what one without does, and the
+step too many shows nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from griffin_core.decode.events import Finished, Scored, TokensMade
+from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.step import LayeredStep
+from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine import Engine
+from griffin_core.errors import NonFiniteLogits
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.model.load import Model
+from griffin_core.observer import Observer
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
+from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
+from tests.servers import eventually
+
+
+@pytest.fixture
+def model(tiny: Callable[[str], Model]) -> Model:
+    return tiny("llama")
+
+
+class Counting(Observer):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.chosen = 0
+
+    def stepped(self, seconds: float, sessions: int) -> None:
+        self.steps.append(sessions)
+
+    def chose(self, experts: ExpertSet) -> None:
+        self.chosen += 1
+
+
+def all_of(inbox: Inbox) -> tuple[list[Any], Any]:
+    """Everything that was shown of the tokens, and the last event."""
+    shown: list[Any] = []
+    while True:
+        event = inbox.until(TokensMade, Finished, Scored)
+        if not isinstance(event, TokensMade):
+            return shown, event
+        shown += zip(event.ids, event.logprobs, strict=True)
+
+
+def stopping_task(stop_token: int | None = None, **more: Any) -> GenerateTask:
+    """Ends by a token that nobody could foresee, if one is given."""
+    ends = frozenset() if stop_token is None else frozenset({stop_token})
+    return GenerateTask(
+        **{
+            "prompt": tuple(range(9)),
+            "sampling": SamplingParams(temperature=1.0, top_p=0.95, seed=5, presence_penalty=0.3),
+            "stopping": StoppingParams(max_tokens=40, ignore_eos=True, stop_token_ids=ends),
+            "pruning": PruningParams(density=0.5),
+            "top_logprobs": 2,
+            **more,
+        }
+    )
+
+
+def turns(model: Model, overlap: bool) -> list[Any]:
+    """A conversation of three turns, each ended by a token in the middle, with what a session and
+    an observer show of it."""
+    observer = Counting()
+    found: list[Any] = []
+    with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
+        whole = complete(running, stopping_task())[0]
+        session_id = None
+        for turn in range(3):
+            task = stopping_task(whole[20 + turn], keep=True, continues=session_id)
+            shown, last = all_of(submit(running, task)[1])
+            session_id = session_id or task.turn_id
+            assert last.reason in (FinishReason.EOS, FinishReason.MAX_TOKENS)
+            info = running.session(session_id).result(10)
+            kept = running._decoding.scheduler.find(session_id)
+            assert kept is not None and kept.cache is not None and kept.s2 is not None
+            found.append(
+                (
+                    shown,
+                    (last.reason, last.prompt_tokens, last.generated_tokens, last.context_tokens),
+                    (info.context_tokens, info.generated_tokens, info.pruning.kv_cache_bytes),
+                    (kept.cache.length, kept.cache.capacity, list(kept.tokens), kept.in_flight),
+                    kept.s2.tolist(),
+                    kept.cache.room(1, 0, kept.cache.length).tolist(),
+                )
+            )
+        found.append((observer.steps, observer.chosen))
+    return found
+
+
+def test_a_step_too_many_shows_nowhere(model: Model) -> None:
+    plain, ahead = turns(model, overlap=False), turns(model, overlap=True)
+    assert plain[0][0] == ahead[0][0]
+    assert 5 < len(plain[0][0]) < 40  # it was ended by the token
+    assert plain == ahead
+
+
+def test_steps_are_launched_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the suites above would compare a loop with itself."""
+    log: list[str] = []
+    launch, read = LayeredStep.launch, Engine._turn
+    for owner, name, whole in ((LayeredStep, "launch", launch), (Engine, "_turn", read)):
+        monkeypatch.setattr(
+            owner, name, lambda self, *rest, _n=name, _w=whole: (log.append(_n), _w(self, *rest))[1]
+        )
+    steps = {}
+    for overlap in (False, True):
+        log.clear()
+        with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+            whole = complete(running, stopping_task())[0]
+            log.clear()
+            complete(running, stopping_task(whole[-10]))
+            steps[overlap] = log.count("launch")
+    assert steps[True] == steps[False] + 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_last_token_that_a_request_may_have_is_foreseen(model: Model, overlap: bool) -> None:
+    observer = Counting()
+    with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
+        tokens, last = complete(running, stopping_task())
+        assert len(tokens) == 40 and last.reason is FinishReason.MAX_TOKENS
+    assert observer.steps == [1] * 39  # the first token is the prompt's
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_their_session_alone(
+    overlap: bool, value: float, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+        well = complete(running, stopping_task())[0]
+        sample = type(running._decoding.sampler).sample
+        sick = stopping_task(prompt=(7,) * 30)
+
+        def broken(self: Any, logits: torch.Tensor, slots: Any, positions: Any) -> torch.Tensor:
+            logits[positions == 40, 11] = value  # which only the longer prompt comes to
+            return sample(self, logits, slots, positions)
+
+        first = complete(running, stopping_task(prompt=(7,) * 30))[0]
+        monkeypatch.setattr(type(running._decoding.sampler), "sample", broken)
+        healthy = submit(running, stopping_task(stopping=StoppingParams(max_tokens=30)))[1]
+        failed = submit(running, sick)[1]
+        made: list[int] = []
+        while isinstance(event := failed.until(TokensMade, Finished), TokensMade):
+            made += event.ids
+        assert isinstance(event.error, NonFiniteLogits)
+        assert "40" in str(event.error)
+        assert made == first[:10]
+        assert finish(healthy)[0] == well[:30]
+        eventually(lambda: at_baseline(running))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_slots_go_round(model: Model, overlap: bool) -> None:
+    """More requests than slots, ended in all ways, leave every slot free."""
+    limits = Limits(max_sessions=3)
+    with engine(model, own_prefill_tokens=None, overlap=overlap, limits=limits) as running:
+        alone = complete(running, stopping_task())[0]
+        inboxes = [submit(running, stopping_task()) for _ in range(12)]
+        for turn_id, _ in inboxes[::4]:
+            running.cancel(turn_id)
+        score = submit(running, ScoreTask(prompt=(1, 2), continuation=(3, 4, 5)))[1]
+        for number, (_, inbox) in enumerate(inboxes):
+            if number % 4:
+                assert finish(inbox)[0] == alone
+        finish(score)
+        eventually(lambda: at_baseline(running))
+        assert sorted(running._decoding._free_slots) == [0, 1, 2]

@@ -1,0 +1,109 @@
+"""Whose memory a GPU's is: engines and servers that divide one card as they start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from griffin_core.decode.events import Finished
+from griffin_core.decode.scheduler import Limits
+from griffin_core.device_memory import DeviceShare
+from griffin_core.errors import DeviceMemoryExhausted
+from griffin_core.model.load import Model, load_model
+from tests.core.engines import complete, engine
+from tests.gpu.devices import needs_cuda
+from tests.gpu.test_cuda import task
+from tests.servers import Process
+from tests.tiny import make_tiny
+
+pytestmark = [pytest.mark.gpu, needs_cuda]
+
+MIB, GIB = 1 << 20, 1 << 30
+LEFTOVER = GIB
+"""What a context, graphs and a model of kilobytes may take or keep beside what is claimed."""
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Path:
+    return make_tiny("llama", tmp_path / "llama")
+
+
+@pytest.fixture
+def model(where: Path) -> Iterator[Model]:
+    yield load_model(str(where), dtype=torch.bfloat16, device="cuda")
+    assert not any(DeviceShare._claims.values())
+
+
+def free() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def test_an_engine_takes_its_share_at_once_and_gives_it_back(model: Model) -> None:
+    before = free()
+    with engine(model, own_prefill_tokens=None, limits=Limits(memory_fraction=0.5)) as running:
+        running.ready.result(300)
+        size = running.session_bytes
+        assert abs(size - before / 2) < LEFTOVER
+        left, _ = torch.cuda.mem_get_info()
+        assert left <= before - size
+        for density in (1.0, 0.5):
+            assert isinstance(complete(running, task(density))[1], Finished)
+        assert 0 < running.peak_bytes < size
+    assert free() > before - LEFTOVER
+
+
+def test_two_engines_on_one_card_divide_it(model: Model) -> None:
+    before = free()
+    half = Limits(memory_fraction=0.5)
+    with engine(model, own_prefill_tokens=None, limits=half) as first:
+        first.ready.result(300)
+        with engine(model, own_prefill_tokens=None, limits=half) as second:
+            second.ready.result(300)
+            assert abs(second.session_bytes - first.session_bytes / 2) < LEFTOVER
+            assert first.session_bytes + second.session_bytes < before
+            for running in (first, second):
+                assert isinstance(complete(running, task(0.5))[1], Finished)
+
+
+def test_a_budget_can_be_used_to_its_last_byte(model: Model) -> None:
+    """What is claimed is there, in pieces of the size of a layer's KV."""
+    limits = Limits(memory_fraction=0.5)
+    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+        running.ready.result(300)
+        pieces, left = [], running.session_bytes
+        while left > 64 * MIB:
+            pieces.append(torch.empty(64 * MIB, dtype=torch.uint8, device="cuda"))
+            left -= 64 * MIB
+        assert isinstance(complete(running, task(0.5))[1], Finished)
+        del pieces
+
+
+def test_more_than_there_is_is_refused(model: Model) -> None:
+    with (
+        engine(model, limits=Limits(session_bytes=10_000 * GIB)) as running,
+        pytest.raises(DeviceMemoryExhausted, match=r"got 10000; cuda:?0? has"),
+    ):
+        running.ready.result(300)
+
+
+def test_the_second_server_takes_its_fraction_of_what_is_left(where: Path) -> None:
+    arguments = ("--model", str(where), "--dtype", "bfloat16", "--max-sessions", "2")
+    sizes = []
+    with ExitStack() as servers:
+        for _ in range(2):
+            server = servers.enter_context(Process(*arguments, "--memory-fraction", "0.5"))
+            server.target()
+            (serving,) = [json.loads(line) for line in server.log if '"serving"' in line]
+            sizes.append(serving["session_bytes"])
+        with Process(*arguments, "--session-memory-gib", "10000") as third:
+            assert third.wait(120) == 1
+            assert third.log[-1].startswith("griffin: session_memory_gib: got 10000; cuda")
+            assert "Traceback" not in "".join(third.log)
+    assert abs(sizes[1] - sizes[0] / 2) < GIB  # with the context and the graphs of each
