@@ -59,7 +59,10 @@ Policy = Annotated[
     ),
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; 256 if not given.")]
-Temperature = Annotated[float | None, typer.Option(help="0, the default, is greedy.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0 is greedy; the server's if not given, which is greedy unless set there."),
+]
 TopP = Annotated[float | None, typer.Option(help="Nucleus of the distribution, in (0, 1].")]
 Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds for the whole call.")]
@@ -171,7 +174,8 @@ def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
     console = Console(highlight=False)
     table = Table(show_header=False, box=None)
     for name, value in asdict(model).items():
-        table.add_row(name.replace("_", " "), str(value))
+        shown = _sampling_text(model.default_sampling) if name == "default_sampling" else str(value)
+        table.add_row(name.replace("_", " "), shown)
     console.print(table)
     listing = Table("session", "state", "tokens", "density", "age s", box=None)
     for session in sessions:
@@ -379,6 +383,12 @@ def top(
             console.print(look_twice(target, interval_s))
         except GONE as error:
             _fail(gone(target, error))
+
+
+def _sampling_text(sampling: Sampling) -> str:
+    """The fields that are set; "greedy" if none is."""
+    given = {name: value for name, value in asdict(sampling).items() if value is not None}
+    return ", ".join(f"{name} {value:g}" for name, value in given.items()) or "greedy"
 
 
 def figures_line(started: Started, finished: Finished) -> str:

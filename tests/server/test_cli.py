@@ -77,6 +77,7 @@ def test_the_target_may_come_from_the_environment(tiny_server: Running) -> None:
 
 def test_info_is_a_table(tiny_server: Running) -> None:
     out, _ = griffin("info", "--target", tiny_server.target)
+    assert "default sampling" in out and "greedy" in out
     assert "ff width" in out and "88" in out and tiny_server.app.engine.model.fingerprint[:9] in out
 
 

@@ -400,7 +400,7 @@ class PrefillFinished(_message.Message):
     queue_s: _builtins.float
     """Waiting for the model."""
     compute_s: _builtins.float
-    """Running it."""
+    """Running it. Several prompts run at once: its share of that time, by its tokens."""
     selection_s: _builtins.float
     """Choosing the experts; a part of compute_s."""
     def __init__(
