@@ -61,7 +61,7 @@ serve: $(SERVER_STAMP)  ## serve the default model on localhost:50051; settings 
 test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## all tests that need neither minutes nor a GPU
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-e2e: $(STAMP)  ## the commands of the README on real servers
+test-e2e: $(STAMP)  ## servers under load, killed and ended, and the commands of the README
 	@$(BIN)/python -m pytest -m e2e $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes

@@ -203,7 +203,9 @@ def inspect(
         str | None,
         typer.Option(help="Load this model here instead of asking a server; as of `serve`."),
     ] = None,
-    density: Density = None,
+    density: Annotated[
+        float, typer.Option(help="Fraction of FF neurons that count as experts, in (0, 1].")
+    ] = 0.5,
     policy: Policy = None,
     layer: Annotated[
         list[int] | None,
@@ -255,16 +257,14 @@ def _analyzer(
     from griffin_core.experts.selection import Selection  # noqa: PLC0415
     from griffin_core.model.load import load_model  # noqa: PLC0415
     from griffin_server.generation.analysis import analyze_here  # noqa: PLC0415
-    from griffin_server.ops.settings import Settings  # noqa: PLC0415
 
     def analyze(prompt: str, **options: Any) -> Analysis:
         request = analyze_request(
             prompt, messages=None, token_ids=None, seed=None, request_id=None, **options
         )
-        return analysis(analyze_here(loaded, request, Selection(density=usual)))
+        return analysis(analyze_here(loaded, request, Selection(density=1.0)))
 
     try:
-        usual = Settings.model_fields["density"].default
         with _ended_by_signals():
             loaded = load_model(model, progress=err.print)
         yield len(loaded.decoder.layers), analyze

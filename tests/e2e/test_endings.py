@@ -29,6 +29,8 @@ from griffin_server.handoff.shared_memory import DIRECTORY
 from tests.e2e.texts import LICENCE, cut
 from tests.servers import Process, Running, eventually, running
 
+pytestmark = pytest.mark.e2e
+
 ENDLESS = Stopping(max_tokens=5000, ignore_eos=True)
 FEW = Stopping(max_tokens=3, ignore_eos=True)
 

@@ -27,6 +27,8 @@ from griffin_server.handoff.shared_memory import DIRECTORY
 from tests.core.engines import at_baseline
 from tests.servers import SMALL_WINDOW, Process, Running, eventually, running
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def model(tiny: Callable[[str], Model]) -> Model:

@@ -85,7 +85,11 @@ def test_one_trace_from_the_client_through_decode_to_prefill_and_back(
     ):
         with provider.get_tracer("test").start_as_current_span("ask"):
             done = client.complete(
-                token_ids=range(100), density=0.5, stopping=SIX, request_id="traced"
+                token_ids=range(100),
+                density=0.5,
+                sharing="shared",  # whose view is always built
+                stopping=SIX,
+                request_id="traced",
             )
         for process in (decode, prefill):
             process.terminate()

@@ -228,7 +228,7 @@ def test_inspect_draws_a_server_and_a_model_alike(
     np.testing.assert_allclose(data["model"]["s"], data["server"]["s"], rtol=0.1, atol=0.02)
 
 
-def test_a_prompt_is_no_formula_and_a_model_has_a_servers_density(
+def test_a_prompt_is_no_formula_and_half_of_the_neurons_are_experts_unless_told(
     tiny_directory: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = ["--model", str(tiny_directory("llama"))]
@@ -239,7 +239,7 @@ def test_a_prompt_is_no_formula_and_a_model_has_a_servers_density(
     )
     assert result.exit_code == 0, result.output
     with np.load(tmp_path / "data.npz") as arrays:
-        assert arrays["experts"].shape == (1, 3, 66)  # three quarters of 88
+        assert arrays["experts"].shape == (1, 3, 44)  # of 88
     assert not (tmp_path / "flocking-layer-77.png").exists()
     assert not (tmp_path / "jaccard.png").exists() and (tmp_path / "mine.png").exists()
 

@@ -20,7 +20,8 @@ REQUEST_ERRORS = [
     kind
     for kind in subclasses(GriffinError)
     if kind.__module__ == errors.__name__
-    and not issubclass(kind, errors.ModelError)  # ends a server's start, never a call
+    # These end a server's start, never a call.
+    and not issubclass(kind, (errors.ModelError, errors.DeviceMemoryExhausted))
     and kind not in (GriffinError, errors.HandoffError)  # raised only as one of their kinds
 ]
 
