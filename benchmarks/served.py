@@ -159,6 +159,29 @@ class Served:
             if wanted.out is not None:
                 wanted.out.write_text(json.dumps(self.rows({})), encoding="utf-8")
 
+    def first_tokens(self, target: str) -> list[dict[str, Any]]:
+        """Of prompts that arrive together, dense: milliseconds until the last of them has its first
+        token, the median of three rounds."""
+        found = []
+        for words in self._arguments.first_tokens:
+            prompts, tokens = (int(number) for number in words.split("x"))
+            kind = Kind(role="all", streams=prompts, mode="dense", sampling="greedy")
+            rounds = []
+            for number in range(4):  # the first warms up
+                row = self._row(kind, target, output_tokens=2, number=1000 + number)
+                rounds.append(self._client.ask({**row, "prompt_tokens": tokens}))
+            ms = statistics.median(each["last_first_token_ms"] for each in rounds[1:])
+            found.append(
+                {
+                    "prompts": prompts,
+                    "tokens": tokens,
+                    "last_first_token_ms": round(ms, 1),
+                    "prompt_tokens_per_s": round(prompts * tokens / ms * 1e3),
+                }
+            )
+            print(f"  {words}: the last first token after {ms:.1f} ms", flush=True)
+        return found
+
     def _row(self, kind: Kind, target: str, *, output_tokens: int, number: int) -> dict[str, Any]:
         dense = kind.mode == "dense"
         return asdict(
@@ -340,6 +363,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--first-tokens",
+        nargs="*",
+        default=[],
+        metavar="PROMPTSxTOKENS",
+        help="also times the first tokens of prompts that arrive together, as 16x512",
+    )
     parser.add_argument("--minutes", type=float, help="ends early, with what was measured by then")
     parser.add_argument("--python", action="append", default=[], help="of a peer; may be repeated")
     parser.add_argument("--server", action="append", default=[], help="more of `griffin serve`'s")
@@ -368,6 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{kind} {rate} GB/s; ceiling of one session by bytes: {steps['ceiling_ms']} ms"
             )
             served = Served(given, client, alone)
+            first_tokens: list[dict[str, Any]] = []
             for index, role in enumerate(given.roles):
                 later = len(given.roles) - index - 1
                 clock.say(f"starting {role}")
@@ -375,6 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with ROLES[role](logs, common) as target:
                     start_s = time.monotonic() - begin
                     clock.say(f"{role} serves at {target} after {start_s:.0f} s")
+                    if role == "all":
+                        first_tokens = served.first_tokens(target)
                     # What comes later needs its start, and time for its own rows.
                     served.run(role, target, 20 + later * (1.5 * start_s + 60), clock)
         where = model
@@ -393,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cpus": len(os.sched_getaffinity(0)),
         "steps": steps,
         "peers": peers,
+        "first_tokens": first_tokens,
         "rows": rows,
     }
     if given.out is not None:
