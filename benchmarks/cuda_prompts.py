@@ -30,7 +30,7 @@ from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill import MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.prefill import GPU_CHUNK_TOKENS, MAX_TOGETHER, Part, Prompt, launch
 from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox
 from tests.tiny import byte_tokenizer
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="Llama-3-8B")
     parser.add_argument("--prompts", type=workload, action="append", help="16x512, repeatable")
     parser.add_argument("--density", type=float, default=1.0)
-    parser.add_argument("--chunk-tokens", type=int, default=2048)
+    parser.add_argument("--chunk-tokens", type=int, default=GPU_CHUNK_TOKENS)
     parser.add_argument(
         "--no-graphs", dest="graphs", action="store_false", help="nor for one short prompt"
     )

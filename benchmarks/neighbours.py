@@ -3,8 +3,8 @@
 Two servers of SmolLM2 take turns, each a process of its own: one as `griffin serve` sets itself up,
 and one as OpenMP would have it (`--threads` fixed, libgomp's own spinning). The client is this
 process. All of them and their neighbours are bound to the first two CPUs. Ratios are taken within
-rounds: what a busy machine makes of an idle one's tokens/s, and what the short spinning costs when
-nobody else is there.
+rounds: what a busy machine makes of an idle one's tokens/s, and what the short spinning costs on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import uvloop
 
 from benchmarks.load import prompt
+from benchmarks.processes import serving
 from benchmarks.report import finish
-from demo.__main__ import server
 from griffin_client import AsyncGriffinClient, Stopping, Tokens
 from griffin_core.openmp import SETTINGS
 
@@ -138,10 +140,12 @@ def main() -> None:
     kinds = ["idle", *(kind for kind in options.neighbours if kind != "idle")]
     runs: dict[tuple[str, str, int], list[Streamed]] = {}
     with ExitStack() as servers:
+        logs = Path(servers.enter_context(tempfile.TemporaryDirectory()))
         with environment():
-            targets = {"griffin": servers.enter_context(server())}
+            targets = {"griffin": servers.enter_context(serving(log=logs / "griffin"))}
         with environment(GOMP_SPINCOUNT=LIBGOMPS_SPIN):
-            targets["plain OpenMP"] = servers.enter_context(server("--threads", str(CPUS)))
+            plain = serving("--threads", str(CPUS), log=logs / "plain")
+            targets["plain OpenMP"] = servers.enter_context(plain)
         for target in targets.values():
             for streams in options.streams:
                 uvloop.run(streamed(target, streams, 32))  # warms up

@@ -140,7 +140,7 @@ class Alone:
             if self._cuda:
                 try:
                     found["graph_ms"][form] = 1e3 * replay_s(self._step, streams, form)
-                except (AttributeError, KeyError, StopIteration):
+                except (KeyError, StopIteration):
                     continue  # a step of this form has no graph
         return found
 

@@ -93,7 +93,7 @@ def answer(client: GriffinClient, prompt: str, density: float, dense: Run | None
     """Streams an answer to the screen."""
     console.rule(f"density {density:.2f}", align="left")
     text = ""
-    for event in client.generate(prompt, density=density, stopping=STOPPING):
+    for event in client.generate(prompt, density=density, sharing="private", stopping=STOPPING):
         match event:
             case Started():
                 console.print(
@@ -118,7 +118,7 @@ def table(runs: list[Run]) -> Table:
     """The figures of all runs, side by side."""
     made = Table("density", *(f"{run.pruning.density:.2f}" for run in runs), title="What it did")
     rows = {
-        "FF sparsity": [f"{1 - run.pruning.density:.0%}" for run in runs],
+        "FF sparsity of its steps": [f"{1 - run.pruning.mean_density:.0%}" for run in runs],
         "time to first token, s": [f"{run.finished.timings.first_token_s:.2f}" for run in runs],
         "tokens/s": [f"{run.finished.tokens_per_second:.1f}" for run in runs],
         "slim view, MB": [f"{run.pruning.slim_view_bytes / 1e6:.0f}" for run in runs],

@@ -144,7 +144,7 @@ def run(
         StepTokens(cache=text.caches[number], view=view, token_ids=[token])
         for text, token in zip(live, ids, strict=True)
     ]
-    logits = torch.cat([result.logits for result in decode_tokens(decoder, steps, masks)])
+    logits = torch.cat(decode_tokens(decoder, steps, masks))
     return logits.log_softmax(dim=1)
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=64, help="of each text behind its prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="of each text after its prompt")
     parser.add_argument("--windows", type=int, default=8, help="most that are taken of a file")
     parser.add_argument("--every", type=int, default=4, help="steps between two that join")
     parser.add_argument("--share", type=float, nargs="+", default=[0.0, 0.05, 0.1])

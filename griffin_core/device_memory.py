@@ -189,7 +189,7 @@ class DeviceShare:
                         f"session memory: a prompt of one token does not fit what is free of "
                         f"{self._device}, {said_size(free)}"
                     ) from None
-                log.info("a chunk behind %d tokens does not fit %s", context * 2, decoder.device)
+                log.info("a chunk after %d tokens does not fit %s", context * 2, decoder.device)
 
     def _run_chunk(self, context: int) -> int:
         decoder = self._decoder

@@ -234,7 +234,7 @@ class Pass:
     """A pass that has been launched: on a GPU the device may still be at it.
 
     Args:
-        rows: the first row of each part, and behind them the number of rows.
+        rows: the first row of each part, then the number of rows.
         hidden: [N, D], output of the last layer.
         s2: [R, L, F] float32, the statistic of each part.
     """
@@ -329,7 +329,7 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
 
     Args:
         parts: at least one, each of another prompt.
-        tell: gets LayerKv, and LayerActivations behind it, of prompts that want them, layer by
+        tell: gets LayerKv, then LayerActivations, of prompts that want them, layer by
             layer. On a GPU the values are not there yet when it is called; they come in the order
             of the device's work.
     """

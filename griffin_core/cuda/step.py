@@ -74,16 +74,16 @@ class StepInputs:
 
     Args:
         tokens: N.
-        nobody: the column [5 + 2 L] of such a row; its sets begin with the set of all neurons.
+        padding: the column [5 + 2 L] of such a row; its sets begin with the set of all neurons.
         ff_width: how many those are.
     """
 
-    def __init__(self, tokens: int, nobody: Tensor, ff_width: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, padding: Tensor, ff_width: int, device: torch.device) -> None:
         self.tokens = tokens
-        self._layers = (nobody.shape[0] - TABLES) // 2
-        self._nobody = nobody.numpy()
+        self._layers = (padding.shape[0] - TABLES) // 2
+        self._padding = padding.numpy()
         self._ff_width = ff_width
-        self._table = nobody[:, None].repeat(1, tokens).numpy()
+        self._table = padding[:, None].repeat(1, tokens).numpy()
         self._sent = [torch.from_numpy(self._table).clone().pin_memory() for _ in range(BUFFERS)]
         self._device = self._sent[0].to(device)
         self._held: list[object] = [None] * tokens
@@ -128,7 +128,7 @@ class StepInputs:
             held = self._held[column]
             # Whose addresses a column has: a cache that is resized has a new list of them.
             if not (isinstance(held, tuple) and held[0] is cache.addresses and held[1] is block):
-                self._held[column] = None  # whatever goes wrong, the column is nobody's
+                self._held[column] = None  # whatever goes wrong, mark the column as padding
                 self._write_tables(column, session)
                 self._held[column] = cache.addresses, block
             table[SLOTS, column] = session.slot
@@ -138,7 +138,7 @@ class StepInputs:
         for column in range(len(sessions), self.tokens):
             if self._held[column] is not None:
                 self._held[column] = None
-                table[:, column] = self._nobody
+                table[:, column] = self._padding
 
     def send(self) -> None:
         """To the device, in the order of its work."""
@@ -161,7 +161,7 @@ class StepInputs:
             table[TABLES + layers :, column] = [block.address for block in blocks]
             table[COUNTS, column] = blocks[0].count
         else:  # dense, beside others that are not
-            table[TABLES + layers :, column] = self._nobody[TABLES + layers]
+            table[TABLES + layers :, column] = self._padding[TABLES + layers]
             table[COUNTS, column] = self._ff_width
 
 
@@ -197,11 +197,11 @@ class CudaStep:
         )
         layers = len(decoder.layers)
         addresses = [self._spare.data_ptr()] * layers + self._every.addresses * layers
-        nobody = torch.tensor([sampler.padding, 0, 1, 1, 1, *addresses])
+        padding = torch.tensor([sampler.padding, 0, 1, 1, 1, *addresses])
         most = min(max_tokens, MAX_SHARED_TOKENS)
         sizes = [1 << power for power in range((most - 1).bit_length() + 1)]
         self._inputs = {
-            size: StepInputs(size, nobody, spec.ff_width, decoder.device) for size in sizes
+            size: StepInputs(size, padding, spec.ff_width, decoder.device) for size in sizes
         }
         self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, Made]] = {}
         # By size, the largest mean density at which a set each is no slower than zeroed; until that

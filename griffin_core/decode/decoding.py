@@ -287,7 +287,7 @@ class Decoding:
                 session.work.flush(session)
 
     def step(self) -> None:
-        """A token for every session whose view is built and whose reader keeps up."""
+        """Runs a step: a token for every session whose reader keeps up."""
         clock = time.monotonic()
         self._views.build(BUILD_SHARE * self._step_s)
         for session, error in self._groups.advance():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from transformers import GenerationConfig
+
+from griffin_core.errors import BadModelFile
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Fields of a generation_config.json that change how a token is drawn, by the names that they have
@@ -19,11 +22,18 @@ NO_SAMPLING_DEFAULTS: SamplingDefaults = MappingProxyType({})
 
 
 def load_generation_config(where: str) -> GenerationConfig | None:
-    """The file of a directory or hub id; None if there is none, since the file is optional."""
+    """The file of a directory or hub id; None if there is none, since the file is optional.
+
+    Raises:
+        BadModelFile: there is one, and it cannot be read.
+    """
     try:
         return GenerationConfig.from_pretrained(where)
-    except OSError:
-        return None
+    except Exception as error:  # transformers raises OSError for a missing file and a broken one
+        path = Path(where) / "generation_config.json"
+        if not path.exists() and isinstance(error, OSError):
+            return None
+        raise BadModelFile(f"model: cannot read generation_config.json ({error})") from error
 
 
 def sampling_defaults(config: GenerationConfig | None) -> SamplingDefaults:

@@ -18,6 +18,10 @@ from griffin_core.slim.zeroed import zeroed_bytes
 
 Key = tuple[bytes, Rows]
 
+MOST_UNUSED = 8
+"""Views that are kept though no session uses them. A prompt that is asked again finds its view if
+it comes soon; a budget that is a large part of the machine's memory is not filled for it."""
+
 
 class SlimView:
     """The FF blocks of all layers on one expert set.
@@ -166,6 +170,8 @@ class SlimViews:
         elif not view.users and (view.pending or view.error is not None):
             del self._views[view.key]
             self._discard(view)
+        while sum(not view.users for view in self._views.values()) > MOST_UNUSED:
+            self._drop_unused()
 
     def build(self, seconds: float) -> None:
         """Builds layers of the views that wait, in order, for about so long; at least one layer.

@@ -33,6 +33,7 @@ from griffin_core.prefill import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.channel import Mail
+from griffin_server.generation import convert
 from griffin_server.generation.service import GenerationServicer
 from griffin_server.handoff.shared_memory import remove_stale_segments
 from griffin_server.ops.http import HttpServer
@@ -103,7 +104,7 @@ def _prefill_share(device: torch.device) -> float:
 
 
 def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else int(gib * (1 << 30))
+    return None if gib is None else max(1, int(gib * (1 << 30)))
 
 
 def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
@@ -117,7 +118,8 @@ def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
     defaults = model.sampling_defaults
     try:
         SamplingParams(**defaults)  # type: ignore[arg-type]  # checked there, whatever they are
-    except (InvalidRequest, TypeError) as error:
+        convert.sampling_defaults_to_pb(defaults)  # what GetModelInfo will tell
+    except (InvalidRequest, TypeError, ValueError) as error:
         raise BadModelFile(
             f"model: generation_config.json of {model.name!r} has sampling that cannot be used "
             f"({error})"

@@ -63,7 +63,10 @@ Temperature = Annotated[
     float | None,
     typer.Option(help="0 is greedy; the server's if not given, which is greedy unless set there."),
 ]
-TopP = Annotated[float | None, typer.Option(help="Nucleus of the distribution, in (0, 1].")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Nucleus of the distribution, in (0, 1]; the server's if not given."),
+]
 Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds for the whole call.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")]
@@ -398,7 +401,8 @@ def figures_line(started: Started, finished: Finished) -> str:
         f"{usage.prompt_tokens} + {usage.generated_tokens} tokens · "
         f"first token {finished.timings.first_token_s:.2f} s · "
         f"{finished.tokens_per_second:.1f} tokens/s · "
-        f"FF density {pruning.density:g} ({pruning.experts_per_layer}/{pruning.ff_width}) · "
+        f"FF density {pruning.density:g} ({pruning.experts_per_layer}/{pruning.ff_width}), "
+        f"ran at {pruning.mean_density:.2f} · "
         f"{finished.reason}"
     )
 

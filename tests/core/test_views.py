@@ -11,7 +11,7 @@ from griffin_core.budget import Budget
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
 from griffin_core.slim.packed import Packed
-from griffin_core.slim.views import SlimView, SlimViews
+from griffin_core.slim.views import MOST_UNUSED, SlimView, SlimViews
 
 
 @pytest.fixture
@@ -78,6 +78,15 @@ def test_unused_views_stay_until_their_bytes_are_needed_the_longest_unused_first
     assert len(views) == 2
     assert views.acquire(experts(0), "one") is first
     assert budget.peak <= budget.limit
+
+
+def test_no_more_than_a_few_unused_views_are_kept(model: Model) -> None:
+    views, budget = views_of(model, 100)
+    held = [built(views, experts(first)) for first in range(MOST_UNUSED + 3)]
+    for view in held:
+        views.release(view)
+    assert len(views) == MOST_UNUSED
+    assert budget.held == sum(view.nbytes for view in held[3:])
 
 
 def test_a_view_in_use_never_gives_way(model: Model) -> None:

@@ -82,9 +82,9 @@ class _ExpertSharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertS
     """
     EXPERT_SHARING_AUTO: _ExpertSharing.ValueType  # 3
     """Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
-    unless pruning gains at least 5 % of a step's time; then PRIVATE while that is no slower than
-    SHARED, else SHARED. It may change during a completion; `Finished.pruning` says what its tokens
-    ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
+    unless pruning gains at least 5 % of a step's time; then PRIVATE while that is at most 3 %
+    slower than SHARED, else SHARED. A choice is kept for 16 steps, and while it gains 3 %; until a
+    session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
     """
 
 class ExpertSharing(_ExpertSharing, metaclass=_ExpertSharingEnumTypeWrapper):
@@ -105,9 +105,9 @@ The set is chosen again at most every 16 steps, after sessions have come or gone
 """
 EXPERT_SHARING_AUTO: ExpertSharing.ValueType  # 3
 """Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
-unless pruning gains at least 5 % of a step's time; then PRIVATE while that is no slower than
-SHARED, else SHARED. It may change during a completion; `Finished.pruning` says what its tokens
-ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
+unless pruning gains at least 5 % of a step's time; then PRIVATE while that is at most 3 %
+slower than SHARED, else SHARED. A choice is kept for 16 steps, and while it gains 3 %; until a
+session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
 """
 Global___ExpertSharing: _TypeAlias = ExpertSharing  # noqa: Y015
 
@@ -207,9 +207,9 @@ class Sampling(_message.Message):
     A request that sets none of these fields is greedy: it takes the most likely token each time. A
     server with `--sampling-defaults model` takes temperature, top_k, top_p, min_p and
     repetition_penalty from the model's own generation_config.json where the request does not set
-    them (GetModelInfo tells them); whatever the request sets wins, field by field. So temperature 0
-    asks for the most likely token from every server, and the defaults below are those of fields that
-    neither sets.
+    them (GetModelInfo tells them); whatever the request sets wins, field by field. So with
+    temperature 0 no server draws at random, but a repetition_penalty of the model still applies
+    unless the request sets it to 1. The defaults below are those of fields that neither sets.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -86,6 +86,8 @@ class GenerationServiceServicer:
         (`RetryInfo`), or never will fit
         ABORTED             the client did not read for the server's `--reader-timeout-s`
         UNAVAILABLE         the prefill server went away, or this server is shutting down
+        INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
+        fault in the server; no other request is affected
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

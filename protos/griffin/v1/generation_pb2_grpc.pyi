@@ -53,6 +53,8 @@ class GenerationServiceStub:
                           (`RetryInfo`), or never will fit
       ABORTED             the client did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the prefill server went away, or this server is shutting down
+      INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
+                          fault in the server; no other request is affected
     """
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
     """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
@@ -89,6 +91,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
                           (`RetryInfo`), or never will fit
       ABORTED             the client did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the prefill server went away, or this server is shutting down
+      INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
+                          fault in the server; no other request is affected
     """
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
     """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
@@ -128,6 +132,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
                               (`RetryInfo`), or never will fit
           ABORTED             the client did not read for the server's `--reader-timeout-s`
           UNAVAILABLE         the prefill server went away, or this server is shutting down
+          INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
+                              fault in the server; no other request is affected
         """
 
     @_abc_1.abstractmethod

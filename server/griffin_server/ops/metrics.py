@@ -105,7 +105,8 @@ class Metrics(Observer):
         )
         self.batch_size = histogram("griffin_batch_size", "Sessions of a step.", SIZES)
         self.ff_density = by_layer(
-            "griffin_ff_density_ratio", "Share of a layer's FF neurons that a completion ran on."
+            "griffin_ff_density_ratio",
+            "Share of a layer's FF neurons that a completion ran on, the mean over its tokens.",
         )
         self.norm_mass = by_layer(
             "griffin_expert_norm_mass_ratio",
@@ -264,8 +265,9 @@ class Request:
         self.finish_reason = event.reason.name
         metrics.e2e_request.observe(time.monotonic() - self._arrived)
         metrics.request_queue.observe(timings.queue_s)
-        metrics.slim_build.observe(timings.slim_build_s)
-        density = pruning.experts_per_layer / pruning.ff_width
+        if timings.slim_build_s:  # else it never had a view
+            metrics.slim_build.observe(timings.slim_build_s)
+        density = pruning.mean_density
         for layer, mass in enumerate(pruning.norm_mass):
             metrics.ff_density.labels(layer).observe(density)
             metrics.norm_mass.labels(layer).observe(mass)

@@ -77,7 +77,8 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes cuda if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of weights, activations and KV; auto is what the device is fast in."
+        "auto",
+        description="Of weights, activations and KV; auto picks the fastest dtype for the device.",
     )
     threads: int = Field(
         0,
@@ -101,7 +102,7 @@ class Settings(BaseSettings):
     )
     sharing: Sharing = Field(
         "auto",
-        description="Default when a request does not set it. auto: whatever costs least, and dense "
+        description="Default when a request does not set it. auto: the cheapest form, and dense "
         "unless pruning gains 5 % of a step's time; private: a set of experts for each session; "
         "shared: one for all of one density and policy.",
     )
@@ -122,13 +123,15 @@ class Settings(BaseSettings):
         "taken at once, so that a second server divides what is left.",
     )
     session_memory_gib: float | None = Field(
-        None, gt=0, description="So much for them instead, whatever is free."
+        None,
+        gt=0,
+        description="GiB for them, in place of memory_fraction; on a GPU refused if less is free.",
     )
     idle_memory_gib: float | None = Field(
         None,
         ge=0,
-        description="What kept sessions may hold of it between their turns; a quarter of it if not "
-        "given.",
+        description="GiB of it that kept sessions may hold between their turns; a quarter of it "
+        "if not given.",
     )
     session_ttl_s: float = Field(600.0, ge=0, description="How long a kept session may be idle.")
     reader_timeout_s: float = Field(
@@ -141,17 +144,17 @@ class Settings(BaseSettings):
         description="Prompt tokens, of one prompt or several, that run at once between two decode "
         "steps; 0 is 512 on a CPU and 4096 on a GPU.",
     )
-    prefill_share: float = Field(
-        0.0,
-        ge=0,
+    prefill_share: float | None = Field(
+        None,
+        gt=0,
         le=1,
-        description="Share of the time that prompts get while sessions decode: 1 is one decode "
-        "step between two passes over prompts. 0 is 0.5 on a CPU and 1 on a GPU.",
+        description="Share of the time that prompts get while sessions decode; 1 is one decode "
+        "step between two passes over prompts. 0.5 on a CPU and 1 on a GPU if not given.",
     )
     stream_interval: int = Field(
         0,
         ge=0,
-        description="Tokens a message, behind the first one. More spare CPU time, and come later; "
+        description="Tokens a message after the first one. More save CPU time, and come later; "
         "0 is 1 for up to 4 streams, and up to 4 for more of them while no prompt is read.",
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
@@ -169,6 +172,15 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: Any) -> Any:
         parts = [value] if isinstance(value, str) else value
         return tuple(item.strip() for part in parts for item in part.split(",") if item.strip())
+
+    @model_validator(mode="after")
+    def _one_size_of_memory(self) -> Settings:
+        if self.memory_fraction is not None and self.session_memory_gib is not None:
+            raise ValueError(
+                f"memory_fraction: got {self.memory_fraction:g} with session_memory_gib "
+                f"{self.session_memory_gib:g}; give one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _target_if_decode(self) -> Settings:
