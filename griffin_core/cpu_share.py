@@ -1,8 +1,8 @@
-"""How many threads a step runs on: as many as there are CPUs that nobody else uses.
+"""How many threads a step runs on: as many as there are CPUs that no other program uses.
 
 A team of threads is as fast as its slowest one. With a busy program on a CPU of theirs, all of them
-wait for the thread that shares it; one thread less leaves that CPU to the program and waits for
-nobody (docs/LOG.md). So the engine looks five times a second at what others take of its CPUs.
+wait for the thread that shares it; one thread less leaves that CPU to the program and does
+not wait (docs/LOG.md). So the engine looks five times a second at what others take of its CPUs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ TOLERATED_CPUS = 0.4
 """What others may take of a CPU before it is left to them."""
 
 CALM_S = 1.0
-"""For so long must looks allow more threads before there are more."""
+"""Seconds for which looks must allow more threads before there are more."""
 
 MOST_COST = 0.005
-"""Of the time, for looking; a machine of hundreds of CPUs takes a while to say what they do."""
+"""Largest share of the time spent on looking; a machine of hundreds of CPUs takes a while to say
+what they do."""
 
 
 def allowed_cpus() -> frozenset[int]:
@@ -136,6 +137,13 @@ class CpuShare:
         self._allowed: deque[tuple[float, int]] = deque()  # when, and how many
         self.threads = self._most
         """How many to run on now."""
+
+    def forget(self) -> None:
+        """The process was idle: what others took of its CPUs meanwhile cost it nothing and says
+        little about now. The next look begins anew, and the one after it may change ``threads``."""
+        self._last = None
+        self._allowed.clear()
+        self._due = min(self._due, time.monotonic()) if self._due < math.inf else self._due
 
     def follow(self) -> bool:
         """Looks, if a look is due; to be called between steps. Whether ``threads`` has changed."""

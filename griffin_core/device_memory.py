@@ -168,10 +168,12 @@ class DeviceShare:
         )
 
     def _take(self, size: int) -> bool:
-        """Has torch's allocator take bytes in one piece, which it cuts up later. Claims of other
-        engines of this process, which ``empty_cache`` may have returned, are taken with it."""
+        """Has torch's allocator hold that many unused bytes, beside those that other engines of
+        this process were promised. What it holds need not be in one piece: caches are taken by
+        layers."""
         others = sum(share._unused() for share in self._claims.get(self._device, []))
-        return grow(size + max(0, others - cached_bytes(self._device)), self._device)
+        missing = size + others - cached_bytes(self._device)
+        return missing <= 0 or grow(missing, self._device)
 
     def _measure_workspace(self) -> int:
         """Bytes that a chunk takes beside its KV, at the end of the longest context there is room

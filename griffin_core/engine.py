@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from griffin_core.cpu_share import CpuShare
+from griffin_core.cpu_share import INTERVAL_S, CpuShare
 from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
@@ -396,7 +396,11 @@ class Engine:
     def _take_commands(self, *, wait: bool) -> None:
         try:
             if wait:
-                self._run_command(self._commands.get(timeout=self._decoding.next_due_s()))
+                clock = time.monotonic()
+                command = self._commands.get(timeout=self._decoding.next_due_s())
+                if isinstance(self._threads, CpuShare) and time.monotonic() - clock > INTERVAL_S:
+                    self._threads.forget()
+                self._run_command(command)
             while True:
                 self._run_command(self._commands.get_nowait())
         except queue.Empty:

@@ -177,6 +177,11 @@ class PrefillQueue:
         else:
             self._runs.append(run)
 
+    def drop(self, run: PrefillRun) -> None:
+        """Forgets a run that was cancelled, and what it holds. Without effect if it has ended."""
+        if run in self._runs:
+            self._runs.remove(run)
+
     @property
     def has_work(self) -> bool:
         """Whether ``turn`` would do something."""

@@ -26,7 +26,7 @@ from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
 from griffin_core.cuda.expert_table import ExpertTable, IndexSets
 from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, feedforward, feedforward_on_all
 from griffin_core.cuda.matvec import matvec, rms_norm
-from griffin_core.decode.step import Draw, LayeredStep, StepRow
+from griffin_core.decode.step import DrawLost, Draws, JoinedDraws, StepRow, draw_of
 from griffin_core.experts.selection import Selection
 from griffin_core.model.attention import Rotation, rotation
 from griffin_core.model.decoder import Decoder, Norm
@@ -51,7 +51,7 @@ SLOTS, STARTS, POSITIONS, CAPACITIES, COUNTS, TABLES = range(6)
 
 BUFFERS = 2
 """Host copies of a step's table: one may still be on its way to the device while the next is
-written. A third step is launched only after the first has ended."""
+written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,9 @@ class StepInputs:
         self._padding = padding.numpy()
         self._ff_width = ff_width
         self._table = padding[:, None].repeat(1, tokens).numpy()
-        self._sent = [torch.from_numpy(self._table).clone().pin_memory() for _ in range(BUFFERS)]
-        self._device = self._sent[0].to(device)
+        buffers = [torch.from_numpy(self._table).clone().pin_memory() for _ in range(BUFFERS)]
+        self._device = buffers[0].to(device)
+        self._sent = [(buffer, torch.cuda.Event()) for buffer in buffers]
         self._held: list[object] = [None] * tokens
 
     @property
@@ -142,10 +143,12 @@ class StepInputs:
 
     def send(self) -> None:
         """To the device, in the order of its work."""
-        host = self._sent.pop(0)
-        self._sent.append(host)
+        host, sent = self._sent.pop(0)
+        self._sent.append((host, sent))
+        sent.synchronize()  # of the step before the last: long over, unless steps are not read
         host.numpy()[:] = self._table
         self._device.copy_(host, non_blocking=True)
+        sent.record()
 
     def fill_usual(self, sets: IndexSets) -> None:
         """Gives each row a set of its own, of N, in all layers."""
@@ -170,7 +173,8 @@ class CudaStep:
 
     Args:
         sampler: draws the tokens.
-        max_tokens: most sessions of a step that are captured; larger steps run layer by layer.
+        max_tokens: most sessions of a step. Graphs are captured for up to ``MAX_SHARED_TOKENS``;
+            a larger step runs as several.
         graphs: capture them at all.
     """
 
@@ -185,7 +189,6 @@ class CudaStep:
     ) -> None:
         self._decoder = decoder
         self.sampler = sampler
-        self._layered = LayeredStep(decoder=decoder, sampler=sampler)
         self._spec = decoder.spec
         properties = torch.cuda.get_device_properties(decoder.device)
         self._programs = PROGRAMS * properties.multi_processor_count
@@ -272,10 +275,14 @@ class CudaStep:
         return statistics.median(times[1:])
 
     @torch.inference_mode()
-    def launch(self, rows: Sequence[StepRow]) -> Draw:
+    def launch(self, rows: Sequence[StepRow]) -> Draws:
         largest = max(self._inputs)
         if len(rows) > largest:
-            return self._layered.launch(rows)
+            first = self.launch(rows[:largest])
+            try:
+                return JoinedDraws(parts=[first, self.launch(rows[largest:])])
+            except Exception as error:
+                raise DrawLost from error
         size = next(size for size in self._inputs if size >= len(rows))
         inputs = self._inputs[size]
         inputs.fill(rows)
@@ -287,10 +294,9 @@ class CudaStep:
         else:
             made = self._run(inputs, mode)
         count = len(rows)
-        draw = Draw(made.tokens[:count], [row.top_logprobs for row in rows], made.logits[:count])
         for row in rows:
             row.cache.advance(1)
-        return draw
+        return draw_of(made.tokens[:count], [row.top_logprobs for row in rows], made.logits[:count])
 
     def _mode(self, rows: Sequence[StepRow], size: int) -> FFMode:
         """The cheapest mode in which every session runs on its own set."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.budget import Budget
+from griffin_core.cuda import on_device
 from griffin_core.decode.caches import Caches
 from griffin_core.decode.events import Admitted, Event, Failed, Sink, Started
 from griffin_core.decode.generation import Generation, Pace
@@ -30,13 +31,15 @@ from griffin_core.decode.session import (
 )
 from griffin_core.decode.sharing import ExpertGroups
 from griffin_core.decode.step import (
-    Draw,
+    DrawLost,
     Drawn,
+    Draws,
     LayeredStep,
     Stepper,
     StepRow,
     StepTokens,
     decode_tokens,
+    draw_of,
 )
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.errors import (
@@ -93,7 +96,7 @@ class UnderWay:
 
     turns: Sequence[tuple[str, Session]]
     densities: Sequence[float]
-    draw: Draw
+    draw: Draws
 
 
 class Decoding:
@@ -312,7 +315,7 @@ class Decoding:
             self._observer.stepped(self._step_s, read)
 
     def _launch(
-        self, sessions: list[Session], launch: Callable[[list[Session]], Draw]
+        self, sessions: list[Session], launch: Callable[[list[Session]], Draws]
     ) -> list[UnderWay]:
         """Has tokens drawn for all sessions together; if that fails, for each alone, so that it
         costs only the session whose fault it is."""
@@ -321,10 +324,11 @@ class Decoding:
             densities = [session.density for session in sessions]
             draw = launch(sessions)
         except Exception as error:
-            if self._decoder.device.type == "cuda":
-                torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
-            if len(sessions) == 1:
-                self._end_with(sessions[0], error)
+            self._check_device()
+            if len(sessions) == 1 or isinstance(error, DrawLost):
+                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                for session in sessions:
+                    self._end_with(session, cause)
                 return []
             log.exception("%d sessions together failed; each is tried alone", len(sessions))
             return [step for session in sessions for step in self._launch([session], launch)]
@@ -332,7 +336,12 @@ class Decoding:
             session.in_flight += 1
         return [UnderWay(turns=turns, densities=densities, draw=draw)]
 
-    def _launch_step(self, sessions: list[Session]) -> Draw:
+    def _check_device(self) -> None:
+        """After an error: a GPU that is lost says so again, and the engine ends."""
+        if self._decoder.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _launch_step(self, sessions: list[Session]) -> Draws:
         return self.stepper.launch([_step_row(session) for session in sessions])
 
     def _launch_first(self) -> list[UnderWay]:
@@ -344,12 +353,16 @@ class Decoding:
         hidden = {id(s): h for turn_id, s, h in read if self._turns.get(turn_id) is s}
         sessions = [s for _, s, _ in read if id(s) in hidden]
 
-        def launch(sessions: list[Session]) -> Draw:
+        def launch(sessions: list[Session]) -> Draws:
             logits = self._decoder.head(torch.stack([hidden[id(s)] for s in sessions]))
-            slots = torch.tensor([s.slot for s in sessions], device=logits.device)
-            positions = torch.tensor([len(s.tokens) for s in sessions], device=logits.device)
-            tokens = self.sampler.sample(logits, slots, positions)
-            return Draw(tokens, [_generation(s).top_logprobs for s in sessions], logits)
+            slots = [s.slot for s in sessions if s.slot is not None]
+            positions = [len(s.tokens) for s in sessions]
+            tokens = self.sampler.sample(
+                logits,
+                on_device(slots, torch.int64, logits.device),
+                on_device(positions, torch.int64, logits.device),
+            )
+            return draw_of(tokens, [_generation(s).top_logprobs for s in sessions], logits)
 
         return self._launch(sessions, launch) if sessions else []
 
@@ -361,7 +374,9 @@ class Decoding:
 
     def _read_all(self) -> None:
         due, self._under_way = self._under_way, []
-        self._read(due)
+        clock = time.monotonic()
+        if read := self._read(due):
+            self._observer.stepped(self._step_s + time.monotonic() - clock, read)
 
     def _read(self, steps: Sequence[UnderWay]) -> int:
         """Takes what was drawn. Returns for how many sessions."""
@@ -371,7 +386,7 @@ class Decoding:
             try:
                 drawn = step.draw.wait()
             except Exception as error:
-                torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
+                self._check_device()
                 for (_, session), lives in zip(step.turns, live, strict=True):
                     if lives:
                         self._end_with(session, error)
@@ -604,6 +619,7 @@ class Decoding:
         self._intakes.pop(session.turn_id, None)
         if run := self._own_prefills.pop(session.turn_id, None):
             run.cancel()
+            self._prefills.drop(run)  # and its hold on the cache, whose bytes are about to be free
         self._groups.leave(session)
         self._free_slot(session)
         self._caches.free(session)

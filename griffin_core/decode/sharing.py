@@ -272,8 +272,7 @@ class ExpertGroups:
                 members = [seat.session for seat in group.members]
                 failed += [(one, error) for one in members if one.session_id not in told]
                 continue
-            for seat in group.members:
-                self._use(seat)
+            self._use_all(group.members)
             group.rests = group.settled
         for seat in list(self._building):
             assert seat.view is not None
@@ -281,7 +280,7 @@ class ExpertGroups:
                 failed.append((seat.session, seat.view.error))
             elif seat.view.ready:
                 self._building.remove(seat)
-                self._use(seat)
+                self._use_all([seat])
         return failed
 
     # -- what each session runs on ---------------------------------------------------------------
@@ -319,9 +318,17 @@ class ExpertGroups:
                     group.advance(self._decoder, self._views, step)
                 except Exception as error:
                     self._failed += [(member.session, error) for member in group.members]
-        for seat in seats:
-            if seat.group is None or seat.group.experts is not None:
+        self._use_all([seat for seat in seats if seat.group is None or seat.group.experts])
+
+    def _use_all(self, seats: Sequence[Seat]) -> None:
+        """Lets sessions run on what there is of their forms. One for which that fails is told of by
+        the next ``advance``."""
+        for seat in list(seats):
+            try:
                 self._use(seat)
+            except Exception as error:
+                seat.session.use(None)
+                self._failed.append((seat.session, error))
 
     def _form_of(self, seat: Seat) -> Form:
         if not seat.prunes:

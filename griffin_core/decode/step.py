@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from griffin_core.cuda import on_device
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
 from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
@@ -94,7 +95,7 @@ class Draw:
         self._asked = {row: top for row, top in enumerate(top_logprobs) if top is not None}
         self._logprobs: RowLogprobs | None = None
         if self._asked:
-            rows = torch.tensor(list(self._asked), device=tokens.device)
+            rows = on_device(list(self._asked), torch.int64, tokens.device)
             most = max(self._asked.values())
             self._logprobs = logprobs_of(logits, rows, tokens, most).to_host()
         self._tokens = to_host(tokens)
@@ -123,13 +124,62 @@ def to_host(x: Tensor) -> Tensor:
     return host.copy_(x, non_blocking=True)
 
 
+class DrawLost(Exception):
+    """Tokens were drawn and cannot be read. The sampler has moved on, so the rows must not be run
+    again; the cause is what went wrong."""
+
+
+def draw_of(tokens: Tensor, top_logprobs: Sequence[int | None], logits: Tensor) -> Draw:
+    """As ``Draw``.
+
+    Raises:
+        DrawLost: what is needed of it cannot be taken.
+    """
+    try:
+        return Draw(tokens, top_logprobs, logits)
+    except Exception as error:
+        raise DrawLost from error
+
+
+class Draws(Protocol):
+    """Tokens that a device draws, of one ``Draw`` or several."""
+
+    @property
+    def logits(self) -> Tensor:
+        """See ``Draw``."""
+        ...
+
+    def wait(self) -> list[Drawn]:
+        """The tokens of all rows; waits for the device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedDraws:
+    """Several draws, the rows of one after those of another."""
+
+    parts: Sequence[Draws]
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat([part.logits for part in self.parts])
+
+    def wait(self) -> list[Drawn]:
+        return [drawn for part in self.parts for drawn in part.wait()]
+
+
 class Stepper(Protocol):
     """Runs steps of the engine's loop."""
 
-    def launch(self, rows: Sequence[StepRow]) -> Draw:
+    def launch(self, rows: Sequence[StepRow]) -> Draws:
         """Runs each row's last token after its cached ones and draws its next token, all in one
         batch. On return every cache has moved on by one token, which the device may still be
-        writing. If it raises, no cache has moved on, and the same rows may be run again."""
+        writing.
+
+        Raises:
+            DrawLost: the tokens were drawn and are lost: the rows' sessions must end.
+            Exception: anything else. No cache has moved on, and the same rows may be run again.
+        """
         ...
 
 
@@ -150,22 +200,21 @@ class LayeredStep:
     def launch(self, rows: Sequence[StepRow]) -> Draw:
         order = _by_view(self.decoder, rows)
         ordered = [rows[i] for i in order]
-        slots = torch.tensor([row.slot for row in ordered], device=self.decoder.device)
+        device = self.decoder.device
+        slots = on_device([row.slot for row in ordered], torch.int64, device)
         # A row whose logits were not finite has drawn -1; its session is about to be told.
         ids = self.sampler.drawn[slots].clamp_(min=0)
         logits = _forward(self.decoder, ordered, ids, self.masks)
         starts = [row.cache.length + 1 for row in ordered]
-        positions = torch.tensor(starts, device=self.decoder.device)
+        positions = on_device(starts, torch.int64, device)
+        if order != sorted(order):  # back to the order of the rows
+            places = sorted(range(len(order)), key=order.__getitem__)
+            back = on_device(places, torch.int64, device)
+            logits, slots, positions = logits[back], slots[back], positions[back]
         tokens = self.sampler.sample(logits, slots, positions)
-        if order != sorted(order):
-            back = torch.tensor(order, device=tokens.device).argsort()
-            tokens = tokens[back]
-            if any(row.top_logprobs is not None for row in rows):
-                logits = logits[back]
-        draw = Draw(tokens, [row.top_logprobs for row in rows], logits)
         for row in rows:
             row.cache.advance(1)
-        return draw
+        return draw_of(tokens, [row.top_logprobs for row in rows], logits)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, ClassVar
 
 import llvmlite.binding
@@ -122,7 +122,7 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@cache
+@lru_cache(maxsize=1024)
 def float_bits(value: float) -> int:
     """A float32 as the int32 of the same bits: how a kernel is passed one."""
     return int(struct.unpack("<i", struct.pack("<f", value))[0])

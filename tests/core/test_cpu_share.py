@@ -266,6 +266,19 @@ def test_one_look_over_a_long_step_is_enough_to_rise(clock: Clock) -> None:
     assert clock.threads(share, [0.0]) == [2]
 
 
+def test_what_others_did_while_the_process_was_idle_is_not_held_against_it(clock: Clock) -> None:
+    share = CpuShare(most=2, cpus=2, look=clock.look)
+    share.follow()
+    clock.at += 60
+    clock.busy_s += 120  # both CPUs, all the time
+    share.forget()
+    share.follow()
+    assert share.threads == 2
+    assert clock.threads(share, [1.0]) == [1]  # but what they do now is
+    share.forget()
+    assert clock.threads(share, [0.0, 0.0]) == [1, 2]
+
+
 def test_between_two_looks_nothing_is_read(clock: Clock) -> None:
     asked = []
 

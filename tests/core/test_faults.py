@@ -14,12 +14,14 @@ import torch
 from griffin_core.decode import sharing
 from griffin_core.decode.events import Failed, Finished, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.step import Draw
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import EngineFault, NonFiniteLogits
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
+from griffin_core.prefill_queue import PrefillRun
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
@@ -98,6 +100,54 @@ def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
         assert isinstance(inbox.until(Finished).error, EngineFault)
     assert isinstance(finish(bystander)[1], Finished)
     eventually(lambda: at_baseline(running))
+
+
+def test_tokens_that_are_drawn_and_lost_end_their_sessions_and_are_not_drawn_again(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler has moved on, so another try would go on with tokens that never were."""
+    early = submit(running, task(200, top_logprobs=1))[1]
+    for _ in range(3):
+        early.until(TokensMade)
+    once = Once(monkeypatch, Draw, "__init__", lambda *_: True)
+    assert isinstance(early.until(Finished).error, EngineFault)
+    assert once.failed
+    assert len(complete(running, task())[0]) == 30
+    eventually(lambda: at_baseline(running))
+
+
+def test_a_mask_that_cannot_be_made_ends_its_session_alone(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it is made because another session has left."""
+    whole = PruningParams(density=1.0)
+    bystander = submit(running, task(200, pruning=whole))[1]
+    bystander.until(TokensMade)
+    once = Once(monkeypatch, sharing, "ZeroedLayers", lambda *_: True)
+    hit = submit(running, task(first=50, pruning=PruningParams(density=0.5, sharing="private")))[1]
+    assert isinstance(hit.until(Finished).error, EngineFault)
+    assert once.failed
+    assert isinstance(finish(bystander)[1], Finished)
+    eventually(lambda: at_baseline(running))
+
+
+def test_a_prompt_that_is_cancelled_holds_no_cache_that_is_counted_as_free(
+    running: Engine,
+) -> None:
+    """Before the next session begins, which may need every byte."""
+    freed: list[bool] = []
+    drop = running._prefills.drop
+
+    def noted(run: PrefillRun) -> None:
+        drop(run)
+        freed.append(run not in running._prefills._runs)
+
+    running._prefills.drop = noted  # type: ignore[method-assign]
+    long = GenerateTask(prompt=tuple(range(200)) * 2, stopping=StoppingParams(max_tokens=1))
+    turn_id, _ = submit(running, long)
+    running.cancel(turn_id)
+    eventually(lambda: at_baseline(running))
+    assert all(freed)
 
 
 def test_a_cache_that_cannot_be_made_holds_nothing(

@@ -4,10 +4,12 @@ step too many shows nowhere."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from griffin_core.decode.events import Finished, Scored, TokensMade
 from griffin_core.decode.scheduler import Limits
@@ -20,8 +22,11 @@ from griffin_core.model.load import Model
 from griffin_core.observer import Observer
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
-from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
+from griffin_core.slim.masked import Masked
+from griffin_core.slim.packed import Packed
+from tests.core.engines import Inbox, at_baseline, complete, engine, finish, hand_over, submit
 from tests.servers import eventually
+from tests.tiny import FAMILIES
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def all_of(inbox: Inbox) -> tuple[list[Any], Any]:
 
 
 def stopping_task(stop_token: int | None = None, **more: Any) -> GenerateTask:
-    """Ends by a token that nobody could foresee, if one is given."""
+    """Ends by an unpredictable token, if one is given."""
     ends = frozenset() if stop_token is None else frozenset({stop_token})
     return GenerateTask(
         **{
@@ -131,6 +136,23 @@ def test_the_last_token_that_a_request_may_have_is_foreseen(model: Model, overla
     assert observer.steps == [1] * 39  # the first token is the prompt's
 
 
+def test_steps_are_counted_alike_while_prompts_come(model: Model) -> None:
+    """A step that is read because a prompt comes next counts as any other."""
+    counted = {}
+    for overlap in (False, True):
+        observer = Counting()
+        with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
+            inboxes = []
+            for number in range(6):
+                task = stopping_task(prompt=(number,) * 9)
+                inboxes.append(submit(running, task)[1])
+                inboxes[-1].until(TokensMade)
+            for inbox in inboxes:
+                finish(inbox)
+        counted[overlap] = sum(observer.steps)
+    assert counted[False] == counted[True] == 6 * 39
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_end_their_session_alone(
@@ -175,3 +197,59 @@ def test_slots_go_round(model: Model, overlap: bool) -> None:
         finish(score)
         eventually(lambda: at_baseline(running))
         assert sorted(running._decoding._free_slots) == [0, 1, 2]
+
+
+# -- the parity suites, with and without ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_generates_what_transformers_does(
+    name: str, overlap: bool, tiny: Callable[[str], Model], tiny_directory: Callable[[str], Path]
+) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tiny_directory(name), dtype=torch.float32)
+    prompt = list(range(20, 40))
+    ids = torch.tensor([prompt])
+    expected = (
+        reference.eval()
+        .generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=16,
+            min_new_tokens=16,
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        .tolist()
+    )
+    task = GenerateTask(
+        prompt=tuple(prompt), stopping=StoppingParams(max_tokens=16, ignore_eos=True)
+    )
+    with engine(tiny(name), own_prefill_tokens=None, overlap=overlap) as running:
+        made = complete(running, task)[0]
+    assert made[: len(expected)] == expected  # which ends with an end-of-sequence token
+    assert len(expected) > 3
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_packed_masked_and_zeroed_generate_the_same(model: Model, overlap: bool) -> None:
+    forms = {"packed": Packed(), "masked": Masked()}
+    made = {}
+    for name, form in forms.items():
+        with engine(model, own_prefill_tokens=None, overlap=overlap, slim=form) as running:
+            inboxes = [submit(running, stopping_task())[1] for _ in range(3)]  # zeroed, if packed
+            made[name] = [finish(inbox)[0] for inbox in inboxes]
+            made[name + " alone"] = [complete(running, stopping_task())[0]] * 3
+    assert len(set(map(str, made.values()))) == 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prefill_elsewhere_and_here_give_the_same(model: Model, overlap: bool) -> None:
+    made = []
+    for own in (None, 0):
+        with engine(model, own_prefill_tokens=own, overlap=overlap) as running:
+            task = stopping_task()
+            inbox = submit(running, task)[1]
+            hand_over(running, task, inbox)
+            made.append(all_of(inbox)[0])
+    assert made[0] == made[1]
