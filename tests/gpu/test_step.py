@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from griffin_core.decode.step import LayeredStep, StepRow, StepTokens, decode_tokens
+from griffin_core.decode.step import StepRow, StepTokens, decode_tokens
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
@@ -63,7 +63,7 @@ def graphs_of(decoder: Decoder, max_tokens: int, graphs: bool = True) -> CudaSte
 
 
 def rows_of(
-    step: CudaStep | LayeredStep, ids: list[int], caches: list[KvCache], views: list[View]
+    step: CudaStep, ids: list[int], caches: list[KvCache], views: list[View]
 ) -> list[StepRow]:
     """Rows that run the given tokens, as if their slots had drawn them."""
     sampler = step.sampler
@@ -202,18 +202,22 @@ def test_a_full_cache_is_refused_before_anything_is_written(
         step.launch(rows_of(step, [4], [cache], [dense(decoder)]))
 
 
-def test_more_sessions_than_graphs_take_run_layer_by_layer(
+def test_more_sessions_than_graphs_take_run_in_several(
     tiny_directory: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     step = graphs_of(decoder, 1)
-    layered = LayeredStep(decoder=decoder, sampler=sampler_of(decoder))
     view = on(Indexed(), decoder, random_sets(decoder, 44))
-    made = []
-    for stepper in (step, layered):
-        caches = [prefilled(decoder, [1, 2, 3]) for _ in range(2)]
-        made.append(stepper.launch(rows_of(stepper, [5, 6], caches, [view] * 2)).logits)
-    assert torch.equal(*made)
+    caches = [prefilled(decoder, prompt) for prompt in PROMPTS]
+    together = [
+        one.token for one in step.launch(rows_of(step, [5, 6, 7], caches, [view] * 3)).wait()
+    ]
+    assert [cache.length for cache in caches] == [len(prompt) + 1 for prompt in PROMPTS]
+    alone = []
+    for token, prompt in zip([5, 6, 7], PROMPTS, strict=True):
+        rows = rows_of(step, [token], [prefilled(decoder, prompt)], [view])
+        alone.append(step.launch(rows).wait()[0].token)
+    assert together == alone
 
 
 def test_a_set_each_runs_where_it_costs_no_more_and_zeroed_where_it_would(
