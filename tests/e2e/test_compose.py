@@ -28,7 +28,7 @@ from tests.e2e.prometheus import ROOT, Prometheus, free_port, program
 from tests.e2e.texts import ARTICLE
 from tests.servers import eventually
 
-pytestmark = pytest.mark.timeout(240)  # two servers, which start one after the other
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]  # servers that start one after the other
 
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))[
     "services"

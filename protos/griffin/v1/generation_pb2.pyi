@@ -758,7 +758,7 @@ class PruningFigures(_message.Message):
     mean_norm_mass: _builtins.float
     """Mean over layers of norm_mass."""
     slim_view_bytes: _builtins.int
-    """What this session's slim view holds beyond the model's own weights."""
+    """What this session's slim view, or what lets it run zeroed, holds beyond the model's own weights."""
     kv_cache_bytes: _builtins.int
     """What this session's KV cache holds."""
     mean_density: _builtins.float
@@ -1248,8 +1248,8 @@ class Session(_message.Message):
     idle_s: _builtins.float
     """Since the last token or turn; 0 unless IDLE."""
     reserved_bytes: _builtins.int
-    """The most its KV cache, and its slim view if that is its own, can come to hold; what its KV cache
-    holds if IDLE.
+    """The most its KV cache, what lets it run zeroed, and its slim view if that is its own, can come to
+    hold; what its KV cache holds if IDLE.
     """
     @_builtins.property
     def pruning(self) -> Global___PruningFigures: ...
