@@ -58,7 +58,7 @@ def transformers_s(reference: PreTrainedModel, ids: list[int]) -> float:
 
 def of_sessions(model: Model, rounds: int) -> dict[str, object]:
     """Milliseconds of a step with several sessions, dense and at 0.5, and their ratios to dense."""
-    # Prompts come one behind the other at once, so that all are soon live; costs are measured.
+    # All prompts are submitted at once, so that all sessions are soon live; costs are measured.
     engine = Engine(model, limits=Limits(prefill_share=1.0), costs=None)
     engine.start()
     engine.ready.result()

@@ -34,7 +34,7 @@ from griffin_core.prefill import prefill
 log = logging.getLogger(__name__)
 
 FRACTIONS = {"cuda": 0.9, "cpu": 0.5}
-"""Of what is free, for sessions, by kind of device, where nothing else is said."""
+"""Fraction of the free memory that sessions may hold by default, by type of device."""
 
 GIB = 1 << 30
 
@@ -44,7 +44,7 @@ ASSUMED_BYTES = 8 * GIB
 """Taken for available on a CPU whose system does not tell (it is not Linux)."""
 
 ATTEMPTS = 3
-"""To claim memory that another process may take at the same moment."""
+"""Tries to claim memory that another process may take first."""
 
 
 def fraction_of(device: torch.device, fraction: float | None) -> float:
@@ -78,7 +78,7 @@ class Room:
     """What a GPU has for the sessions of an engine.
 
     Args:
-        free: bytes that nobody holds or was promised.
+        free: bytes neither held nor promised.
         workspace: bytes of them that a chunk of a prompt works in.
     """
 

@@ -290,7 +290,7 @@ class Pass:
         # What is kept is the square of what a handoff brings, so that it is the same, to the bit,
         # wherever a prompt is read.
         s2s = [s2.sqrt().square() for s2 in s2s]
-        # The one wait: behind it every moment of this pass and of those before it is known.
+        # The one wait: after it every moment of this pass and of those before it is known.
         masses = torch.stack([_norm_mass(*pair) for pair in zip(s2s, experts, strict=True)])
         norm_mass: list[list[float]] = masses.tolist()
         selection_s = _seconds(selecting, selected) / len(prompts)

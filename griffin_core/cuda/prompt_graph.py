@@ -2,7 +2,7 @@
 
 A pass over a few hundred tokens keeps a GPU busy for less time than the host takes to launch its
 kernels, some fifteen a layer. Captured for a few sizes, it is launched at once. A prompt of another
-length runs in the next larger size: the rows behind it are computed and have no effect, since
+length runs in the next larger size: the rows after it are computed and have no effect, since
 attention is causal, the statistic is taken of the prompt's rows alone, and only those go into the
 cache. The graph finds the cache by its addresses, in a table on the device.
 """

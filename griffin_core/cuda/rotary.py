@@ -61,7 +61,7 @@ class Places:
         addresses: [L, R] int64, of each layer of each prompt's cache.
         capacities: [R] int64, tokens each cache has room for.
         starts: [R] int64, the position of each prompt's first token.
-        bounds: [R + 1] int64: run r is rows bounds[r] to bounds[r + 1]. Rows behind the last are
+        bounds: [R + 1] int64: run r is rows bounds[r] to bounds[r + 1]. Rows after the last are
             padding, and go nowhere.
     """
 

@@ -157,7 +157,7 @@ class Session:
         """All tokens of all turns; the cache may lack the last ones."""
         self.generated_tokens = 0
         self.slot: int | None = None
-        """Of the sampler, while it generates."""
+        """The sampler's slot, while it generates."""
         self.in_flight = 0
         """Tokens that the device draws and the host has not read yet."""
         self.reservation = Reservation(kv=0)

@@ -32,7 +32,7 @@ from griffin_core.slim.views import SlimView, SlimViews
 from griffin_core.slim.zeroed import ZeroedLayers
 
 STEPS_HELD = 16
-"""For so many steps a group keeps the set it has chosen, and ``auto`` its form."""
+"""Steps for which a group keeps its set, and ``auto`` its form."""
 
 SHARE_KEPT = 0.05
 """A group keeps a layer's set while a new choice would change no more than this share of it

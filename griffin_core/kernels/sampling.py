@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from griffin_core.sampling.params import SamplingParams
 
 BINS = 2048
-"""Of the histogram."""
+"""Number of bins of the histogram."""
 
 BINS_PER_NAT = np.float32(64.0)
 """Bins for each factor e between weights, where weights fall further than the bins reach."""
@@ -364,7 +364,7 @@ def _cut_bin(w, bins_at, sums_at, chosen_at, by_mass, wanted, size):
 
 @_loop
 def _drop(x, w, chosen_at, count, by_mass, wanted, size):
-    """Weights behind the cut become 0. It is among the chosen tokens, where so many, or so much
+    """Weights after the cut become 0. It is among the chosen tokens, where so many, or so much
     mass, is reached: an interval of keys, whose ends are always keys of tokens there, is halved."""
     chosen = at(chosen_at, types.int32)
     low, high = types.int64(0x7FFFFFFF), types.int64(-0x80000000)

@@ -25,7 +25,7 @@ MOST_COPIES = 16
 
 _ROWS = (1, 2, 4, 8, 16)
 _BYTES = 256 << 20  # measured over layers of so much together: more than caches hold
-_CACHED = 128  # tokens behind which the rest of a step is measured
+_CACHED = 128  # tokens after which the rest of a step is measured
 _ROUNDS = 3
 
 Seconds = Mapping[int, float]
@@ -179,7 +179,7 @@ ASSUMED_COSTS = BlockCosts(
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
     """Times FF blocks for 1 to 16 rows over enough layers to be read from memory, dense and on half
-    of the neurons, and the rest of a step behind ``_CACHED`` tokens."""
+    of the neurons, and the rest of a step after ``_CACHED`` tokens."""
     spec = decoder.spec
     layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].neurons.nbytes))]
     k = Selection(density=0.5).experts_of(spec.ff_width)

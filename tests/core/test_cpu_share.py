@@ -192,7 +192,8 @@ def test_this_process_is_not_another() -> None:
 @pytest.mark.parametrize(
     ("others", "most", "cpus", "threads"),
     [
-        # Two CPUs: nobody, a client, one busy loop beside two threads and beside one, two loops.
+        # Two CPUs: no other program, a client, one busy loop beside two threads and beside one,
+        # two loops.
         (0.0, 2, 2, 2),
         (0.25, 2, 2, 2),
         (0.67, 2, 2, 1),

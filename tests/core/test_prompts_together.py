@@ -126,7 +126,7 @@ def test_the_time_of_a_pass_is_divided_by_tokens(
     tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = tiny("llama").decoder
-    clock = iter((0.0, 4.0, 3.0, 3.5))  # begin, end, before and behind the selection
+    clock = iter((0.0, 4.0, 3.0, 3.5))  # begin, end, before and after the selection
     monkeypatch.setattr("griffin_core.prefill.moment", lambda _: next(clock))
     parts = [Part(prompt=Prompt(decoder, ids(n), HALF), tokens=n) for n in (10, 30)]
     short, long = (each.finished for each in launch(decoder, parts).end())

@@ -24,7 +24,7 @@ CONSOLE = [
 ]
 (PYTHON,) = re.findall(r"```python\n(.*?)```", USE_IT, re.DOTALL)
 TYPED = {"griffin chat": "What does a compiler do?\n\n"}
-"""What somebody types into a command."""
+"""Standard input of a command."""
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

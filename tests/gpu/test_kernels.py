@@ -390,7 +390,7 @@ def test_keys_and_values_of_prompts_go_where_they_belong(
     rotates: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Behind what each cache holds, rotated as by the plain form; padding goes nowhere."""
+    """After what each cache holds, rotated as by the plain form; padding goes nowhere."""
     tokens, padding = sum(lengths), 2
     qkv = randn(tokens + padding, heads + 2 * kv_heads, size, dtype=dtype)
     by = tuple(randn(tokens + padding, 1, size, dtype=dtype) for _ in range(2))

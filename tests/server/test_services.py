@@ -23,6 +23,7 @@ from griffin_client import (
     GriffinClient,
     NotFound,
     Sampling,
+    Sharing,
     Stopping,
     Tokens,
     Unavailable,
@@ -49,6 +50,25 @@ def client(tiny_server: Running) -> Iterator[GriffinClient]:
 def channel(tiny_server: Running) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(tiny_server.target) as connected:
         yield connected
+
+
+@pytest.mark.parametrize("sharing", ["private", "shared"])
+def test_a_completion_says_what_its_tokens_ran_on(client: GriffinClient, sharing: Sharing) -> None:
+    """The first token comes of the prompt, which runs dense."""
+    six = Stopping(max_tokens=6, ignore_eos=True)
+    dense = client.complete(token_ids=range(20), density=1.0, sharing=sharing, stopping=six)
+    assert (dense.finished.pruning.mean_density, dense.finished.pruning.dense_tokens) == (1.0, 6)
+    half = client.complete(token_ids=range(20), density=0.5, sharing=sharing, stopping=six)
+    assert half.finished.pruning.mean_density == pytest.approx((1 + 5 * 0.5) / 6)
+    assert half.finished.pruning.dense_tokens == 1
+
+
+def test_auto_says_how_much_of_a_completion_ran_dense(client: GriffinClient) -> None:
+    made = client.complete(token_ids=range(20), density=0.5, sharing="auto", stopping=LONG)
+    pruning = made.finished.pruning
+    assert 1 <= pruning.dense_tokens <= 200
+    slim = 200 - pruning.dense_tokens
+    assert pruning.mean_density == pytest.approx((pruning.dense_tokens + 0.5 * slim) / 200)
 
 
 def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], Model]) -> None:
