@@ -61,8 +61,8 @@ serve: $(SERVER_STAMP)  ## serve the default model on localhost:50051; settings 
 test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## all tests that need neither minutes nor a GPU
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-e2e: $(STAMP)  ## servers under load, killed and ended, and the commands of the README
-	@$(BIN)/python -m pytest -m e2e $(ARGS)
+test-e2e: $(STAMP) $(VENV)/prometheus  ## servers under load, watched, killed and ended, and the README's commands
+	@$(BIN)/python -m pytest -m 'e2e and not slow' $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)

@@ -17,10 +17,13 @@ import pytest
 from tests.e2e.prometheus import ROOT, RULES, Prometheus, free_port, program, prometheus
 from tests.servers import Process, eventually
 
-pytestmark = pytest.mark.skipif(
-    program("prometheus") is None,
-    reason="no prometheus: make puts Debian's into .venv where there is apt-get",
-)
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        program("prometheus") is None,
+        reason="no prometheus: make puts Debian's into .venv where there is apt-get",
+    ),
+]
 
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
 QUERIES = [

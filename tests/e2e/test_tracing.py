@@ -30,6 +30,8 @@ from tests.otlp import Receiver, Span
 from tests.servers import Process, running
 
 GENERATE, PREFILL = "griffin.v1.GenerationService/Generate", "griffin.v1.PrefillService/Prefill"
+pytestmark = pytest.mark.e2e
+
 SIX = Stopping(max_tokens=6, ignore_eos=True)
 ENDLESS = Stopping(max_tokens=5000, ignore_eos=True)
 LATE_S = 0.02
