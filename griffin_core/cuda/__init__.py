@@ -23,3 +23,12 @@ def on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -
     if device.type != "cuda":
         return here
     return here.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy in the host's memory, there once the device has done what it was given so far; the
+    host does not wait for a GPU."""
+    if x.device.type == "cpu":
+        return x.clone()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from griffin_core.cuda import on_device
+from griffin_core.cuda import on_device, to_host
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder, RunFF
 from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
@@ -114,14 +114,6 @@ class Draw:
                 logprobs = self._logprobs.read(index, top)
                 drawn[row] = Drawn(token=drawn[row].token, logprobs=logprobs)
         return drawn
-
-
-def to_host(x: Tensor) -> Tensor:
-    """A copy in the host's memory, there once the device has done what it was given so far."""
-    if x.device.type == "cpu":
-        return x.clone()
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return host.copy_(x, non_blocking=True)
 
 
 class DrawLost(Exception):

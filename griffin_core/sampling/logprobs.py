@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from griffin_core.cuda import to_host
 
 MAX_TOP_LOGPROBS = 20
 
@@ -42,7 +43,7 @@ class RowLogprobs:
         if self.chosen.device.type == "cpu":
             return self
         return RowLogprobs(
-            chosen=_to_host(self.chosen), values=_to_host(self.values), ids=_to_host(self.ids)
+            chosen=to_host(self.chosen), values=to_host(self.values), ids=to_host(self.ids)
         )
 
     def read(self, row: int, top: int) -> Logprobs:
@@ -65,7 +66,3 @@ def logprobs_of(logits: Tensor, rows: Tensor, tokens: Tensor, top: int) -> RowLo
     taken = tokens.index_select(0, rows).clamp(min=0)
     best, ids = values.topk(top, dim=1)
     return RowLogprobs(chosen=values.gather(1, taken[:, None])[:, 0], values=best, ids=ids)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
