@@ -16,6 +16,7 @@ Conventions of both files in this package:
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -243,6 +244,8 @@ class Sampling(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """>= 0. 0 takes the most likely token. Default 0."""
     top_k: _builtins.int
@@ -270,6 +273,19 @@ class Sampling(_message.Message):
         defaults for it: an empty map biases nothing.
         """
 
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that the completion never comes to hold, by the tokens that the tokenizer gives them, at
+        its beginning and after other text: the token that would complete one is not drawn. At most 64
+        of 1 to 256 characters.
+        """
+
+    @_builtins.property
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these tokens are drawn, at most 1024 ids in [0, V); the model's end-of-sequence token only
+        if it is among them. Default: all.
+        """
+
     def __init__(
         self,
         *,
@@ -282,10 +298,12 @@ class Sampling(_message.Message):
         frequency_penalty: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
         logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        bad_words: _abc.Iterable[_builtins.str] | None = ...,
+        allowed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
@@ -332,13 +350,26 @@ class Stopping(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Most tokens to generate, >= 1. Default 256. The context length limits it further."""
     ignore_eos: _builtins.bool
     """Go on after the model's end-of-sequence token. Default false."""
+    min_tokens: _builtins.int
+    """Least tokens to generate, at most `max_tokens`. Until so many are there, no end-of-sequence token
+    and none of `stop_token_ids` is drawn, and `stop` is not looked for. Default 0.
+    """
+    include_stop_string: _builtins.bool
+    """The text ends with the stop string that matched instead of before it. Default false."""
+    skip_special_tokens: _builtins.bool
+    """Leave special tokens out of the text. Default true."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 16 strings of 1 to 256 characters. The text ends before the first match."""
+        """At most 16 strings of 1 to 256 characters. The text ends before the first match. They are looked
+        for in the text with its special tokens shown, so "<|im_end|>" ends a completion that draws it.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -351,14 +382,26 @@ class Stopping(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        min_tokens: _builtins.int | None = ...,
+        include_stop_string: _builtins.bool = ...,
+        skip_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_min_tokens", b"_min_tokens", "_skip_special_tokens", b"_skip_special_tokens", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_min_tokens", b"_min_tokens", "_skip_special_tokens", b"_skip_special_tokens", "ignore_eos", b"ignore_eos", "include_stop_string", b"include_stop_string", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_tokens: _TypeAlias = _typing.Literal["min_tokens"]  # noqa: Y015
+    _WhichOneofArgType__min_tokens: _TypeAlias = _typing.Literal["_min_tokens", b"_min_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__skip_special_tokens: _TypeAlias = _typing.Literal["skip_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_tokens) -> _WhichOneofReturnType__min_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_special_tokens) -> _WhichOneofReturnType__skip_special_tokens | None: ...
 
 Global___Stopping: _TypeAlias = Stopping  # noqa: Y015
 
@@ -400,6 +443,9 @@ class GenerateRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     KEEP_SESSION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Exactly one of `text`, `token_ids` and `messages` is given.
     Tokenized as the model's tokenizer does it, with its own special tokens (a BOS, say), except in
@@ -423,13 +469,21 @@ class GenerateRequest(_message.Message):
     """For logs and traces, at most 128 printable ASCII characters. Default: the `x-request-id`
     metadata, else drawn by the server. The server returns it as `x-request-id` metadata.
     """
+    continue_final_message: _builtins.bool
+    """With `messages`: the completion goes on with the text of the last message, which is usually the
+    assistant's, instead of answering it. Default false.
+    """
+    add_special_tokens: _builtins.bool
+    """With `text`: whether the tokenizer adds its own special tokens (a BOS, say). False for a text
+    that has them already. Default true.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Taken as they are; each in [0, V)."""
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """Rendered with the model's chat template. INVALID_ARGUMENT if it has none."""
+        """Rendered with the model's chat template. INVALID_ARGUMENT if it has none that can be used."""
 
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
@@ -438,6 +492,13 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def pruning(self) -> Global___Pruning:
         """In a later turn of a session a field that is not set keeps the session's value."""
+
+    @_builtins.property
+    def chat_template_kwargs(self) -> _struct_pb2.Struct:
+        """With `messages`: further variables of the chat template, as the model's card names them, such as
+        `{"enable_thinking": false}`, or `tools`, a list of JSON schemas of functions. Whole numbers
+        reach the template as integers. INVALID_ARGUMENT for names that the request has fields for.
+        """
 
     def __init__(
         self,
@@ -452,15 +513,22 @@ class GenerateRequest(_message.Message):
         session_id: _builtins.str = ...,
         keep_session: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        continue_final_message: _builtins.bool = ...,
+        chat_template_kwargs: _struct_pb2.Struct | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "_top_logprobs", b"_top_logprobs", "pruning", b"pruning", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "pruning", b"pruning", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "_top_logprobs", b"_top_logprobs", "keep_session", b"keep_session", "messages", b"messages", "pruning", b"pruning", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "keep_session", b"keep_session", "messages", b"messages", "pruning", b"pruning", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
     _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
     @_typing.overload
@@ -807,6 +875,7 @@ class ScoreRequest(_message.Message):
     PRUNING_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     context: _builtins.str
     """Exactly one of the two; not empty. Tokenized with the tokenizer's own special tokens."""
     continuation: _builtins.str
@@ -817,6 +886,8 @@ class ScoreRequest(_message.Message):
     """Seeds the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: drawn at random."""
     request_id: _builtins.str
     """As in GenerateRequest."""
+    add_special_tokens: _builtins.bool
+    """With `context`: as in GenerateRequest."""
     @_builtins.property
     def context_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -833,17 +904,22 @@ class ScoreRequest(_message.Message):
         pruning: Global___Pruning | None = ...,
         seed: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_context", b"_context", "_continuation", b"_continuation", "_seed", b"_seed", "context", b"context", "continuation", b"continuation", "pruning", b"pruning", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_context", b"_context", "_continuation", b"_continuation", "_seed", b"_seed", "add_special_tokens", b"add_special_tokens", "context", b"context", "continuation", b"continuation", "pruning", b"pruning", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context", b"_context", "_continuation", b"_continuation", "_seed", b"_seed", "context", b"context", "context_token_ids", b"context_token_ids", "continuation", b"continuation", "continuation_token_ids", b"continuation_token_ids", "pruning", b"pruning", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_context", b"_context", "_continuation", b"_continuation", "_seed", b"_seed", "add_special_tokens", b"add_special_tokens", "context", b"context", "context_token_ids", b"context_token_ids", "continuation", b"continuation", "continuation_token_ids", b"continuation_token_ids", "pruning", b"pruning", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__context: _TypeAlias = _typing.Literal["context"]  # noqa: Y015
     _WhichOneofArgType__context: _TypeAlias = _typing.Literal["_context", b"_context"]  # noqa: Y015
     _WhichOneofReturnType__continuation: _TypeAlias = _typing.Literal["continuation"]  # noqa: Y015
     _WhichOneofArgType__continuation: _TypeAlias = _typing.Literal["_continuation", b"_continuation"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__context) -> _WhichOneofReturnType__context | None: ...
     @_typing.overload
@@ -931,6 +1007,9 @@ class AnalyzePromptRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     ACTIVATION_LAYERS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Exactly one of `text`, `token_ids` and `messages` is given, as in GenerateRequest. At most the
     context length.
@@ -938,6 +1017,10 @@ class AnalyzePromptRequest(_message.Message):
     seed: _builtins.int
     """Seeds the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: drawn at random."""
     request_id: _builtins.str
+    """As in GenerateRequest."""
+    continue_final_message: _builtins.bool
+    """As in GenerateRequest."""
+    add_special_tokens: _builtins.bool
     """As in GenerateRequest."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -951,6 +1034,10 @@ class AnalyzePromptRequest(_message.Message):
     def activation_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Layers whose activations are sent, at most 8, each in [0, L). Default: none."""
 
+    @_builtins.property
+    def chat_template_kwargs(self) -> _struct_pb2.Struct:
+        """As in GenerateRequest."""
+
     def __init__(
         self,
         *,
@@ -961,15 +1048,22 @@ class AnalyzePromptRequest(_message.Message):
         seed: _builtins.int | None = ...,
         activation_layers: _abc.Iterable[_builtins.int] | None = ...,
         request_id: _builtins.str = ...,
+        continue_final_message: _builtins.bool = ...,
+        chat_template_kwargs: _struct_pb2.Struct | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_text", b"_text", "pruning", b"pruning", "seed", b"seed", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_seed", b"_seed", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "pruning", b"pruning", "seed", b"seed", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_text", b"_text", "activation_layers", b"activation_layers", "messages", b"messages", "pruning", b"pruning", "request_id", b"request_id", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_seed", b"_seed", "_text", b"_text", "activation_layers", b"activation_layers", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "messages", b"messages", "pruning", b"pruning", "request_id", b"request_id", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
     _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -1148,6 +1242,7 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_POLICY_FIELD_NUMBER: _builtins.int
     DEFAULT_SHARING_FIELD_NUMBER: _builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The directory, file or hub id the server was started with; paths are reduced to their last part."""
     family: _builtins.str
@@ -1186,6 +1281,10 @@ class GetModelInfoResponse(_message.Message):
     """The policy of a request that does not set it."""
     default_sharing: Global___ExpertSharing.ValueType
     """The sharing of a request that does not set it."""
+    batch_invariant: _builtins.bool
+    """True with `--batch-invariant`: what a PRIVATE session generates does not depend on who else is
+    there, whatever the dtype. Without it that holds in float32.
+    """
     @_builtins.property
     def default_sampling(self) -> Global___Sampling:
         """The fields that `--sampling-defaults` sets for requests that do not; none is set if that is
@@ -1216,10 +1315,11 @@ class GetModelInfoResponse(_message.Message):
         default_policy: Global___SelectionPolicy.ValueType = ...,
         default_sharing: Global___ExpertSharing.ValueType = ...,
         default_sampling: Global___Sampling | None = ...,
+        batch_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1316,14 +1416,25 @@ Global___GetSessionResponse: _TypeAlias = GetSessionResponse  # noqa: Y015
 class ListSessionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most sessions of a page, in [1, 1000]. Default 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first. INVALID_ARGUMENT for any other."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int | None = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
 
 Global___ListSessionsRequest: _TypeAlias = ListSessionsRequest  # noqa: Y015
 
@@ -1332,16 +1443,26 @@ class ListSessionsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the page after this one; empty if this is the last. Sessions that open meanwhile come
+    on later pages; one that ends meanwhile may be missing from them.
+    """
+    total_size: _builtins.int
+    """How many sessions there are in all."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]: ...
     def __init__(
         self,
         *,
         sessions: _abc.Iterable[Global___Session] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "sessions", b"sessions", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -127,7 +127,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Every live or kept session, oldest first.
+        """Live and kept sessions, oldest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

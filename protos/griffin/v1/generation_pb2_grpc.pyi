@@ -72,7 +72,7 @@ class GenerationServiceStub:
     GetSession: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetSessionRequest, _generation_pb2.GetSessionResponse]
     """One live or kept session. NOT_FOUND if there is none of that id."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListSessionsRequest, _generation_pb2.ListSessionsResponse]
-    """Every live or kept session, oldest first."""
+    """Live and kept sessions, oldest first, in pages."""
     CloseSession: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CloseSessionRequest, _generation_pb2.CloseSessionResponse]
     """Frees a session. One that is generating ends with CANCELLED. NOT_FOUND if there is none."""
 
@@ -110,7 +110,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     GetSession: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetSessionRequest, _generation_pb2.GetSessionResponse]  # type: ignore[assignment]
     """One live or kept session. NOT_FOUND if there is none of that id."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListSessionsRequest, _generation_pb2.ListSessionsResponse]  # type: ignore[assignment]
-    """Every live or kept session, oldest first."""
+    """Live and kept sessions, oldest first, in pages."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_generation_pb2.CloseSessionRequest, _generation_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Frees a session. One that is generating ends with CANCELLED. NOT_FOUND if there is none."""
 
@@ -181,7 +181,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ListSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ListSessionsResponse, _abc.Awaitable[_generation_pb2.ListSessionsResponse]]:
-        """Every live or kept session, oldest first."""
+        """Live and kept sessions, oldest first, in pages."""
 
     @_abc_1.abstractmethod
     def CloseSession(
