@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -75,6 +75,9 @@ class AsyncGriffinClient:
         session_id: str | None = None,
         keep_session: bool = False,
         request_id: str | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """See ``GriffinClient.generate``. Closing the iterator cancels the call."""
@@ -91,6 +94,9 @@ class AsyncGriffinClient:
             session_id=session_id,
             keep_session=keep_session,
             request_id=request_id,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            add_special_tokens=add_special_tokens,
         )
         call: Any = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
         try:
@@ -115,6 +121,7 @@ class AsyncGriffinClient:
         sharing: Sharing | None = None,
         seed: int | None = None,
         request_id: str | None = None,
+        add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Score:
         """See ``GriffinClient.score``."""
@@ -126,6 +133,7 @@ class AsyncGriffinClient:
             sharing=sharing,
             seed=seed,
             request_id=request_id,
+            add_special_tokens=add_special_tokens,
         )
         return convert.score(await self._call(self._stub.Score, request, timeout_s))
 
@@ -140,6 +148,9 @@ class AsyncGriffinClient:
         seed: int | None = None,
         activation_layers: Sequence[int] = (),
         request_id: str | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Analysis:
         """See ``GriffinClient.analyze_prompt``."""
@@ -152,6 +163,9 @@ class AsyncGriffinClient:
             seed=seed,
             activation_layers=activation_layers,
             request_id=request_id,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            add_special_tokens=add_special_tokens,
         )
         call: Any = self._stub.AnalyzePrompt(request, timeout=timeout_s, metadata=trace_metadata())
         try:
@@ -175,8 +189,13 @@ class AsyncGriffinClient:
 
     async def list_sessions(self, *, timeout_s: float | None = None) -> list[Session]:
         """See ``GriffinClient.list_sessions``."""
-        response = await self._call(self._stub.ListSessions, pb.ListSessionsRequest(), timeout_s)
-        return [convert.session(item) for item in response.sessions]
+        request, sessions = pb.ListSessionsRequest(), []
+        while True:
+            response = await self._call(self._stub.ListSessions, request, timeout_s)
+            sessions += [convert.session(item) for item in response.sessions]
+            if not response.next_page_token:
+                return sessions
+            request.page_token = response.next_page_token
 
     async def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
         """See ``GriffinClient.close_session``."""

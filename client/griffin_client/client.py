@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -84,6 +84,9 @@ class GriffinClient:
         session_id: str | None = None,
         keep_session: bool = False,
         request_id: str | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[Event]:
         """Streams a completion: Started, then Tokens as they are made, then Finished.
@@ -102,6 +105,11 @@ class GriffinClient:
                 log-probabilities at all.
             session_id: a kept session to continue.
             keep_session: keep the session for a next turn.
+            continue_final_message: go on with the text of the last message instead of answering it.
+            chat_template_kwargs: further variables of the chat template, such as
+                ``{"enable_thinking": False}`` or ``tools``; what JSON can hold.
+            add_special_tokens: whether a text prompt gets the tokenizer's own BOS and the like;
+                None for True.
         """
         request = convert.generate_request(
             prompt,
@@ -116,6 +124,9 @@ class GriffinClient:
             session_id=session_id,
             keep_session=keep_session,
             request_id=request_id,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            add_special_tokens=add_special_tokens,
         )
         return self._stream(self._stub.Generate, request, timeout_s, convert.event)
 
@@ -145,12 +156,14 @@ class GriffinClient:
         sharing: Sharing | None = None,
         seed: int | None = None,
         request_id: str | None = None,
+        add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Score:
         """Log-probabilities of a continuation on the experts its context chooses.
 
         Args:
             context, continuation: both text, or both token ids.
+            add_special_tokens: as in ``generate``, of the context.
         """
         request = convert.score_request(
             context,
@@ -160,6 +173,7 @@ class GriffinClient:
             sharing=sharing,
             seed=seed,
             request_id=request_id,
+            add_special_tokens=add_special_tokens,
         )
         return convert.score(self._call(self._stub.Score, request, timeout_s))
 
@@ -174,6 +188,9 @@ class GriffinClient:
         seed: int | None = None,
         activation_layers: Sequence[int] = (),
         request_id: str | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Analysis:
         """What a prompt fires: each layer's statistic and experts. Nothing is generated.
@@ -182,6 +199,7 @@ class GriffinClient:
             prompt, messages, token_ids: exactly one of them, as in ``generate``.
             density, policy: of the experts; None takes the server's.
             activation_layers: layers of which each token's activations are wanted, at most 8.
+            continue_final_message, chat_template_kwargs, add_special_tokens: as in ``generate``.
         """
         request = convert.analyze_request(
             prompt,
@@ -192,6 +210,9 @@ class GriffinClient:
             seed=seed,
             activation_layers=activation_layers,
             request_id=request_id,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            add_special_tokens=add_special_tokens,
         )
         responses = self._stream(self._stub.AnalyzePrompt, request, timeout_s, lambda item: item)
         return convert.analysis(responses)
@@ -208,9 +229,14 @@ class GriffinClient:
         return convert.session(response.session)
 
     def list_sessions(self, *, timeout_s: float | None = None) -> list[Session]:
-        """All live or kept sessions, oldest first."""
-        response = self._call(self._stub.ListSessions, pb.ListSessionsRequest(), timeout_s)
-        return [convert.session(item) for item in response.sessions]
+        """All live or kept sessions, oldest first. ``timeout_s`` is for each page of them."""
+        request, sessions = pb.ListSessionsRequest(), []
+        while True:
+            response = self._call(self._stub.ListSessions, request, timeout_s)
+            sessions += [convert.session(item) for item in response.sessions]
+            if not response.next_page_token:
+                return sessions
+            request.page_token = response.next_page_token
 
     def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
         """Frees a session; one that is generating ends with Cancelled."""

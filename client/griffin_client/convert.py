@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -33,6 +33,9 @@ def generate_request(
     session_id: str | None,
     keep_session: bool,
     request_id: str | None,
+    continue_final_message: bool,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    add_special_tokens: bool | None,
 ) -> pb.GenerateRequest:
     return _message(
         pb.GenerateRequest,
@@ -46,6 +49,9 @@ def generate_request(
         session_id=session_id,
         keep_session=keep_session,
         request_id=request_id,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+        add_special_tokens=add_special_tokens,
     )
 
 
@@ -58,6 +64,7 @@ def score_request(
     sharing: types.Sharing | None,
     seed: int | None,
     request_id: str | None,
+    add_special_tokens: bool | None,
 ) -> pb.ScoreRequest:
     inputs: dict[str, Any] = {
         name if isinstance(value, str) else f"{name}_token_ids": value
@@ -69,6 +76,7 @@ def score_request(
         pruning=_pruning(density, policy, sharing),
         seed=seed,
         request_id=request_id,
+        add_special_tokens=add_special_tokens,
     )
 
 
@@ -82,6 +90,9 @@ def analyze_request(
     seed: int | None,
     activation_layers: Sequence[int],
     request_id: str | None,
+    continue_final_message: bool,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    add_special_tokens: bool | None,
 ) -> pb.AnalyzePromptRequest:
     return _message(
         pb.AnalyzePromptRequest,
@@ -92,6 +103,9 @@ def analyze_request(
         seed=seed,
         activation_layers=activation_layers,
         request_id=request_id,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+        add_special_tokens=add_special_tokens,
     )
 
 
@@ -179,7 +193,7 @@ def _message(kind: type[M], path: str = "", **values: Any) -> M:
     for name, value in values.items():
         try:
             message.MergeFrom(kind(**{name: value}))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise invalid_argument(f"{path}{name}", value, str(error)) from error
     return message
 

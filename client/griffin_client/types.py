@@ -38,16 +38,21 @@ class Sampling:
     frequency_penalty: float | None = None
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stopping:
-    """When to stop; max_tokens None takes the server's default of 256."""
+    """When to stop; None takes the server's default, which is 256 for max_tokens."""
 
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    min_tokens: int | None = None
+    include_stop_string: bool = False
+    skip_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +255,7 @@ class ModelInfo:
     max_sessions: int
     version: str
     default_sampling: Sampling = field(default_factory=Sampling)
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

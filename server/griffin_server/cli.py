@@ -67,6 +67,24 @@ TopP = Annotated[
     float | None,
     typer.Option(help="Nucleus of the distribution, in (0, 1]; the server's if not given."),
 ]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Keep the k likeliest tokens, 0 for all; the server's if not given."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep tokens at least so many times as likely as the likeliest, in [0, 1]; the "
+        "server's if not given."
+    ),
+]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        help="Further variables of the chat template, a JSON object such as "
+        "'{\"enable_thinking\": false}'."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds for the whole call.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")]
@@ -114,13 +132,17 @@ def generate(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
     """Stream one completion, and a line of figures at its end."""
     text = _read(prompt)
+    variables = _json_object("chat-template-kwargs", chat_template_kwargs)
     with GriffinClient(target) as client, _errors():
         as_chat = not raw and client.model_info(timeout_s=timeout).has_chat_template
         events = client.generate(
@@ -128,8 +150,11 @@ def generate(
             messages=[("user", text)] if as_chat else None,
             density=density,
             policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
-            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+            sampling=Sampling(
+                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+            ),
             stopping=Stopping(max_tokens=max_tokens, stop=stop or ()),
+            chat_template_kwargs=variables if as_chat else None,
             timeout_s=timeout,
         )
         _show(events, as_json=as_json)
@@ -144,11 +169,15 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
     seed: Seed = None,
+    chat_template_kwargs: TemplateKwargs = None,
     as_json: AsJson = False,
 ) -> None:
     """Talk with the model. An empty line or end of input ends it."""
     history = [Message(role="system", content=system)] if system else []
+    variables = _json_object("chat-template-kwargs", chat_template_kwargs)
     with GriffinClient(target) as client, _errors():
         if not client.model_info().has_chat_template:
             _fail("this server's model has no chat template; use `griffin generate --raw`")
@@ -158,8 +187,11 @@ def chat(
                 messages=history,
                 density=density,
                 policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
-                sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+                sampling=Sampling(
+                    temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+                ),
                 stopping=Stopping(max_tokens=max_tokens),
+                chat_template_kwargs=variables,
             )
             reply = _show(events, as_json=as_json)
             history.append(Message(role="assistant", content=reply))
@@ -263,7 +295,15 @@ def _analyzer(
 
     def analyze(prompt: str, **options: Any) -> Analysis:
         request = analyze_request(
-            prompt, messages=None, token_ids=None, seed=None, request_id=None, **options
+            prompt,
+            messages=None,
+            token_ids=None,
+            seed=None,
+            request_id=None,
+            continue_final_message=False,
+            chat_template_kwargs=None,
+            add_special_tokens=None,
+            **options,
         )
         return analysis(analyze_here(loaded, request, Selection(density=1.0)))
 
@@ -436,6 +476,18 @@ def _read(prompt: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         _fail(f"prompt: {error}")
     return prompt
+
+
+def _json_object(name: str, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        _fail(f"{name}: got {text!r}; allowed: a JSON object", status=2)
+    return value
 
 
 def _range(name: str, text: str) -> tuple[int, int]:

@@ -6,6 +6,8 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import grpc
 import pytest
@@ -20,6 +22,7 @@ from griffin_client import (
     GriffinClientError,
     InvalidArgument,
     Message,
+    ModelInfo,
     NotFound,
     ResourceExhausted,
     Sampling,
@@ -93,6 +96,60 @@ def test_every_rpc_has_its_methods_in_both_clients() -> None:
             for kind in (GriffinClient, AsyncGriffinClient)
         )
         assert list(ours) == list(theirs)
+
+
+REQUESTS = {
+    "generate": generation_pb2.GenerateRequest,
+    "score": generation_pb2.ScoreRequest,
+    "analyze_prompt": generation_pb2.AnalyzePromptRequest,
+}
+
+GIVEN_AS = {
+    "text": "prompt",
+    "context_token_ids": "context",
+    "continuation_token_ids": "continuation",
+    "pruning": "density",
+}
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_every_field_of_a_request_can_be_given(method: str) -> None:
+    parameters = inspect.signature(getattr(GriffinClient, method)).parameters
+    names = [field.name for field in REQUESTS[method].DESCRIPTOR.fields]
+    assert {GIVEN_AS.get(name, name) for name in names} <= parameters.keys()
+
+
+def test_the_sdks_dataclasses_have_the_fields_of_their_messages() -> None:
+    for kind in (Sampling, Stopping, ModelInfo):
+        message = {"ModelInfo": "GetModelInfoResponse"}.get(kind.__name__, kind.__name__)
+        names = [field.name for field in getattr(generation_pb2, message).DESCRIPTOR.fields]
+        assert {field.name for field in fields(kind)} == set(names)
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": object()}, {1: 2}, 5, "text", {"a": {"b": {3}}}, [("a", 1)]]
+)
+def test_what_json_cannot_hold_is_no_template_variable(value: Any) -> None:
+    with (
+        GriffinClient("localhost:1") as client,
+        pytest.raises(InvalidArgument, match="chat_template_kwargs"),
+    ):
+        client.complete(messages=[("user", "hi")], chat_template_kwargs=value)
+
+
+def test_sessions_are_listed_page_by_page() -> None:
+    pages = {"": ["a", "b"], "next": ["c"]}
+
+    class Stub:
+        def ListSessions(self, request: Any, **options: Any) -> Any:  # noqa: N802
+            return generation_pb2.ListSessionsResponse(
+                sessions=[generation_pb2.Session(session_id=i) for i in pages[request.page_token]],
+                next_page_token="" if request.page_token else "next",
+            )
+
+    with GriffinClient("localhost:1") as client:
+        client._stub = Stub()  # type: ignore[assignment]
+        assert [session.session_id for session in client.list_sessions()] == ["a", "b", "c"]
 
 
 def test_the_sdk_needs_grpcio_and_protobuf_alone() -> None:
