@@ -141,7 +141,7 @@ def test_sessions_are_listed_page_by_page() -> None:
     pages = {"": ["a", "b"], "next": ["c"]}
 
     class Stub:
-        def ListSessions(self, request: Any, **options: Any) -> Any:  # noqa: N802
+        def ListSessions(self, request: Any, **options: Any) -> Any:
             return generation_pb2.ListSessionsResponse(
                 sessions=[generation_pb2.Session(session_id=i) for i in pages[request.page_token]],
                 next_page_token="" if request.page_token else "next",
