@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -17,8 +23,18 @@ from griffin_core.errors import (
     DeviceMemoryExhausted,
     InvalidRequest,
     ModelError,
-    ModelNotFound,
 )
+from griffin_core.model.checkpoint import (
+    StoredTensor,
+    check_complete,
+    check_files,
+    check_unquantized,
+    local_directory,
+    one_line,
+    read_json_object,
+    stored_tensors,
+)
+from griffin_core.model.config_fields import shown
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.generation_config import (
     SamplingDefaults,
@@ -26,11 +42,12 @@ from griffin_core.model.generation_config import (
     sampling_defaults,
 )
 from griffin_core.model.source import Progress, resolve
-from griffin_core.model.spec import ModelSpec, spec_from_config
+from griffin_core.model.spec import FAMILIES, ModelSpec, check_family, spec_from_config
 from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
 from griffin_core.model.weights import fingerprint, weights_from_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +120,17 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     if not sys.stderr.isatty():  # bars are for people
         transformers_logging.disable_progress_bar()
     dtype = dtype or default_dtype(device)
-    where = resolve(model, dtype, progress)
-    config = _config(model, where)
-    spec = spec_from_config(config)
-    progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
-    state = _state(model, where, dtype)
-    tokenizer = load_tokenizer(where)
+    with _quiet():
+        directory = local_directory(model, resolve(model, dtype, progress))
+        config, spec = read_config(directory)
+        check_files(directory)
+        stored = stored_tensors(directory)
+        generation = load_generation_config(str(directory))
+        tokenizer = load_tokenizer(str(directory))
+        progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
+        state = _state(directory, stored, dtype)
     decoder, on_device = _on_device(spec, state, device)
-    generation = load_generation_config(where)
+    try_one_token(decoder, config.bos_token_id)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
         decoder=decoder,
@@ -121,18 +141,111 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     )
 
 
-def _config(model: str, where: str) -> PreTrainedConfig:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the libraries below say off standard error: what matters of it is raised."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     try:
-        return AutoConfig.from_pretrained(where)
-    except OSError as error:
-        raise ModelNotFound(
-            f"model: got {model!r}, which is no directory, no .gguf file, and not to be had from "
-            f"the hub ({error})"
-        ) from error
-    except (ValueError, KeyError) as error:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def read_config(directory: Path) -> tuple[PreTrainedConfig, ModelSpec]:
+    """Reads and checks the config.json of a model's directory.
+
+    Raises:
+        UnknownFamily: the family, or a variant of it, is not known; the message names the field.
+        BadModelFile: the file cannot be read, or a value of it is of the wrong type or impossible.
+    """
+    said = read_json_object(directory / CONFIG_NAME)
+    if "model_type" not in said:
+        raise BadModelFile(f"{CONFIG_NAME}, model_type: missing; allowed: {', '.join(FAMILIES)}")
+    try:
+        check_family(said["model_type"])
+        check_unquantized(said)
+        config = _parsed_config(directory, said)
+        return config, spec_from_config(config)
+    except ModelError as error:
+        raise type(error)(f"{CONFIG_NAME}, {error}") from error
+
+
+def _parsed_config(directory: Path, said: Mapping[str, Any]) -> PreTrainedConfig:
+    """What transformers makes of a config.json.
+
+    Raises:
+        BadModelFile: naming the field that it was about, as far as the error tells.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except StrictDataclassFieldValidationError as error:
+        if (field := re.search(r"field '(\w+)'", str(error))) is None:
+            raise BadModelFile(one_line(error)) from error
+        types = re.search(r"(?:expected|any type in) (.+?)(?:, got|\. Errors|$)", one_line(error))
+        allowed = _in_words(types.group(1)) if types else "another type"
+        value = shown(said.get(field.group(1)))
+        raise BadModelFile(f"{field.group(1)}: got {value}; allowed: {allowed}") from error
+    except Exception as error:  # each class checks its fields in its own way
+        what = one_line(error)
+        plain = what.lower().replace("_", " ")
+        about = [n for n in said if n.removeprefix("num_").replace("_", " ") in plain]
+        raise BadModelFile(f"{', '.join(about) or 'some field'}: {what}") from error
+
+
+def _in_words(types: str) -> str:
+    """Python's types, as an error of transformers spells them, in JSON's words."""
+    words = [word for name, word in _TYPES_IN_WORDS.items() if re.search(rf"\b{name}\b", types)]
+    return " or ".join(words) or types
+
+
+_TYPES_IN_WORDS = {
+    "int": "an integer",
+    "float": "a number with a decimal point",
+    "bool": "true or false",
+    "str": "a string",
+    "list": "a list",
+    "dict": "an object",
+    "NoneType": "null",
+}
+
+
+@torch.inference_mode()
+def try_one_token(decoder: Decoder, bos_id: object) -> None:
+    """Runs one token through a decoder as it was loaded, so that a model that cannot run is refused
+    before it is served.
+
+    Args:
+        bos_id: the token, if it is one of the vocabulary; else token 0.
+
+    Raises:
+        BadModelFile: its logits are not finite, or running it raises.
+        DeviceMemoryExhausted: the device has no room for it.
+    """
+    known = isinstance(bos_id, int) and 0 <= bos_id < decoder.spec.vocabulary
+    token = bos_id if known else 0
+    try:
+        cache = decoder.new_cache(1)
+        ids = torch.tensor([token], device=decoder.device)
+        x, batch = decoder.begin(ids, [(cache, 1)])
+        for index, layer in enumerate(decoder.layers):
+            x = decoder.layer(index, x, batch, layer.ff)
+        finite = bool(decoder.head(decoder.final_hidden(x)).isfinite().all())
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryExhausted(f"no room to run one token: {one_line(error)}") from error
+    except Exception as error:  # weights of any shape and value meet kernels here
+        raise BadModelFile(f"model: running token {token} fails: {one_line(error)}") from error
+    if not finite:
+        dtype = str(decoder.dtype).removeprefix("torch.")
         raise BadModelFile(
-            f"model: {model!r} has a config.json that cannot be read: {error}"
-        ) from error
+            f"model: the logits after token {token} are NaN or infinite in {dtype}; allowed: "
+            "finite values. Its weights are damaged, or too large for this data type"
+        )
 
 
 def _on_device(
@@ -160,25 +273,30 @@ def _on_device(
     )
 
 
-def _state(model: str, where: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _state(
+    directory: Path, stored: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, output_loading_info=True
+            directory,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all of them are told
+            local_files_only=True,
         )
-    except ModelError:
-        raise
     except Exception as error:  # safetensors, torch and json each raise their own
-        raise BadModelFile(
-            f"model: cannot read the weights of {model!r}, truncated or missing? "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if info["missing_keys"]:
-        raise BadModelFile(f"model: {model!r} lacks tensors: {sorted(info['missing_keys'])[:5]}")
-    if info["mismatched_keys"]:
-        raise BadModelFile(
-            f"model: {model!r}: shapes differ: {sorted(info['mismatched_keys'])[:5]}"
-        )
-    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+        raise BadModelFile(f"cannot read the weights: {one_line(error)}") from error
+    state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    check_complete(
+        stored,
+        state,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    if info["error_msgs"]:
+        raise BadModelFile(f"cannot read the weights: {' '.join(info['error_msgs'])[:400]}")
+    return state
 
 
 def _eos_ids(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, MambaConfig
+from transformers import MambaConfig
 
 from griffin_core.errors import BadModelFile, ModelNotFound, UnknownFamily
 from griffin_core.model.load import Model, load_model
@@ -53,45 +53,22 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         spec_from_config(MambaConfig())
 
 
-def test_positions_that_change_with_length_are_refused() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(UnknownFamily, match="rope_type: got 'dynamic'"):
-        spec_from_config(LlamaConfig(rope_parameters=rope))
-
-
-def test_an_unknown_activation_is_refused() -> None:
-    with pytest.raises(UnknownFamily, match="activation: got 'tanh'"):
-        spec_from_config(LlamaConfig(hidden_act="tanh"))
-
-
 def test_broken_config_is_a_bad_file(copy: Path) -> None:
     (copy / "config.json").write_text("{")
-    with pytest.raises((BadModelFile, ModelNotFound), match="config"):
+    with pytest.raises(BadModelFile, match=r"^config\.json: cannot be read as JSON"):
         load(copy)
 
 
 def test_truncated_weights_are_a_bad_file(copy: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(BadModelFile, match="truncated"):
+    with pytest.raises(BadModelFile, match=r"model\.safetensors: cannot be read, truncated"):
         load(copy)
 
 
 def test_missing_weights_are_a_bad_file(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    with pytest.raises(BadModelFile, match="cannot read the weights"):
-        load(copy)
-
-
-def test_fewer_layers_in_the_file_than_in_the_config_are_a_bad_file(copy: Path) -> None:
-    edit_config(copy, num_hidden_layers=4)
-    with pytest.raises(BadModelFile, match=r"lacks tensors: .*layers\.3"):
-        load(copy)
-
-
-def test_other_shapes_in_the_file_than_in_the_config_are_a_bad_file(copy: Path) -> None:
-    edit_config(copy, intermediate_size=96)
-    with pytest.raises(BadModelFile, match=r"shape"):
+    with pytest.raises(BadModelFile, match=r"cannot read the weights: .*model\.safetensors"):
         load(copy)
 
 
