@@ -104,7 +104,12 @@ def load_model(
     """
     there = _device(device)
     with ThreadPoolExecutor(1, "griffin-load") as loader:
-        return loader.submit(_load, model, dtype, there, progress).result()
+        try:
+            return loader.submit(_load, model, dtype, there, progress).result()
+        except ModelError as error:  # libraries below write several
+            if len(str(error).splitlines()) == 1:
+                raise
+            raise type(error)(one_line(error)) from error
 
 
 def _device(given: torch.device | str) -> torch.device:
@@ -280,6 +285,7 @@ def _state(
         module, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
+            attn_implementation="eager",  # it is never run; others may not be installed
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are told
             local_files_only=True,

@@ -195,7 +195,9 @@ def _rotary_spec(c: ConfigReader) -> ModelSpec:
         activation=c.choice("hidden_activation" if newer_gemma else "hidden_act", ACTIVATIONS),
         gated=True,
         query_scale=(c.number("query_pre_attn_scalar") if newer_gemma else head_dim) ** -0.5,
-        attention_softcap=c.optional_number("attn_logit_softcapping") if newer_gemma else None,
+        attention_softcap=c.optional_number("attn_logit_softcapping")
+        if family == "gemma2"
+        else None,
         logit_softcap=c.optional_number("final_logit_softcapping") if newer_gemma else None,
         embed_scale=width**0.5 if gemma else 1.0,
     )
