@@ -214,6 +214,8 @@ def one_line(error: BaseException, most: int = 400) -> str:
     while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
         error = error.__cause__
     said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # which says the key and nothing else
+        said = f"no entry {said}"
     return said if len(said) <= most else f"{said[: most - 3]}..."
 
 

@@ -15,6 +15,7 @@ no second list to keep in step. Of the fields that nobody asked for,
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def _use(
     if name in NEUTRAL:
         if value in NEUTRAL[name]:
             return "ignored", "asks for nothing"
-        words = " or ".join(repr(v) for v in NEUTRAL[name])
+        words = " or ".join(json.dumps(v) for v in NEUTRAL[name])
         return "refused", f"{words}, since {reader.config.model_type} has nothing like it here"
     if field is None:
         return "ignored", UNKNOWN_NAME

@@ -83,8 +83,8 @@ def read_rotary(
     """
     name = "rope_parameters" if layer_type is None else f"rope_parameters.{layer_type}"
     parameters = _parameters(c, name, layer_type)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in ROPE_TYPES:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         refuse("rope_type", kind, ", ".join(ROPE_TYPES))
     if parameters.get("type") not in (None, kind):
         refuse(f"{name}.type", parameters["type"], f"{kind!r}, the rope_type")
