@@ -227,9 +227,12 @@ def _files(directory: Path) -> list[Path]:
         index = directory / f"{single}.index.json"
         if not index.is_file():
             continue
-        shards = read_json_object(index).get("weight_map")
+        said = read_json_object(index)
+        shards = said.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise BadModelFile(f"{index.name}: weight_map is no object from tensors to files")
+        if not isinstance(said.get("metadata"), dict):
+            raise BadModelFile(f"{index.name}: metadata is no object; an empty one will do")
         names = sorted(set(shards.values()))
         if lacking := [name for name in names if not (directory / name).is_file()]:
             raise BadModelFile(f"{index.name}: files are missing: {_first(lacking)}")

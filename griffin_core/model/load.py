@@ -66,7 +66,7 @@ JSON_FILES = (
 
 TRIED_TOKENS = 32
 """Tokens that a model is tried on at load: with fewer keys than a vector register holds (16), NaN
-among queries and keys does not come out of torch's attention on a CPU (measured with 2.11)."""
+among queries and keys does not come out of torch's attention on a CPU (measured with 2.13)."""
 
 
 @dataclass(frozen=True, kw_only=True)

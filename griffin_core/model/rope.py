@@ -91,7 +91,7 @@ def read_rotary(
     for key, value in parameters.items():
         if key not in _ALWAYS | _WITHOUT_EFFECT | ROPE_TYPES[kind] and value not in (None, 1):
             read = ", ".join(sorted(_ALWAYS | ROPE_TYPES[kind]))
-            refuse(f"{name}.{key}", value, f"nothing, or 1: {kind!r} reads only {read}")
+            refuse(f"{name}.{key}", value, f"null or 1, since {kind!r} reads only {read}")
     theta = parameters.get("rope_theta")
     if not is_number(theta) or theta <= 0:
         reject(f"{name}.rope_theta", theta, "a finite number > 0")

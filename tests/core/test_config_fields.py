@@ -97,6 +97,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (16, 0),
     "final_logit_softcapping": (5.0, None, 0.0),
     "attn_logit_softcapping": (5.0, None, 0.0),
+    "initializer_range": (0.1, 0.2),
+    "init_std": (0.1, 0.2),
     "pad_token_id": (0, 7),
     "bos_token_id": (1, 259),
     "eos_token_id": (3, [3, 4]),
@@ -143,6 +145,14 @@ EXTRAS: dict[str, tuple[Any, ...]] = {
 
 
 def _values(family: str, field: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    if field.name == "rope_parameters" and family == "gemma3_text":  # one for each type of layers
+        plain = {"rope_type": "default", "rope_theta": 500.0}
+        return (
+            *({"full_attention": rope, "sliding_attention": plain} for rope in _ROPES),
+            {"full_attention": plain, "sliding_attention": _LLAMA3},
+            {"sliding_attention": plain, "chunked_attention": plain},
+            plain,
+        )
     if field.name in VALUES:
         return VALUES[field.name]
     if "bool" in str(field.type):
