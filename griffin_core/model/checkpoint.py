@@ -87,7 +87,7 @@ def local_directory(model: str, where: str) -> Path:
         where: a directory or a hub id.
 
     Raises:
-        ModelNotFound: the hub id is not to be had.
+        ModelNotFound: the hub id is not to be had, or is no model of transformers.
     """
     if Path(where).is_dir():
         return Path(where)
@@ -102,6 +102,8 @@ def local_directory(model: str, where: str) -> Path:
             f"model: got {model!r}, which is no directory, no .gguf file, and not to be had from "
             f"the hub ({one_line(error)})"
         ) from error
+    if not (Path(found) / "config.json").is_file():
+        raise ModelNotFound(f"model: {model!r} has no config.json; a Hugging Face model has one")
     return Path(found)
 
 
@@ -154,16 +156,20 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             twice, or in a type that is none of ``STORED_DTYPES``.
     """
     tensors: dict[str, StoredTensor] = {}
-    bare: dict[str, str] = {}  # transformers takes names with and without the prefix
+    bare: dict[str, str] = {}
     for path in _files(directory):
         for name, tensor in _tensors_of(path).items():
-            other = bare.setdefault(re.sub(r"^(model\.)+", "", name), name)
+            other = bare.setdefault(_bare(name), name)
             if other in tensors:
                 raise BadModelFile(
                     f"{path.name}: {name!r} is stored twice, as {other!r} in {tensors[other].file}"
                 )
             tensors[name] = tensor
-    if odd := {n: t for n, t in tensors.items() if t.dtype not in STORED_DTYPES and not _left(n)}:
+    if odd := {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.dtype not in STORED_DTYPES and left_over(name) is None
+    }:
         raise BadModelFile(
             f"weights of types that are not known, quantized perhaps: {_listed(odd)}; "
             f"allowed: {', '.join(STORED_DTYPES)}"
@@ -171,38 +177,42 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def left_over(name: str) -> str | None:
+    """Why a checkpoint may hold a tensor that the model does not take; None if it may not."""
+    return next((why for pattern, why in LEFT_OVER.items() if re.search(pattern, name)), None)
+
+
 def check_complete(
     stored: Mapping[str, StoredTensor],
     taken: Mapping[str, torch.Tensor],
-    *,
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+    tied: Mapping[str, str],
 ) -> None:
     """Refuses a checkpoint that is not the whole model and nothing else.
 
     Args:
         stored: see ``stored_tensors``.
-        taken: the model's tensors by name.
-        missing, unexpected, mismatched: names as transformers' loading told them; a mismatch comes
-            with its shape in the file and in the model.
+        taken: the model's tensors by name; only their shapes count.
+        tied: pairs of them that are one tensor, of which one is enough.
 
     Raises:
         BadModelFile: naming the tensors.
     """
+    names = {_bare(name): name for name in stored}
+    there = {name for name in taken if _bare(name) in names}
+    there |= {a for pair in tied.items() for a in pair if not there.isdisjoint(pair)}
     wrong = []
-    if absent := {name: taken.get(name) for name in missing}:
-        shapes = [
-            name if tensor is None else f"{name} {_shape(tensor.shape)}"
-            for name, tensor in sorted(absent.items())
-        ]
-        wrong.append(f"lacks tensors: {_first(shapes)}")
-    if differing := sorted(mismatched, key=lambda m: m[0]):
-        shapes = [
-            f"{name} {_shape(found)} for {_shape(wanted)}" for name, found, wanted in differing
-        ]
+    if absent := sorted(taken.keys() - there):
+        wrong.append(f"lacks tensors: {_first([f'{n} {_shape(taken[n].shape)}' for n in absent])}")
+    found = {name: stored[names[_bare(name)]].shape for name in taken if _bare(name) in names}
+    if differing := sorted(n for n, shape in found.items() if shape != tuple(taken[n].shape)):
+        shapes = [f"{n} {_shape(found[n])} for {_shape(taken[n].shape)}" for n in differing]
         wrong.append(f"shapes differ from the config's: {_first(shapes)}")
-    if extra := {name: stored.get(name) for name in unexpected if not _left(name)}:
+    known = {_bare(name) for name in taken}
+    if extra := {
+        name: tensor
+        for name, tensor in stored.items()
+        if _bare(name) not in known and left_over(name) is None
+    }:
         scales = " (of quantized weights or adapters?)" if any(map(_SCALES.search, extra)) else ""
         wrong.append(f"tensors that the model does not take{scales}: {_listed(extra)}")
     if wrong:
@@ -276,17 +286,13 @@ def _tensors_of_pickle(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _left(name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in LEFT_OVER)
+def _bare(name: str) -> str:
+    """Without the prefix, with and without which transformers takes a name."""
+    return re.sub(r"^(model\.)+", "", name)
 
 
-def _listed(tensors: Mapping[str, StoredTensor | None]) -> str:
-    return _first(
-        [
-            name if tensor is None else f"{name} {_shape(tensor.shape)} {tensor.dtype}"
-            for name, tensor in sorted(tensors.items())
-        ]
-    )
+def _listed(tensors: Mapping[str, StoredTensor]) -> str:
+    return _first([f"{n} {_shape(t.shape)} {t.dtype}" for n, t in sorted(tensors.items())])
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -32,10 +32,10 @@ from griffin_core.errors import (
     ModelError,
 )
 from griffin_core.model.checkpoint import (
-    StoredTensor,
     check_complete,
     check_files,
     check_unquantized,
+    left_over,
     local_directory,
     one_line,
     read_json_object,
@@ -151,11 +151,11 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         for name in JSON_FILES:
             if (directory / name).exists():
                 read_json_object(directory / name)
-        stored = stored_tensors(directory)
+        check_weights(directory, config)
         generation = load_generation_config(str(directory))
         tokenizer = load_tokenizer(str(directory))
         progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
-        state = _state(directory, stored, dtype)
+        state = _state(directory, dtype)
     decoder, on_device = _on_device(spec, state, device)
     try_token(decoder, config.bos_token_id)
     return Model(
@@ -314,31 +314,42 @@ def _on_device(
     )
 
 
-def _state(
-    directory: Path, stored: Mapping[str, StoredTensor], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def check_weights(directory: Path, config: PreTrainedConfig) -> None:
+    """Holds the checkpoint of a directory against the model that its config describes. Reads what
+    the files say about tensors, not the tensors themselves.
+
+    Raises:
+        BadModelFile: the checkpoint is not the whole model and nothing else.
+    """
+    stored = stored_tensors(directory)
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            )
+    except Exception as error:  # each module checks its arguments in its own way
+        raise BadModelFile(
+            f"{CONFIG_NAME}: no model can be made of it: {one_line(error)}"
+        ) from error
+    check_complete(stored, module.state_dict(), module.all_tied_weights_keys)
+
+
+def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that ``check_weights`` has passed."""
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation="eager",  # it is never run; others may not be installed
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that all of them are told
             local_files_only=True,
         )
     except Exception as error:  # safetensors, torch and json each raise their own
         raise BadModelFile(f"cannot read the weights: {one_line(error)}") from error
-    state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    check_complete(
-        stored,
-        state,
-        missing=info["missing_keys"],
-        unexpected=info["unexpected_keys"],
-        mismatched=info["mismatched_keys"],
-    )
-    if info["error_msgs"]:
-        raise BadModelFile(f"cannot read the weights: {' '.join(info['error_msgs'])[:400]}")
-    return state
+    unexpected = [name for name in info["unexpected_keys"] if left_over(name) is None]
+    if wrong := [*info["missing_keys"], *unexpected, *info["error_msgs"]]:
+        raise BadModelFile(f"cannot read the weights: transformers does not load {wrong[:10]}")
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
 def _eos_ids(
