@@ -109,12 +109,17 @@ def make_tiny(name: str, directory: Path) -> Path:
     torch.manual_seed(sum(name.encode()))
     config = CONFIG_MAPPING[family](**values)
     model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name or "bias" in parameter_name:  # ones and zeros hide mistakes
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    roughen(model)
     model.save_pretrained(directory)
     byte_tokenizer(with_template=family != "opt").save_pretrained(directory)
     return directory
+
+
+def roughen(model: torch.nn.Module) -> None:
+    """Makes norms and biases random as well: ones and zeros hide mistakes."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
 
 
 def byte_tokenizer(*, with_template: bool) -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from torch import Tensor
 from griffin_core.decode.events import Scored
 from griffin_core.decode.session import Session
 from griffin_core.decode.task import ScoreTask
+from griffin_core.errors import NonFiniteLogits
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
 
@@ -48,8 +49,17 @@ class Scoring:
         """A score is whole or none."""
 
     def _score(self, session: Session, logits: Tensor) -> bool:
+        """Scores the next tokens of the continuation, one for each row.
+
+        Raises:
+            NonFiniteLogits: a row has a value that is NaN or infinite.
+        """
         begin = len(self._logprobs)
         ids = self._ids[begin : begin + logits.shape[0]]
+        finite = logits.sum(dim=1).isfinite()  # NaN and infinite values carry over to the sum
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            raise NonFiniteLogits(position=len(session.tokens) + begin + first)
         logprobs = logits.log_softmax(dim=1)
         chosen = logprobs.gather(1, ids[:, None])[:, 0]
         self._logprobs += chosen.tolist()

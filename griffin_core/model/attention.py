@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from griffin_core.cuda import runs_cuda_kernels
-from griffin_core.model.spec import RotarySpec
+from griffin_core.model.rope import RotarySpec
 
 Rotation = tuple[Tensor, Tensor]
 """Factors of ``rotate`` for some positions, two [N, 1, head_dim]."""

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import logging
+import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from griffin_core.errors import (
@@ -17,8 +30,18 @@ from griffin_core.errors import (
     DeviceMemoryExhausted,
     InvalidRequest,
     ModelError,
-    ModelNotFound,
 )
+from griffin_core.model.checkpoint import (
+    check_complete,
+    check_files,
+    check_unquantized,
+    left_over,
+    local_directory,
+    one_line,
+    read_json_object,
+    stored_tensors,
+)
+from griffin_core.model.config_fields import shown
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.generation_config import (
     SamplingDefaults,
@@ -26,11 +49,24 @@ from griffin_core.model.generation_config import (
     sampling_defaults,
 )
 from griffin_core.model.source import Progress, resolve
-from griffin_core.model.spec import ModelSpec, spec_from_config
+from griffin_core.model.spec import FAMILIES, ModelSpec, check_family, spec_from_config
 from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
 from griffin_core.model.weights import fingerprint, weights_from_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONFIG_NAME = "config.json"
+JSON_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Further files that hold a JSON object, if they are there."""
+
+TRIED_TOKENS = 32
+"""Tokens that a model is tried on at load: with fewer keys than a vector register holds (16), NaN
+among queries and keys does not come out of torch's attention on a CPU (measured with 2.13)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +123,12 @@ def load_model(
     """
     there = _device(device)
     with ThreadPoolExecutor(1, "griffin-load") as loader:
-        return loader.submit(_load, model, dtype, there, progress).result()
+        try:
+            return loader.submit(_load, model, dtype, there, progress).result()
+        except ModelError as error:  # libraries below write several
+            if len(str(error).splitlines()) == 1:
+                raise
+            raise type(error)(one_line(error)) from error
 
 
 def _device(given: torch.device | str) -> torch.device:
@@ -103,14 +144,20 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     if not sys.stderr.isatty():  # bars are for people
         transformers_logging.disable_progress_bar()
     dtype = dtype or default_dtype(device)
-    where = resolve(model, dtype, progress)
-    config = _config(model, where)
-    spec = spec_from_config(config)
-    progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
-    state = _state(model, where, dtype)
-    tokenizer = load_tokenizer(where)
+    with quiet():
+        directory = local_directory(model, resolve(model, dtype, progress))
+        config, spec = read_config(directory)
+        check_files(directory)
+        for name in JSON_FILES:
+            if (directory / name).exists():
+                read_json_object(directory / name)
+        check_weights(directory, config)
+        generation = load_generation_config(str(directory))
+        tokenizer = load_tokenizer(str(directory))
+        progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
+        state = _state(directory, dtype)
     decoder, on_device = _on_device(spec, state, device)
-    generation = load_generation_config(where)
+    try_token(decoder, config.bos_token_id)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
         decoder=decoder,
@@ -121,18 +168,125 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
     )
 
 
-def _config(model: str, where: str) -> PreTrainedConfig:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what the libraries below say off standard error: what matters of it is raised."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     try:
-        return AutoConfig.from_pretrained(where)
-    except OSError as error:
-        raise ModelNotFound(
-            f"model: got {model!r}, which is no directory, no .gguf file, and not to be had from "
-            f"the hub ({error})"
-        ) from error
-    except (ValueError, KeyError) as error:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def read_config(directory: Path) -> tuple[PreTrainedConfig, ModelSpec]:
+    """Reads and checks the config.json of a model's directory.
+
+    Raises:
+        UnknownFamily: the family, or a variant of it, is not known; the message names the field.
+        BadModelFile: the file cannot be read, or a value of it is of the wrong type or impossible.
+    """
+    said = read_json_object(directory / CONFIG_NAME)
+    if "model_type" not in said:
+        raise BadModelFile(f"{CONFIG_NAME}, model_type: missing; allowed: {', '.join(FAMILIES)}")
+    try:
+        check_family(said["model_type"])
+        check_unquantized(said)
+        config = _parsed_config(directory, said)
+        return config, spec_from_config(config)
+    except ModelError as error:
+        raise type(error)(f"{CONFIG_NAME}, {error}") from error
+
+
+def _parsed_config(directory: Path, said: Mapping[str, Any]) -> PreTrainedConfig:
+    """What transformers makes of a config.json.
+
+    Raises:
+        BadModelFile: naming the field that it was about, as far as the error tells.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except StrictDataclassFieldValidationError as error:
+        if (field := re.search(r"field '(\w+)'", str(error))) is None:
+            raise BadModelFile(one_line(error)) from error
+        types = re.search(r"(?:expected|any type in) (.+?)(?:, got|\. Errors|$)", one_line(error))
+        allowed = _in_words(types.group(1)) if types else "another type"
+        value = shown(said.get(field.group(1)))
+        raise BadModelFile(f"{field.group(1)}: got {value}; allowed: {allowed}") from error
+    except Exception as error:  # each class checks its fields in its own way
+        blamed = "; ".join(f"{name}: got {shown(said[name])}" for name in _to_blame(said))
+        raise BadModelFile(f"{blamed or 'its fields'}: {one_line(error)}") from error
+
+
+def _to_blame(said: Mapping[str, Any]) -> list[str]:
+    """Fields without which, or with 1 in their place, a config can be made of the others."""
+    config_class = CONFIG_MAPPING[said["model_type"]]
+    rest = {name: value for name, value in said.items() if name != "model_type"}
+
+    def heals(name: str) -> bool:
+        for other in ({k: v for k, v in rest.items() if k != name}, {**rest, name: 1}):
+            with contextlib.suppress(Exception):  # any will do: it is what the others are for
+                config_class(**copy.deepcopy(other))
+                return True
+        return False
+
+    return [name for name in rest if heals(name)]
+
+
+def _in_words(types: str) -> str:
+    """Python's types, as an error of transformers spells them, in JSON's words."""
+    words = [word for name, word in _TYPES_IN_WORDS.items() if re.search(rf"\b{name}\b", types)]
+    return " or ".join(words) or types
+
+
+_TYPES_IN_WORDS = {
+    "int": "an integer",
+    "float": "a number with a decimal point",
+    "bool": "true or false",
+    "str": "a string",
+    "list": "a list",
+    "dict": "an object",
+    "NoneType": "null",
+}
+
+
+@torch.inference_mode()
+def try_token(decoder: Decoder, bos_id: object) -> None:
+    """Runs a token through a decoder as it was loaded, so that a model that cannot run is refused
+    before it is served. The token is repeated ``TRIED_TOKENS`` times.
+
+    Args:
+        bos_id: the token, if it is one of the vocabulary; else token 0.
+
+    Raises:
+        BadModelFile: its logits are not finite, or running it raises.
+        DeviceMemoryExhausted: the device has no room for it.
+    """
+    known = isinstance(bos_id, int) and 0 <= bos_id < decoder.spec.vocabulary
+    token = bos_id if known else 0
+    tokens = [token] * min(TRIED_TOKENS, decoder.spec.context_length)
+    try:
+        cache = decoder.new_cache(len(tokens))
+        ids = torch.tensor(tokens, device=decoder.device)
+        x, batch = decoder.begin(ids, [(cache, len(tokens))])
+        for index, layer in enumerate(decoder.layers):
+            x = decoder.layer(index, x, batch, layer.ff)
+        finite = bool(decoder.head(decoder.final_hidden(x)).isfinite().all())
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryExhausted(f"no room to run one token: {one_line(error)}") from error
+    except Exception as error:  # weights of any shape and value meet kernels here
+        raise BadModelFile(f"model: running token {token} fails: {one_line(error)}") from error
+    if not finite:
+        dtype = str(decoder.dtype).removeprefix("torch.")
         raise BadModelFile(
-            f"model: {model!r} has a config.json that cannot be read: {error}"
-        ) from error
+            f"model: the logits after token {token} are NaN or infinite in {dtype}; allowed: "
+            "finite values. Its weights are damaged, or too large for this data type"
+        )
 
 
 def _on_device(
@@ -160,24 +314,41 @@ def _on_device(
     )
 
 
-def _state(model: str, where: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def check_weights(directory: Path, config: PreTrainedConfig) -> None:
+    """Holds the checkpoint of a directory against the model that its config describes. Reads what
+    the files say about tensors, not the tensors themselves.
+
+    Raises:
+        BadModelFile: the checkpoint is not the whole model and nothing else.
+    """
+    stored = stored_tensors(directory)
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            )
+    except Exception as error:  # each module checks its arguments in its own way
+        raise BadModelFile(
+            f"{CONFIG_NAME}: no model can be made of it: {one_line(error)}"
+        ) from error
+    check_complete(stored, module.state_dict(), module.all_tied_weights_keys)
+
+
+def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that ``check_weights`` has passed."""
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, output_loading_info=True
+            directory,
+            dtype=dtype,
+            attn_implementation="eager",  # it is never run; others may not be installed
+            output_loading_info=True,
+            local_files_only=True,
         )
-    except ModelError:
-        raise
     except Exception as error:  # safetensors, torch and json each raise their own
-        raise BadModelFile(
-            f"model: cannot read the weights of {model!r}, truncated or missing? "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if info["missing_keys"]:
-        raise BadModelFile(f"model: {model!r} lacks tensors: {sorted(info['missing_keys'])[:5]}")
-    if info["mismatched_keys"]:
-        raise BadModelFile(
-            f"model: {model!r}: shapes differ: {sorted(info['mismatched_keys'])[:5]}"
-        )
+        raise BadModelFile(f"cannot read the weights: {one_line(error)}") from error
+    unexpected = [name for name in info["unexpected_keys"] if left_over(name) is None]
+    if wrong := [*info["missing_keys"], *unexpected, *info["error_msgs"]]:
+        raise BadModelFile(f"cannot read the weights: transformers does not load {wrong[:10]}")
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 

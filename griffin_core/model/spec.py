@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Literal
 
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from griffin_core.errors import UnknownFamily
+from griffin_core.model.config_fields import (
+    ConfigReader,
+    FieldUse,
+    field_uses,
+    is_number,
+    refuse,
+    reject,
+    shown,
+)
+from griffin_core.model.rope import RotarySpec, read_rotary
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt")
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RotarySpec:
-    """Rotary positions of one kind of layer (RoPE, arXiv 2104.09864).
-
-    Args:
-        inverse_frequencies: head_dim / 2 values, in radians a position.
-        scale: factor on cos and sin (YaRN's attention factor; 1 otherwise).
-    """
-
-    inverse_frequencies: tuple[float, ...]
-    scale: float = 1.0
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "relu": "relu",
+    }
+)
+"""transformers' name -> the function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,109 +107,175 @@ def spec_from_config(config: PreTrainedConfig) -> ModelSpec:
 
     Raises:
         UnknownFamily: naming what the config asks for and what is known.
+        BadModelFile: a value with which no decoder can be made.
     """
-    family = config.model_type
-    if family not in FAMILIES:
-        raise UnknownFamily(f"model family: got {family!r}; known: {', '.join(FAMILIES)}")
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "?")
+    spec, uses = examine_config(config)
+    refused = [u for u in uses if u.use == "refused"]
+    if refused:
         raise UnknownFamily(
-            f"quantized weights: got {method!r}; allowed: unquantized safetensors, or GGUF, which "
+            "; ".join(f"{u.name}: got {shown(u.value)}; allowed: {u.reason}" for u in refused)
+        )
+    return spec
+
+
+def examine_config(config: PreTrainedConfig) -> tuple[ModelSpec, tuple[FieldUse, ...]]:
+    """What a config says, and what becomes of each of its fields.
+
+    Returns:
+        The spec, which holds if no field is refused, and all fields.
+
+    Raises:
+        UnknownFamily, BadModelFile: a field that was read cannot be followed.
+    """
+    check_family(config.model_type)
+    method = getattr(config, "quantization_config", None)
+    if method:
+        name = dict(method).get("quant_method", "?")
+        raise UnknownFamily(
+            f"quantization_config: got {name!r}; allowed: unquantized safetensors, or GGUF, which "
             "is dequantized on load"
         )
-    return _opt_spec(config) if family == "opt" else _rotary_spec(config)
+    if getattr(config, "is_heterogeneous", False):  # its fields cannot be read for all layers
+        raise UnknownFamily("per_layer_config: got one; allowed: layers of one shape")
+    reader = ConfigReader(config)
+    spec = _opt_spec(reader) if config.model_type == "opt" else _rotary_spec(reader)
+    return spec, tuple(field_uses(reader))
 
 
-def _rotary_spec(c: Any) -> ModelSpec:
-    gemma = c.model_type.startswith("gemma")
-    newer_gemma = c.model_type in ("gemma2", "gemma3_text")
-    if gemma and getattr(c, "use_bidirectional_attention", None):
-        raise UnknownFamily("use_bidirectional_attention: got True; allowed: causal decoders only")
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    types = getattr(c, "layer_types", None) or [None] * c.num_hidden_layers
-    rotaries = {kind: _rotary(c, kind, head_dim) for kind in dict.fromkeys(types)}
+def check_family(family: object) -> None:
+    """Refuses a model type that the decoder does not define.
+
+    Raises:
+        UnknownFamily: naming those that it does.
+    """
+    if family not in FAMILIES:
+        raise UnknownFamily(f"model family: got {shown(family)}; known: {', '.join(FAMILIES)}")
+
+
+def _rotary_spec(c: ConfigReader) -> ModelSpec:
+    family = c.config.model_type
+    gemma = family.startswith("gemma")
+    newer_gemma = family in ("gemma2", "gemma3_text")
+    c.only("mlp_bias", None, False, why="false: a gated FF with biases is not known")
+    c.decides_tensors("attention_bias", "tie_word_embeddings")
+    width, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
+    head_dim = _head_dim(c, width, heads)
+    context_length = c.integer("max_position_embeddings")
+    types = _layer_types(c, context_length)
+    by_type = family == "gemma3_text"
+    rotaries = {
+        kind: read_rotary(
+            c,
+            head_dim=head_dim,
+            context_length=context_length,
+            layer_type=kind if by_type else None,
+        )
+        for kind in dict.fromkeys(types)
+    }
     distinct = tuple(dict.fromkeys(rotaries.values()))
+    windows = {kind: _window(c, kind) for kind in rotaries}
     return ModelSpec(
-        family=c.model_type,
+        family=family,
         layers=tuple(
-            LayerSpec(window=_window(c, kind), rotary=distinct.index(rotaries[kind]))
-            for kind in types
+            LayerSpec(window=windows[kind], rotary=distinct.index(rotaries[kind])) for kind in types
         ),
         rotaries=distinct,
-        width=c.hidden_size,
-        ff_width=c.intermediate_size,
-        heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
+        width=width,
+        ff_width=c.integer("intermediate_size"),
+        heads=heads,
+        kv_heads=_kv_heads(c, heads),
         head_dim=head_dim,
-        vocabulary=c.vocab_size,
-        context_length=c.max_position_embeddings,
-        embed_width=c.hidden_size,
+        vocabulary=c.integer("vocab_size"),
+        context_length=context_length,
+        embed_width=width,
         norm="rms",
-        norm_eps=c.rms_norm_eps,
+        norm_eps=c.number("rms_norm_eps", zero=True),
         norm_offset=1.0 if gemma else 0.0,
         sandwich_norms=newer_gemma,
-        query_key_norm=c.model_type in ("qwen3", "gemma3_text"),
-        activation=_activation(c.hidden_activation if newer_gemma else c.hidden_act),
+        query_key_norm=family in ("qwen3", "gemma3_text"),
+        activation=c.choice("hidden_activation" if newer_gemma else "hidden_act", ACTIVATIONS),
         gated=True,
-        query_scale=(c.query_pre_attn_scalar if newer_gemma else head_dim) ** -0.5,
-        attention_softcap=getattr(c, "attn_logit_softcapping", None),
-        logit_softcap=getattr(c, "final_logit_softcapping", None),
-        embed_scale=c.hidden_size**0.5 if gemma else 1.0,
+        query_scale=(c.number("query_pre_attn_scalar") if newer_gemma else head_dim) ** -0.5,
+        attention_softcap=c.optional_number("attn_logit_softcapping")
+        if family == "gemma2"
+        else None,
+        logit_softcap=c.optional_number("final_logit_softcapping") if newer_gemma else None,
+        embed_scale=width**0.5 if gemma else 1.0,
     )
 
 
-def _opt_spec(c: Any) -> ModelSpec:
+def _opt_spec(c: ConfigReader) -> ModelSpec:
+    c.decides_tensors("enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings")
     layer = LayerSpec(window=None, rotary=None)
-    head_dim = c.hidden_size // c.num_attention_heads
+    width, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
+    if width % heads:
+        reject("num_attention_heads", heads, f"a divisor of hidden_size ({width})")
+    norm_before = c.flag("do_layer_norm_before")
     return ModelSpec(
-        family=c.model_type,
-        layers=(layer,) * c.num_hidden_layers,
-        width=c.hidden_size,
-        ff_width=c.ffn_dim,
-        heads=c.num_attention_heads,
-        kv_heads=c.num_attention_heads,
-        head_dim=head_dim,
-        vocabulary=c.vocab_size,
-        context_length=c.max_position_embeddings,
-        embed_width=c.word_embed_proj_dim,
+        family=c.config.model_type,
+        layers=(layer,) * c.integer("num_hidden_layers"),
+        width=width,
+        ff_width=c.integer("ffn_dim"),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        vocabulary=c.integer("vocab_size"),
+        context_length=c.integer("max_position_embeddings"),
+        embed_width=c.integer("word_embed_proj_dim"),
         norm="layer",
         norm_eps=1e-5,
-        norm_before=c.do_layer_norm_before,
-        final_norm=c.do_layer_norm_before and not c._remove_final_layer_norm,
-        activation=_activation(c.activation_function),
+        norm_before=norm_before,
+        final_norm=norm_before and not c.flag("_remove_final_layer_norm"),
+        activation=c.choice("activation_function", ACTIVATIONS),
         gated=False,
-        query_scale=head_dim**-0.5,
+        query_scale=(width // heads) ** -0.5,
         position_offset=2,
     )
 
 
-def _window(c: Any, layer_type: str | None) -> int | None:
-    # A config without layer types (Mistral) means every layer.
-    slides = layer_type == "sliding_attention" or (layer_type is None and c.model_type == "mistral")
-    return c.sliding_window if slides else None
+def _head_dim(c: ConfigReader, width: int, heads: int) -> int:
+    given = c.value("head_dim")
+    head_dim = width // heads if given is None else c.integer("head_dim")
+    if head_dim % 2 or not head_dim:
+        name, value = ("num_attention_heads", heads) if given is None else ("head_dim", given)
+        reject(name, value, "what gives heads of an even width, whose halves are rotated")
+    return head_dim
 
 
-def _rotary(c: Any, layer_type: str | None, head_dim: int) -> RotarySpec:
-    parameters = c.rope_parameters
-    by_layer_type = layer_type in parameters
-    if by_layer_type:
-        parameters = parameters[layer_type]
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        frequencies = tuple(
-            parameters["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)
-        )
-        return RotarySpec(inverse_frequencies=frequencies)
-    # These three are fixed once; "dynamic" and "longrope" change with the length of the text, so
-    # keys already cached would be wrong.
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UnknownFamily(f"rope_type: got {kind!r}; allowed: default, linear, llama3, yarn")
-    arguments = {"layer_type": layer_type} if by_layer_type else {}
-    inverse_frequencies, scale = ROPE_INIT_FUNCTIONS[kind](c, device=None, **arguments)
-    return RotarySpec(inverse_frequencies=tuple(inverse_frequencies.tolist()), scale=float(scale))
+def _kv_heads(c: ConfigReader, heads: int) -> int:
+    kv_heads = c.integer("num_key_value_heads")
+    if heads % kv_heads:
+        reject("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
+    return kv_heads
 
 
-def _activation(name: str) -> Activation:
-    if name not in _ACTIVATIONS:
-        raise UnknownFamily(f"activation: got {name!r}; allowed: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+def _layer_types(c: ConfigReader, context_length: int) -> tuple[str, ...]:
+    """The type of each layer. Where transformers has the same attention in all layers, it leaves
+    out layer_types; what they say must then be that."""
+    layers = c.integer("num_hidden_layers")
+    given = c.value("layer_types")
+    if c.config.model_type in ("llama", "gemma", "mistral"):
+        window = c.value("sliding_window")
+        windowed = c.config.model_type == "mistral" and window is not None
+        if not windowed and window and not (is_number(window) and window >= context_length):
+            refuse("sliding_window", window, f"null: {c.config.model_type} has no windows")
+        same = ("sliding_attention" if windowed else "full_attention",) * layers
+        if given is not None and tuple(given) != same:
+            refuse("layer_types", given, f"{same[0]!r} for all layers: {c.config.model_type}'s")
+        return same
+    if c.config.model_type.startswith("qwen"):  # transformers has made layer_types of both
+        c.value("max_window_layers")
+        c.flag("use_sliding_window")
+    if not isinstance(given, (list, tuple)) or len(given) != layers:
+        reject("layer_types", given, f"one for each of {layers} layers")
+    for kind in given:
+        if kind not in ("full_attention", "sliding_attention"):
+            refuse("layer_types", kind, "full_attention, sliding_attention")
+    return tuple(given)
+
+
+def _window(c: ConfigReader, layer_type: str) -> int | None:
+    if layer_type == "sliding_attention":
+        return c.integer("sliding_window")
+    c.value("sliding_window")  # for layers that do not slide any is right
+    return None

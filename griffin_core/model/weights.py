@@ -24,10 +24,13 @@ def weights_from_state(spec: ModelSpec, state: Mapping[str, Tensor]) -> DecoderW
     neuron. Nothing else of the state dict is copied, but for what ``Linear`` lays out anew.
 
     Raises:
-        BadModelFile: a tensor is missing or has the wrong shape.
+        BadModelFile: a tensor is missing, has the wrong shape, or has no use.
     """
     reader = _Reader(spec, state)
-    return reader.opt() if spec.family == "opt" else reader.llama_like()
+    weights = reader.opt() if spec.family == "opt" else reader.llama_like()
+    if unused := sorted(state.keys() - reader.used):
+        raise BadModelFile(f"weights: tensors that the decoder does not use: {unused[:10]}")
+    return weights
 
 
 def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
@@ -47,11 +50,16 @@ class _Reader:
     def __init__(self, spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
         self._spec = spec
         self._state = state
+        self.used: set[str] = set()
+
+    def _optional(self, name: str) -> Tensor | None:
+        self.used.add(name)
+        return self._state.get(name)
 
     def _get(self, name: str, *shape: int) -> Tensor:
-        if name not in self._state:
+        tensor = self._optional(name)
+        if tensor is None:
             raise BadModelFile(f"weights: tensor {name!r} is missing")
-        tensor = self._state[name]
         if shape and tuple(tensor.shape) != shape:
             raise BadModelFile(
                 f"weights: tensor {name!r} has shape {tuple(tensor.shape)}; the config says {shape}"
@@ -59,7 +67,7 @@ class _Reader:
         return tensor
 
     def _linear(self, name: str, out: int, inner: int) -> Linear:
-        return Linear(self._get(f"{name}.weight", out, inner), self._state.get(f"{name}.bias"))
+        return Linear(self._get(f"{name}.weight", out, inner), self._optional(f"{name}.bias"))
 
     def _qkv(self, attention: str) -> Linear:
         s = self._spec
@@ -69,24 +77,28 @@ class _Reader:
             self._get(f"{name}.weight", heads * s.head_dim, s.width)
             for name, heads in zip(names, rows.values(), strict=True)
         ]
-        biases = [b for name in names if (b := self._state.get(f"{name}.bias")) is not None]
+        biases = [b for name in names if (b := self._optional(f"{name}.bias")) is not None]
         if len(biases) not in (0, len(names)):
             raise BadModelFile(f"weights: some of {attention}[qkv]_proj have a bias, others none")
         return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def _norm(self, name: str, size: int) -> Norm:
-        weight = self._state.get(f"{name}.weight")  # OPT may have norms without weights
+        weight = self._optional(f"{name}.weight")  # OPT may have norms without weights
         if weight is None and self._spec.norm == "rms":
             raise BadModelFile(f"weights: tensor '{name}.weight' is missing")
         if weight is not None and tuple(weight.shape) != (size,):
             raise BadModelFile(f"weights: '{name}.weight' has shape {tuple(weight.shape)}")
-        bias = self._state.get(f"{name}.bias")
+        bias = self._optional(f"{name}.bias")
         return Norm(
             kind=self._spec.norm,
             eps=self._spec.norm_eps,
             weight=None if weight is None else weight.float() + self._spec.norm_offset,
             bias=None if bias is None else bias.float(),
         )
+
+    def _head(self, embedding: Tensor) -> Tensor:
+        own = self._optional("lm_head.weight")
+        return embedding if own is None else own
 
     def llama_like(self) -> DecoderWeights:
         s = self._spec
@@ -95,7 +107,7 @@ class _Reader:
             embedding=embedding,
             layers=tuple(self._llama_layer(f"model.layers.{i}.") for i in range(len(s.layers))),
             final_norm=self._norm("model.norm", s.width),
-            head=Linear(self._state.get("lm_head.weight", embedding)),
+            head=Linear(self._head(embedding)),
         )
 
     def _llama_layer(self, prefix: str) -> Layer:
@@ -131,10 +143,10 @@ class _Reader:
             embedding=embedding,
             layers=tuple(self._opt_layer(f"{root}layers.{i}.") for i in range(len(s.layers))),
             final_norm=self._norm(f"{root}final_layer_norm", s.width) if s.final_norm else None,
-            head=Linear(self._state.get("lm_head.weight", embedding)),
+            head=Linear(self._head(embedding)),
             positions=self._get(f"{root}embed_positions.weight", rows, s.width),
-            project_in=self._state.get(f"{root}project_in.weight"),
-            project_out=self._state.get(f"{root}project_out.weight"),
+            project_in=self._optional(f"{root}project_in.weight"),
+            project_out=self._optional(f"{root}project_out.weight"),
         )
 
     def _opt_layer(self, prefix: str) -> Layer:
@@ -158,6 +170,6 @@ class _Reader:
             activation=s.activation,
             w_in=torch.stack([self._get(f"{name}.weight", s.ff_width, s.width) for name in inputs]),
             down=self._get(f"{down}.weight", s.width, s.ff_width).t().contiguous(),
-            up_bias=self._state.get(f"{up}.bias"),
-            down_bias=self._state.get(f"{down}.bias"),
+            up_bias=self._optional(f"{up}.bias"),
+            down_bias=self._optional(f"{down}.bias"),
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from griffin_core.decode import sharing
-from griffin_core.decode.events import Failed, Finished, Started, TokensMade
+from griffin_core.decode.events import Failed, Finished, Scored, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.step import Draw
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
@@ -212,6 +212,31 @@ def test_a_session_whose_logits_are_not_finite_ends_alone(
             assert tokens == whole_run
     assert spoilt and ended == 1
     eventually(lambda: at_baseline(running))
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_of_logits_that_are_not_finite_is_an_error(
+    value: float, at: int, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = partial(ScoreTask, prompt=(1, 2, 3), continuation=tuple(range(40, 48)))
+    whole, rows = Decoder.head, []
+
+    def head(self: Decoder, *arguments: object, **named: object) -> torch.Tensor:
+        logits = whole(self, *arguments, **named)
+        begin = len(rows)
+        rows.extend(range(len(logits)))
+        if begin <= at < len(rows):
+            logits[at - begin, 7] = value
+        return logits
+
+    monkeypatch.setattr(Decoder, "head", head)
+    error = submit(running, scoring())[1].until(Failed).error
+    assert isinstance(error, NonFiniteLogits)
+    assert f"position {3 + at};" in str(error)
+    monkeypatch.undo()
+    eventually(lambda: at_baseline(running))
+    assert submit(running, scoring())[1].until(Scored).logprobs
 
 
 @pytest.mark.parametrize("method", ["head", "final_hidden", "layer"])

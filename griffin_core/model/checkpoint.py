@@ -1,0 +1,304 @@
+"""The files of a model's directory: what is stored in them, and whether it is all of the model.
+
+All of the model comes from the file, or there is no model: every tensor that the model takes is in
+the checkpoint, with its shape, and every tensor of the checkpoint is taken, but for those that
+``LEFT_OVER`` names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from griffin_core.errors import BadModelFile, ModelNotFound
+
+STORED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }
+)
+"""Types that weights may be stored in. They are converted to the type that the model runs in.
+Others (F8_E4M3, I8, U8, ...) are quantized: they mean nothing without scales and a layout."""
+
+LEFT_OVER: Mapping[str, str] = MappingProxyType(
+    {
+        r"(^|\.)rotary_emb\.inv_freq$": "made from the config's rope_parameters",
+        r"(^|\.)position_ids$": "counted, not learned",
+    }
+)
+"""Pattern of tensor names -> why a checkpoint may hold what the model does not take."""
+
+REFUSED_FILES: Mapping[str, str] = MappingProxyType(
+    {
+        "adapter_config.json": "adapters are not applied; merge it into the weights",
+        "adapter_model.safetensors": "adapters are not applied; merge it into the weights",
+        "adapter_model.bin": "adapters are not applied; merge it into the weights",
+        "hf_quant_config.json": "weights quantized by ModelOpt are not known",
+        "quantize_config.json": "weights quantized by GPTQ are not known",
+        "quant_config.json": "weights quantized by AWQ are not known",
+        "quantization_config.json": "quantized weights are not known",
+    }
+)
+"""File beside the weights -> why a model with it is refused: the weights are not all of it."""
+
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
+"""Fields of a config.json that say how weights were quantized."""
+
+MOST_NAMES = 10
+"""Tensors that one message names."""
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+_SCALES = re.compile(r"scale|zero_point|zeros|qweight|g_idx|absmax|quant|packed|lora_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a checkpoint says about a tensor.
+
+    Args:
+        dtype: as safetensors spells it, "BF16" say; torch's name for types that it lacks.
+        file: name of the file that holds it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+def local_directory(model: str, where: str) -> Path:
+    """The directory of a model's files; a hub's are fetched if they are not here.
+
+    Args:
+        model: as the caller named it, for messages.
+        where: a directory or a hub id.
+
+    Raises:
+        ModelNotFound: the hub id is not to be had, or is no model of transformers.
+    """
+    if Path(where).is_dir():
+        return Path(where)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  # only where a hub is asked
+
+    try:
+        found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "model*.safetensors"])
+        if not any(Path(found).glob("*.safetensors")):
+            found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"])
+    except Exception as error:  # of the hub, of what carries it, and of the disk
+        raise ModelNotFound(
+            f"model: got {model!r}, which is no directory, no .gguf file, and not to be had from "
+            f"the hub ({one_line(error)})"
+        ) from error
+    if not (Path(found) / "config.json").is_file():
+        raise ModelNotFound(f"model: {model!r} has no config.json; a Hugging Face model has one")
+    return Path(found)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        BadModelFile: naming the file and what is wrong.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadModelFile(f"{path.name}: cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise BadModelFile(f"{path.name}: got {type(value).__name__}; allowed: a JSON object")
+    return value
+
+
+def check_files(directory: Path) -> None:
+    """Refuses a model whose weights are not all that it is made of.
+
+    Raises:
+        BadModelFile: naming the file that says so.
+    """
+    for name, why in REFUSED_FILES.items():
+        if (directory / name).exists():
+            raise BadModelFile(f"{name} is beside the weights; {why}")
+
+
+def check_unquantized(config: Mapping[str, Any]) -> None:
+    """Refuses the contents of a config.json that say that weights are quantized.
+
+    Raises:
+        BadModelFile: naming the field and the method.
+    """
+    for field in QUANTIZATION_FIELDS:
+        if value := config.get(field):
+            method = value.get("quant_method", value) if isinstance(value, dict) else value
+            raise BadModelFile(
+                f"{field}: got {str(method)[:80]!r}; allowed: unquantized safetensors, or GGUF, "
+                "which is dequantized on load"
+            )
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Tensors of the checkpoint that transformers loads from a directory, by name.
+
+    Raises:
+        BadModelFile: there is no checkpoint, a file of it is missing or damaged, a tensor is stored
+            twice, or in a type that is none of ``STORED_DTYPES``.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    bare: dict[str, str] = {}
+    for path in _files(directory):
+        for name, tensor in _tensors_of(path).items():
+            other = bare.setdefault(_bare(name), name)
+            if other in tensors:
+                raise BadModelFile(
+                    f"{path.name}: {name!r} is stored twice, as {other!r} in {tensors[other].file}"
+                )
+            tensors[name] = tensor
+    if odd := {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.dtype not in STORED_DTYPES and left_over(name) is None
+    }:
+        raise BadModelFile(
+            f"weights of types that are not known, quantized perhaps: {_listed(odd)}; "
+            f"allowed: {', '.join(STORED_DTYPES)}"
+        )
+    return tensors
+
+
+def left_over(name: str) -> str | None:
+    """Why a checkpoint may hold a tensor that the model does not take; None if it may not."""
+    return next((why for pattern, why in LEFT_OVER.items() if re.search(pattern, name)), None)
+
+
+def check_complete(
+    stored: Mapping[str, StoredTensor],
+    taken: Mapping[str, torch.Tensor],
+    tied: Mapping[str, str],
+) -> None:
+    """Refuses a checkpoint that is not the whole model and nothing else.
+
+    Args:
+        stored: see ``stored_tensors``.
+        taken: the model's tensors by name; only their shapes count.
+        tied: pairs of them that are one tensor, of which one is enough.
+
+    Raises:
+        BadModelFile: naming the tensors.
+    """
+    names = {_bare(name): name for name in stored}
+    there = {name for name in taken if _bare(name) in names}
+    there |= {a for pair in tied.items() for a in pair if not there.isdisjoint(pair)}
+    wrong = []
+    if absent := sorted(taken.keys() - there):
+        wrong.append(f"lacks tensors: {_first([f'{n} {_shape(taken[n].shape)}' for n in absent])}")
+    found = {name: stored[names[_bare(name)]].shape for name in taken if _bare(name) in names}
+    if differing := sorted(n for n, shape in found.items() if shape != tuple(taken[n].shape)):
+        shapes = [f"{n} {_shape(found[n])} for {_shape(taken[n].shape)}" for n in differing]
+        wrong.append(f"shapes differ from the config's: {_first(shapes)}")
+    known = {_bare(name) for name in taken}
+    if extra := {
+        name: tensor
+        for name, tensor in stored.items()
+        if _bare(name) not in known and left_over(name) is None
+    }:
+        scales = " (of quantized weights or adapters?)" if any(map(_SCALES.search, extra)) else ""
+        wrong.append(f"tensors that the model does not take{scales}: {_listed(extra)}")
+    if wrong:
+        raise BadModelFile(f"the checkpoint is not the model: {'; '.join(wrong)}")
+
+
+def one_line(error: BaseException, most: int = 400) -> str:
+    """What an error says, in one line of at most ``most`` characters."""
+    while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
+        error = error.__cause__
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # which says the key and nothing else
+        said = f"no entry {said}"
+    return said if len(said) <= most else f"{said[: most - 3]}..."
+
+
+def _files(directory: Path) -> list[Path]:
+    """In the order in which transformers looks for them."""
+    for single in _SINGLE:
+        if (directory / single).is_file():
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if not index.is_file():
+            continue
+        said = read_json_object(index)
+        shards = said.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise BadModelFile(f"{index.name}: weight_map is no object from tensors to files")
+        if not isinstance(said.get("metadata"), dict):
+            raise BadModelFile(f"{index.name}: metadata is no object; an empty one will do")
+        names = sorted(set(shards.values()))
+        if lacking := [name for name in names if not (directory / name).is_file()]:
+            raise BadModelFile(f"{index.name}: files are missing: {_first(lacking)}")
+        return [directory / name for name in names]
+    raise BadModelFile(
+        f"cannot read the weights: got none; allowed: {' or '.join(_SINGLE)}, or their "
+        "shards with an index"
+    )
+
+
+def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+    try:
+        if path.suffix == ".bin":
+            return _tensors_of_pickle(path)
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            return {
+                name: StoredTensor(dtype=s.get_dtype(), shape=tuple(s.get_shape()), file=path.name)
+                for name, s in slices.items()
+            }
+    except BadModelFile:
+        raise
+    except Exception as error:  # safetensors, torch and pickle each raise their own
+        raise BadModelFile(
+            f"{path.name}: cannot be read, truncated or damaged? ({one_line(error)})"
+        ) from error
+
+
+def _tensors_of_pickle(path: Path) -> dict[str, StoredTensor]:
+    state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(state, Mapping) or not all(torch.is_tensor(t) for t in state.values()):
+        raise BadModelFile(f"{path.name}: holds something else than tensors by name")
+    spelled = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    return {
+        name: StoredTensor(
+            dtype=spelled.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
+            shape=tuple(tensor.shape),
+            file=path.name,
+        )
+        for name, tensor in state.items()
+    }
+
+
+def _bare(name: str) -> str:
+    """Without the prefix, with and without which transformers takes a name."""
+    return re.sub(r"^(model\.)+", "", name)
+
+
+def _listed(tensors: Mapping[str, StoredTensor]) -> str:
+    return _first([f"{n} {_shape(t.shape)} {t.dtype}" for n, t in sorted(tensors.items())])
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
