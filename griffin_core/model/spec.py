@@ -199,9 +199,10 @@ def _rotary(c: Any, layer_type: str | None, head_dim: int) -> RotarySpec:
             parameters["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)
         )
         return RotarySpec(inverse_frequencies=frequencies)
-    # These three are fixed once; "dynamic" and "longrope" change with the length of the text, so
-    # keys already cached would be wrong.
-    if kind not in ("linear", "llama3", "yarn"):
+    # These are fixed once; "dynamic" changes with the length of the text, and so does "longrope"
+    # with two lists of factors, so keys already cached would be wrong.
+    fixed = kind == "longrope" and parameters["short_factor"] == parameters["long_factor"]
+    if kind not in ("linear", "llama3", "yarn") and not fixed:
         raise UnknownFamily(f"rope_type: got {kind!r}; allowed: default, linear, llama3, yarn")
     arguments = {"layer_type": layer_type} if by_layer_type else {}
     inverse_frequencies, scale = ROPE_INIT_FUNCTIONS[kind](c, device=None, **arguments)
