@@ -827,6 +827,22 @@ def test_a_truncated_file_is_refused(share: float, write: Callable[[Contents], P
     assert "truncated or damaged" in refusal(path)
 
 
+def test_tensors_that_are_not_one_after_the_other_are_refused(
+    write: Callable[[Contents], Path],
+) -> None:
+    path = write(contents_of(tiny_model("llama")))
+    data = bytearray(path.read_bytes())
+    one, other = (_start_of(data, f"blk.{i}.attn_q.weight".encode()) for i in (0, 1))
+    data[one], data[other] = data[other], data[one]
+    path.write_bytes(data)
+    assert "tensor blk.0.attn_q.weight: got byte" in refusal(path)
+
+
+def _start_of(data: bytearray, name: bytes) -> slice:
+    at = data.index(name) + len(name) + 4 + 2 * 8 + 4  # behind dimensions and type
+    return slice(at, at + 8)
+
+
 def test_a_directory_with_a_gguf_file_names_it(write: Callable[[Contents], Path]) -> None:
     path = write(contents_of(tiny_model("llama")))
     with pytest.raises(ModelNotFound, match=r"no config\.json.*itself: tiny\.gguf"):

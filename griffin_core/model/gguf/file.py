@@ -127,6 +127,7 @@ def read_gguf(path: Path) -> GgufFile:
                 "split file is found by the names of its parts, NAME-00001-of-0000N.gguf"
             )
     for reader in readers:
+        _check_layout(whole, reader)
         for tensor in reader.tensors:
             if tensor.name in tensors:
                 raise whole.bad(f"tensor {tensor.name} is in two parts")
@@ -142,6 +143,18 @@ def read_gguf(path: Path) -> GgufFile:
     return whole
 
 
+def _check_layout(file: GgufFile, reader: GGUFReader) -> None:
+    """Refuses tensors that are not stored one after the other, as llama.cpp does."""
+    expected = int(reader.data_offset)
+    for tensor in reader.tensors:
+        if tensor.data_offset != expected:
+            raise file.bad(
+                f"tensor {tensor.name}: got byte {tensor.data_offset} as its start; allowed: "
+                f"{expected}, the end of the tensor before it"
+            )
+        expected += -(-tensor.n_bytes // int(reader.alignment)) * int(reader.alignment)
+
+
 class _Reader(GGUFReader):  # type: ignore[misc]
     """The reader of gguf, whose slices of a ``numpy.memmap`` take most of its time: 28 s instead of
     6 s for the 262,144 tokens of Gemma 3."""
@@ -153,6 +166,15 @@ class _Reader(GGUFReader):  # type: ignore[misc]
     @data.setter
     def data(self, mapped: np.ndarray[Any, Any]) -> None:
         self._data = mapped.view(np.ndarray)
+
+    def _get(
+        self, offset: int, dtype: Any, count: Any = 1, *order: Any, **named: Any
+    ) -> np.ndarray[Any, Any]:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise EOFError(f"it has {len(self.data)} bytes, and byte {end} is asked for")
+        values: np.ndarray[Any, Any] = super()._get(offset, dtype, count, *order, **named)
+        return values
 
 
 def _reader(path: Path) -> GGUFReader:
