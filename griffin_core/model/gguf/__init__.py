@@ -1,0 +1,154 @@
+"""GGUF files: what they say is understood and used, all of it, or refused by name.
+
+``understand`` reads and checks a file without its weights. ``write_model`` makes a directory of
+transformers of what it has understood.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from griffin_core.model.gguf.config import config_of
+from griffin_core.model.gguf.file import GgufFile, listed, one_line, part_paths, read_gguf
+from griffin_core.model.gguf.keys import (
+    ARCHITECTURE_KEYS,
+    CHAT_TEMPLATE_OF,
+    TOKENIZER_KEYS,
+    check_keys,
+    ignored_because,
+)
+from griffin_core.model.gguf.tensors import Wanted, check_tensors, converted_state, wanted_tensors
+from griffin_core.model.gguf.tokenizer import end_tokens, tokenizer_of
+from griffin_core.model.spec import spec_from_config
+
+__all__ = ["CONVERTER_VERSION", "Understood", "listed", "part_paths", "understand", "write_model"]
+
+CONVERTER_VERSION = 2
+"""Grows whenever the same file makes another directory, so that older copies are not used."""
+
+SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+"""Keys with the authors' sampling -> fields of generation_config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Understood:
+    """A file that can be converted, and what it says.
+
+    Args:
+        config: of transformers.
+        wanted: tensors of the model by their names in the file; all of them are there.
+        end_tokens: ids that end a completion.
+    """
+
+    file: GgufFile
+    config: PreTrainedConfig
+    wanted: Mapping[str, Wanted]
+    tokenizer: PreTrainedTokenizerFast
+    end_tokens: tuple[int, ...]
+
+    @property
+    def keys(self) -> dict[str, tuple[str, str]]:
+        """Keys that are used -> their values, shortened, and what they set."""
+        architecture = self.file.keys["general.architecture"]
+        tables = {architecture: ARCHITECTURE_KEYS, "tokenizer": TOKENIZER_KEYS}
+        used = {}
+        for name, value in self.file.keys.items():
+            family, _, rest = name.partition(".")
+            rest = "chat_template" if rest.startswith(CHAT_TEMPLATE_OF) else rest
+            if rest in tables.get(family, {}):
+                used[name] = (one_line(repr(value), 80), tables[family][rest].meaning)
+        return used
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """Other keys -> why they are ignored."""
+        return {
+            name: ignored_because(name) or "llama.cpp reads no keys of that name"
+            for name in self.file.keys
+            if name not in self.keys
+        }
+
+    @property
+    def quantization(self) -> dict[str, int]:
+        """Types of tensors -> how many there are."""
+        return dict(Counter(tensor.kind for tensor in self.file.tensors.values()))
+
+
+def understand(path: Path) -> Understood:
+    """Reads and checks all of a file but its weights.
+
+    Raises:
+        UnknownFamily: a GGUF file of another architecture.
+        BadModelFile: no GGUF file, a damaged one, or one that says what is not understood.
+    """
+    file = read_gguf(path)
+    check_keys(file)
+    config = config_of(file)
+    spec_from_config(config)
+    wanted = wanted_tensors(file, config)
+    check_tensors(file, wanted)
+    ends = end_tokens(file)
+    tokenizer = tokenizer_of(file, config.vocab_size)
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = ends
+    config.pad_token_id = tokenizer.pad_token_id
+    return Understood(
+        file=file, config=config, wanted=wanted, tokenizer=tokenizer, end_tokens=tuple(ends)
+    )
+
+
+def write_model(model: Understood, dtype: torch.dtype, target: Path) -> None:
+    """Writes config, weights and tokenizer into an empty directory.
+
+    Args:
+        dtype: of the weights.
+
+    Raises:
+        BadModelFile: a tensor cannot be dequantized.
+        OSError, SafetensorError: ``target`` cannot be written, or is full.
+    """
+    state = converted_state(model.file, model.config, model.wanted, dtype)
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    model.config.dtype = dtype
+    model.config.architectures = [_class_name(model.config)]
+    model.config.save_pretrained(target)
+    model.tokenizer.save_pretrained(target)
+    generation = {
+        "bos_token_id": model.tokenizer.bos_token_id,
+        "eos_token_id": list(model.end_tokens),
+        "pad_token_id": model.tokenizer.pad_token_id,
+        **_sampling(model.file.keys),
+    }
+    said = {name: value for name, value in generation.items() if value is not None}
+    (target / "generation_config.json").write_text(json.dumps(said, indent=2))
+
+
+def _class_name(config: PreTrainedConfig) -> str:
+    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    return name
+
+
+def _sampling(keys: Mapping[str, Any]) -> dict[str, Any]:
+    found = {field: keys[name] for name, field in SAMPLING.items() if name in keys}
+    if "temperature" in found:
+        found["do_sample"] = found["temperature"] > 0
+    return found
