@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny import MODELS
+
+PADDED_VOCABULARY = 384
+"""V of ``write_model``, more than any of these tokenizers has."""
 
 WORDS = ("the", "capital", "of", "is", "Paris", "naïve", "漢字", "\ufffd")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -80,6 +87,19 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "mistral": mistral,
     "gemma": gemma,
 }
+
+
+def write_model(kind: str, directory: Path, *, template: Any = None) -> Path:
+    """Writes a tiny random llama with this tokenizer, whose vocabulary is padded."""
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    _, values = MODELS["llama"]
+    torch.manual_seed(0)
+    special = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    config = CONFIG_MAPPING["llama"](**{**values, **special, "vocab_size": PADDED_VOCABULARY})
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
 
 
 def _byte_level() -> Tokenizer:

@@ -76,8 +76,8 @@ class Tokenizer:
     ) -> tuple[list[int], list[int]]:
         """Token ids of both together, split where the continuation's begin.
 
-        If the tokens of the context alone are not the first of the whole's, since a token reaches
-        over the border, that token is the continuation's first.
+        If the tokens of the context alone are not the first of the whole's, the continuation's
+        first is the first token that has a part of it, though it may have some of the context, too.
 
         Args:
             most: see ``encode``.
@@ -90,8 +90,10 @@ class Tokenizer:
         ids, split = whole.ids, len(before)
         if ids[:split] != before:
             # Ends in characters of the text; 0 for tokens that are not of the text, such as a BOS.
-            ends = (end for _, end in whole.offsets)
+            ends = [end for _, end in whole.offsets]
             split = next((i for i, end in enumerate(ends) if end > len(context)), len(ids))
+            if self._joined_by_normalizer(context, continuation):  # ends are those before joining
+                split = next(i for i, token_id in enumerate(ids) if before[i : i + 1] != [token_id])
         return ids[:split], ids[split:]
 
     def encode_chat(
@@ -131,6 +133,14 @@ class Tokenizer:
             before: ids that the completion follows: its prompt, all that a session holds.
         """
         return TextStream(self._decoder, before, skip_special_tokens=skip_special_tokens)
+
+    def _joined_by_normalizer(self, context: str, continuation: str) -> bool:
+        """Whether characters on both sides of the border become one, such as an accent and its
+        letter."""
+        if (normalizer := self._backend.normalizer) is None:
+            return False
+        whole = normalizer.normalize_str(context + continuation)
+        return not whole.startswith(normalizer.normalize_str(context))
 
     def _encoding(self, text: str, special_tokens: bool, most: int | None, field: str) -> Any:
         """A ``tokenizers.Encoding``, whose length is known without a list of its ids."""
