@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.tiny import MODELS
+from tests.tiny import CONTEXT, MODELS
 
 PADDED_VOCABULARY = 384
 """V of ``write_model``, more than any of these tokenizers has."""
@@ -89,15 +89,15 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 }
 
 
-def write_model(kind: str, directory: Path, *, template: Any = None) -> Path:
+def write_model(kind: str, directory: Path, *, context: int = CONTEXT) -> Path:
     """Writes a tiny random llama with this tokenizer, whose vocabulary is padded."""
     tokenizer = KINDS[kind]()
-    tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
     _, values = MODELS["llama"]
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    config = CONFIG_MAPPING["llama"](**{**values, **special, "vocab_size": PADDED_VOCABULARY})
+    sizes = {"vocab_size": PADDED_VOCABULARY, "max_position_embeddings": context}
+    config = CONFIG_MAPPING["llama"](**{**values, **special, **sizes})
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
