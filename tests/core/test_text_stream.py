@@ -176,6 +176,13 @@ def test_special_tokens_do_not_end_a_character_unless_they_are_shown(kind: Kind)
     assert shown == kind.decode(ids, False)
 
 
+def test_ids_that_the_tokenizer_does_not_know_have_no_text(kind: Kind) -> None:
+    unknown = [kind.size, kind.size + PADDING - 1]
+    for skip in (True, False):
+        assert join(kind.ours.stream(unknown, skip_special_tokens=skip), unknown) == ""
+    assert kind.ours.decode(unknown) == kind.ours.decode_one(unknown[0]) == ""
+
+
 def test_a_stream_takes_as_long_for_each_token_however_many_came_before(kind: Kind) -> None:
     """A run of byte tokens, which is decoded when it ends, included."""
     run = kind.encode("😀" * 500)
