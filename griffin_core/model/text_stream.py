@@ -68,8 +68,10 @@ class TextStream:
     """Token ids in one by one, text out in whole characters.
 
     The pieces, joined, are what decoding all ids together adds to the text of those before. Where
-    that text itself changes, because a character or a run of byte tokens reaches over the border,
-    they are the whole text from the first difference on.
+    a character or a run of byte tokens reaches over the border, that text itself can change. A
+    character that is whole only with the completion belongs to it, so the pieces begin at the first
+    difference. If the completion spoils a run, so that text before becomes U+FFFD, the pieces have
+    those of the completion's own bytes only.
 
     Text that was given stays given, so what the next token may change is held back: an unfinished
     character (U+FFFD at the end), and a run of byte tokens until another token ends it. Each token
@@ -115,6 +117,10 @@ class TextStream:
         if not text.startswith(self._shown):
             pairs = zip(self._shown, text, strict=False)
             same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(text))
+            # A run of byte tokens that was fine until now: a U+FFFD for each of its bytes.
+            taken_back = len(self._shown[same:].encode())
+            if text.startswith(REPLACEMENT * taken_back, same):
+                same += taken_back
         if piece := text[same:]:
             self._shown = text
         return piece

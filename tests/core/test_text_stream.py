@@ -70,7 +70,8 @@ class Kind:
         """What ``ids`` add to the text of ``before``, by decoding both at once."""
         base, whole = self.decode(before, skip), self.decode(before + ids, skip)
         same = next(n for n in range(len(base), -1, -1) if whole.startswith(base[:n]))
-        return whole[same:]
+        spoilt = "\ufffd" * len(base[same:].encode())
+        return whole[same:].removeprefix(spoilt)
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
@@ -128,6 +129,12 @@ def test_only_the_end_of_a_long_prompt_is_looked_at(kind: Kind) -> None:
 def test_a_character_that_a_prompt_begins_is_given_whole(kind: Kind) -> None:
     emoji = kind.encode("a😀")
     assert join(kind.ours.stream(emoji[:-2]), [*emoji[-2:], *kind.encode("b")]).startswith("😀")
+
+
+def test_a_completion_that_spoils_the_prompts_last_bytes_does_not_repeat_them(kind: Kind) -> None:
+    stray, letter = kind.encode("😀")[-1:], kind.encode("a")[-1:]
+    for prompt in ("a\n", "the 👏", "漢字!", "a\n\n\n"):
+        assert join(kind.ours.stream(kind.encode(prompt)), [*stray, *letter]) == "\ufffda"
 
 
 def test_the_first_blank_of_a_completion_is_given(kind: Kind) -> None:
