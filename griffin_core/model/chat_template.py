@@ -138,7 +138,7 @@ class ChatTemplate:
                     if not as_parts:
                         why = f"the chat template fails: {_words(error)}"
                 else:
-                    if _PROBE in text:
+                    if _PROBE in text.lower():
                         return _Use(as_parts=as_parts)
         return _Use() if refused else _Use(unusable=why)
 

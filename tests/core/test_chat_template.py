@@ -197,15 +197,10 @@ def test_the_final_message_is_continued_as_in_transformers(template: str, conten
 
 
 def test_a_final_message_that_the_template_changes_cannot_be_continued() -> None:
-    template = (
-        "{% for m in messages %}{{ m.content | upper }}{% endfor %}PROBE7{{ messages[0].content }}"
-    )
-    refused = refusal(
-        with_template(template),
-        ("user", "a"),
-        ("assistant", "b" * 900),
-        continue_final_message=True,
-    )
+    tokenizer = with_template("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    messages = [("user", "a"), ("assistant", "b" * 900)]
+    assert chat(tokenizer, *messages) == "A" + "B" * 900
+    refused = refusal(tokenizer, *messages, continue_final_message=True)
     assert refused.field == "continue_final_message"
     assert "does not appear" in refused.allowed
 
