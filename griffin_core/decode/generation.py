@@ -68,7 +68,7 @@ class Generation:
         """The prompt is read."""
         self._checker = StopChecker(
             self._stopping,
-            self._model.tokenizer.stream(),
+            self._model.tokenizer.stream(session.tokens),
             self._model.eos_ids,
             room=self._model.decoder.spec.context_length - len(session.tokens),
         )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
+import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_core.errors import BadModelFile, InvalidRequest
+from griffin_core.model.chat_template import ChatTemplate
+from griffin_core.model.text_stream import TextStream, TokenDecoder
+
+CHARACTERS_PER_TOKEN = 16
+"""Of a text with more characters for each token that fits, the beginning is tokenized by itself
+first: ordinary text has about 4."""
 
 
 class Tokenizer:
@@ -22,6 +30,10 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer: Any = tokenizer
         self._backend: Any = tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # tokenizer.json may store what a training script set
+        self._backend.no_padding()
+        self._decoder = TokenDecoder(self._backend)
+        self._chat = ChatTemplate(tokenizer)
 
     @property
     def eos_id(self) -> int | None:
@@ -30,93 +42,194 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        """Whether there is a chat template that can be used."""
+        return not self._chat.unusable
 
-    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``, with the tokenizer's own BOS and the like if asked for."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
+    def encode(
+        self,
+        text: str,
+        *,
+        special_tokens: bool = True,
+        most: int | None = None,
+        field: str = "text",
+    ) -> list[int]:
+        """Token ids of ``text``, with the tokenizer's own BOS and the like if asked for.
+
+        Args:
+            most: most tokens that are of use; None for any number. Of a long text only a beginning
+                is tokenized if that alone has more than twice as many.
+            field: what the caller calls the text.
+
+        Raises:
+            InvalidRequest: more tokens.
+        """
+        ids: list[int] = self._encoding(text, special_tokens, most, field).ids
         return ids
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_pair(
+        self,
+        context: str,
+        continuation: str,
+        *,
+        special_tokens: bool = True,
+        most: int | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of both together, split where the continuation's begin.
+
+        If the tokens of the context alone are not the first of the whole's, the continuation's
+        first is the first token that has a part of it, though it may have some of the context, too.
+
+        Args:
+            most: see ``encode``.
+
+        Raises:
+            InvalidRequest: more tokens, in the context or in both.
+        """
+        before = self.encode(context, special_tokens=special_tokens, most=most, field="context")
+        whole = self._encoding(context + continuation, special_tokens, most, "continuation")
+        ids, split = whole.ids, len(before)
+        if ids[:split] != before:
+            # Ends in characters of the text; 0 for tokens that are not of the text, such as a BOS.
+            ends = [end for _, end in whole.offsets]
+            split = next((i for i, end in enumerate(ends) if end > len(context)), len(ids))
+            if self._joined_by_normalizer(context, continuation):  # ends are those before joining
+                split = next(i for i, token_id in enumerate(ids) if before[i : i + 1] != [token_id])
+        return ids[:split], ids[split:]
+
+    def encode_chat(
+        self,
+        messages: Sequence[tuple[str, str]],
+        *,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        most: int | None = None,
+    ) -> list[int]:
         """Token ids of a chat that the model is to answer.
 
         Args:
-            messages: (role, content) pairs.
+            messages, continue_final_message, variables: see ``ChatTemplate.render``.
+            most: see ``encode``.
 
         Raises:
-            InvalidRequest: the model has no chat template, or its template refuses the messages.
+            InvalidRequest: as by ``ChatTemplate.render`` and ``encode``.
         """
-        if not self.has_chat_template:
-            raise InvalidRequest(
-                "messages", f"{len(messages)} messages", "text or token_ids: no chat template"
-            )
-        chat = [{"role": role, "content": content} for role, content in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            roles = ", ".join(role for role, _ in messages)
-            raise InvalidRequest(
-                "messages", f"roles {roles}", f"the template's: {error}"
-            ) from error
-        return self.encode(text, special_tokens=False)
+        text = self._chat.render(
+            messages, continue_final_message=continue_final_message, variables=variables
+        )
+        return self.encode(text, special_tokens=False, most=most, field="messages")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens left out."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+        return self._decoder.decode(list(ids), skip_special_tokens=True)
 
     def decode_one(self, token_id: int) -> str:
         """Text of one token by itself, special tokens shown."""
-        text: str = self._backend.decode([token_id], skip_special_tokens=False)
-        return text
+        return self._decoder.decode([token_id], skip_special_tokens=False)
 
-    def stream(self) -> TextStream:
-        """A new incremental decoder."""
-        return TextStream(self._backend)
+    def stream(self, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> TextStream:
+        """A new incremental decoder of a completion.
 
+        Args:
+            before: ids that the completion follows: its prompt, all that a session holds.
+        """
+        return TextStream(self._decoder, before, skip_special_tokens=skip_special_tokens)
 
-class TextStream:
-    """Token ids in one by one, text out in whole characters.
+    def _joined_by_normalizer(self, context: str, continuation: str) -> bool:
+        """Whether characters on both sides of the border become one, such as an accent and its
+        letter."""
+        if (normalizer := self._backend.normalizer) is None:
+            return False
+        whole = normalizer.normalize_str(context + continuation)
+        return not whole.startswith(normalizer.normalize_str(context))
 
-    The text of all calls joined is the text of all ids decoded at once.
-    """
+    def _encoding(self, text: str, special_tokens: bool, most: int | None, field: str) -> Any:
+        """A ``tokenizers.Encoding``, whose length is known without a list of its ids."""
+        if most is None:
+            return self._encoded(text, special_tokens)
+        size = CHARACTERS_PER_TOKEN * most
+        while size < len(text):
+            # Where a text is cut, tokens are others, but not half of them: this many are too many.
+            if (count := len(self._encoded(text[:size], special_tokens))) > 2 * most:
+                raise InvalidRequest(
+                    field,
+                    f"{len(text)} characters, of which the first {size} are {count} tokens",
+                    f"at most {most} tokens, the context length",
+                )
+            size *= 4
+        encoding = self._encoded(text, special_tokens)
+        if len(encoding) > most:
+            raise InvalidRequest(
+                field, f"{len(encoding)} tokens", f"at most {most}, the context length"
+            )
+        return encoding
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._given = 0
-
-    def push(self, token_id: int) -> str:
-        """Text that this token completes; empty inside a character."""
-        self._ids.append(token_id)
-        text = self._stream.step(self._backend, token_id) or ""
-        self._given += len(text)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: a character cut short shows as U+FFFD."""
-        text: str = self._backend.decode(self._ids, skip_special_tokens=True)[self._given :]
-        self._given += len(text)
-        return text
+    def _encoded(self, text: str, special_tokens: bool) -> Any:
+        # A batch of one: encode() holds the interpreter's lock, which stops the engine's thread.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=special_tokens)
+        return encoding
 
 
 def load_tokenizer(where: str) -> Tokenizer:
     """Loads the tokenizer of a directory or hub id.
 
     Raises:
-        BadModelFile: there is none, or it has no fast form.
+        BadModelFile: there is none, it cannot be read, or it has no fast form. In one line, with
+            the file that is the reason.
     """
+    needs_sentencepiece = _only_sentencepiece(Path(where))
+    if needs_sentencepiece and find_spec("sentencepiece") is None:
+        raise BadModelFile(
+            "tokenizer.model: reading it takes the package sentencepiece, which is not installed; "
+            "install it, or put a tokenizer.json beside it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # each tokenizer class raises its own
-        raise BadModelFile(
-            f"tokenizer: cannot load it ({type(error).__name__}: {error})"
-        ) from error
+        if needs_sentencepiece:
+            raise BadModelFile(
+                "tokenizer.model: sentencepiece cannot read it; put a tokenizer.json beside it"
+            ) from error
+        words = " ".join(str(error).split())[:300]
+        file = _broken_file(Path(where)) or "tokenizer: cannot load it"
+        raise BadModelFile(f"{file} ({type(error).__name__}: {words})") from error
     if not getattr(tokenizer, "is_fast", False):
         raise BadModelFile(
             f"tokenizer: {type(tokenizer).__name__} has no fast form, which is needed"
         )
+    # transformers makes an empty one of a class for which it finds no file.
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder().keys()
+    if backend.get_vocab_size(with_added_tokens=False) <= len(added):
+        vocabulary = set(backend.get_vocab(with_added_tokens=False).values())
+        if vocabulary <= added:
+            raise BadModelFile(
+                f"tokenizer: {type(tokenizer).__name__} has no tokens but special ones; is "
+                "tokenizer.json missing?"
+            )
     return Tokenizer(tokenizer)
+
+
+def _only_sentencepiece(directory: Path) -> bool:
+    others = ("tokenizer.json", "vocab.json", "tekken.json")
+    return (directory / "tokenizer.model").exists() and not any(
+        (directory / name).exists() for name in others
+    )
+
+
+def _broken_file(directory: Path) -> str:
+    """Which of a tokenizer's files cannot be read, and why; empty if all can."""
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for file in (directory / name for name in files):
+        try:
+            if file.exists() and not isinstance(json.loads(file.read_text("utf-8")), dict):
+                return f"{file.name}: is no JSON object"
+        except (OSError, ValueError):
+            return f"{file.name}: cannot be read"
+    if (file := directory / "tokenizer.json").exists():
+        try:
+            tokenizers.Tokenizer.from_file(str(file))
+        except Exception:  # of no narrower type
+            return "tokenizer.json: is not a tokenizer that the library tokenizers reads"
+    elif directory.is_dir():
+        return "tokenizer: the model has no tokenizer.json"
+    return ""

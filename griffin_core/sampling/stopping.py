@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.model.tokenizer import TextStream
+from griffin_core.model.text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16

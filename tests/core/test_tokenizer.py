@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
+import threading
+import time
+import unicodedata
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Regex, normalizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
-from griffin_core.errors import InvalidRequest
+from griffin_core.errors import BadModelFile, InvalidRequest
 from griffin_core.model.load import Model
+from griffin_core.model.tokenizer import CHARACTERS_PER_TOKEN, Tokenizer, load_tokenizer
+from tests.tiny import byte_tokenizer
+from tests.tokenizer_kinds import KINDS
 
 TEXTS = [
     "plain words, and  two spaces\n\nand lines",
@@ -62,3 +75,243 @@ def test_a_model_without_template_takes_no_chat(tiny: Callable[[str], Model]) ->
 def test_what_a_template_refuses_is_told_in_its_words(tiny: Callable[[str], Model]) -> None:
     with pytest.raises(InvalidRequest, match=r"roles tool; allowed: .*no tools"):
         tiny("llama").tokenizer.encode_chat([("tool", "x")])
+
+
+def test_truncation_and_padding_that_a_file_stores_are_not_applied(tmp_path: Path) -> None:
+    for settings in (
+        {"truncation": True, "max_length": 64},
+        {"padding": "max_length", "max_length": 500, "truncation": True},
+        {"padding": "longest", "pad_to_multiple_of": 64},
+        {"truncation": True, "max_length": 30, "stride": 5},
+    ):
+        trained = byte_tokenizer(with_template=True)
+        trained(["a"], **settings)  # what a training script leaves behind
+        trained.save_pretrained(tmp_path)
+        assert trained.backend_tokenizer.truncation or trained.backend_tokenizer.padding
+        tokenizer = load_tokenizer(str(tmp_path))
+        text = "y" * 200
+        assert len(tokenizer.encode(text)) == 200
+        assert tokenizer.encode(text) == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
+        assert len(tokenizer.encode_chat([("user", text)])) == len(f"<user>{text}\n<assistant>")
+        assert [len(part) for part in tokenizer.encode_pair("a" * 150, "b" * 50)] == [150, 50]
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_text_is_tokenized_as_transformers_does(name: str) -> None:
+    theirs = KINDS[name]()
+    ours = Tokenizer(theirs)
+    for text in [*TEXTS, " a", "<s>a</s>", "e\u0301"]:
+        assert ours.encode(text) == theirs(text).input_ids
+        bare = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, special_tokens=False) == bare
+
+
+PIECES = (
+    "the capital",
+    " of",
+    " ",
+    "  ",
+    "Paris",
+    "é",
+    "😀",
+    "漢",
+    "字",
+    "\n",
+    "e",
+    "\u0301",
+    "a b",
+)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_score_is_of_the_tokens_that_reach_into_the_continuation(name: str) -> None:
+    """They are the last ones of the whole, cover the continuation, and no token before them has a
+    part of it."""
+    theirs = KINDS[name]()
+    ours, other_tokens = Tokenizer(theirs), 0
+    for context, continuation in itertools.product(PIECES, repeat=2):
+        prompt, rest = ours.encode_pair(context, continuation)
+        whole = ours.encode(context + continuation)
+        assert prompt + rest == whole
+        alone = ours.encode(context)
+        if whole[: len(alone)] == alone:
+            assert prompt == alone
+            continue
+        other_tokens += 1
+        joined = unicodedata.normalize("NFC", context + continuation)
+        if name == "qwen" and joined != context + continuation:  # over the border
+            assert ours.decode(rest).endswith(joined[-1])
+            continue
+        ends = theirs(context + continuation, return_offsets_mapping=True).offset_mapping
+        assert all(end <= len(context) for _, end in ends[: len(prompt)])
+        assert ends[len(prompt)][1] > len(context)
+    assert other_tokens > 3  # cases in which the context's tokens are not the first of the whole
+
+
+def test_a_score_splits_within_a_word_where_its_tokens_do() -> None:
+    tokenizer = Tokenizer(KINDS["llama2"]())
+    shown = [
+        [tokenizer.decode_one(token) for token in part]
+        for part in tokenizer.encode_pair("the capital o", "f")
+    ]
+    assert "".join(shown[1]).endswith("of")
+    assert "o" not in "".join(shown[0])
+
+
+def test_a_tokenizer_that_ends_text_with_a_token_scores_the_whole_continuation() -> None:
+    theirs = KINDS["llama3"]()
+    backend = theirs.backend_tokenizer
+    begin, end = ("<|begin_of_text|>", theirs.bos_token_id), ("<|eot_id|>", theirs.eos_token_id)
+    backend.post_processor = TemplateProcessing(
+        single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end]
+    )
+    tokenizer = Tokenizer(theirs)
+    prompt, rest = tokenizer.encode_pair("ab", "cd")
+    assert (prompt[0], tokenizer.decode(prompt), tokenizer.decode(rest)) == (begin[1], "ab", "cd")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Characters that were given to tokenizers."""
+    seen: list[int] = []
+    encoded = Tokenizer._encoded
+
+    def count(self: Tokenizer, text: str, special_tokens: bool) -> Any:
+        seen.append(len(text))
+        return encoded(self, text, special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "_encoded", count)
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_of_a_text_that_cannot_fit_only_the_beginning_is_tokenized(
+    name: str, counted: list[int]
+) -> None:
+    tokenizer = Tokenizer(KINDS[name]())
+    for text in (
+        "The quick brown fox. " * 50_000,
+        "漢" * 500_000,
+        "x" * 1_000_000,
+        "é😀" * 400_000,
+    ):
+        counted.clear()
+        with pytest.raises(InvalidRequest, match=f"{len(text)} characters.*at most 100 tokens"):
+            tokenizer.encode(text, most=100)
+        assert sum(counted) <= 100 * CHARACTERS_PER_TOKEN
+    with pytest.raises(InvalidRequest, match="context: got 1050000 characters"):
+        tokenizer.encode_pair("The quick brown fox. " * 50_000, "a", most=100)
+    with pytest.raises(InvalidRequest, match="continuation: got 1050001 characters"):
+        tokenizer.encode_pair("a", "The quick brown fox. " * 50_000, most=100)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_whatever_fits_is_taken_and_one_token_more_is_not(name: str) -> None:
+    tokenizer = Tokenizer(KINDS[name]())
+    for text in ("the capital of", "a" * 3000, "  " * 3000, "\n" * 3000, "😀" * 99):
+        ids = tokenizer.encode(text)
+        assert tokenizer.encode(text, most=len(ids)) == ids
+        with pytest.raises(InvalidRequest, match="at most"):
+            tokenizer.encode(text, most=len(ids) - 1)
+
+
+def test_a_text_that_the_normalizer_shortens_is_taken() -> None:
+    theirs = KINDS["gpt2"]()
+    theirs.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    tokenizer = Tokenizer(theirs)
+    assert tokenizer.encode(" " * 1_000_000 + "a", most=10) == tokenizer.encode(" a")
+
+
+def test_tokenizing_does_not_stop_other_threads() -> None:
+    tokenizer, done, turns = Tokenizer(KINDS["gpt2"]()), threading.Event(), []
+
+    def run() -> None:
+        tokenizer.encode("The quick brown fox. " * 20_000)
+        done.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not done.wait(0.001):
+        turns.append(time.perf_counter())
+    thread.join()
+    assert len(turns) > 10
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: cannot be read"),
+        ("tokenizer.json", "", "tokenizer.json: cannot be read"),
+        ("tokenizer.json", "{}", "tokenizer.json: is not a tokenizer"),
+        (
+            "tokenizer.json",
+            '{"version": "1.0", "added_tokens": [], "model": {"type": "New"}}',
+            "is not a",
+        ),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: cannot be read"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: is no JSON object"),
+        ("tokenizer.json", None, "the model has no tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(
+    file: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    byte_tokenizer(with_template=False).save_pretrained(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(BadModelFile) as refused:
+        load_tokenizer(str(tmp_path))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"])
+def test_a_tokenizer_class_without_files_is_refused(name: str, tmp_path: Path) -> None:
+    """transformers makes one that knows its special tokens only, and text becomes nothing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(BadModelFile, match=r"tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_sentencepiece_model_that_cannot_be_read_asks_for_what_helps(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"no sentencepiece model")
+    monkeypatch.setattr("griffin_core.model.tokenizer.find_spec", lambda name: installed or None)
+    with pytest.raises(BadModelFile) as refused:
+        load_tokenizer(str(tmp_path))
+    assert str(refused.value).startswith("tokenizer.model: ")
+    assert "sentencepiece" in str(refused.value)
+    assert "tokenizer.json" in str(refused.value)
+    assert "tiktoken" not in str(refused.value)
+
+
+def test_a_sentencepiece_model_alone_is_read(tmp_path: Path) -> None:
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    lines = [f"line {number} of some words, é and 漢" for number in range(200)]
+    trainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",  # as of Llama 2
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    reference = pytest.importorskip("sentencepiece").SentencePieceProcessor(
+        model_file=str(tmp_path / "tokenizer.model")
+    )
+    for text in ("some words", "line 7 of é 😀", "漢\nand"):
+        assert tokenizer.encode(text, special_tokens=False) == reference.encode(text)
+        assert tokenizer.decode(reference.encode(text)) == text

@@ -52,12 +52,8 @@ def analyze_task(
             raise InvalidRequest(
                 f"activation_layers[{index}]", layer, f"[0, {len(spec.layers)}), the layers"
             )
-    prompt = prompt_ids(field, request, tokenizer)
+    prompt = prompt_ids(field, request, tokenizer, spec)
     check_token_ids(field, prompt, spec)
-    if len(prompt) > spec.context_length:
-        raise InvalidRequest(
-            field, f"{len(prompt)} tokens", f"at most {spec.context_length}, the context length"
-        )
     return PrefillTask(
         token_ids=tuple(prompt),
         selection=pruning.selection(base, seed_of(request)),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
+
+from google.protobuf.struct_pb2 import ListValue, Struct
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.decode.events import (
@@ -108,7 +111,7 @@ def generate_task(
     sampling = _sampling(request.sampling, seed, sampling_defaults)
     stopping = _stopping(request.stopping)
     pruning = pruning_params(request.pruning)
-    prompt = prompt_ids(field, request, tokenizer, continues=bool(request.session_id))
+    prompt = prompt_ids(field, request, tokenizer, spec, continues=bool(request.session_id))
     task = GenerateTask(
         prompt=tuple(prompt),
         sampling=sampling,
@@ -158,14 +161,19 @@ def score_task(
         raise InvalidRequest(
             "continuation", f"{context} with {continuation}", "both as text or both as token ids"
         )
+    most = spec.context_length
+    special_tokens = _adds_special_tokens(request, context, "context")
     if context == "context":
-        before = tokenizer.encode(request.context)
-        whole = tokenizer.encode(request.context + request.continuation)
-        prompt, rest = whole[: len(before)], whole[len(before) :]
+        prompt, rest = tokenizer.encode_pair(
+            request.context, request.continuation, special_tokens=special_tokens, most=most
+        )
     else:
-        prompt, rest = list(request.context_token_ids), list(request.continuation_token_ids)
+        prompt = _given_ids(context, request.context_token_ids, most)
+        rest = _given_ids(continuation, request.continuation_token_ids, most)
     if not prompt:
-        raise InvalidRequest("context", "no tokens", "at least one token")
+        raise InvalidRequest(
+            "context", "no tokens before those of the continuation", "at least one token"
+        )
     if not rest:
         raise InvalidRequest(continuation, "no tokens behind the context", "at least one token")
     task = ScoreTask(
@@ -207,10 +215,12 @@ def prompt_ids(
     field: str,
     request: pb.GenerateRequest | pb.AnalyzePromptRequest,
     tokenizer: Tokenizer,
+    spec: ModelSpec,
     *,
     continues: bool = False,
 ) -> list[int]:
-    """A request's tokens, at least one.
+    """A request's tokens, at least one. More than the context takes are refused before they are
+    all made.
 
     Args:
         field: where they are, see ``input_field``.
@@ -219,25 +229,92 @@ def prompt_ids(
     Raises:
         InvalidRequest: naming field, value and range.
     """
+    most = spec.context_length
+    special_tokens = _adds_special_tokens(request, field, "text", default=not continues)
+    if field != "messages":
+        if request.continue_final_message:
+            raise InvalidRequest("continue_final_message", f"true with {field}", "with messages")
+        if request.HasField("chat_template_kwargs"):
+            raise InvalidRequest("chat_template_kwargs", f"set with {field}", "with messages")
     match field:
         case "text":
             if not request.text:
                 raise InvalidRequest("text", "an empty prompt", "at least one token")
-            ids = tokenizer.encode(request.text, special_tokens=not continues)
+            ids = tokenizer.encode(request.text, special_tokens=special_tokens, most=most)
         case "token_ids":
-            ids = list(request.token_ids)
+            ids = _given_ids(field, request.token_ids, most)
         case _:
             if continues:
                 raise InvalidRequest(
                     "messages", "messages with session_id", "text or token_ids in a later turn"
                 )
+            if len(request.messages) > most:
+                raise InvalidRequest(
+                    "messages",
+                    f"{len(request.messages)} messages",
+                    f"at most {most}, the context length",
+                )
             for index, message in enumerate(request.messages):
                 if not message.role:
                     raise InvalidRequest(f"messages[{index}].role", "''", "not empty")
-            ids = tokenizer.encode_chat([(m.role, m.content) for m in request.messages])
+            ids = tokenizer.encode_chat(
+                [(m.role, m.content) for m in request.messages],
+                continue_final_message=request.continue_final_message,
+                variables=_plain("chat_template_kwargs", request.chat_template_kwargs),
+                most=most,
+            )
     if not ids:
         raise InvalidRequest(field, "a prompt of no tokens", "at least one token")
     return ids
+
+
+def _adds_special_tokens(
+    request: pb.GenerateRequest | pb.AnalyzePromptRequest | pb.ScoreRequest,
+    field: str,
+    text_field: str,
+    *,
+    default: bool = True,
+) -> bool:
+    """Whether the tokenizer adds its own special tokens to the text.
+
+    Raises:
+        InvalidRequest: the request says so, but its input is no text.
+    """
+    if not request.HasField("add_special_tokens"):
+        return default
+    if field != text_field:
+        raise InvalidRequest("add_special_tokens", f"set with {field}", f"with {text_field}")
+    return request.add_special_tokens
+
+
+def _given_ids(field: str, ids: Sequence[int], most: int) -> list[int]:
+    if len(ids) > most:
+        raise InvalidRequest(field, f"{len(ids)} tokens", f"at most {most}, the context length")
+    return list(ids)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A ``google.protobuf.Struct``, or a value in one, as Python has it: whole numbers as int.
+
+    Raises:
+        InvalidRequest: a number that JSON does not have.
+    """
+    match value:
+        case Struct():
+            return {key: _plain(f"{name}.{key}", item) for key, item in value.fields.items()}
+        case ListValue():
+            return [_plain(f"{name}[{i}]", item) for i, item in enumerate(value.values)]
+    match value.WhichOneof("kind"):
+        case "struct_value" | "list_value" as kind:
+            return _plain(name, getattr(value, kind))
+        case "number_value":
+            number = value.number_value
+            if not math.isfinite(number):
+                raise InvalidRequest(name, number, "finite numbers")
+            return int(number) if number.is_integer() else number
+        case "string_value" | "bool_value" as kind:
+            return getattr(value, kind)
+    return None
 
 
 def seed_of(message: pb.Sampling | pb.ScoreRequest | pb.AnalyzePromptRequest) -> int:

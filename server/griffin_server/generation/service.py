@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -43,6 +44,9 @@ from griffin_server.prefill.source import PrefillServers
 TOKENS_AHEAD = 64
 """Events that may wait for a client that does not read before its session is paused."""
 
+TOKENIZER_THREADS = 2
+"""Prompts that are tokenized at once."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 R = TypeVar("R")
@@ -76,6 +80,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._mail = mail
         self._metrics = metrics
         self._sampling_defaults = sampling_defaults
+        # Threads of its own: whoever else waits for one does not wait for long texts.
+        self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "griffin-tokenize")
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -150,8 +156,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """The task of a request, off the loop: a long text takes the tokenizer tens of
         milliseconds."""
         model = self._model
-        return await asyncio.to_thread(
-            make, request, model.tokenizer, model.decoder.spec, context.time_remaining()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing,
+            make,
+            request,
+            model.tokenizer,
+            model.decoder.spec,
+            context.time_remaining(),
         )
 
     async def _events(

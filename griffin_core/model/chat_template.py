@@ -1,0 +1,173 @@
+"""A model's chat template: tried when the model is loaded, and chats as text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from griffin_core.errors import InvalidRequest
+
+MOST_WORDS = 200
+"""Characters of somebody else's error that a message repeats: a status has to fit 8 KiB."""
+
+_PROBE = "probe7content"
+_PROBE_ROLES = ("user", "human", "system", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Use:
+    """How one template takes messages.
+
+    Args:
+        as_parts: a message's content is a list of parts, ``{"type": "text", "text": ...}``, and no
+            string.
+        unusable: why no message can be rendered with it; empty if some can.
+    """
+
+    as_parts: bool = False
+    unusable: str = ""
+
+
+class ChatTemplate:
+    """Renders chats with the template of a tokenizer.
+
+    Whether it can be used, and whether it takes content as a string or as parts, is found out at
+    construction: of a message that it renders, the content has to be in the text.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._uses: dict[str, _Use] = {}
+        self._reserved = (
+            {"messages"}
+            | set(inspect.signature(tokenizer.apply_chat_template).parameters)
+            | set(inspect.signature(render_jinja_template).parameters)
+        ) - {"tools", "documents"}
+        self.unusable = self._use(None)[1].unusable
+        """Why chats cannot be rendered; empty if they can."""
+
+    def render(
+        self,
+        messages: Sequence[tuple[str, str]],
+        *,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Text of a chat that the model is to answer.
+
+        Args:
+            messages: (role, content) pairs, at least one.
+            continue_final_message: the text ends with the last message's, for the model to go on
+                with, as in transformers.
+            variables: further ones of the template; ``tools`` and ``documents`` as transformers
+                takes them.
+
+        Raises:
+            InvalidRequest: there is no template that can be used, or it fails, whichever way; a
+                variable has a name that is taken.
+        """
+        variables = variables or {}
+        self._check(variables)
+        template, use = self._use(variables.get("tools"))
+        if use.unusable:
+            raise InvalidRequest(
+                "messages", f"{len(messages)} messages", f"text or token_ids: {use.unusable}"
+            )
+        try:
+            return self._rendered(
+                template, messages, use.as_parts, continue_final_message, variables
+            )
+        except Exception as error:  # a template is a program of somebody else
+            if isinstance(error, ValueError) and str(error).startswith("continue_final_message"):
+                raise InvalidRequest(
+                    "continue_final_message", True, f"false here: {_words(error)}"
+                ) from error
+            roles = ", ".join(role for role, _ in messages[:8])
+            raise InvalidRequest(
+                "messages", f"roles {roles}", f"the template's: {_words(error)}"
+            ) from error
+
+    def _check(self, variables: Mapping[str, Any]) -> None:
+        if taken := sorted(self._reserved & variables.keys()):
+            raise InvalidRequest(
+                "chat_template_kwargs",
+                ", ".join(taken),
+                "names that neither the request nor transformers uses for something else",
+            )
+        for name in ("tools", "documents"):
+            value = variables.get(name)
+            if value is not None and not (
+                isinstance(value, list) and all(isinstance(item, dict) for item in value)
+            ):
+                raise InvalidRequest(f"chat_template_kwargs.{name}", value, "a list of objects")
+
+    def _use(self, tools: Any) -> tuple[str, _Use]:
+        """The template for chats with these tools, and how it is used."""
+        stored = self._tokenizer.chat_template
+        if not stored:
+            return "", _Use(unusable="no chat template")
+        try:
+            template: str = self._tokenizer.get_chat_template(None, tools)
+        except ValueError:
+            names = ", ".join(sorted(stored))
+            return "", _Use(
+                unusable=f"no chat template named default; there are {names}"[:MOST_WORDS]
+            )
+        if template not in self._uses:
+            self._uses[template] = self._try(template)
+        return template, self._uses[template]
+
+    def _try(self, template: str) -> _Use:
+        why = "the chat template does not show the messages' content"
+        refused = False
+        for role in _PROBE_ROLES:
+            for as_parts in (False, True):
+                try:
+                    text = self._rendered(template, [(role, _PROBE)], as_parts, False, {})
+                except Exception as error:
+                    # What raise_exception() raises: the template refuses this chat, not each one.
+                    refused |= type(error) is TemplateError
+                    if not as_parts:
+                        why = f"the chat template fails: {_words(error)}"
+                else:
+                    if _PROBE in text.lower():
+                        return _Use(as_parts=as_parts)
+        return _Use() if refused else _Use(unusable=why)
+
+    def _rendered(
+        self,
+        template: str,
+        messages: Sequence[tuple[str, str]],
+        as_parts: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        chat = [
+            {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+            for role, text in messages
+        ]
+        text: str = self._tokenizer.apply_chat_template(
+            chat,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+        return text
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in one line that is not long."""
+    words = " ".join(str(error).split())
+    if not isinstance(error, TemplateError):
+        words = f"{type(error).__name__}: {words}"
+    return words if len(words) <= MOST_WORDS else f"{words[: MOST_WORDS - 3]}..."
