@@ -323,10 +323,10 @@ def _shape(
         x = tl.load(logits + row * vocabulary + tokens, mask=inside, other=0.0)
         size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         bad = tl.maximum(bad, (size >= _INFINITE).to(tl.int32))
-        banned = tl.zeros((BLOCK,), tl.int1)
+        banned = tl.zeros((BLOCK,), tl.int32)
         if biased != 0:
             added = tl.load(bias + slot * vocabulary + tokens, mask=inside, other=0.0)
-            banned = added < -_LARGEST
+            banned = (added < -_LARGEST).to(tl.int32)
             x += added
         if penalized != 0:
             known = tl.load(seen + slot * vocabulary + tokens, mask=inside, other=0)
@@ -337,7 +337,7 @@ def _shape(
             x -= frequency * times.to(tl.float32)
         if (biased != 0) | (penalized != 0):
             x = tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST)
-            x = tl.where(banned, float("-inf"), x)
+            x = tl.where(banned != 0, float("-inf"), x)
             tl.store(shaped + row * vocabulary + tokens, x, mask=inside)
         key = _key_of(x)
         packed = (key.to(tl.int64) << 32) | (tokens ^ 0x7FFFFFFF).to(tl.int64)

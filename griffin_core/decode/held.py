@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.sampling.bad_words import after_line_break
 from griffin_core.sampling.stopping import StopChecker
 
 
@@ -52,7 +51,7 @@ def _tokens_of(
         return []
     alone = tokenizer.encode(rest, special_tokens=False)
     wanted = decode(kept) + rest
-    for ids in (alone, after_line_break(rest, tokenizer)):
+    for ids in (alone, tokenizer.encode_inner(rest)):
         if decode([*kept, *ids]) == wanted:
             return ids
     return alone  # a tokenizer that normalizes text has no tokens for it

@@ -66,6 +66,13 @@ class Tokenizer:
         ids: list[int] = self._encoding(text, special_tokens, most, field).ids
         return ids
 
+    def encode_inner(self, text: str) -> list[int]:
+        """Token ids of a text that stands after a line break, without the space that sentencepiece
+        puts before a text; none if the tokenizer joins it to the line break."""
+        line_break = self.encode("\n", special_tokens=False)
+        both = self.encode(f"\n{text}", special_tokens=False)
+        return both[len(line_break) :] if both[: len(line_break)] == line_break else []
+
     def encode_pair(
         self,
         context: str,

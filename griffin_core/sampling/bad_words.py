@@ -35,21 +35,14 @@ def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int
             )
         spaced = tokenizer.encode(f" {word}", special_tokens=False)
         alone = tokenizer.encode(word, special_tokens=False)
-        sequences = {tuple(alone), tuple(spaced), tuple(after_line_break(word, tokenizer))} - {()}
+        inner = tokenizer.encode_inner(word)
+        sequences = {tuple(alone), tuple(spaced), tuple(inner)} - {()}
         if not sequences:
             raise InvalidRequest(
                 f"sampling.bad_words[{index}]", word, "text that the tokenizer has tokens for"
             )
         found |= sequences
     return tuple(sorted(s for s in found if not any(_ends_in(s, other) for other in found)))
-
-
-def after_line_break(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a text that stands after others, without the space that sentencepiece puts
-    before a text; none if the tokenizer joins it to the line break."""
-    line_break = tokenizer.encode("\n", special_tokens=False)
-    both = tokenizer.encode(f"\n{text}", special_tokens=False)
-    return both[len(line_break) :] if both[: len(line_break)] == line_break else []
 
 
 def _ends_in(sequence: tuple[int, ...], other: tuple[int, ...]) -> bool:

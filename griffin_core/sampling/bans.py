@@ -55,8 +55,7 @@ class Bans:
         if self._words:
             made = tuple(before)
             banned |= {w[-1] for w in self._words if made[len(made) - len(w) + 1 :] == w[:-1]}
-        left = self._allowed - banned if self._allowed else self._vocabulary - len(banned)
-        if not left:
+        if self._allowed <= banned if self._allowed else len(banned) >= self._vocabulary:
             raise InvalidRequest(
                 "sampling.allowed_token_ids" if self._allowed else "sampling.bad_words",
                 f"no token to draw after {place} of the completion",
