@@ -11,9 +11,13 @@ from griffin_core.sampling.params import SamplingParams
 
 
 def shaped(
-    logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    banned: Sequence[int],
 ) -> Tensor:
-    """Logits [V] with biases and penalties, float64.
+    """Logits [V] with biases and penalties, float64; -infinity for tokens that are not to be drawn.
 
     Args:
         prompt, output: the tokens before, and those that were drawn.
@@ -27,7 +31,10 @@ def shaped(
     for token in {*prompt, *output}:
         penalty = params.repetition_penalty
         logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
-    return logits - params.presence_penalty * (times > 0) - params.frequency_penalty * times
+    logits -= params.presence_penalty * (times > 0) + params.frequency_penalty * times
+    allowed = params.allowed_token_ids or range(len(logits))
+    never = [t for t in range(len(logits)) if t not in allowed or t in banned]
+    return logits.index_fill_(0, torch.tensor(never, dtype=torch.int64), -torch.inf)
 
 
 def probabilities(
@@ -35,9 +42,10 @@ def probabilities(
     params: SamplingParams,
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
+    banned: Sequence[int] = (),
 ) -> Tensor:
     """Of each token, [V] float64."""
-    x = shaped(logits, params, prompt, output)
+    x = shaped(logits, params, prompt, output, banned)
     if params.temperature == 0:
         return torch.zeros_like(x).index_fill_(0, x.argmax(), 1.0)
     ranked, order = x.sort(descending=True, stable=True)

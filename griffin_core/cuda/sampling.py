@@ -82,6 +82,7 @@ class CudaSlots:
         self._bias = torch.zeros((slots + 1, vocabulary), dtype=torch.float32, device=device)
         self._seen = torch.zeros((slots + 1, vocabulary), dtype=torch.int32, device=device)
         """Bit 0: in the prompt. The rest: times drawn."""
+        self._params: dict[int, SamplingParams] = {}
 
     @property
     def nbytes(self) -> int:
@@ -90,16 +91,14 @@ class CudaSlots:
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """See ``Sampler``."""
-        if params.logit_bias:
-            self._bias[slot].zero_()
-            values = self._sent(list(params.logit_bias.values()), torch.float32)
-            self._bias[slot].index_copy_(0, self._sent(list(params.logit_bias)), values)
+        self._params[slot] = params
+        biased = self._write_bias(slot, ())
         if params.penalizes:
             self._seen[slot].zero_()
             self._seen[slot].index_fill_(0, self._sent(list(seen)), 1)
         numbers = [
             int(params.temperature > 0),
-            int(bool(params.logit_bias)),
+            int(biased),
             int(params.penalizes),
             params.top_k if params.top_k < self._vocabulary else 0,
             _signed(params.seed & 0xFFFFFFFF),
@@ -114,9 +113,27 @@ class CudaSlots:
         numbers += [0] * (FIELDS - len(numbers))
         self._table[slot].copy_(self._sent(numbers, torch.int32))
 
+    def ban(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``Sampler``."""
+        self._table[slot, _BIASED.value].fill_(int(self._write_bias(slot, tokens)))
+
+    def _write_bias(self, slot: int, banned: Sequence[int]) -> bool:
+        """Writes what is added to a slot's logits, -infinity for tokens that are never drawn.
+        Returns whether there is any."""
+        params, row = self._params[slot], self._bias[slot]
+        if not (params.logit_bias or params.allowed_token_ids or banned):
+            return False
+        row.fill_(-torch.inf if params.allowed_token_ids else 0.0)
+        row.index_fill_(0, self._sent(list(params.allowed_token_ids)), 0.0)
+        values = self._sent(list(params.logit_bias.values()), torch.float32)
+        row.index_add_(0, self._sent(list(params.logit_bias)), values)
+        row.index_fill_(0, self._sent(banned), -torch.inf)
+        return True
+
     def close(self, slot: int) -> None:
         """See ``Sampler``."""
         self._table[slot].zero_()
+        self._params.pop(slot, None)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """See ``Sampler``. What it needs besides is allocated here: in a capture it is the
@@ -223,7 +240,8 @@ def _distance(x, top):
 @triton.jit
 def _weight(x, top, inverse):
     distance = _distance(x, top) * inverse
-    return tl.where(distance < 87.0, tl.exp(-distance), 0.0)
+    # A banned token has none, whatever the temperature.
+    return tl.where((distance < 87.0) & (x >= -_LARGEST), tl.exp(-distance), 0.0)
 
 
 @triton.jit
@@ -305,8 +323,11 @@ def _shape(
         x = tl.load(logits + row * vocabulary + tokens, mask=inside, other=0.0)
         size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         bad = tl.maximum(bad, (size >= _INFINITE).to(tl.int32))
+        banned = tl.zeros((BLOCK,), tl.int32)
         if biased != 0:
-            x += tl.load(bias + slot * vocabulary + tokens, mask=inside, other=0.0)
+            added = tl.load(bias + slot * vocabulary + tokens, mask=inside, other=0.0)
+            banned = (added < -_LARGEST).to(tl.int32)
+            x += added
         if penalized != 0:
             known = tl.load(seen + slot * vocabulary + tokens, mask=inside, other=0)
             repeated = tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition)
@@ -316,6 +337,7 @@ def _shape(
             x -= frequency * times.to(tl.float32)
         if (biased != 0) | (penalized != 0):
             x = tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST)
+            x = tl.where(banned != 0, float("-inf"), x)
             tl.store(shaped + row * vocabulary + tokens, x, mask=inside)
         key = _key_of(x)
         packed = (key.to(tl.int64) << 32) | (tokens ^ 0x7FFFFFFF).to(tl.int64)

@@ -319,6 +319,9 @@ class Decoding:
     ) -> list[UnderWay]:
         """Has tokens drawn for all sessions together; if that fails, for each alone, so that it
         costs only the session whose fault it is."""
+        sessions = [session for session in sessions if self._may_draw(session)]
+        if not sessions:
+            return []
         try:
             turns = [(session.turn_id, session) for session in sessions]
             densities = [session.density for session in sessions]
@@ -335,6 +338,15 @@ class Decoding:
         for session in sessions:
             session.in_flight += 1
         return [UnderWay(turns=turns, densities=densities, draw=draw)]
+
+    def _may_draw(self, session: Session) -> bool:
+        """Bans what the session's next token must not be. False if none is left: that ends it."""
+        try:
+            _generation(session).ban(session, self.sampler)
+        except Exception as error:
+            self._end_with(session, error)
+            return False
+        return True
 
     def _check_device(self) -> None:
         """After an error: a GPU that is lost says so again, and the engine ends."""
@@ -599,8 +611,6 @@ class Decoding:
         self._groups.leave(session)
         self._free_slot(session)
         session.in_flight = 0  # one step too many may be under way: nothing of it counts
-        if isinstance(session.work, Generation):
-            session.cache.rewind(len(session.tokens) - 1)
         self._caches.resize(session.cache, session.cache.length)
         self.scheduler.keep(session, session.cache.nbytes)
 

@@ -6,13 +6,16 @@ import math
 import time
 
 from griffin_core.decode.events import Finished, Timings, TokensMade
+from griffin_core.decode.held import held_after_stop
 from griffin_core.decode.session import Session
 from griffin_core.decode.step import Drawn
 from griffin_core.decode.task import GenerateTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.model.linear import Rows
 from griffin_core.model.load import Model
+from griffin_core.sampling.bans import Bans
 from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import FinishReason, StopChecker
 
 STREAMS_SHOWN = 4
@@ -50,7 +53,11 @@ class Pace:
 
 class Generation:
     """One turn: take the tokens that are drawn, show them, and say when it ends. ``Work`` of a
-    session."""
+    session.
+
+    Raises:
+        InvalidRequest: the request bans every token.
+    """
 
     rows: Rows = "one"
 
@@ -60,6 +67,9 @@ class Generation:
         self._stopping = task.stopping
         self.sampling = task.sampling
         self.top_logprobs = task.top_logprobs
+        vocabulary = model.decoder.spec.vocabulary
+        self._bans = Bans(task.sampling, task.stopping, model.eos_ids, vocabulary)
+        self._banned: frozenset[int] = frozenset()
         self._ids: list[int] = []
         self._text = ""
         self._logprobs: list[Logprobs] = []
@@ -68,15 +78,32 @@ class Generation:
         """The prompt is read."""
         self._checker = StopChecker(
             self._stopping,
-            self._model.tokenizer.stream(session.tokens),
+            self._model.tokenizer,
             self._model.eos_ids,
+            before=session.tokens,
             room=self._model.decoder.spec.context_length - len(session.tokens),
         )
 
     def wants(self, session: Session) -> bool:
         """Whether a token more may be drawn, as far as numbers say: what those in flight are is
-        not known yet."""
+        not known yet. A token that may be banned because of those before it waits for them."""
+        if self._bans.lookback and session.in_flight:
+            return False
         return self._checker.remaining > session.in_flight
+
+    def ban(self, session: Session, sampler: Sampler) -> None:
+        """Tells the sampler what the next token must not be, before it is drawn.
+
+        Raises:
+            InvalidRequest: no token is left.
+        """
+        assert session.slot is not None
+        place = session.turn_generated + session.in_flight
+        known = min(self._bans.lookback, session.turn_generated)
+        banned = self._bans.at(place, session.tokens[len(session.tokens) - known :])
+        if banned != self._banned:
+            sampler.ban(session.slot, sorted(banned))
+            self._banned = banned
 
     def take(self, session: Session, drawn: Drawn) -> bool:
         """Takes the next token. True when the turn ends with it.
@@ -101,8 +128,27 @@ class Generation:
         if first or reason is not None or len(self._ids) >= self._pace.tokens:
             self._show(session)
         if reason is not None:
+            self._settle(session, reason)
             session.sink.put(self._finished(session, reason))
         return reason is not None
+
+    def _settle(self, session: Session, reason: FinishReason) -> None:
+        """Leaves in the session what its client has seen, and in its cache the tokens of that which
+        were run. The last one counts as not run, though a step too many may have run it, or it was
+        before a stop string: so a turn that ends is the same whatever ended it."""
+        assert session.cache is not None
+        begin = len(session.tokens) - session.turn_generated
+        kept = session.turn_generated
+        if session.keep and reason is FinishReason.STOP_SEQUENCE:
+            kept, made_anew = held_after_stop(
+                self._model.tokenizer,
+                session.tokens[:begin],
+                session.tokens[begin:],
+                self._checker,
+                skip_special_tokens=self._stopping.skip_special_tokens,
+            )
+            session.tokens[begin + kept :] = made_anew
+        session.cache.rewind(max(begin, min(begin + kept, len(session.tokens) - 1)))
 
     def flush(self, session: Session) -> None:
         """Shows the tokens that wait for others."""

@@ -154,7 +154,8 @@ class Session:
         self.opened = time.monotonic()
         self.state = State.QUEUED
         self.tokens: list[int] = []
-        """All tokens of all turns; the cache may lack the last ones."""
+        """All tokens of all turns, but those after a stop string; the cache may lack the last
+        ones."""
         self.generated_tokens = 0
         self.slot: int | None = None
         """The sampler's slot, while it generates."""
@@ -200,6 +201,8 @@ class Session:
         self.clock = Clock(arrived=arrived)
         self.turn_start = self.cache.length if self.cache else 0
         self.tokens += prompt
+        self.prompt_tokens = len(self.tokens) - self.turn_start
+        """Tokens prefilled for this turn."""
         self.turn_generated = 0
         self.in_flight = 0
         self._ran = 0
@@ -248,11 +251,6 @@ class Session:
         if self._mass is None or self._mass[0] is not experts:
             self._mass = experts, experts.norm_mass(self.s2)
         return self._mass[1]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens prefilled for the current turn."""
-        return len(self.tokens) - self.turn_start - self.turn_generated
 
     def figures(self, ff_width: int) -> PruningFigures:
         """What the pruning did so far."""

@@ -87,6 +87,8 @@ class GenerateTask:
             raise InvalidRequest("top_logprobs", self.top_logprobs, f"[0, {MAX_TOP_LOGPROBS}]")
         check_token_ids("stopping.stop_token_ids", sorted(self.stopping.stop_token_ids), spec)
         check_token_ids("sampling.logit_bias", sorted(self.sampling.logit_bias), spec)
+        allowed = sorted(self.sampling.allowed_token_ids)
+        check_token_ids("sampling.allowed_token_ids", allowed, spec)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,12 +58,14 @@ BLOCK = 64
     REPETITION,
     PRESENCE,
     FREQUENCY,
+    BANS,
+    BAN_TOKENS,
     FIELDS,
-) = range(14)
+) = range(16)
 """Columns of the table of slots, int64: whether the slot samples (else it is greedy), the two
 limits and the seed; number and addresses of the logit biases (int64 tokens, float32 values);
-address of what was seen [V] int32 (bit 0: in the prompt; the rest: times drawn), or 0; and six
-float32 as the int32 of their bits."""
+address of what was seen [V] int32 (bit 0: in the prompt; the rest: times drawn), or 0; six float32
+as the int32 of their bits; and number and address of the tokens (int64) that are never drawn."""
 
 _loop = partial(
     njit, fastmath=FAST, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
@@ -91,19 +93,30 @@ class CpuSlots:
         self.drawn = torch.zeros(slots + 1, dtype=torch.int64)
         self._table = torch.zeros((slots + 1, FIELDS), dtype=torch.int64)
         self._owned: list[tuple[Tensor, ...]] = [()] * (slots + 1)  # what the table's addresses are
+        self._others: dict[int, Tensor] = {}
+        """Of slots whose request allows certain tokens only: [V] bool, all other tokens."""
+        self._banned: dict[int, Tensor] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @property
     def nbytes(self) -> int:
         """See ``Sampler``."""
         own = sum(tensor.nbytes for tensors in self._owned for tensor in tensors)
+        own += sum(t.nbytes for slots in (self._others, self._banned) for t in slots.values())
         return own + self._table.nbytes + self.drawn.nbytes
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """See ``Sampler``."""
         self.close(slot)
-        if params.plain:
-            return  # that is what zeros say
+        if not params.plain:  # which is what zeros say
+            self._open(slot, params, seen)
+        if params.allowed_token_ids:
+            others = torch.ones(self._vocabulary, dtype=torch.bool)
+            others[list(params.allowed_token_ids)] = False
+            self._others[slot] = others
+            self.ban(slot, ())
+
+    def _open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         counts = None
@@ -125,13 +138,28 @@ class CpuSlots:
             REPETITION: float_bits(params.repetition_penalty),
             PRESENCE: float_bits(params.presence_penalty),
             FREQUENCY: float_bits(params.frequency_penalty),
+            BANS: 0,
+            BAN_TOKENS: 0,
         }
         self._table[slot] = torch.tensor([row[field] for field in range(FIELDS)])
+
+    def ban(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``Sampler``."""
+        banned = torch.tensor(tokens, dtype=torch.int64)
+        if slot in self._others:
+            others = self._others[slot].clone()
+            others[banned] = True
+            banned = others.nonzero()[:, 0]
+        self._banned[slot] = banned
+        self._table[slot, BANS] = len(banned)
+        self._table[slot, BAN_TOKENS] = address(banned)
 
     def close(self, slot: int) -> None:
         """See ``Sampler``."""
         self._table[slot] = 0
         self._owned[slot] = ()
+        self._others.pop(slot, None)
+        self._banned.pop(slot, None)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """See ``Sampler``."""
@@ -188,7 +216,7 @@ def _draw(logits, settings, position, scratch, size):
     largest, smallest = _extremes(at(logits, types.int32), size)
     token = types.int64(-1)
     if largest < _INFINITE and smallest > -_INFINITE - 1:
-        if own[BIASES] != 0 or own[SEEN] != 0:
+        if own[BIASES] != 0 or own[SEEN] != 0 or own[BANS] != 0:
             _shape(x, at(scratch, types.float32), settings, size)
             x = at(scratch, types.float32)
             largest, smallest = _extremes(at(scratch, types.int32), size)
@@ -210,6 +238,9 @@ def _sampled(x, top, bottom, settings, position, scratch, size):
     inverse = _float(own[INVERSE_TEMPERATURE])
     top_k, top_p = own[TOP_K], _float(own[TOP_P])
     _weigh(x, w, top, inverse, size, padded)
+    banned = at(own[BAN_TOKENS], types.int64)
+    for i in range(own[BANS]):  # at the highest temperatures no distance makes the weight 0
+        w[banned[i]] = np.float32(0.0)
     if top_k != 0 or top_p < np.float32(1.0):
         _find_bins(x, at(scratch + 8 * padded, types.int32), top, bottom, inverse, size)
     for by_mass in range(2):
@@ -285,7 +316,7 @@ def _first(x, value):
 
 @_loop
 def _shape(x, shaped, settings, size):
-    """shaped = x with biases and penalties, finite."""
+    """shaped = x with biases and penalties, finite but for the -infinity of banned tokens."""
     own = at(settings, types.int64)
     for i in range(size):
         shaped[i] = x[i]
@@ -305,6 +336,9 @@ def _shape(x, shaped, settings, size):
             y -= presence if times > 0 else np.float32(0.0)
             y -= frequency * types.float32(times)
             shaped[i] = min(max(y, -_LARGEST), _LARGEST)
+    banned = at(own[BAN_TOKENS], types.int64)
+    for i in range(own[BANS]):
+        shaped[banned[i]] = -np.float32(np.inf)
 
 
 @_loop

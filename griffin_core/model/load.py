@@ -76,7 +76,8 @@ class Model:
     Args:
         name: what was asked for, paths reduced to their last part.
         fingerprint: equal fingerprints give equal KV; see ``weights.fingerprint``.
-        eos_ids: tokens that end a completion.
+        eos_ids: tokens that end a completion: all that generation_config.json, config.json and the
+            tokenizer name.
         sampling_defaults: how the model's own generation_config.json wants tokens drawn.
     """
 
@@ -163,7 +164,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         decoder=decoder,
         tokenizer=tokenizer,
         fingerprint=fingerprint(spec, on_device),
-        eos_ids=_eos_ids(generation, config, tokenizer),
+        eos_ids=_eos_ids(where, generation, tokenizer, spec.vocabulary),
         sampling_defaults=sampling_defaults(generation),
     )
 
@@ -353,11 +354,25 @@ def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _eos_ids(
-    generation: GenerationConfig | None, config: PreTrainedConfig, tokenizer: Tokenizer
+    where: str, generation: GenerationConfig | None, tokenizer: Tokenizer, vocabulary: int
 ) -> frozenset[int]:
-    ids = None if generation is None else generation.eos_token_id
-    for fallback in (getattr(config, "eos_token_id", None), tokenizer.eos_id):
-        ids = fallback if ids is None else ids
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+    """All end-of-sequence tokens that generation_config.json, config.json and the tokenizer name.
+    One that only stands in transformers' defaults for the family is none.
+
+    Raises:
+        BadModelFile: one of the files has a value that is no token id and no list of them.
+    """
+    stated, _ = PreTrainedConfig.get_config_dict(where)
+    found = [tokenizer.eos_id]
+    for file, value in (
+        ("generation_config.json", None if generation is None else generation.eos_token_id),
+        ("config.json", stated.get("eos_token_id")),
+    ):
+        ids = value if isinstance(value, list) else [value]
+        if not all(token is None or type(token) is int for token in ids):
+            raise BadModelFile(
+                f"model: {file} has eos_token_id {value!r}; allowed: a token id or a list of them"
+            )
+        found += ids
+    # Ids outside the vocabulary, -1 for one, are how some models say that there is none.
+    return frozenset(token for token in found if token is not None and 0 <= token < vocabulary)

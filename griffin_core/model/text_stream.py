@@ -26,7 +26,9 @@ class TokenDecoder:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         added = backend.get_added_tokens_decoder().items()
-        self._special = frozenset(token_id for token_id, token in added if token.special)
+        self.special_texts: dict[int, str] = {
+            i: token.content for i, token in added if token.special
+        }
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.byte_ids = frozenset(
             token_id
@@ -45,7 +47,7 @@ class TokenDecoder:
     def has_text(self, token_id: int, *, skip_special_tokens: bool) -> bool:
         """Whether the decoder looks at this token at all: not at special ones that are left out,
         nor at ids beyond the tokenizer's vocabulary, which a model's padded one may hold."""
-        if skip_special_tokens and token_id in self._special:
+        if skip_special_tokens and token_id in self.special_texts:
             return False
         return self._backend.id_to_token(token_id) is not None
 

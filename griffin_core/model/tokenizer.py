@@ -66,6 +66,13 @@ class Tokenizer:
         ids: list[int] = self._encoding(text, special_tokens, most, field).ids
         return ids
 
+    def encode_inner(self, text: str) -> list[int]:
+        """Token ids of a text that stands after a line break, without the space that sentencepiece
+        puts before a text; none if the tokenizer joins it to the line break."""
+        line_break = self.encode("\n", special_tokens=False)
+        both = self.encode(f"\n{text}", special_tokens=False)
+        return both[len(line_break) :] if both[: len(line_break)] == line_break else []
+
     def encode_pair(
         self,
         context: str,
@@ -118,9 +125,13 @@ class Tokenizer:
         )
         return self.encode(text, special_tokens=False, most=most, field="messages")
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens left out."""
-        return self._decoder.decode(list(ids), skip_special_tokens=True)
+    def special_text(self, token_id: int) -> str | None:
+        """The text of a special token, which other texts leave out; None for any other token."""
+        return self._decoder.special_texts.get(token_id)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``, by default without special tokens."""
+        return self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_one(self, token_id: int) -> str:
         """Text of one token by itself, special tokens shown."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from griffin_core.errors import InvalidRequest
 
 MAX_LOGIT_BIASES = 1024
+MAX_ALLOWED_TOKENS = 1024
 LARGEST_SEED = (1 << 64) - 1
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -17,6 +18,10 @@ _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn; the defaults change nothing. Ranges as in generation.proto.
+
+    Args:
+        bad_words_ids: token sequences that the completion never comes to hold; see ``bad_words``.
+        allowed_token_ids: only these are drawn; all if it is empty.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -31,6 +36,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         def check(name: str, holds: bool, allowed: str) -> None:
@@ -55,6 +62,12 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:  # NaN fails too
                 raise InvalidRequest(f"sampling.logit_bias[{token}]", bias, "[-100, 100]")
+        if len(self.allowed_token_ids) > MAX_ALLOWED_TOKENS:
+            raise InvalidRequest(
+                "sampling.allowed_token_ids",
+                f"{len(self.allowed_token_ids)} ids",
+                f"at most {MAX_ALLOWED_TOKENS}",
+            )
 
     @property
     def penalizes(self) -> bool:
@@ -64,7 +77,8 @@ class SamplingParams:
 
     @property
     def plain(self) -> bool:
-        """Whether the token is always the likeliest one of the logits as they are."""
+        """Whether the token is always the likeliest one of the logits as they are, of those that
+        are not banned."""
         return self.temperature == 0 and not self.penalizes and not self.logit_bias
 
     @property

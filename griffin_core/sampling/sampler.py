@@ -22,6 +22,8 @@ class Slots(Protocol):
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None: ...
 
+    def ban(self, slot: int, tokens: Sequence[int]) -> None: ...
+
     def close(self, slot: int) -> None: ...
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor: ...
@@ -29,7 +31,8 @@ class Slots(Protocol):
 
 class Sampler:
     """Draws the tokens of a batch: logit bias, repetition penalty, presence and frequency
-    penalties, temperature, top_k, top_p, min_p, and the draw, in this order.
+    penalties, allowed and banned tokens, temperature, top_k, top_p, min_p, and the draw, in this
+    order.
 
     A slot holds what one session's draws need. Slot ``slots`` is for rows of a captured step that
     belong to no session; it is greedy, and its tokens mean nothing.
@@ -74,6 +77,15 @@ class Sampler:
                 presence and frequency penalties count only what is drawn from now on.
         """
         self._slots.open(slot, params, seen)
+
+    def ban(self, slot: int, tokens: Sequence[int]) -> None:
+        """Sets which tokens a slot does not draw from now on, whatever it was told before. In the
+        order of the device's work; nothing waits for it. ``open`` leaves none banned.
+
+        Args:
+            tokens: at least one of those that the request allows is not among them.
+        """
+        self._slots.ban(slot, tokens)
 
     def close(self, slot: int) -> None:
         """Leaves a slot without anything of its request."""

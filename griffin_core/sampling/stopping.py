@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import compress
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.model.text_stream import TextStream
+from griffin_core.model.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
@@ -35,10 +37,17 @@ class StoppingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    include_stop_string: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise InvalidRequest("stopping.max_tokens", self.max_tokens, ">= 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise InvalidRequest(
+                "stopping.min_tokens", self.min_tokens, f"[0, {self.max_tokens}], max_tokens"
+            )
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(
                 "stopping.stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS}"
@@ -58,64 +67,143 @@ class StoppingParams:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A completion that a stop string cut, as its first tokens and the text after them.
+
+    Args:
+        tokens: how many tokens.
+        characters: how many visible characters came with them.
+        rest: the shown text after those characters.
+    """
+
+    tokens: int
+    characters: int
+    rest: str
+
+
 class StopChecker:
     """Follows one completion token by token.
 
+    Stop strings are looked for in the text with its special tokens shown. The one counts that is
+    complete first, and of several that end with the same character the longest. So it makes no
+    difference where tokens end.
+
     Args:
-        text: the decoder of this completion's tokens.
+        tokenizer: decodes the completion's tokens.
+        before: the tokens before the completion.
         eos_ids: the model's end-of-sequence tokens.
         room: most tokens the context still takes.
     """
 
     def __init__(
-        self, params: StoppingParams, text: TextStream, eos_ids: frozenset[int], room: int
+        self,
+        params: StoppingParams,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        *,
+        before: Sequence[int],
+        room: int,
     ) -> None:
         self._params = params
-        self._text = text
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream(before, skip_special_tokens=params.skip_special_tokens)
         self._ends = params.stop_token_ids | (frozenset() if params.ignore_eos else eos_ids)
         self._room = room
-        self._count = 0
+        self._pieces: list[str] = []
+        """The text that came with each token, special tokens shown."""
+        self._visible = bytearray()
+        """Of each character of that text whether it is to be shown."""
         self._held = ""
+        """The end of that text, which nobody has seen yet."""
+        self._passed = 0
+        """How much of the held text came with the first ``min_tokens`` tokens."""
+        self._match = (0, 0)
+        """Where in the whole text the stop string begins and the shown text ends."""
         self.matched = ""
         """The stop string that ended the completion, once one has."""
 
     @property
     def remaining(self) -> int:
         """Most tokens that the completion still takes."""
-        return min(self._params.max_tokens, self._room) - self._count
+        return min(self._params.max_tokens, self._room) - len(self._pieces)
 
     def push(self, token_id: int) -> tuple[str, FinishReason | None]:
         """The text this token lets out, and why the completion ends with it, if it does.
 
         Text that may yet become a stop string is held back.
         """
-        self._count += 1
+        self._pieces.append("")
         if token_id in self._ends:
             return self._finish(FinishReason.EOS)
-        self._held += self._text.push(token_id)
-        if (before := self._before_stop()) is not None:
-            return before, FinishReason.STOP_SEQUENCE
-        if self._count >= self._params.max_tokens:
+        self._add(self._stream.push(token_id), visible=True)
+        if self._params.skip_special_tokens:  # then the stream has left it out
+            self._add(self._tokenizer.special_text(token_id) or "", visible=False)
+        if self._find_stop():
+            return self._cut(), FinishReason.STOP_SEQUENCE
+        if len(self._pieces) >= self._params.max_tokens:
             return self._finish(FinishReason.MAX_TOKENS)
-        if self._count >= self._room:
+        if len(self._pieces) >= self._room:
             return self._finish(FinishReason.CONTEXT_LENGTH)
-        split = len(self._held) - self._possible_start()
-        out, self._held = self._held[:split], self._held[split:]
-        return out, None
+        return self._let_out(len(self._held) - self._possible_start()), None
+
+    def splits(self) -> Iterator[Split]:
+        """After a stop string: the ways to split what the completion shows, those with the most
+        tokens first. The last one has none."""
+        start, end = self._match
+        text = "".join(self._pieces)
+        at = len(text)
+        for tokens in range(len(self._pieces), -1, -1):
+            if tokens < len(self._pieces):
+                at -= len(self._pieces[tokens])
+            if at <= end:
+                shown = "".join(compress(text[at:start], self._visible[at:start]))
+                shown += text[max(at, start) : end]
+                yield Split(tokens=tokens, characters=sum(self._visible[:at]), rest=shown)
+
+    def _add(self, text: str, *, visible: bool) -> None:
+        self._pieces[-1] += text
+        self._visible += bytes([visible]) * len(text)
+        self._held += text
+        if len(self._pieces) <= self._params.min_tokens:
+            self._passed = len(self._held)
+
+    def _let_out(self, size: int) -> str:
+        """Takes that much of the held text away, and returns what is to be shown of it."""
+        begin = len(self._visible) - len(self._held)
+        shown = "".join(compress(self._held, self._visible[begin : begin + size]))
+        self._held = self._held[size:]
+        self._passed = max(0, self._passed - size)
+        return shown
 
     def _finish(self, reason: FinishReason) -> tuple[str, FinishReason]:
-        self._held += self._text.flush()
-        if (before := self._before_stop()) is not None:  # the flushed text may complete one
-            return before, FinishReason.STOP_SEQUENCE
-        return self._held, reason
+        self._add(self._stream.flush(), visible=True)
+        if self._find_stop():  # the flushed text may complete one
+            return self._cut(), FinishReason.STOP_SEQUENCE
+        return self._let_out(len(self._held)), reason
 
-    def _before_stop(self) -> str | None:
-        """The held text before the first stop string in it; None if there is none."""
-        found = [(at, s) for s in self._params.stop if (at := self._held.find(s)) >= 0]
-        if not found:
-            return None
-        at, self.matched = min(found, key=lambda match: (match[0], -len(match[1])))
-        return self._held[:at]
+    def _find_stop(self) -> bool:
+        """Whether a stop string is in the held text that ends after the first ``min_tokens``
+        tokens. It is noted then."""
+        ends = []
+        for stop in self._params.stop:
+            at = self._held.find(stop, max(0, self._passed - len(stop) + 1))
+            if at >= 0:
+                ends.append((at + len(stop), at))
+        if not ends:
+            return False
+        end, start = min(ends)
+        begin = len(self._visible) - len(self._held)
+        self.matched = self._held[start:end]
+        shown = end if self._params.include_stop_string else start
+        self._match = begin + start, begin + shown
+        return True
+
+    def _cut(self) -> str:
+        """The text up to the stop string, or up to its end: a stop string is shown if that was
+        asked for, even where it is a special token."""
+        before = self._let_out(self._match[0] - len(self._visible) + len(self._held))
+        return before + (self.matched if self._params.include_stop_string else "")
 
     def _possible_start(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

@@ -238,3 +238,49 @@ def test_fingerprints_tell_weights_and_types_apart(
 
 def test_a_model_brings_its_eos_tokens(tiny: Callable[[str], Model]) -> None:
     assert tiny("llama").eos_ids == {257}
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer", "expected"),
+    [
+        ({"eos_token_id": [2, 251]}, 257, "</s>", {2, 251, 257}),
+        ({"eos_token_id": 2}, [5, 6], "</s>", {2, 5, 6, 257}),
+        ({"temperature": 0.5}, 7, None, {7}),
+        (None, None, "</s>", {257}),
+        (None, None, None, set()),  # and not 2, which is transformers' default for a llama
+        ({"eos_token_id": -1}, 300, None, set()),
+        ({"eos_token_id": [None, 3]}, 4, None, {3, 4}),
+    ],
+)
+def test_every_source_of_end_tokens_counts(
+    generation: dict[str, object] | None,
+    config: object,
+    tokenizer: str | None,
+    expected: set[int],
+    tiny_directory: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    where = tmp_path / "model"
+    shutil.copytree(tiny_directory("llama"), where)
+    (where / "generation_config.json").unlink()
+    if generation is not None:
+        (where / "generation_config.json").write_text(json.dumps(generation))
+    for file, values in (
+        ("config.json", {"eos_token_id": config}),
+        ("tokenizer_config.json", {"eos_token": tokenizer}),
+    ):
+        stated = {**json.loads((where / file).read_text()), **values}
+        stated = {name: value for name, value in stated.items() if value is not None}
+        (where / file).write_text(json.dumps(stated))
+    assert load_model(str(where), dtype=torch.float32).eos_ids == expected
+
+
+@pytest.mark.parametrize("value", ["2", [2, "3"], 2.5, True, {"id": 2}])
+def test_end_tokens_that_are_no_ids_are_refused(
+    value: object, tiny_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    where = tmp_path / "model"
+    shutil.copytree(tiny_directory("llama"), where)
+    (where / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(BadModelFile, match="eos_token_id"):
+        load_model(str(where), dtype=torch.float32)

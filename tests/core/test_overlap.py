@@ -4,8 +4,10 @@ step too many shows nowhere."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -106,6 +108,37 @@ def test_a_step_too_many_shows_nowhere(model: Model) -> None:
     assert plain[0][0] == ahead[0][0]
     assert 5 < len(plain[0][0]) < 40  # it was ended by the token
     assert plain == ahead
+
+
+def test_no_ban_comes_late(model: Model) -> None:
+    """Neither one that depends on the token before, nor one that depends on how many there are."""
+    few = frozenset(range(97, 103))
+    words = ((98,), (97, 97), (97, 99), (99, 100, 97), (100, 100), (101, 102, 101, 102))
+    banned = SamplingParams(
+        temperature=1.0, seed=7, allowed_token_ids=few | {257}, bad_words_ids=words
+    )
+    usual = SamplingParams(temperature=1.0, seed=8)
+    eager = SamplingParams(logit_bias={257: 100.0})
+    tasks = [
+        stopping_task(sampling=banned, stopping=StoppingParams(max_tokens=60, min_tokens=50)),
+        stopping_task(sampling=usual),
+        stopping_task(sampling=eager, stopping=StoppingParams(max_tokens=60, min_tokens=23)),
+    ]
+    made = {}
+    for overlap in (False, True):
+        with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+            alone = [complete(running, replace(task, turn_id=uuid4().hex))[0] for task in tasks]
+            inboxes = [submit(running, task)[1] for task in tasks]
+            made[overlap] = [finish(inbox)[0] for inbox in inboxes]
+            assert made[overlap] == alone
+            assert at_baseline(running)
+    assert made[True] == made[False]
+    bad, free, least = made[True]
+    assert len(bad) >= 50 and 257 not in bad[:50] and set(bad) <= few | {257}
+    for word in words:
+        assert not any(tuple(bad[at : at + len(word)]) == word for at in range(len(bad)))
+    assert len(free) == 40
+    assert (len(least), least.index(257)) == (24, 23)
 
 
 def test_steps_are_launched_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

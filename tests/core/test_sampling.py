@@ -60,9 +60,12 @@ def draws(logits: Tensor, count: int, seen: Sequence[int] = (), **params: object
     return [draw(sampler, logits, [0], [position])[0] for position in range(count)]
 
 
-def made_at_once(params: SamplingParams, logits: Tensor, count: int) -> Tensor:
+def made_at_once(
+    params: SamplingParams, logits: Tensor, count: int, banned: Sequence[int] = ()
+) -> Tensor:
     """How often each token is drawn at positions 0, 1, …, without penalties: counts [V]."""
     sampler = sampler_for(params, vocabulary=len(logits))
+    sampler.ban(0, banned)
     counts = torch.zeros(len(logits), dtype=torch.int64)
     for positions in torch.arange(count).split(5_000):
         rows = logits.expand(len(positions), -1).contiguous()
@@ -121,7 +124,9 @@ SHAPES: list[dict[str, object]] = [
 ]
 
 
-def made_after_output(params: SamplingParams, logits: Tensor, count: int) -> Tensor:
+def made_after_output(
+    params: SamplingParams, logits: Tensor, count: int, banned: Sequence[int] = ()
+) -> Tensor:
     """How often each token is drawn after PROMPT and OUTPUT: counts [V]. Each draw is of a slot of
     its own, since it is counted."""
     slots = min(count, 1_000)
@@ -134,6 +139,8 @@ def made_after_output(params: SamplingParams, logits: Tensor, count: int) -> Ten
         for position, token in enumerate(OUTPUT):
             certain = torch.zeros_like(logits).index_fill_(0, torch.tensor([token]), ALWAYS)
             assert draw(sampler, certain, every, [position] * slots) == [token] * slots
+        for slot in every:
+            sampler.ban(slot, banned)
         positions = torch.arange(first, first + slots)
         rows = logits.expand(slots, -1).contiguous()
         counts += sampler.sample(rows, torch.arange(slots), positions).bincount(
@@ -157,6 +164,36 @@ def test_draws_follow_the_reference_for_every_combination_of_settings(
     else:
         counts = made_at_once(params, logits, count)
         expected = probabilities(logits, params)
+    assert int(counts.sum()) == count
+    assert chi_square(counts, expected) > 0.001
+
+
+ALLOWED = frozenset([2, 5, 7, 11, 20, 33, 41, 59])
+
+
+@pytest.mark.parametrize("count", DRAWS)
+@pytest.mark.parametrize("kept", KEPT[::3], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[::4], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    ("allowed", "banned"),
+    [(ALLOWED, []), (frozenset(), [0, 7, 20, 41, 59]), (ALLOWED, [3, 7, 41])],
+    ids=["allowed", "banned", "both"],
+)
+def test_draws_of_the_tokens_that_are_left_follow_the_reference(
+    allowed: frozenset[int],
+    banned: list[int],
+    shape: dict[str, object],
+    kept: dict[str, float],
+    count: int,
+) -> None:
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(4)) * 1.5
+    params = SamplingParams(temperature=0.7, seed=98, allowed_token_ids=allowed, **shape, **kept)
+    if not params.penalizes:
+        counts = made_at_once(params, logits, count, banned)
+        expected = probabilities(logits, params, banned=banned)
+    else:
+        counts = made_after_output(params, logits, count, banned)
+        expected = probabilities(logits, params, PROMPT, OUTPUT, banned)
     assert int(counts.sum()) == count
     assert chi_square(counts, expected) > 0.001
 
@@ -254,6 +291,17 @@ def test_the_hottest_draw_is_uniform() -> None:
     assert chi_square(counts, torch.full((50,), 1 / 50, dtype=torch.float64)) > 0.001
 
 
+@pytest.mark.parametrize("kept", [{}, {"top_k": 30}, {"top_p": 0.999}], ids=str)
+def test_the_hottest_draw_is_uniform_among_the_tokens_that_are_left(kept: dict[str, float]) -> None:
+    logits, left = torch.randn(50) * 20, [3, 11, 40, 42]
+    request = SamplingParams(
+        temperature=1e300, seed=6, allowed_token_ids=frozenset([*left, 7, 8]), **kept
+    )
+    counts = made_at_once(request, logits, 20_000, banned=[7, 8])
+    expected = torch.zeros(50, dtype=torch.float64).index_fill_(0, torch.tensor(left), 1 / 4)
+    assert chi_square(counts, expected) > 0.001
+
+
 def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
     logits = torch.zeros(V)
     logits[[17, 30, 400]] = 2.5
@@ -310,6 +358,46 @@ def test_logit_bias_is_added() -> None:
     assert draws(logits, 1, logit_bias={int(logits.argmax()): -100.0}) != [int(logits.argmax())]
 
 
+def test_a_ban_holds_until_the_next_one() -> None:
+    logits = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    plain, few = SamplingParams(), SamplingParams(allowed_token_ids=frozenset([1, 3, 4]))
+    sampler = sampler_for(plain, few, vocabulary=5)
+    for bans, expected in (([], [0, 1]), ([0, 1], [2, 3]), ([1], [0, 3]), ([0, 1, 3], [2, 4])):
+        for slot in range(2):
+            sampler.ban(slot, bans)
+        assert draw(sampler, logits, [0, 1], [0, 0]) == expected
+    sampler.open(0, plain, [])
+    sampler.close(1)
+    assert draw(sampler, logits, [0, 1], [0, 0]) == [0, 0]
+
+
+def test_what_is_banned_changes_no_draw_of_others_and_no_ban_changes_none() -> None:
+    logits = torch.randn(3, V)
+    kinds = [{"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.2, "top_k": 20, "seed": 5}, {}]
+    requests = [SamplingParams(**kind) for kind in kinds]
+    free, every = sampler_for(*requests), sampler_for(*requests)
+    everything = SamplingParams(allowed_token_ids=frozenset(range(V)), **kinds[1])
+    every.open(1, everything, [])
+    every.ban(0, [])
+    for position in range(20):
+        usual = draw(free, logits, range(3), [position] * 3)
+        assert draw(every, logits, range(3), [position] * 3) == usual
+        every.ban(2, [int(logits[2].argmax())])
+        assert draw(every, logits, range(3), [position] * 3)[:2] == usual[:2]
+        every.ban(2, [])
+
+
+def test_logits_that_are_not_finite_are_found_even_where_they_are_banned() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        for temperature in (0.0, 1.0):
+            logits = torch.randn(V)
+            logits[7] = value
+            request = SamplingParams(temperature=temperature, allowed_token_ids=frozenset([1, 2]))
+            sampler = sampler_for(request)
+            sampler.ban(0, [7])
+            assert draw(sampler, logits, [0], [0]) == [-1]
+
+
 def test_a_slot_that_is_opened_again_knows_nothing_of_its_last_request() -> None:
     logits, hard = torch.randn(V), {"logit_bias": {1: 90.0}, "presence_penalty": 2.0}
     usual = SamplingParams(temperature=1.0, seed=2, frequency_penalty=0.1)
@@ -329,6 +417,10 @@ def test_a_closed_slot_holds_no_memory() -> None:
     before = sampler.nbytes
     sampler.open(1, SamplingParams(presence_penalty=1.0, logit_bias={3: 1.0}), [])
     assert sampler.nbytes == before + 4 * V + 8 + 4
+    sampler.close(1)
+    assert sampler.nbytes == before
+    sampler.open(1, SamplingParams(allowed_token_ids=frozenset([2])), [])
+    sampler.ban(1, [3, 4])
     sampler.close(1)
     assert sampler.nbytes == before
 
@@ -497,5 +589,7 @@ def test_values_out_of_range_name_field_value_and_range(
 def test_logit_biases_out_of_range_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"logit_bias\[3\]"):
         SamplingParams(logit_bias={3: math.nan})
+    with pytest.raises(InvalidRequest, match="allowed_token_ids: got 1025 ids"):
+        SamplingParams(allowed_token_ids=frozenset(range(1025)))
     with pytest.raises(InvalidRequest, match="at most 1024"):
         SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model
+from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.stopping import FinishReason, StopChecker, StoppingParams
+from tests.core.pieces import Pieces, chunkings, parts
 
 EOS = 257
 
@@ -22,10 +25,7 @@ def check(tiny: Callable[[str], Model]) -> Callable[..., tuple[list[str], Finish
         text: str, *more_tokens: int, room: int = 1000, **params: object
     ) -> tuple[list[str], FinishReason | None]:
         checker = StopChecker(
-            StoppingParams(**params),
-            tokenizer.stream(),
-            frozenset([EOS]),
-            room,
+            StoppingParams(**params), tokenizer, frozenset([EOS]), before=(), room=room
         )
         pieces, reason = [], None
         for token in (*tokenizer.encode(text), *more_tokens):
@@ -96,10 +96,140 @@ def test_a_character_cut_short_at_the_end_shows_as_a_replacement(
     assert (pieces, reason) == (["a", "\ufffd"], FinishReason.MAX_TOKENS)
 
 
+# -- where tokens end ----------------------------------------------------------------------------
+
+RANDOM_TEXTS = [200, pytest.param(20_000, marks=pytest.mark.slow)]
+
+
+def run(
+    tokenizer: Tokenizer, tokens: Sequence[int], **params: object
+) -> tuple[str, FinishReason | None, str]:
+    """The text that is shown, why it ends, and the stop string."""
+    checker = StopChecker(StoppingParams(**params), tokenizer, frozenset(), before=(), room=1000)
+    shown = ""
+    for token in tokens:
+        text, reason = checker.push(token)
+        shown += text
+        if reason is not None:
+            return shown, reason, checker.matched
+    return shown, None, checker.matched
+
+
+def by_the_letter(text: str, stops: Sequence[str]) -> tuple[str, str] | None:
+    """What is shown and which stop string ends a text that comes letter by letter."""
+    for end in range(len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown", "stop"),
+    [
+        ("xabcd!", ("ab", "abc"), "x", "ab"),
+        ("xabcd!", ("abc", "ab"), "x", "ab"),
+        ("xabcd!", ("abcd", "bc"), "xa", "bc"),
+        ("xabcd!", ("cd", "abcd", "d"), "x", "abcd"),
+        ("one\n\nA:", ("\nA:", "\n\n"), "one", "\n\n"),
+        ("aé€😀b", ("😀", "€x"), "aé€", "😀"),
+    ],
+)
+@pytest.mark.parametrize("include", [False, True])
+def test_which_stop_string_ends_a_text_does_not_depend_on_where_tokens_end(
+    text: str, stops: tuple[str, ...], shown: str, stop: str, include: bool
+) -> None:
+    pieces = Pieces(parts(text.encode()))
+    expected = (shown + stop * include, FinishReason.STOP_SEQUENCE, stop)
+    for cut in chunkings(text.encode()):
+        made = run(pieces.tokenizer, pieces.ids(*cut), stop=stops, include_stop_string=include)
+        assert made == expected, cut
+
+
+@pytest.mark.parametrize("count", RANDOM_TEXTS)
+def test_random_texts_end_as_if_they_came_letter_by_letter(count: int) -> None:
+    draw = random.Random(4)
+    pieces = Pieces(bytes(p) for n in range(2, 5) for p in _words(n))
+    for _ in range(count):
+        stops = [
+            "".join(draw.choices("ab", k=draw.randint(1, 6))) for _ in range(draw.randint(1, 4))
+        ]
+        text, cut = "", []
+        while len(text) < 24:
+            cut.append("".join(draw.choices("abc", weights=[5, 5, 1], k=draw.randint(1, 4))))
+            text += cut[-1]
+        made = run(pieces.tokenizer, pieces.ids(*cut), stop=tuple(stops), max_tokens=len(cut))
+        expected = by_the_letter(text, stops)
+        if expected is None:
+            assert made == (text, FinishReason.MAX_TOKENS, "")
+        else:
+            assert made == (expected[0], FinishReason.STOP_SEQUENCE, expected[1])
+
+
+def _words(size: int) -> list[bytes]:
+    words = [b""]
+    for _ in range(size):
+        words = [word + letter for word in words for letter in (b"a", b"b", b"c")]
+    return words
+
+
+# -- special tokens, and the least tokens --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat() -> Pieces:
+    return Pieces([b"Hi", b"!\n", b" there"], special=["<|im_end|>", "<|x|>"])
+
+
+def test_a_special_token_ends_as_a_stop_string_and_is_not_shown(chat: Pieces) -> None:
+    ids = chat.ids("Hi", "<|x|>", " there", "<|im_end|>", "Hi")
+    for stop in ("<|im_end|>", "|im_", " there<|im", "<"):
+        shown, reason, matched = run(chat.tokenizer, ids, stop=(stop,))
+        assert (reason, matched) == (FinishReason.STOP_SEQUENCE, stop)
+        assert shown == {" there<|im": "Hi", "<": "Hi"}.get(stop, "Hi there")
+
+
+def test_special_tokens_are_shown_if_asked_for(chat: Pieces) -> None:
+    ids = chat.ids("Hi", "<|x|>", " there", "<|im_end|>", "Hi")
+    assert run(chat.tokenizer, ids)[0] == "Hi thereHi"
+    assert run(chat.tokenizer, ids, skip_special_tokens=False)[0] == "Hi<|x|> there<|im_end|>Hi"
+    stopped = run(chat.tokenizer, ids, skip_special_tokens=False, stop=("im_end",))
+    assert stopped[0] == "Hi<|x|> there<|"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stop_string_is_included_even_if_it_is_a_special_token(chat: Pieces, skip: bool) -> None:
+    ids = chat.ids("Hi", "<|im_end|>", "Hi")
+    more = {"include_stop_string": True, "skip_special_tokens": skip}
+    assert run(chat.tokenizer, ids, stop=("<|im_end|>",), **more)[0] == "Hi<|im_end|>"
+    assert run(chat.tokenizer, ids, stop=("i<|im",), **more)[0] == "Hi<|im"
+
+
+def test_a_special_token_between_the_bytes_of_a_character_disturbs_neither(chat: Pieces) -> None:
+    first, second = "é".encode()[:1], "é".encode()[1:]
+    ids = chat.ids("Hi", first, "<|x|>", second, "Hi")
+    shown, reason, _ = run(chat.tokenizer, ids, max_tokens=5)
+    assert (shown, reason) == ("HiéHi", FinishReason.MAX_TOKENS)
+
+
+def test_a_stop_string_counts_once_it_ends_after_the_least_tokens(check: Check) -> None:
+    assert check("a.b.", stop=(".",), min_tokens=2)[0] == ["a", ".", "b", ""]
+    assert check("a.", stop=(".",), min_tokens=1)[0] == ["a", ""]
+    pieces, reason = check("a\n\n", stop=("\n\n",), min_tokens=2)
+    assert ("".join(pieces), reason) == ("a", FinishReason.STOP_SEQUENCE)
+    pieces, reason = check("a\n\n", stop=("\n\n",), min_tokens=3, max_tokens=3)
+    assert ("".join(pieces), reason) == ("a\n\n", FinishReason.MAX_TOKENS)
+    pieces, reason = check("aaa", stop=("aa",), min_tokens=2)
+    assert ("".join(pieces), reason) == ("a", FinishReason.STOP_SEQUENCE)
+
+
 @pytest.mark.parametrize(
     ("params", "field"),
     [
         ({"max_tokens": 0}, "stopping.max_tokens"),
+        ({"min_tokens": -1}, "stopping.min_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "stopping.min_tokens"),
         ({"stop": ("x",) * 300}, "stopping.stop"),
         ({"stop": ("ok", "")}, "stopping.stop[1]"),
         ({"stop": ("x" * 257,)}, "stopping.stop[0]"),

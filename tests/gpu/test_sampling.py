@@ -53,6 +53,15 @@ SETTINGS: list[dict[str, object]] = [
         "frequency_penalty": 0.2,
         "seed": 1 << 63,
     },
+    {"allowed_token_ids": frozenset([5, 90, 700, 2499])},
+    {"temperature": 1e300, "top_k": 3, "allowed_token_ids": frozenset([3, 90, 700, 2499])},
+    {
+        "temperature": 0.9,
+        "top_p": 0.95,
+        "logit_bias": {3: 2.0, 17: -9.0},
+        "repetition_penalty": 1.2,
+        "allowed_token_ids": frozenset([3, 5, 17, 90, 700, 2499]),
+    },
 ]
 SEEN = [1, 2, 3, 5, 5, 700]
 
@@ -163,6 +172,23 @@ def test_a_slot_that_is_opened_again_knows_nothing_of_its_last_request() -> None
         for step in range(3):
             at = torch.tensor([step])
             assert on_gpu(gpu, logits, slots, at).equal(cpu.sample(logits, slots, at))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_bans_that_change_between_steps_are_a_cpus(settings: dict[str, object]) -> None:
+    params = SamplingParams(**settings)
+    cpu, gpu = both([params], VOCABULARY)
+    slots, allowed = torch.zeros(1, dtype=torch.int64), sorted(params.allowed_token_ids)
+    for step, banned in enumerate(([], [5, 90], [3, 700, 701], [*range(0, 2000, 2)], [])):
+        logits = normal(1, VOCABULARY, seed=step)
+        left = [token for token in allowed or range(VOCABULARY) if token not in banned]
+        banned.append(int(logits[0, left].argmax()) if not allowed else 4)  # the likeliest
+        for device in (cpu, gpu):
+            device.ban(0, banned)
+        at = torch.tensor([step])
+        drawn = on_gpu(gpu, logits, slots, at)
+        assert drawn.equal(cpu.sample(logits, slots, at))
+        assert int(drawn) in set(allowed or range(VOCABULARY)) - set(banned)
 
 
 def test_small_vocabularies_are_drawn_from_too() -> None:

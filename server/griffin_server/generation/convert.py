@@ -25,6 +25,7 @@ from griffin_core.experts.selection import PolicyName
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
@@ -108,7 +109,7 @@ def generate_task(
     field = input_field(request)
     seed = seed_of(request.sampling)
     # What is cheap to check goes before the tokenizer.
-    sampling = _sampling(request.sampling, seed, sampling_defaults)
+    sampling = _sampling(request.sampling, seed, sampling_defaults, tokenizer)
     stopping = _stopping(request.stopping)
     pruning = pruning_params(request.pruning)
     prompt = prompt_ids(field, request, tokenizer, spec, continues=bool(request.session_id))
@@ -327,7 +328,9 @@ def _set_fields(message: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
-def _sampling(message: pb.Sampling, seed: int, defaults: SamplingDefaults) -> SamplingParams:
+def _sampling(
+    message: pb.Sampling, seed: int, defaults: SamplingDefaults, tokenizer: Tokenizer
+) -> SamplingParams:
     given = _set_fields(
         message,
         "temperature",
@@ -338,7 +341,13 @@ def _sampling(message: pb.Sampling, seed: int, defaults: SamplingDefaults) -> Sa
         "presence_penalty",
         "frequency_penalty",
     )
-    return SamplingParams(seed=seed, logit_bias=dict(message.logit_bias), **{**defaults, **given})
+    return SamplingParams(
+        seed=seed,
+        logit_bias=dict(message.logit_bias),
+        bad_words_ids=bad_words_ids(message.bad_words, tokenizer),
+        allowed_token_ids=frozenset(message.allowed_token_ids),
+        **{**defaults, **given},
+    )
 
 
 def sampling_defaults_to_pb(defaults: SamplingDefaults) -> pb.Sampling:
@@ -351,7 +360,8 @@ def _stopping(message: pb.Stopping) -> StoppingParams:
         stop=tuple(message.stop),
         stop_token_ids=frozenset(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
-        **_set_fields(message, "max_tokens"),
+        include_stop_string=message.include_stop_string,
+        **_set_fields(message, "max_tokens", "min_tokens", "skip_special_tokens"),
     )
 
 

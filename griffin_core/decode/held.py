@@ -1,0 +1,57 @@
+"""What a kept session holds of a completion that a stop string cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.sampling.stopping import StopChecker
+
+
+def held_after_stop(
+    tokenizer: Tokenizer,
+    before: Sequence[int],
+    made: Sequence[int],
+    checker: StopChecker,
+    *,
+    skip_special_tokens: bool,
+) -> tuple[int, list[int]]:
+    """The tokens whose text is what the completion has shown.
+
+    Args:
+        before: the tokens before the completion.
+        made: the completion.
+        checker: has followed it to its stop string.
+        skip_special_tokens: whether the shown text leaves special tokens out.
+
+    Returns:
+        How many of the completion's first tokens stay, and the tokens that take the place of one
+        that only begins before the cut.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode([*before, *ids], skip_special_tokens=skip_special_tokens)
+
+    prompt = len(decode(()))
+    for split in checker.splits():
+        kept = made[: split.tokens]
+        # Of tokens that end inside a character nothing is shown before others come; they stay only
+        # if what they decode to by then is what was shown.
+        late = decode(kept)[prompt + split.characters :] if kept else ""
+        if split.rest.startswith(late):
+            rest = split.rest.removeprefix(late)
+            return len(kept), _tokens_of(rest, tokenizer, decode, kept)
+    raise AssertionError("the last split has no tokens")
+
+
+def _tokens_of(
+    rest: str, tokenizer: Tokenizer, decode: Callable[[Sequence[int]], str], kept: Sequence[int]
+) -> list[int]:
+    if not rest:
+        return []
+    alone = tokenizer.encode(rest, special_tokens=False)
+    wanted = decode(kept) + rest
+    for ids in (alone, tokenizer.encode_inner(rest)):
+        if decode([*kept, *ids]) == wanted:
+            return ids
+    return alone  # a tokenizer that normalizes text has no tokens for it

@@ -1,0 +1,64 @@
+"""Which tokens a completion may not draw next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from griffin_core.errors import InvalidRequest
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import StoppingParams
+
+
+class Bans:
+    """What bad words and ``min_tokens`` rule out at each place of one completion.
+
+    Args:
+        eos_ids: the model's end-of-sequence tokens.
+        vocabulary: V.
+
+    Raises:
+        InvalidRequest: no token is left for the first place.
+    """
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        stopping: StoppingParams,
+        eos_ids: frozenset[int],
+        vocabulary: int,
+    ) -> None:
+        # A tokenizer may know more tokens than the model can draw.
+        words = [word for word in sampling.bad_words_ids if max(word) < vocabulary]
+        self._always = frozenset(word[0] for word in words if len(word) == 1)
+        self._words = [word for word in words if len(word) > 1]
+        self._min_tokens = stopping.min_tokens
+        self._ends = eos_ids | stopping.stop_token_ids
+        self._allowed = sampling.allowed_token_ids
+        self._vocabulary = vocabulary
+        self.lookback = max((len(word) - 1 for word in self._words), default=0)
+        """How many tokens before a place decide what is banned there."""
+        self.at(0, ())
+
+    def at(self, place: int, before: Sequence[int]) -> frozenset[int]:
+        """The tokens that are banned at one place.
+
+        Args:
+            place: how many tokens of the completion are before it.
+            before: the last of those, as many as there are up to ``lookback``.
+
+        Raises:
+            InvalidRequest: no token is left.
+        """
+        banned = self._always
+        if place < self._min_tokens:
+            banned |= self._ends
+        if self._words:
+            made = tuple(before)
+            banned |= {w[-1] for w in self._words if made[len(made) - len(w) + 1 :] == w[:-1]}
+        if self._allowed <= banned if self._allowed else len(banned) >= self._vocabulary:
+            raise InvalidRequest(
+                "sampling.allowed_token_ids" if self._allowed else "sampling.bad_words",
+                f"no token to draw after {place} of the completion",
+                "one at least that neither bad_words nor min_tokens bans",
+            )
+        return banned
