@@ -136,8 +136,8 @@ def parse_host(host: str, port: int) -> Address:
     """
     if host.startswith("unix:"):
         return UnixAddress(path=_unix_path(host))
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not (_is_ip(bare) if bare != host else _is_host(bare)):
+    bare = _without_brackets(host)
+    if not _is_host(bare):
         raise ValueError(f"allowed: {HOST_ALLOWED}")
     return TcpAddress(host=bare, port=port)
 
@@ -152,8 +152,7 @@ def check_target(target: str) -> str:
         _unix_path(target)
     elif not _GRPC_NAME.fullmatch(target):
         host, _, port = target.rpartition(":")
-        in_brackets = host.startswith("[") and host.endswith("]")
-        is_host = _is_ip(host[1:-1]) if in_brackets else _is_host(host) and ":" not in host
+        is_host = _is_host(_without_brackets(host)) and (":" not in host or host.endswith("]"))
         if not (is_host and port.isdecimal() and port.isascii() and 0 < int(port) <= 65535):
             raise ValueError(f"allowed: {TARGET_ALLOWED}")
     return target
@@ -210,6 +209,11 @@ def _unix_path(name: str) -> str:
     if not 0 < len(os.fsencode(path)) <= MOST_PATH_BYTES or "\0" in path:
         raise ValueError(f"allowed: unix:PATH, with a path of 1 to {MOST_PATH_BYTES} bytes")
     return path
+
+
+def _without_brackets(host: str) -> str:
+    """[::1] -> ::1; anything else as it is, for brackets are for colons."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") and ":" in host else host
 
 
 def _is_ip(text: str) -> bool:

@@ -51,7 +51,6 @@ class Settings(BaseSettings):
         cli_implicit_flags=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
-        env_ignore_empty=True,  # "" is how shells and manifests write "not set"
     )
 
     config: Path | None = Field(None, description="TOML file with settings.")
@@ -243,7 +242,8 @@ class Settings(BaseSettings):
         env_settings.env_vars = {
             name: value
             for name, value in env_settings.env_vars.items()
-            if not is_service_link(name, value or "")
+            # "" is how shells and manifests write "not set".
+            if value and not is_service_link(name, value)
         }
         sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
         if path := _config_file.get():
