@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from griffin_core.errors import EngineFault
+from griffin_core.errors import EngineFault, GriffinError
 from griffin_server.listener import Listener
 from griffin_server.ops.settings import Settings
 
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from griffin_core.model.load import Model
 
 log = structlog.get_logger("griffin.app")
+
+
+class NotImported(GriffinError):
+    """What the model needs cannot be imported in these surroundings."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(
+            f"torch cannot be imported: {error}. It needs a directory for temporary files that can "
+            "be written; TMPDIR names one"
+        )
 
 
 async def serve(settings: Settings, progress: Callable[[str], None]) -> None:
@@ -35,6 +45,7 @@ async def serve(settings: Settings, progress: Callable[[str], None]) -> None:
 
     Raises:
         ListenError: an address is taken or not this machine's.
+        NotImported: there is no directory for temporary files.
         ModelError, InvalidRequest: see ``load_model``.
         EngineFault: a bug has ended the engine; whoever supervises the process starts a new one.
     """
@@ -76,8 +87,10 @@ def _load(settings: Settings, progress: Callable[[str], None]) -> Future[Model]:
 
     def work() -> None:
         try:
-            from griffin_server.app import load  # noqa: PLC0415  # it brings torch
-
+            try:
+                from griffin_server.app import load  # noqa: PLC0415  # it brings torch
+            except OSError as error:  # torch makes a directory for what it compiles
+                raise NotImported(error) from error
             loaded.set_result(load(settings, progress))
         except BaseException as error:
             loaded.set_exception(error)
