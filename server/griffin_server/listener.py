@@ -67,7 +67,6 @@ class Listener:
         self.address: Address = parse_host(settings.host, settings.port)
         """Where calls come; with the port that was taken, once started."""
         self.started = False
-        self._owns_socket = False
         self._generation, self._prefill = Later(), Later()
         self._health = health.HealthServicer()
         self._http: HttpServer | None = None
@@ -98,7 +97,6 @@ class Listener:
         add_reflection((*self._services, HEALTH), self._server)
         for name in ("", *self._services):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._add_ports()
         if settings.metrics_port:
             where = _metrics_address(settings)
             try:
@@ -106,6 +104,7 @@ class Listener:
             except OSError as error:
                 raise ListenError("metrics_port", where, error.strerror) from error
             self._http = HttpServer(sockets, self.metrics.registry, lambda: self.calls.serving)
+        self._add_ports()
         await self._server.start()
 
     async def open(self, *, generation: Any, prefill: Any, tracing: Tracing) -> None:
@@ -125,14 +124,13 @@ class Listener:
         await self.calls.close(grace_s)
 
     async def close(self) -> None:
-        """Listens no longer; calls that still run learn their ends first."""
+        """Listens no longer; calls that still run learn their ends first. gRPC removes the file of
+        a Unix socket."""
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
         if self._server is not None:
             # What is left are statuses on their way, and watchers of health, who would never end.
             await self._server.stop(STATUSES_S if self.calls.active else WATCHERS_S)
-        if isinstance(self.address, UnixAddress) and self._owns_socket:
-            self.address.remove()
 
     @property
     def _services(self) -> list[str]:
@@ -146,7 +144,6 @@ class Listener:
                 case UnixAddress():
                     self.address.claim()
                     self._server.add_insecure_port(str(self.address))
-                    self._owns_socket = True
                     self.address.open_to_group()
                 case TcpAddress(port=port):
                     hosts = []

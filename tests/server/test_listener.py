@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import stat
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -162,7 +164,7 @@ async def test_an_address_that_cannot_be_had_is_named(host: str, why: str) -> No
     await listener.close()
 
 
-async def test_a_metrics_port_that_is_taken_gives_the_socket_back(tmp_path: Path) -> None:
+async def test_a_metrics_port_that_is_taken_leaves_no_socket(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         path = tmp_path / "griffin.sock"
@@ -250,3 +252,13 @@ def test_reflections_versions_differ_in_their_names_alone() -> None:
         assert [(f.name, f.number, f.type, f.label) for f in mine.field] == [
             (f.name, f.number, f.type, f.label) for f in theirs.field
         ]
+
+
+def test_what_listens_first_brings_no_torch() -> None:
+    """Or nobody would be answered for seconds."""
+    code = (
+        "import sys, griffin_server.cli, griffin_server.serve; "
+        "print({'torch', 'transformers', 'numpy', 'numba'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -113,16 +113,11 @@ class UnixAddress:
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         with socket.socket(socket.AF_UNIX) as probe:  # says why not, which gRPC does not
             probe.bind(self.path)
-        self.remove()
+        os.unlink(self.path)
 
     def open_to_group(self) -> None:
         """Gives the file its mode, ``SOCKET_MODE``."""
         os.chmod(self.path, SOCKET_MODE)
-
-    def remove(self) -> None:
-        """Removes the file, if it is there."""
-        with suppress(FileNotFoundError):
-            os.unlink(self.path)
 
 
 Address = TcpAddress | UnixAddress
