@@ -21,6 +21,7 @@
     │   └── PrefillUnavailable  no prefill server answers
     ├── DeadlinePassed          the caller's time ran out on the way
     ├── NonFiniteLogits         the model's output was NaN or infinite for this session
+    ├── NotReady                the model is still loading
     ├── EngineStopped           shutting down
     └── EngineFault             a bug, or the machine gave out (memory, device)
 
@@ -149,6 +150,18 @@ class NonFiniteLogits(GriffinError):
             "finite values. The model's weights or its data type do not suit this prompt"
         )
         self.position = position
+
+
+class NotReady(GriffinError):
+    """The server is up and its model is not.
+
+    Args:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineStopped(GriffinError):

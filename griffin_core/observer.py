@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.prefill import PrefillFinished
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from griffin_core.experts.expert_set import ExpertSet
+    from griffin_core.prefill import PrefillFinished
 
 
 class Observer:

@@ -51,7 +51,7 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
 
     call(app.start())
     try:
-        yield Running(app=app, target=f"127.0.0.1:{app.port}")
+        yield Running(app=app, target=str(app.listener.address))
     finally:
         call(app.stop())
         loop.call_soon_threadsafe(loop.stop)

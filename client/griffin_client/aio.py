@@ -11,7 +11,7 @@ import grpc
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
 from griffin_client import convert
-from griffin_client.client import CHANNEL_OPTIONS
+from griffin_client.client import channel_options
 from griffin_client.errors import from_rpc_error
 from griffin_client.tracing import trace_metadata
 from griffin_client.types import (
@@ -41,7 +41,9 @@ class AsyncGriffinClient:
         self, target: str = "localhost:50051", *, channel: grpc.aio.Channel | None = None
     ) -> None:
         self._owns_channel = channel is None
-        self._channel = channel or grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = channel or grpc.aio.insecure_channel(
+            target, options=channel_options(target)
+        )
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -30,9 +31,22 @@ from griffin_client.types import (
 T = TypeVar("T")
 
 CHANNEL_OPTIONS = [
+    # A connection that has died, in a call or between two, is noticed within half a minute. Griffin
+    # servers let idle clients ping.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
 ]
+
+LOOPBACK = re.compile(r"(dns:(///)?)?(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
+
+
+def channel_options(target: str) -> list[tuple[str, int]]:
+    """Options of a channel. A server on this machine is not called by way of the proxy that the
+    environment names for others, as gRPC would do it."""
+    if LOOPBACK.fullmatch(target):
+        return [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
+    return CHANNEL_OPTIONS
 
 
 class GriffinClient:
@@ -50,7 +64,7 @@ class GriffinClient:
         self, target: str = "localhost:50051", *, channel: grpc.Channel | None = None
     ) -> None:
         self._owns_channel = channel is None
-        self._channel = channel or grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = channel or grpc.insecure_channel(target, options=channel_options(target))
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     def close(self) -> None:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 from torch import Tensor
 
+from griffin_core import choices
 from griffin_core.decode.events import Event, PruningFigures, Sink
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import PolicyName, Selection
@@ -17,9 +18,7 @@ from griffin_core.kv_cache import KvCache
 from griffin_core.model.linear import Rows
 from griffin_core.slim.base import SlimFF
 
-Sharing = Literal["private", "shared", "auto"]
-"""Whether a session runs on one expert set with others: never; with all that may; or whatever costs
-least at the time, and on all neurons while no set of experts gains enough."""
+Sharing = choices.Sharing
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
-PolicyName = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
+from griffin_core import choices
+
+PolicyName = choices.PolicyName
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 

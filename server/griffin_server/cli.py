@@ -96,11 +96,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line, fo
 )
 def serve(context: typer.Context) -> None:
     """Serve a model. `griffin serve --help` lists all settings."""
-    # Imported here because they bring torch, which the other commands do without.
+    # Imported here because the other commands do without, and because their modules bring no torch:
+    # the server answers before that is imported.
     from griffin_core.errors import GriffinError  # noqa: PLC0415
-    from griffin_server.app import load, run  # noqa: PLC0415
+    from griffin_server.ops.environment import notes  # noqa: PLC0415
     from griffin_server.ops.logging import configure_logging  # noqa: PLC0415
-    from griffin_server.ops.settings import describe, load_settings  # noqa: PLC0415
+    from griffin_server.ops.settings import Settings, describe, load_settings  # noqa: PLC0415
+    from griffin_server.serve import serve as run  # noqa: PLC0415
 
     try:
         settings = load_settings(context.args)
@@ -109,11 +111,11 @@ def serve(context: typer.Context) -> None:
     except (OSError, ValueError) as error:  # the TOML file
         _fail(f"config: {error}", status=2)
     configure_logging(settings.log_level, settings.log_format)
-    progress = logging.getLogger("griffin.load")
+    for note in notes(os.environ, Settings.model_fields):
+        logging.getLogger("griffin.settings").warning(note)
     try:
         with _ended_by_signals():
-            model = load(settings, progress.info)
-            uvloop.run(run(settings, model))
+            uvloop.run(run(settings, logging.getLogger("griffin.load").info))
     except GriffinError as error:
         _fail(str(error))
 

@@ -250,7 +250,7 @@ async def main():
     settings = Settings(model=sys.argv[1], port=0)
     app = App(settings, load(settings, print))
     await app.start()
-    async with AsyncGriffinClient(f"127.0.0.1:{app.port}") as client:
+    async with AsyncGriffinClient(str(app.listener.address)) as client:
         await client.complete("abc")
     await app.stop()
 

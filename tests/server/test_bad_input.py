@@ -90,7 +90,7 @@ BAD = [
     ({"stopping": Stopping(stop_token_ids=range(65))}, "stopping.stop_token_ids", "65", "64"),
     ({"top_logprobs": 21}, "top_logprobs", "21", "[0, 20]"),
     ({"request_id": "x" * 129}, "request_id", "xxx", "128"),
-    ({"request_id": "a\nb"}, "request_id", "a\nb", "printable ASCII"),
+    ({"request_id": "a\nb"}, "request_id", r"a\nb", "printable ASCII"),
     (
         {"prompt": None, "messages": [("user", "b")], "session_id": "s"},
         "messages",

@@ -30,9 +30,9 @@ from griffin_client import (
 )
 from griffin_core.errors import BadModelFile, EngineFault
 from griffin_core.model.load import Model
-from griffin_server.app import GENERATION, App
+from griffin_server.app import App
+from griffin_server.listener import GENERATION, PREFILL
 from griffin_server.ops.settings import Settings
-from griffin_server.prefill.source import PREFILL_SERVICE as PREFILL
 from tests.servers import Running, running
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -225,6 +225,7 @@ def test_each_role_serves_its_services_and_says_so(role: str, tiny: Callable[[st
         listed = {item.name for item in answer.list_services_response.service}
         assert listed == expected | {
             "grpc.health.v1.Health",
+            "grpc.reflection.v1.ServerReflection",
             "grpc.reflection.v1alpha.ServerReflection",
         }
         health = health_pb2_grpc.HealthStub(channel)
@@ -260,11 +261,11 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
 ) -> None:
     app = App(Settings(port=0, density=1.0), tiny("llama"))
     await app.start()
-    async with AsyncGriffinClient(f"127.0.0.1:{app.port}") as client:
+    async with AsyncGriffinClient(str(app.listener.address)) as client:
         stream = client.generate("a", stopping=Stopping(max_tokens=250, ignore_eos=True))
         await anext(stream)
         stopping = asyncio.create_task(app.stop())
-        while not app._calls._closed:  # noqa: ASYNC110  # nothing announces it
+        while not app.listener.calls._closed:  # noqa: ASYNC110  # nothing announces it
             await asyncio.sleep(0)
         with pytest.raises(Unavailable) as refused:
             await client.complete("b")
@@ -281,8 +282,8 @@ async def test_until_the_engine_is_ready_calls_are_refused(tiny: Callable[[str],
     app.engine._prepare_step = lambda: prepare() if prepared.wait(60) else 1 // 0
     starting = asyncio.create_task(app.start())
     await asyncio.sleep(0)  # it listens before it waits for anything
-    assert app.port
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+    assert app.listener.address.port
+    async with grpc.aio.insecure_channel(str(app.listener.address)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         client = AsyncGriffinClient(channel=channel)
         request = health_pb2.HealthCheckRequest()

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import grpc
 import pytest
 
 from griffin_client import errors as client_errors
 from griffin_client.status_details import parse_details
 from griffin_core import errors
-from griffin_core.errors import CapacityExhausted, GriffinError, InvalidRequest, SessionNotFound
-from griffin_server.ops.status import CODES, DETAILS_KEY, code_of, status_of
+from griffin_core.errors import (
+    CapacityExhausted,
+    EngineFault,
+    GriffinError,
+    HandoffBroken,
+    InvalidRequest,
+    NotReady,
+    SessionNotFound,
+)
+from griffin_core.model.load import Model
+from griffin_server.ops.status import (
+    CODES,
+    DETAILS_KEY,
+    MOST_WORDS_BYTES,
+    code_of,
+    details_of,
+    status_of,
+    words,
+)
+from tests.servers import Running, running
 
 
 def subclasses(kind: type) -> set[type]:
@@ -66,3 +87,84 @@ def test_a_retry_hint_survives() -> None:
 def test_no_retry_hint_for_what_will_never_fit() -> None:
     _, status = status_of(CapacityExhausted("too large", retry_after_s=None))
     assert parse_details([(DETAILS_KEY, status.SerializeToString())]).retry_after_s is None
+
+
+def test_who_asks_too_early_is_told_when_to_come_back() -> None:
+    code, status = status_of(NotReady("loading", retry_after_s=2.0))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    details = parse_details([(DETAILS_KEY, status.SerializeToString())])
+    assert (details.reason, details.retry_after_s) == ("NOT_READY", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("as it is: Zürich 🌍", "as it is: Zürich 🌍"),
+        ("two\nlines\ttab\x00\x1b[0m", r"two\nlines\ttab\x00\x1b[0m"),
+        ("half a \ud83d pair", r"half a \ud83d pair"),
+        ("turned\u202eround", r"turned\u202eround"),
+        ("x" * MOST_WORDS_BYTES, "x" * MOST_WORDS_BYTES),
+        ("x" * (MOST_WORDS_BYTES + 1), "x" * (MOST_WORDS_BYTES - 3) + "..."),
+        ("🌍" * 1000, "🌍" * 249 + "..."),
+        ("\x00" * 1000, (r"\x00" * 250)[:997] + "..."),
+    ],
+)
+def test_words_of_others_are_escaped_and_cut(text: str, shown: str) -> None:
+    assert words(text) == shown
+    assert len(words(text).encode()) <= MOST_WORDS_BYTES
+
+
+def test_details_of_a_peer_that_cannot_be_read_are_none() -> None:
+    assert details_of([(DETAILS_KEY, b"\x0b")]) is None
+    assert details_of([(DETAILS_KEY, "text")]) is None
+
+
+FOREIGN = {
+    "long": "Unexpected role: " + "x" * 5000,
+    "emoji": "🌍" * 5000,
+    "percent signs": "%" * 9000,
+    "control characters": "\x00\n" * 5000,
+    "half pairs": "\ud800" * 9000,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Callable[[str], Model]) -> Iterator[Running]:
+    with running(tiny("llama")) as serving:
+        yield serving
+
+
+@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda text: InvalidRequest("messages", text, text), "INVALID_ARGUMENT"),
+        (lambda text: InvalidRequest(f"messages[{text}]", text, text), "INVALID_ARGUMENT"),
+        (lambda text: SessionNotFound(text, text), "NOT_FOUND"),
+        (lambda text: CapacityExhausted(text, retry_after_s=1.0), "RESOURCE_EXHAUSTED"),
+        (lambda text: HandoffBroken(f"prefill server a:1: {text}"), "UNAVAILABLE"),
+        (lambda text: EngineFault(f"TemplateError: {text}"), "INTERNAL"),
+        (ValueError, "INTERNAL"),
+    ],
+)
+def test_a_status_fits_whatever_others_say(
+    server: Running,
+    make: Callable[[str], Exception],
+    code: str,
+    foreign: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that gets more than 8 KiB of metadata says RESOURCE_EXHAUSTED of its own."""
+
+    async def fail(request: Any, context: Any) -> Any:
+        raise make(foreign)
+
+    servicer = server.app.listener._generation.servicer
+    monkeypatch.setattr(servicer, "GetModelInfo", fail)
+    with server.client() as client, pytest.raises(client_errors.GriffinClientError) as caught:
+        client.model_info()
+    assert caught.value.code.name == code
+    assert "metadata" not in caught.value.message
+    assert 80 < len(caught.value.message.encode()) <= MOST_WORDS_BYTES
+    expected = code_of(error)[1] if isinstance(error := make("a"), GriffinError) else "ENGINE_FAULT"
+    assert caught.value.reason == expected

@@ -1,18 +1,21 @@
-"""``/metrics`` and ``/healthz`` over HTTP, on a thread of their own."""
+"""``/metrics``, ``/livez`` and ``/readyz`` over HTTP, on threads of their own."""
 
 from __future__ import annotations
 
+import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+Answer = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
+PATHS = ("/metrics", "/livez", "/readyz", "/healthz")
+"""What is answered. Live is a server that answers at all; ready, one that takes calls. healthz is
+readyz under the name that it had first."""
 
 
 class _Quiet(WSGIRequestHandler):
@@ -20,46 +23,66 @@ class _Quiet(WSGIRequestHandler):
         pass
 
 
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A WSGI server on a socket that listens already, of IPv4 or IPv6."""
+
+    daemon_threads = True
+
+    def __init__(self, listening: socket.socket, answer: Answer) -> None:
+        host, port, *_ = listening.getsockname()
+        super().__init__((host, port), _Quiet, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
+        self.server_name, self.server_port = host, port
+        self.setup_environ()
+        self.set_app(answer)
+
+
 class HttpServer:
     """Answers scrapes and health checks until ``close``.
 
     Args:
-        port: 0 for any that is free.
+        sockets: at least one, which listen already; it closes them.
         serving: whether the gRPC server takes calls.
-
-    Raises:
-        OSError: the address cannot be listened on.
     """
 
     def __init__(
-        self, host: str, port: int, registry: CollectorRegistry, serving: Callable[[], bool]
+        self,
+        sockets: Sequence[socket.socket],
+        registry: CollectorRegistry,
+        serving: Callable[[], bool],
     ) -> None:
-        metrics: Callable[[dict[str, Any], Any], Iterable[bytes]] = make_wsgi_app(registry)
+        metrics: Answer = make_wsgi_app(registry)
 
         def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             match environ["PATH_INFO"]:
                 case "/metrics":
                     return metrics(environ, start_response)
-                case "/healthz":
+                case "/livez":
+                    status, words = "200 OK", b"live\n"
+                case "/readyz" | "/healthz":
                     status, words = (
                         ("200 OK", b"serving\n")
                         if serving()
                         else ("503 Service Unavailable", b"not serving\n")
                     )
                 case _:
-                    status, words = "404 Not Found", b"only /metrics and /healthz are here\n"
+                    here = f"only {', '.join(PATHS)} are here\n"
+                    status, words = "404 Not Found", here.encode()
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
             return [words]
 
-        self._server = make_server(host, port, answer, _Server, _Quiet)
-        self.port: int = self._server.server_port
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="griffin-http", daemon=True
-        )
-        self._thread.start()
+        self._servers = [_Server(listening, answer) for listening in sockets]
+        self._threads = [
+            threading.Thread(target=server.serve_forever, name="griffin-http", daemon=True)
+            for server in self._servers
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Stops listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()

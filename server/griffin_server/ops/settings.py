@@ -14,15 +14,16 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
-from griffin_core.decode.session import Sharing
-from griffin_core.experts.selection import PolicyName
-from griffin_core.model.source import DEFAULT_MODEL
+from griffin_core.choices import DEFAULT_MODEL, PolicyName, Sharing
+from griffin_server.ops.address import UnixAddress, check_target, parse_host
+from griffin_server.ops.environment import is_service_link
 from griffin_server.ops.logging import LogFormat
 
 HandoffWay = Literal["auto", "shared_memory", "messages"]
@@ -59,12 +60,22 @@ class Settings(BaseSettings):
     role: Literal["all", "prefill", "decode"] = Field(
         "all", description="all: one process does both phases; prefill, decode: one each."
     )
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every one.")
-    port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Where to listen: a name, an IPv4 or IPv6 address, 0.0.0.0 or :: for all of "
+        "them, or unix:PATH for a Unix socket, which its owner and group may use.",
+    )
+    port: int = Field(
+        50051,
+        ge=0,
+        le=65535,
+        description="Port to listen on; 0 takes a free one. A Unix socket has none.",
+    )
     prefill_target: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="A prefill server: host:port, or a gRPC name such as dns:///prefill:50052. May "
-        "be repeated, or list several with commas. Needed by, and only by, role decode.",
+        description="A prefill server: host:port, [IPv6]:port, unix:PATH, or a gRPC name such as "
+        "dns:///prefill:50052. May be repeated, or list several with commas. Needed by, and "
+        "only by, role decode.",
     )
     own_prefill_tokens: int = Field(
         32, ge=0, description="Role decode runs prompts of up to so many tokens itself."
@@ -159,7 +170,15 @@ class Settings(BaseSettings):
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
     metrics_port: int = Field(
-        0, ge=0, le=65535, description="Of /metrics and /healthz over HTTP; 0 for neither."
+        0,
+        ge=0,
+        le=65535,
+        description="Port of /metrics, /livez and /readyz over HTTP; 0 for none of them.",
+    )
+    metrics_host: str | None = Field(
+        None,
+        description="Where that port is, as host has it and not a Unix socket; if not given, host, "
+        "and localhost where that is a Unix socket.",
     )
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="How long running calls may go on after SIGTERM."
@@ -172,6 +191,24 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: Any) -> Any:
         parts = [value] if isinstance(value, str) else value
         return tuple(item.strip() for part in parts for item in part.split(",") if item.strip())
+
+    @field_validator("host")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        parse_host(value, 0)
+        return value
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _is_a_host(cls, value: str | None) -> str | None:
+        if value is not None and isinstance(parse_host(value, 0), UnixAddress):
+            raise ValueError("allowed: a name or an IP address; HTTP has no Unix socket here")
+        return value
+
+    @field_validator("prefill_target")
+    @classmethod
+    def _are_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_target(target) for target in value)
 
     @model_validator(mode="after")
     def _one_size_of_memory(self) -> Settings:
@@ -201,7 +238,14 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        sources = [init_settings, env_settings]
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {
+            name: value
+            for name, value in env_settings.env_vars.items()
+            # "" is how shells and manifests write "not set".
+            if value and not is_service_link(name, value)
+        }
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
         if path := _config_file.get():
             sources.append(TomlConfigSettingsSource(settings_cls, path))
         return tuple(sources)
@@ -215,7 +259,7 @@ def load_settings(arguments: Sequence[str]) -> Settings:
         OSError, tomllib.TOMLDecodeError: the file cannot be read.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", default=os.environ.get("GRIFFIN_CONFIG"))
+    finder.add_argument("--config", default=os.environ.get("GRIFFIN_CONFIG") or None)
     path = finder.parse_known_args(arguments)[0].config
     if path is not None:
         with Path(path).open("rb") as file:

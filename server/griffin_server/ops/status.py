@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -21,6 +22,7 @@ from griffin_core.errors import (
     HandoffBroken,
     InvalidRequest,
     NonFiniteLogits,
+    NotReady,
     PrefillUnavailable,
     ReaderTooSlow,
     SessionBusy,
@@ -30,6 +32,12 @@ from griffin_core.errors import (
 
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "griffin.v1"
+
+MOST_WORDS_BYTES, MOST_FIELD_BYTES = 1000, 200
+"""Of a message or description, and of a field's name, in UTF-8. gRPC's clients refuse a status with
+more than 8 KiB of metadata, and say RESOURCE_EXHAUSTED in its place. The message goes out twice:
+percent-encoded, three bytes for one at worst, and in the details, which are base64, with as long a
+description. Together they stay below 6.5 KiB."""
 
 LATE_S = 0.1
 """A client's clock began before ours, by what its call was under way: with less than this left, a
@@ -49,6 +57,7 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     PrefillUnavailable: (grpc.StatusCode.UNAVAILABLE, "PREFILL_UNAVAILABLE"),
     DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     NonFiniteLogits: (grpc.StatusCode.INTERNAL, "NON_FINITE_LOGITS"),
+    NotReady: (grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     EngineStopped: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     EngineFault: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
     GriffinError: (grpc.StatusCode.INTERNAL, "INTERNAL"),
@@ -67,12 +76,28 @@ def code_of_cancel(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCo
     return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
 
 
+def words(text: str, most_bytes: int = MOST_WORDS_BYTES) -> str:
+    """A text that can go into a status, whoever wrote it: what cannot be printed or is not UTF-8 is
+    escaped, and what is too long is cut.
+
+    Args:
+        most_bytes: in UTF-8.
+    """
+    # A character is a byte at least: more of them need not be looked at.
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most_bytes]
+    ).encode()
+    if len(shown) <= most_bytes and len(text) <= most_bytes:
+        return shown.decode()
+    return shown[: most_bytes - 3].decode(errors="ignore") + "..."
+
+
 def status_of(error: GriffinError) -> tuple[grpc.StatusCode, Status]:
     """The whole status of an error."""
     code, reason = code_of(error)
     status = Status(
         code=code.value[0],
-        message=str(error),
+        message=words(str(error)),
         details=_packed([ErrorInfo(reason=reason, domain=DOMAIN), *_details(error)]),
     )
     return code, status
@@ -81,10 +106,11 @@ def status_of(error: GriffinError) -> tuple[grpc.StatusCode, Status]:
 def _details(error: GriffinError) -> list[Message]:
     if isinstance(error, InvalidRequest):
         violation = BadRequest.FieldViolation(
-            field=error.field, description=f"got {error.given}; allowed: {error.allowed}"
+            field=words(error.field, MOST_FIELD_BYTES),
+            description=words(f"got {error.given}; allowed: {error.allowed}"),
         )
         return [BadRequest(field_violations=[violation])]
-    if isinstance(error, CapacityExhausted) and error.retry_after_s is not None:
+    if isinstance(error, CapacityExhausted | NotReady) and error.retry_after_s is not None:
         info = RetryInfo()
         info.retry_delay.FromMilliseconds(int(error.retry_after_s * 1000))
         return [info]
@@ -101,10 +127,11 @@ def _packed(details: Sequence[Message]) -> list[any_pb2.Any]:
 
 
 def details_of(metadata: Sequence[tuple[str, str | bytes]] | None) -> Status | None:
-    """The status a peer sent with its trailing metadata, if it did."""
+    """The status a peer sent with its trailing metadata, if it did and it can be read."""
     for key, value in metadata or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
-            return Status.FromString(value)
+            with suppress(DecodeError):
+                return Status.FromString(value)
     return None
 
 
@@ -112,6 +139,6 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GriffinError
     """Ends the call with the error's status."""
     code, status = status_of(error)
     await context.abort(
-        code, str(error), trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
+        code, status.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
     )
     raise AssertionError("abort returned")

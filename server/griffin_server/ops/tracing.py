@@ -67,13 +67,15 @@ class Tracing:
             self._tracer = self._sending[0].get_tracer("griffin_server", __version__)
 
     def call(self, method: str, metadata: Any) -> CallSpans:
-        """Begins the span of a call.
+        """Begins the span of a call, which is the one of ``spans_var`` from then on.
 
         Args:
             method: "/package.Service/Method".
             metadata: pairs that came with it; they may say whose part it is.
         """
-        return CallSpans(self._tracer, method.lstrip("/"), dict(metadata or ()))
+        spans = CallSpans(self._tracer, method.lstrip("/"), dict(metadata or ()))
+        spans_var.set(spans)
+        return spans
 
     def close(self) -> None:
         """Sends what was not sent yet."""

@@ -40,6 +40,7 @@ from griffin_server.handoff.transports import (
     MemoryNotShared,
     SharedMemoryReader,
 )
+from griffin_server.ops.connections import PREFILL_CHANNEL_OPTIONS
 from griffin_server.ops.interceptors import REQUEST_ID_KEY, request_id_var
 from griffin_server.ops.metrics import Metrics
 from griffin_server.ops.settings import HandoffWay
@@ -58,18 +59,6 @@ MISMATCH_S = 60.0
 """For how long a server that holds another model is left alone."""
 
 PREFILL_SERVICE = pb.DESCRIPTOR.services_by_name["PrefillService"].full_name
-
-CHANNEL_OPTIONS = [
-    ("grpc.lb_policy_name", "round_robin"),
-    # A single token's KV in one layer may be larger than a chunk; nothing comes near this.
-    ("grpc.max_receive_message_length", 64 << 20),
-    # A restarted prefill server is found again within CONNECT_S.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-]
 
 
 class PrefillServers:
@@ -167,7 +156,7 @@ class PrefillServer:
         self.set_aside = False
         """Whether it failed and has not been found serving since."""
         self._model = model
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(target, options=PREFILL_CHANNEL_OPTIONS)
         self._stub = prefill_pb2_grpc.PrefillServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._pool = SegmentPool()

@@ -1,0 +1,166 @@
+"""What clients reach from a server's first moment on, before it has a model: gRPC with health and
+reflection, and HTTP. It imports no torch, since that takes seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+
+from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from griffin_server.ops.address import (
+    Address,
+    ListenError,
+    TcpAddress,
+    UnixAddress,
+    address_of,
+    listen,
+    parse_host,
+)
+from griffin_server.ops.connections import server_options
+from griffin_server.ops.http import HttpServer
+from griffin_server.ops.interceptors import CallInterceptor
+from griffin_server.ops.metrics import Metrics
+from griffin_server.ops.reflection import add_reflection
+from griffin_server.ops.settings import Settings
+
+if TYPE_CHECKING:
+    from griffin_server.ops.tracing import Tracing
+
+log = structlog.get_logger("griffin.listener")
+
+STATUSES_S, WATCHERS_S = 5.0, 2.0
+"""How long the last calls have to learn how they ended."""
+
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+PREFILL = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class Later:
+    """Stands for a servicer that comes when there is a model. The interceptor, around all of its
+    methods, lets no call in before."""
+
+    def __init__(self) -> None:
+        self.servicer: Any = None
+
+    def __getattr__(self, method: str) -> Any:
+        return partial(self._call, method)
+
+    def _call(self, method: str, request: Any, context: Any) -> Any:
+        return getattr(self.servicer, method)(request, context)
+
+
+class Listener:
+    """Listens, once started; takes calls, once opened; not to be used twice."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.metrics = Metrics()
+        self.calls = CallInterceptor(self.metrics)
+        self.address: Address = parse_host(settings.host, settings.port)
+        """Where calls come; with the port that was taken, once started."""
+        self.started = False
+        self._generation, self._prefill = Later(), Later()
+        self._health = health.HealthServicer()
+        self._http: HttpServer | None = None
+        self._server: Any = None
+
+    async def start(self) -> None:
+        """Listens. Until ``open``, calls are refused with UNAVAILABLE and health is NOT_SERVING.
+
+        Raises:
+            ListenError: an address is taken or not this machine's.
+        """
+        self.started = True
+        settings = self._settings
+        self._server = grpc.aio.server(
+            interceptors=(self.calls,), options=server_options(settings.max_request_bytes)
+        )
+        if GENERATION in self._services:
+            generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+                self._generation,  # type: ignore[arg-type]  # stands for one
+                self._server,
+            )
+        if PREFILL in self._services:
+            prefill_pb2_grpc.add_PrefillServiceServicer_to_server(
+                self._prefill,  # type: ignore[arg-type]
+                self._server,
+            )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        add_reflection((*self._services, HEALTH), self._server)
+        for name in ("", *self._services):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        if settings.metrics_port:
+            where = _metrics_address(settings)
+            try:
+                sockets = listen(where)
+            except OSError as error:
+                raise ListenError("metrics_port", where, error.strerror) from error
+            self._http = HttpServer(sockets, self.metrics.registry, lambda: self.calls.serving)
+        self._add_ports()
+        await self._server.start()
+
+    async def open(self, *, generation: Any, prefill: Any, tracing: Tracing) -> None:
+        """Takes calls, and says so.
+
+        Args:
+            generation, prefill: the servicers of the role; None for that of the other.
+        """
+        self._generation.servicer, self._prefill.servicer = generation, prefill
+        self.calls.open(tracing)
+        for name in ("", *self._services):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, grace_s: float) -> None:
+        """Says NOT_SERVING, takes no new calls and lets running ones finish, so long at most."""
+        await self._health.enter_graceful_shutdown()
+        await self.calls.close(grace_s)
+
+    async def close(self) -> None:
+        """Listens no longer; calls that still run learn their ends first. gRPC removes the file of
+        a Unix socket."""
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
+        if self._server is not None:
+            # What is left are statuses on their way, and watchers of health, who would never end.
+            await self._server.stop(STATUSES_S if self.calls.active else WATCHERS_S)
+
+    @property
+    def _services(self) -> list[str]:
+        """Of the role."""
+        of_role = {"all": [GENERATION, PREFILL], "decode": [GENERATION], "prefill": [PREFILL]}
+        return of_role[self._settings.role]
+
+    def _add_ports(self) -> None:
+        try:
+            match self.address:
+                case UnixAddress():
+                    self.address.claim()
+                    self._server.add_insecure_port(str(self.address))
+                    self.address.open_to_group()
+                case TcpAddress(port=port):
+                    hosts = []
+                    for probe in listen(self.address):  # says why not, which gRPC does not
+                        with probe:
+                            hosts.append(address_of(probe))
+                    for host in hosts:
+                        port = self._server.add_insecure_port(str(replace(host, port=port)))
+                    self.address = replace(self.address, port=port)
+        except (OSError, RuntimeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ListenError("port", self.address, why or error) from error
+
+
+def _metrics_address(settings: Settings) -> TcpAddress:
+    """Where HTTP is: on the host of the calls unless it has one, or that is a Unix socket."""
+    where = parse_host(settings.metrics_host or settings.host, settings.metrics_port)
+    if isinstance(where, TcpAddress):
+        return where
+    return TcpAddress(host="localhost", port=settings.metrics_port)
