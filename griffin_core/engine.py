@@ -23,7 +23,7 @@ from griffin_core.cuda import runs_cuda_kernels
 from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import Holdings, SessionInfo, Sharing
+from griffin_core.decode.session import Holdings, SessionInfo, SessionPage, Sharing
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.device_memory import (
     DeviceShare,
@@ -177,8 +177,16 @@ class Engine:
         return self._ask(partial(self._decoding.info, session_id))
 
     def sessions(self) -> Future[list[SessionInfo]]:
-        """All sessions, oldest first."""
+        """All sessions, oldest first. Decoding stands still meanwhile; see ``session_page``."""
         return self._ask(self._decoding.infos)
+
+    def session_page(self, *, after: int = 0, most: int) -> Future[SessionPage]:
+        """Up to ``most`` sessions, oldest first.
+
+        Args:
+            after: ``last`` of the page before; 0 for the first page.
+        """
+        return self._ask(partial(self._decoding.page, after, most))
 
     def holdings(self) -> Future[Holdings]:
         """What is held now, by how many."""

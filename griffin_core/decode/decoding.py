@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from griffin_core.decode.session import (
     Reservation,
     Session,
     SessionInfo,
+    SessionPage,
     Sharing,
     State,
     Work,
@@ -232,9 +232,20 @@ class Decoding:
         """All sessions, oldest first."""
         return [session.info(self._decoder.spec.ff_width) for session in self.scheduler]
 
+    def page(self, after: int, most: int) -> SessionPage:
+        """Up to ``most`` sessions, oldest first, of those that come after the end of a page; 0 for
+        the first page."""
+        found = self.scheduler.page(after, most + 1)
+        sessions = found[:most]
+        return SessionPage(
+            sessions=[session.info(self._decoder.spec.ff_width) for session in sessions],
+            last=sessions[-1].number if len(found) > most else None,
+            total=len(self.scheduler),
+        )
+
     def holdings(self) -> Holdings:
         """What is held now, by how many."""
-        states = Counter(session.state for session in self.scheduler)
+        states = self.scheduler.states()
         views = self._views.nbytes
         return Holdings(
             sessions={state: states[state] for state in State},
@@ -510,7 +521,7 @@ class Decoding:
             sharing=sharing,
             work=work,
             sink=sink,
-            keep=keep and self._caches.nbytes(capacity) <= self.budget.idle_limit,
+            keep=keep and self._caches.kept_bytes(capacity) <= self.budget.idle_limit,
         )
 
     def _begin_prefill(self, session: Session) -> None:
@@ -602,7 +613,8 @@ class Decoding:
         if isinstance(session.work, Generation):
             session.cache.rewind(len(session.tokens) - 1)
         self._caches.resize(session.cache, session.cache.length)
-        self.scheduler.keep(session, session.cache.nbytes)
+        session.rest()
+        self.scheduler.keep(session, self._caches.kept_bytes(session.cache.length))
 
     def _fail(self, session: Session, *, error: Exception) -> None:
         session.work.flush(session)
