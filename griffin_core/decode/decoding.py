@@ -13,6 +13,7 @@ from torch import Tensor
 
 from griffin_core.budget import Budget
 from griffin_core.cuda import on_device
+from griffin_core.decode.apart import RowsApart
 from griffin_core.decode.caches import Caches
 from griffin_core.decode.events import Admitted, Event, Failed, Sink, Started
 from griffin_core.decode.generation import Generation, Pace
@@ -108,6 +109,7 @@ class Decoding:
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts.
         costs: see ``slim.costs``.
+        batch_invariant: see ``Engine``.
         stream_interval: see ``Pace``.
         overlap: launch a step before the tokens of the one before it are read. What a session
             makes is the same; one that has stopped by then has run a step too many, which is
@@ -127,6 +129,7 @@ class Decoding:
         sharing: Sharing,
         slim: SlimForm,
         costs: StepCosts,
+        batch_invariant: bool,
         overlap: bool,
         prefills: PrefillQueue,
         stream_interval: int | None,
@@ -145,7 +148,7 @@ class Decoding:
         self.budget = Budget(0)  # until the engine knows what the device has left
         self.scheduler = Scheduler(limits, self.budget, self._free)
         self._caches = Caches(model.decoder, self.budget)
-        self._views = SlimViews(model.decoder, slim, self.budget)
+        self._views = SlimViews(model.decoder, slim, self.budget, builds=not batch_invariant)
         self._groups = ExpertGroups(model.decoder, self._views, costs)
         # By the id of the turn, so that no turn of a session reaches into another.
         self._turns: dict[str, Session] = {}
@@ -156,7 +159,12 @@ class Decoding:
             slots=limits.max_sessions, vocabulary=decoder.spec.vocabulary, device=decoder.device
         )
         self._free_slots = list(reversed(range(limits.max_sessions)))
-        self.stepper: Stepper = LayeredStep(decoder=decoder, sampler=self.sampler)
+        self._batch_invariant = batch_invariant
+        self.stepper: Stepper = LayeredStep(
+            decoder=decoder,
+            sampler=self.sampler,
+            apart=RowsApart(decoder) if batch_invariant else None,
+        )
         """What runs a step; the engine sets a faster one where the device has it."""
         self._overlap = overlap
         self._prompts_read: list[tuple[str, Session, Tensor]] = []
@@ -365,7 +373,9 @@ class Decoding:
         sessions = [s for _, s, _ in read if id(s) in hidden]
 
         def launch(sessions: list[Session]) -> Draws:
-            logits = self._decoder.head(torch.stack([hidden[id(s)] for s in sessions]))
+            rows = [hidden[id(s)] for s in sessions]
+            batches = [[row] for row in rows] if self._batch_invariant else [rows]
+            logits = torch.cat([self._decoder.head(torch.stack(batch)) for batch in batches])
             slots = [s.slot for s in sessions if s.slot is not None]
             positions = [len(s.tokens) for s in sessions]
             tokens = self.sampler.sample(

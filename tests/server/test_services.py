@@ -85,6 +85,18 @@ def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], M
     assert info.default_sampling == Sampling()
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_model_info_says_whether_sessions_are_batch_invariant(
+    on: bool, tiny: Callable[[str], Model]
+) -> None:
+    with (
+        running(tiny("llama"), batch_invariant=on) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert stub.GetModelInfo(pb.GetModelInfoRequest()).batch_invariant is on
+
+
 @pytest.fixture
 def opinionated(tiny: Callable[[str], Model]) -> Model:
     """A model whose generation_config.json has sampling in it."""

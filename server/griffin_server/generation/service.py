@@ -224,6 +224,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             max_sessions=self._engine.limits.max_sessions,
             version=__version__,
             default_sampling=convert.sampling_defaults_to_pb(self._sampling_defaults),
+            batch_invariant=self._engine.batch_invariant,
         )
 
     async def GetSession(
