@@ -20,10 +20,11 @@ import torch
 
 from griffin_core.cpu_share import INTERVAL_S, CpuShare
 from griffin_core.cuda import runs_cuda_kernels
+from griffin_core.decode.apart import rows_stay_apart
 from griffin_core.decode.decoding import Decoding
 from griffin_core.decode.events import Event, Failed, Sink
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import Holdings, SessionInfo, Sharing
+from griffin_core.decode.session import Holdings, SessionInfo, SessionPage, Sharing
 from griffin_core.decode.task import GenerateTask, ScoreTask
 from griffin_core.device_memory import (
     DeviceShare,
@@ -32,7 +33,12 @@ from griffin_core.device_memory import (
     said_size,
     tokens_held,
 )
-from griffin_core.errors import DeviceMemoryExhausted, EngineStopped, GriffinError
+from griffin_core.errors import (
+    DeviceMemoryExhausted,
+    EngineStopped,
+    GriffinError,
+    InvalidRequest,
+)
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
@@ -59,6 +65,10 @@ class Engine:
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts; None for what the device does best.
         costs: what a step costs by how its FF runs, see ``slim.costs``; None measures it at start.
+        batch_invariant: what a session makes that runs on its own experts, or on all neurons, does
+            not depend, to the bit, on what else the engine does, whatever the dtype: products of
+            equally many rows (``decode.apart``), one prompt a pass, a fixed number of threads, and
+            no copies of experts, so ``auto`` sessions run dense. On a CPU only.
         cuda_graphs: on a GPU, run a step, and a pass over one short prompt, as one graph, captured
             at start.
         overlap: launch a step before the tokens of the one before are read; None for where it
@@ -72,6 +82,9 @@ class Engine:
             multiply matrices: OpenMP gives each its own workers, and as soon as there are more of
             them than CPUs, all wait for one another by sleeping (docs/LOG.md).
         observer: is told what is done.
+
+    Raises:
+        InvalidRequest: ``batch_invariant`` on another device than a CPU.
     """
 
     def __init__(
@@ -83,6 +96,7 @@ class Engine:
         sharing: Sharing = "auto",
         slim: SlimForm | None = None,
         costs: StepCosts | None = ASSUMED_COSTS,
+        batch_invariant: bool = False,
         cuda_graphs: bool = True,
         overlap: bool | None = None,
         stream_interval: int | None = None,
@@ -95,13 +109,18 @@ class Engine:
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
         self._slim = slim or _slim_form(model.decoder)
-        self._measures_costs = costs is None
+        self._measures_costs = costs is None and not batch_invariant
+        self.batch_invariant = batch_invariant
+        device = model.decoder.device
+        if batch_invariant and device.type != "cpu":
+            raise InvalidRequest("batch_invariant", f"true on {device}", "true on a CPU only")
         observer = observer or Observer()
         self._prefills = PrefillQueue(
             model.decoder,
             max_waiting=self.limits.max_queue,
             chunk_tokens=self.limits.chunk_tokens,
             observer=observer,
+            alone=batch_invariant,
         )
         self._decoding = Decoding(
             model,
@@ -110,7 +129,8 @@ class Engine:
             sharing=sharing,
             slim=self._slim,
             costs=costs or ASSUMED_COSTS,
-            overlap=model.decoder.device.type == "cuda" if overlap is None else overlap,
+            batch_invariant=batch_invariant,
+            overlap=device.type == "cuda" if overlap is None else overlap,
             prefills=self._prefills,
             observer=observer,
             stream_interval=stream_interval,
@@ -177,8 +197,16 @@ class Engine:
         return self._ask(partial(self._decoding.info, session_id))
 
     def sessions(self) -> Future[list[SessionInfo]]:
-        """All sessions, oldest first."""
+        """All sessions, oldest first. Decoding stands still meanwhile; see ``session_page``."""
         return self._ask(self._decoding.infos)
+
+    def session_page(self, *, after: int = 0, most: int) -> Future[SessionPage]:
+        """Up to ``most`` sessions, oldest first.
+
+        Args:
+            after: ``last`` of the page before; 0 for the first page.
+        """
+        return self._ask(partial(self._decoding.page, after, most))
 
     def holdings(self) -> Future[Holdings]:
         """What is held now, by how many."""
@@ -328,6 +356,12 @@ class Engine:
                 )
                 self._decoding.stepper = step
                 return step.measure_costs
+        if self.batch_invariant and not rows_stay_apart(decoder):
+            raise InvalidRequest(
+                "batch_invariant",
+                f"true with {decoder.dtype} on this CPU",
+                "false: its products of equally many rows depend on a row's place",
+            )
         return partial(measure_costs, decoder, self._slim)
 
     def _set_memory(self) -> None:
@@ -388,6 +422,8 @@ class Engine:
         """Runs on more or fewer threads from here on, if the machine's load says so."""
         share = self._threads
         if self.model.decoder.device.type != "cpu" or not isinstance(share, CpuShare):
+            return
+        if self.batch_invariant:  # sums are divided among threads
             return
         if share.follow():
             log.debug("threads: %d", share.threads)

@@ -147,19 +147,32 @@ class PrefillQueue:
     time, and from then on has half of every pass. A pass runs to its end once it has begun, so a
     reader that stops in it gets at most one chunk's events more.
 
+    What a prompt's parts are depends on what it shares passes with, and with them, in the last
+    digits, what comes of it. With ``alone`` each pass is one prompt's: the one that came first and
+    the shortest rest take turns.
+
     Args:
         max_waiting: prefills for other servers that may wait behind the one that runs.
         chunk_tokens: most tokens of a pass.
         observer: is told of each prompt that has run.
+        alone: no pass reads more than one prompt.
     """
 
     def __init__(
-        self, decoder: Decoder, *, max_waiting: int, chunk_tokens: int, observer: Observer
+        self,
+        decoder: Decoder,
+        *,
+        max_waiting: int,
+        chunk_tokens: int,
+        observer: Observer,
+        alone: bool = False,
     ) -> None:
         self._decoder = decoder
         self._observer = observer
         self._max_waiting = max_waiting
         self._chunk_tokens = chunk_tokens
+        self._alone = alone
+        self._oldest_next = True  # with ``alone``
         self._runs: list[PrefillRun] = []
         self.launch: Launch = launch
         """What runs a pass; the engine sets one with graphs where the device has them."""
@@ -235,6 +248,10 @@ class PrefillQueue:
         """Who is in the next pass, with how many tokens."""
         able = self._able()
         room = self._chunk_tokens
+        if able and self._alone:
+            run = able[0] if self._oldest_next else min(able, key=lambda run: run.left)
+            self._oldest_next = not self._oldest_next
+            return [(run, min(run.left, room))]
         tokens: dict[PrefillRun, int] = {}
         if len(able) > 1:
             tokens[able[0]] = min(able[0].left, max(1, int(room * OLDEST_SHARE)))

@@ -23,6 +23,12 @@ class Caches:
         """Bytes of a cache for that many tokens."""
         return kv_bytes(self._decoder.spec, self._decoder.dtype, tokens)
 
+    def kept_bytes(self, tokens: int) -> int:
+        """Bytes of a session that is kept: a cache for that many tokens, and the statistic [L, F]
+        float32 that its next turn adds to, which is most of what a session of few tokens holds."""
+        spec = self._decoder.spec
+        return self.nbytes(tokens) + 4 * len(spec.layers) * spec.ff_width
+
     def most_bytes(self, tokens: int, *, resized: bool) -> int:
         """The most that a cache for that many tokens comes to hold, with the copy of a layer that
         it takes to resize it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from griffin_core.budget import Budget
 from griffin_core.cuda import on_device
+from griffin_core.decode.apart import RowsApart
 from griffin_core.decode.caches import Caches
 from griffin_core.decode.events import Admitted, Event, Failed, Sink, Started
 from griffin_core.decode.generation import Generation, Pace
@@ -25,6 +25,7 @@ from griffin_core.decode.session import (
     Reservation,
     Session,
     SessionInfo,
+    SessionPage,
     Sharing,
     State,
     Work,
@@ -108,6 +109,7 @@ class Decoding:
         selection, sharing: of requests that name none.
         slim: how sessions run on their experts.
         costs: see ``slim.costs``.
+        batch_invariant: see ``Engine``.
         stream_interval: see ``Pace``.
         overlap: launch a step before the tokens of the one before it are read. What a session
             makes is the same; one that has stopped by then has run a step too many, which is
@@ -127,6 +129,7 @@ class Decoding:
         sharing: Sharing,
         slim: SlimForm,
         costs: StepCosts,
+        batch_invariant: bool,
         overlap: bool,
         prefills: PrefillQueue,
         stream_interval: int | None,
@@ -145,7 +148,7 @@ class Decoding:
         self.budget = Budget(0)  # until the engine knows what the device has left
         self.scheduler = Scheduler(limits, self.budget, self._free)
         self._caches = Caches(model.decoder, self.budget)
-        self._views = SlimViews(model.decoder, slim, self.budget)
+        self._views = SlimViews(model.decoder, slim, self.budget, builds=not batch_invariant)
         self._groups = ExpertGroups(model.decoder, self._views, costs)
         # By the id of the turn, so that no turn of a session reaches into another.
         self._turns: dict[str, Session] = {}
@@ -156,7 +159,12 @@ class Decoding:
             slots=limits.max_sessions, vocabulary=decoder.spec.vocabulary, device=decoder.device
         )
         self._free_slots = list(reversed(range(limits.max_sessions)))
-        self.stepper: Stepper = LayeredStep(decoder=decoder, sampler=self.sampler)
+        self._batch_invariant = batch_invariant
+        self.stepper: Stepper = LayeredStep(
+            decoder=decoder,
+            sampler=self.sampler,
+            apart=RowsApart(decoder) if batch_invariant else None,
+        )
         """What runs a step; the engine sets a faster one where the device has it."""
         self._overlap = overlap
         self._prompts_read: list[tuple[str, Session, Tensor]] = []
@@ -232,9 +240,20 @@ class Decoding:
         """All sessions, oldest first."""
         return [session.info(self._decoder.spec.ff_width) for session in self.scheduler]
 
+    def page(self, after: int, most: int) -> SessionPage:
+        """Up to ``most`` sessions, oldest first, of those that come after the end of a page; 0 for
+        the first page."""
+        found = self.scheduler.page(after, most + 1)
+        sessions = found[:most]
+        return SessionPage(
+            sessions=[session.info(self._decoder.spec.ff_width) for session in sessions],
+            last=sessions[-1].number if len(found) > most else None,
+            total=len(self.scheduler),
+        )
+
     def holdings(self) -> Holdings:
         """What is held now, by how many."""
-        states = Counter(session.state for session in self.scheduler)
+        states = self.scheduler.states()
         views = self._views.nbytes
         return Holdings(
             sessions={state: states[state] for state in State},
@@ -366,7 +385,9 @@ class Decoding:
         sessions = [s for _, s, _ in read if id(s) in hidden]
 
         def launch(sessions: list[Session]) -> Draws:
-            logits = self._decoder.head(torch.stack([hidden[id(s)] for s in sessions]))
+            rows = [hidden[id(s)] for s in sessions]
+            batches = [[row] for row in rows] if self._batch_invariant else [rows]
+            logits = torch.cat([self._decoder.head(torch.stack(batch)) for batch in batches])
             slots = [s.slot for s in sessions if s.slot is not None]
             positions = [len(s.tokens) for s in sessions]
             tokens = self.sampler.sample(
@@ -522,7 +543,7 @@ class Decoding:
             sharing=sharing,
             work=work,
             sink=sink,
-            keep=keep and self._caches.nbytes(capacity) <= self.budget.idle_limit,
+            keep=keep and self._caches.kept_bytes(capacity) <= self.budget.idle_limit,
         )
 
     def _begin_prefill(self, session: Session) -> None:
@@ -612,7 +633,8 @@ class Decoding:
         self._free_slot(session)
         session.in_flight = 0  # one step too many may be under way: nothing of it counts
         self._caches.resize(session.cache, session.cache.length)
-        self.scheduler.keep(session, session.cache.nbytes)
+        session.rest()
+        self.scheduler.keep(session, self._caches.kept_bytes(session.cache.length))
 
     def _fail(self, session: Session, *, error: Exception) -> None:
         session.work.flush(session)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict, deque
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from griffin_core.budget import Budget
 from griffin_core.decode.session import Reservation, Session, State
@@ -72,11 +74,42 @@ class Limits:
         return min(self.idle_bytes, session_bytes)
 
 
+class Kept:
+    """Sessions kept between their turns, and their bytes as a running sum: an engine may keep tens
+    of thousands."""
+
+    def __init__(self) -> None:
+        self._sessions: OrderedDict[str, Session] = OrderedDict()  # oldest first
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __contains__(self, session: Session) -> bool:
+        return session.session_id in self._sessions
+
+    @property
+    def oldest(self) -> Session | None:
+        """The session that was added first of those that are left."""
+        return next(iter(self._sessions.values()), None)
+
+    def add(self, session: Session) -> None:
+        """Adds a session that holds its cache's bytes and no others, as the newest."""
+        self._sessions[session.session_id] = session
+        self.nbytes += session.reservation.kv
+
+    def discard(self, session: Session) -> None:
+        """Removes a session. Without effect if it is not there."""
+        if self._sessions.pop(session.session_id, None) is not None:
+            self.nbytes -= session.reservation.kv
+
+
 class Scheduler:
     """Every session there is, and the bytes they have reserved. Owned by the engine's thread.
 
     A session reserves the most it can come to need when it is admitted, so one that has begun never
-    runs out (docs/adr/0007). Idle sessions give way to new ones, the longest idle first.
+    runs out (docs/adr/0007). Idle sessions give way to new ones, the longest idle first. No method
+    but ``__iter__`` takes longer the more idle sessions there are.
 
     Args:
         budget: says how many bytes there are.
@@ -87,23 +120,39 @@ class Scheduler:
         self._limits = limits
         self._budget = budget
         self._free = free
-        self._waiting: deque[Session] = deque()
+        self._numbers = count(1)
+        self._sessions: dict[str, Session] = {}
+        self._opened: list[Session] = []  # all sessions, by number
+        self._waiting: dict[str, Session] = {}  # in order of arrival
         self._needs: dict[str, Reservation] = {}  # of those that wait
         self._live: dict[str, Session] = {}
-        self._idle: dict[str, Session] = {}  # oldest idle first
+        self._idle = Kept()  # longest idle first
+        self._recalled = Kept()  # kept ones whose next turn waits: as good as live
         self._gone: OrderedDict[str, str] = OrderedDict()  # session id -> why
         self._turn_s: float | None = None  # smoothed, of turns that came to their end
 
+    def __len__(self) -> int:
+        return len(self._sessions)
+
     def __iter__(self) -> Iterator[Session]:
         """All sessions, oldest first."""
-        # An idle session whose next turn waits is in two places.
-        everyone = {s.session_id: s for s in (*self._waiting, *self.live, *self._idle.values())}
-        return iter(sorted(everyone.values(), key=lambda session: session.opened))
+        return iter(list(self._opened))
+
+    def page(self, after: int, most: int) -> list[Session]:
+        """Up to ``most`` sessions, oldest first, of those with a number above ``after``."""
+        first = bisect_right(self._opened, after, key=_number)
+        return self._opened[first : first + most]
+
+    def states(self) -> Counter[State]:
+        """How many sessions are in each state."""
+        states = Counter(session.state for session in self._live.values())
+        states[State.QUEUED] = len(self._waiting)
+        states[State.IDLE] = len(self._idle)
+        return states
 
     def find(self, session_id: str) -> Session | None:
         """A session, wherever it is."""
-        found = self._live.get(session_id) or self._idle.get(session_id)
-        return found or next((s for s in self._waiting if s.session_id == session_id), None)
+        return self._sessions.get(session_id)
 
     def why_gone(self, session_id: str) -> str:
         """What became of a session that is not there."""
@@ -149,9 +198,16 @@ class Scheduler:
                     f"{wait_s:.1f} s, after its deadline",
                     retry_after_s=max(wait_s, self.retry_after_s),
                 )
+        if session in self._idle:
+            self._idle.discard(session)
+            self._recalled.add(session)
+        elif session.session_id not in self._sessions:
+            session.number = next(self._numbers)
+            self._sessions[session.session_id] = session
+            self._opened.append(session)
         self._needs[session.session_id] = needs
         session.state = State.QUEUED
-        self._waiting.append(session)
+        self._waiting[session.session_id] = session
 
     @property
     def retry_after_s(self) -> float:
@@ -173,9 +229,9 @@ class Scheduler:
         that the first in line could wait for."""
         admitted = []
         while session := self._next():
-            self._waiting.remove(session)
+            del self._waiting[session.session_id]
             self._make_room(session)
-            self._idle.pop(session.session_id, None)
+            self._recalled.discard(session)
             session.reservation = self._needs.pop(session.session_id)
             session.state = State.PREFILL
             session.clock.admitted = time.monotonic()
@@ -185,7 +241,7 @@ class Scheduler:
 
     def _next(self) -> Session | None:
         may_overtake = not self._live
-        for session in self._waiting:
+        for session in self._waiting.values():
             if self._fits(session, self._needs[session.session_id]):
                 return session
             if not may_overtake:
@@ -197,7 +253,7 @@ class Scheduler:
         fits: what it holds must go."""
         if self._live or not self._waiting or self._next():
             return None
-        return next((s for s in reversed(self._waiting) if s.session_id in self._idle), None)
+        return next((s for s in reversed(self._waiting.values()) if s in self._recalled), None)
 
     def keep(self, session: Session, held_bytes: int) -> None:
         """A live session's turn is over; it stays for the next, with the bytes it still holds."""
@@ -205,75 +261,71 @@ class Scheduler:
         del self._live[session.session_id]
         session.state = State.IDLE
         session.reservation = Reservation(kv=held_bytes)
-        self._idle[session.session_id] = session
-        # Those whose next turn waits are as good as live.
-        others = self._evictable(session)
-        while (
-            others and held_bytes + sum(s.reservation.kv for s in others) > self._budget.idle_limit
-        ):
-            self._evict(others.pop(0), "it gave way to sessions kept later (--idle-memory-gib)")
+        self._idle.add(session)
+        while len(self._idle) > 1 and self._idle.nbytes > self._budget.idle_limit:
+            self._evict_oldest("it gave way to sessions kept later (--idle-memory-gib)")
 
     def drop(self, session: Session, why: str) -> None:
         """Forgets a session, wherever it is."""
         if session.session_id in self._live and session.clock.prefilled:
             self._note_turn(session)
-        if session in self._waiting:
-            self._waiting.remove(session)
+        if self._sessions.pop(session.session_id, None) is not None:
+            del self._opened[bisect_left(self._opened, session.number, key=_number)]
+        self._waiting.pop(session.session_id, None)
         self._needs.pop(session.session_id, None)
         self._live.pop(session.session_id, None)
-        self._idle.pop(session.session_id, None)
+        self._idle.discard(session)
+        self._recalled.discard(session)
         self._gone[session.session_id] = why
         while len(self._gone) > _REMEMBERED:
             self._gone.popitem(last=False)
 
     def expire(self) -> None:
         """Drops kept sessions that were idle for too long."""
-        oldest_allowed = time.monotonic() - self._limits.session_ttl_s
-        for session in self._evictable(None):
-            if session.clock.last_token < oldest_allowed:
-                self._evict(session, f"it was idle for {self._limits.session_ttl_s:g} s")
+        while self.next_expiry_s() == 0:
+            self._evict_oldest(f"it was idle for {self._limits.session_ttl_s:g} s")
 
     def next_expiry_s(self) -> float | None:
-        """Seconds until ``expire`` has something to do; None if never."""
-        idle = [s.clock.last_token for s in self._idle.values() if s.state is State.IDLE]
-        if not idle:
+        """Seconds until ``expire`` has something to do; None if never. All may be idle for equally
+        long, so the longest idle expires first."""
+        oldest = self._idle.oldest
+        if oldest is None:
             return None
-        return max(0.0, min(idle) + self._limits.session_ttl_s - time.monotonic())
+        return max(0.0, oldest.clock.last_token + self._limits.session_ttl_s - time.monotonic())
 
-    def _evictable(self, but: Session | None) -> list[Session]:
-        waiting = {session.session_id for session in self._waiting}
-        return [s for s in self._idle.values() if s is not but and s.session_id not in waiting]
-
-    def _evict(self, session: Session, why: str) -> None:
+    def _evict_oldest(self, why: str) -> None:
+        session = self._idle.oldest
+        assert session is not None
         self.drop(session, why)
         self._free(session)
 
     def _fits(self, session: Session, needs: Reservation) -> bool:
-        """Whether there is room once every idle session that may go has gone."""
+        """Whether there is room once every idle session has gone."""
         if len(self._live) >= self._limits.max_sessions:
             return False
-        freeable = self._evictable(session)
-        stays = [s for s in self._idle.values() if s is not session and s not in freeable]
-        return self._total(stays, needs) <= self._budget.limit
+        return self._total(session, needs) <= self._budget.limit
 
     def _make_room(self, session: Session) -> None:
-        needs = self._needs[session.session_id]
-        for idle in self._evictable(session):
-            stays = [s for s in self._idle.values() if s is not session]
-            if self._total(stays, needs) <= self._budget.limit:
-                return
-            self._evict(idle, "it gave way to requests that needed its memory")
+        room = self._budget.limit - self._total(session, self._needs[session.session_id])
+        while len(self._idle) and self._idle.nbytes > room:
+            self._evict_oldest("it gave way to requests that needed its memory")
 
-    def _total(self, idle: list[Session], more: Reservation) -> int:
-        """Bytes that the live sessions, these idle ones and one more can come to hold."""
-        everyone = [*(s.reservation for s in (*self._live.values(), *idle)), more]
+    def _total(self, session: Session, needs: Reservation) -> int:
+        """Bytes that the live sessions and those whose next turn waits can come to hold, with one
+        session's next turn among them. What that one holds now is in its needs."""
+        everyone = [*(s.reservation for s in self._live.values()), needs]
         total = sum(r.kv + r.zeroed + (0 if r.pool else r.view) for r in everyone)
         sharing = Counter((r.pool, r.view) for r in everyone if r.pool)
         for (pool, view), sessions in sharing.items():
             total += min(sessions, pool.most_views) * view
-        return total
+        own = session.reservation.kv if session in self._recalled else 0
+        return total + self._recalled.nbytes - own
 
     def _note_turn(self, session: Session) -> None:
         turn_s = time.monotonic() - session.clock.admitted
         before = turn_s if self._turn_s is None else self._turn_s
         self._turn_s = before + 0.2 * (turn_s - before)
+
+
+def _number(session: Session) -> int:
+    return session.number

@@ -83,6 +83,20 @@ class SessionInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SessionPage:
+    """Some of an engine's sessions, oldest first.
+
+    Args:
+        last: names the page's end, for the page after it; None if this is the last.
+        total: how many sessions there are in all.
+    """
+
+    sessions: Sequence[SessionInfo]
+    last: int | None
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Holdings:
     """What an engine holds.
 
@@ -149,6 +163,8 @@ class Session:
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
+        self.number = 0
+        """Sessions are numbered from 1 in the order in which the scheduler took them in."""
         self.turn_id = ""
         self.opened = time.monotonic()
         self.state = State.QUEUED
@@ -164,12 +180,12 @@ class Session:
         self.cache: KvCache | None = None
         self.s2: Tensor | None = None
         self.experts: ExpertSet | None = None
-        """What its own statistic chose; in a group it may run on others."""
+        """What its own statistic chose; in a group it may run on others. None between turns."""
         self.view: RunView | None = None
         """What its next step runs on; None before it has joined ``ExpertGroups``, which owns it."""
         self.view_bytes = 0
         """What it holds beyond the model's own weights to run on its experts."""
-        self._mass: tuple[ExpertSet, tuple[float, ...]] | None = None
+        self._mass: tuple[ExpertSet | None, tuple[float, ...]] | None = None
 
     def begin_turn(
         self,
@@ -214,6 +230,13 @@ class Session:
         self.sink = sink
         self.keep = keep
 
+    def rest(self) -> None:
+        """Its turn is over and it is kept: it holds its tokens, its cache and its statistic, and
+        nothing that the next turn makes anew. An engine may keep tens of thousands."""
+        self._mass = None, self.norm_mass
+        self.experts = None
+        del self.work, self.sink
+
     def use(self, view: RunView | None) -> None:
         """Runs on a view from the next step on."""
         self.view = view
@@ -246,7 +269,7 @@ class Session:
         it would run on while it runs dense."""
         experts = (self.view and self.view.experts) or self.experts
         if experts is None or self.s2 is None:
-            return ()
+            return () if self._mass is None else self._mass[1]
         if self._mass is None or self._mass[0] is not experts:
             self._mass = experts, experts.norm_mass(self.s2)
         return self._mass[1]

@@ -165,7 +165,7 @@ class ExpertGroup:
         if other and (rows == "many" or step - self._laid_out >= STEPS_HELD):
             self.drop_view(views)
         wanted = not views.copies or not alone or self.members[0].one_row
-        if self.view is None and wanted:
+        if self.view is None and wanted and views.builds:
             self.view = views.acquire(self.experts, rows, own=True)
             self._laid_out = step
 
@@ -211,7 +211,7 @@ class ExpertGroups:
     def pool(self, selection: Selection, sharing: Sharing) -> ViewPool | None:
         """With which sessions a session reserves its view: those of a shared group have one
         together, and of copies there are never more than pay."""
-        if sharing != "shared" and not self._views.copies:
+        if not self._views.builds or (sharing != "shared" and not self._views.copies):
             return None
         density = selection.density
         return ViewPool(
@@ -343,7 +343,7 @@ class ExpertGroups:
 
     def _decide_auto(self, autos: Sequence[Seat]) -> None:
         """Chooses the form of all ``auto`` sessions by what the step would cost."""
-        if not autos:
+        if not autos or not self._views.builds:
             self._auto_form, self._auto_since = "dense", -STEPS_HELD
             return
         costs = {form: self._step_s(autos, form) for form in ("dense", "own", "shared")}
@@ -377,7 +377,7 @@ class ExpertGroups:
 
     def _decide_copies(self, seats: Sequence[Seat]) -> None:
         """Whether sessions on their own set have copies of it."""
-        if not self._views.copies:
+        if not self._views.copies or not self._views.builds:
             return
         own = [seat.experts.density for seat in seats if seat.form == "own" and seat.one_row]
         pays = self.costs.copies_pay(whole=sum(s.form == "dense" for s in seats), own=own)

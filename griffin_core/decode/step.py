@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
+
+if TYPE_CHECKING:
+    from griffin_core.decode.apart import RowsApart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +185,13 @@ class LayeredStep:
     Args:
         masks: kept from step to step where sessions run zeroed, so that they are made once for the
             same sessions.
+        apart: if given, it runs the model: see ``decode.apart``.
     """
 
     decoder: Decoder
     sampler: Sampler
     masks: RowMasks = field(default_factory=RowMasks)
+    apart: RowsApart | None = None
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[StepRow]) -> Draw:
@@ -196,7 +201,10 @@ class LayeredStep:
         slots = on_device([row.slot for row in ordered], torch.int64, device)
         # A row whose logits were not finite has drawn -1; its session is about to be told.
         ids = self.sampler.drawn[slots].clamp_(min=0)
-        logits = _forward(self.decoder, ordered, ids, self.masks)
+        if self.apart is None:
+            logits = _forward(self.decoder, ordered, ids, self.masks)
+        else:
+            logits = self.apart.forward(ordered, ids)
         starts = [row.cache.length + 1 for row in ordered]
         positions = on_device(starts, torch.int64, device)
         if order != sorted(order):  # back to the order of the rows

@@ -337,4 +337,8 @@ class Decoder:
             hidden = F.linear(hidden, w.project_out)
         logits = (w.head(hidden) if project is None else project(hidden, w.head)).float()
         cap = self.spec.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if cap is None:
+            return logits
+        if logits.device.type == "cpu":  # row by row; see ``FeedForward.apart``
+            return torch.stack([cap * torch.tanh(row / cap) for row in logits.unbind()])
+        return cap * torch.tanh(logits / cap)

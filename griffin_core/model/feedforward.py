@@ -108,10 +108,14 @@ class FeedForward:
             from griffin_core.cuda.activation import activate_rows  # noqa: PLC0415  # needs triton
 
             return activate_rows(h, self._code, gated=self._gated)
+        return self._activated(h), None
+
+    def _activated(self, h: Tensor) -> Tensor:
+        """What ``inner`` gives -> Z [T, F]."""
         if not self._gated:
-            return self._activation(h), None
+            return self._activation(h)
         gate, up = h.chunk(2, dim=-1)
-        return self._activation(gate).mul_(up), None
+        return self._activation(gate).mul_(up)
 
     def zeroed(self, x: Tensor, keep: Tensor) -> Tensor:
         """[T, D] -> [T, D], the last n rows on some neurons only.
@@ -121,6 +125,15 @@ class FeedForward:
         """
         z = self.activations(x)
         z[z.shape[0] - keep.shape[0] :] *= keep
+        return self.output(z)
+
+    def apart(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """As ``zeroed``, or on all neurons if ``keep`` is None, with each row activated by itself.
+        A vector of values and the few left over at the end of a tensor are rounded differently, so
+        a row's activations would depend on where it stands."""
+        z = torch.stack([self._activated(row) for row in self.inner(x).unbind()])
+        if keep is not None:
+            z[z.shape[0] - keep.shape[0] :] *= keep
         return self.output(z)
 
     def inner(self, x: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         decoder=decoder,
         tokenizer=tokenizer,
         fingerprint=fingerprint(spec, on_device),
-        eos_ids=_eos_ids(where, generation, tokenizer, spec.vocabulary),
+        eos_ids=_eos_ids(str(directory), generation, tokenizer, spec.vocabulary),
         sampling_defaults=sampling_defaults(generation),
     )
 

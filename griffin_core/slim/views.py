@@ -64,9 +64,13 @@ class SlimViews:
 
     Args:
         budget: what the views' bytes are taken from; when it runs short, unused views go first.
+        builds: whether there are views at all; else sessions run on all weights, dense or zeroed.
     """
 
-    def __init__(self, decoder: Decoder, form: SlimForm, budget: Budget) -> None:
+    def __init__(
+        self, decoder: Decoder, form: SlimForm, budget: Budget, *, builds: bool = True
+    ) -> None:
+        self.builds = builds
         self._decoder = decoder
         self._form = form
         self._budget = budget
@@ -86,6 +90,8 @@ class SlimViews:
 
     def planned_bytes(self, k: int) -> int:
         """Most bytes a view of k experts a layer holds."""
+        if not self.builds:
+            return 0
         return sum(self._form.planned_bytes(layer, k) for layer in self._decoder.layers)
 
     def zeroed_bytes(self, k: int) -> int:

@@ -119,6 +119,7 @@ class App:
             costs=ASSUMED_COSTS if settings.role == "prefill" else None,
             own_prefill_tokens=settings.own_prefill_tokens if settings.prefill_target else None,
             threads=settings.threads or CpuShare(),
+            batch_invariant=settings.batch_invariant,
             observer=self.metrics,
         )
         self.metrics.watch(self.engine)

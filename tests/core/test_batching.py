@@ -5,20 +5,31 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from griffin_core.decode.events import Finished, Started, TokensMade
+from griffin_core.decode.apart import RowsApart, rows_stay_apart
+from griffin_core.decode.events import Failed, Finished, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine import Engine
+from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.load import Model
-from griffin_core.prefill import LayerExperts, prefill
+from griffin_core.model.load import Model, load_model
+from griffin_core.model.source import DEFAULT_MODEL
+from griffin_core.observer import Observer
+from griffin_core.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
+from griffin_core.prefill_queue import PrefillQueue, PrefillRun
+from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.base import SlimFF
@@ -281,3 +292,209 @@ def test_a_reader_that_stops_is_ended_after_the_stated_time(model: Model) -> Non
         assert 0.2 <= time.monotonic() - clock < 5
         assert running.sessions().result(10) == []
         assert running.held_bytes == 0
+
+
+# -- batch-invariant -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bfloat16(tiny_directory: Callable[[str], Path]) -> Callable[[str], Model]:
+    """Name of ``tests.tiny.MODELS`` -> the model in bfloat16."""
+    return lambda name: load_model(str(tiny_directory(name)), dtype=torch.bfloat16)
+
+
+def probe(number: int) -> GenerateTask:
+    """One of those whose results are compared: greedy and sampled, dense and on experts, with
+    prompts of less and of more than one chunk."""
+    return GenerateTask(
+        prompt=tuple((11 * number + 3 * i) % 256 for i in range((2, 50, 7, 33)[number])),
+        sampling=SamplingParams(
+            temperature=(0.0, 0.0, 0.9, 1.1)[number],
+            top_p=(1.0, 1.0, 1.0, 0.95)[number],
+            presence_penalty=(0.0, 0.0, 0.0, 0.3)[number],
+            seed=number,
+        ),
+        stopping=StoppingParams(max_tokens=24, ignore_eos=True),
+        pruning=PruningParams(density=(1.0, 0.5, 1.0, 0.25)[number]),
+        top_logprobs=2,
+    )
+
+
+PROBES = range(4)
+
+
+def other(number: int) -> GenerateTask | ScoreTask:
+    """A neighbour: of any length, density and sharing; some score."""
+    task = random_task(number)
+    if number % 5 == 4:
+        return ScoreTask(prompt=task.prompt, continuation=task.prompt * 2, pruning=task.pruning)
+    sharing = ("private", "shared", "auto")[number % 3]
+    return replace(task, pruning=replace(task.pruning, sharing=sharing))
+
+
+Made = tuple[list[int], list[Logprobs]]
+
+
+def made(inbox: Inbox) -> Made:
+    """All tokens and their log-probabilities."""
+    tokens: list[int] = []
+    logprobs: list[Logprobs] = []
+    while not isinstance(event := inbox.until(TokensMade, Finished), Finished):
+        assert isinstance(event, TokensMade), event
+        tokens += event.ids
+        logprobs += event.logprobs
+    return tokens, logprobs
+
+
+def made_alone(model: Model, **options: Any) -> list[Made]:
+    """What the probes make, one after the other."""
+    limits = Limits(chunk_tokens=16)
+    with engine(model, own_prefill_tokens=None, limits=limits, **options) as running:
+        return [made(submit(running, probe(number))[1]) for number in PROBES]
+
+
+def made_beside(model: Model, others: int, **options: Any) -> list[Made]:
+    """What the probes make while they and others come, run and go."""
+    limits = Limits(max_sessions=16, chunk_tokens=16)
+    draw = random.Random(others)
+    numbers = [*PROBES, *range(100, 100 + others)]
+    draw.shuffle(numbers)
+    inboxes = {}
+    with engine(model, own_prefill_tokens=None, limits=limits, **options) as running:
+        for number in numbers:
+            task = probe(number) if number in PROBES else other(number)
+            inboxes[number] = submit(running, task)[1]
+            time.sleep(draw.choice((0.0, 0.002, 0.01)))
+        found = [made(inboxes[number]) for number in PROBES]
+        for number in numbers:
+            if number not in PROBES:
+                assert not isinstance(finish(inboxes[number])[1], Failed)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_batch_invariant_private_sessions_make_the_same_to_the_bit_whoever_is_there(
+    name: str, bfloat16: Callable[[str], Model]
+) -> None:
+    """In bfloat16, where one row and several have other kernels; with all log-probabilities."""
+    model = bfloat16(name)
+    alone = made_alone(model, batch_invariant=True)
+    for others in (0, 3, 12):
+        assert made_beside(model, others, batch_invariant=True) == alone, others
+
+
+def test_in_float32_the_tokens_are_the_same_without_it_and_the_bits_with_it(model: Model) -> None:
+    alone = made_alone(model)
+    invariant = made_alone(model, batch_invariant=True)
+    assert made_beside(model, 12, batch_invariant=True) == invariant
+    for found in (made_beside(model, 12), invariant):
+        for (tokens, logprobs), (own, own_logprobs) in zip(found, alone, strict=True):
+            assert tokens == own
+            assert [each.chosen for each in logprobs] == pytest.approx(
+                [each.chosen for each in own_logprobs], abs=1e-4
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_batch_invariant_holds_for_smollm2_beside_3_to_14_others() -> None:
+    """Requests whose texts differed from the first tokens on, and log-probabilities by up to 0.15,
+    without it."""
+    model = load_model(DEFAULT_MODEL, dtype=torch.bfloat16)
+    texts = ("Write a short poem about the sea.\n", "Once upon a time", "The capital of France is")
+
+    def asked(number: int) -> GenerateTask:
+        seed, temperature, density = ((7, 1.0, 1.0), (42, 0.8, 0.75), (0, 0.0, 1.0))[number % 3]
+        return GenerateTask(
+            prompt=tuple(model.tokenizer.encode(texts[number % 3])),
+            sampling=SamplingParams(seed=seed, temperature=temperature),
+            stopping=StoppingParams(max_tokens=32, ignore_eos=True),
+            pruning=PruningParams(density=density),
+            top_logprobs=3,
+        )
+
+    with engine(model, own_prefill_tokens=None, batch_invariant=True) as running:
+        alone = [made(submit(running, asked(number))[1]) for number in range(3)]
+        for others in (1, 3, 7, 12):
+            neighbours = [random_task(1000 * others + index) for index in range(others)]
+            inboxes = [submit(running, each)[1] for each in neighbours]
+            own = [submit(running, asked(number))[1] for number in range(3)]
+            assert [made(inbox) for inbox in own] == alone, others
+            for inbox in inboxes:
+                finish(inbox)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "opt-norm-after"])
+def test_a_row_that_stays_apart_makes_what_it_makes_otherwise(
+    name: str, tiny: Callable[[str], Model], bfloat16: Callable[[str], Model]
+) -> None:
+    """In float32 within 1e-5, and in bfloat16 the same wherever it stands."""
+    decoder = tiny(name).decoder
+    assert rows_stay_apart(bfloat16(name).decoder)
+    experts = ExpertSet(
+        ff_width=decoder.spec.ff_width,
+        indices=torch.arange(40, dtype=torch.int32).repeat(len(decoder.layers), 1),
+    )
+    views = [[layer.ff for layer in decoder.layers]] * 5 + [ZeroedLayers(decoder, experts)] * 6
+    with torch.inference_mode():
+        steps = [
+            StepTokens(cache=decoder.new_cache(2), view=view, token_ids=[7 * number])
+            for number, view in enumerate(views)
+        ]
+        ids = torch.tensor([step.token_ids[0] for step in steps])
+        apart = RowsApart(decoder).forward(steps, ids)
+        together = torch.cat(decode_tokens(decoder, steps))
+    torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_invariant_sessions_have_no_copies_and_auto_runs_dense(
+    bfloat16: Callable[[str], Model],
+) -> None:
+    with engine(bfloat16("llama"), own_prefill_tokens=None, batch_invariant=True) as running:
+        for sharing, density in (("private", 0.25), ("shared", 0.25), ("auto", 1.0)):
+            task = replace(
+                probe(1), pruning=PruningParams(density=0.25, sharing=sharing), keep=True
+            )
+            both = [submit(running, task)[1], submit(running, replace(task, turn_id="other"))[1]]
+            for inbox in both:
+                pruning = finish(inbox)[1].pruning
+                assert pruning.mean_density == pytest.approx((1 + 23 * density) / 24)
+            running.close("other").result(10)
+        assert len(running._decoding._views) == 0
+
+
+def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_ones(
+    model: Model,
+) -> None:
+    queue = PrefillQueue(
+        model.decoder, max_waiting=9, chunk_tokens=16, observer=Observer(), alone=True
+    )
+    order: list[tuple[int, int]] = []
+
+    def noted(decoder: Decoder, parts: Sequence[Part], tell: Tell) -> Pass:
+        order.append((len(parts), parts[0].prompt.tokens))
+        return launch(decoder, parts, tell)
+
+    queue.launch = noted
+    for tokens in (40, 33, 5, 20):
+        prompt = partial(Prompt, model.decoder, range(tokens), Selection(density=1.0))
+        queue.add(PrefillRun(prompt, Inbox(), tokens=tokens, admitted=True), 0.0)
+    while queue.has_work:
+        queue.turn()
+    # In turns the oldest and the one with the least left: of 40, 8; then of 33, 17.
+    assert order == [(1, tokens) for tokens in (40, 5, 40, 40, 33, 33, 33, 20, 20)]
+
+
+def test_batch_invariant_is_refused_where_it_does_not_hold(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("griffin_core.engine.rows_stay_apart", lambda decoder: False)
+    running = Engine(model, batch_invariant=True)
+    running.start()
+    with pytest.raises(InvalidRequest, match=r"batch_invariant: got true with .*float32"):
+        running.ready.result(10)
+    monkeypatch.setattr(Decoder, "device", torch.device("cuda:1"))
+    with pytest.raises(
+        InvalidRequest, match="batch_invariant: got true on cuda:1; allowed: true on a CPU only"
+    ):
+        Engine(model, batch_invariant=True)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 
+from griffin_core.budget import Budget
 from griffin_core.decode.events import Failed, Finished, Started
-from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.scheduler import Limits, Scheduler
+from griffin_core.decode.session import Clock, Reservation, Session, State
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.engine import Engine
 from griffin_core.errors import CapacityExhausted, SessionNotFound
@@ -34,6 +41,12 @@ def task(
         pruning=PruningParams(density=density),
         **more,
     )
+
+
+def kept_bytes(model: Model, tokens: int) -> int:
+    """Of a kept session: KV, and the statistic, a float32 for each neuron."""
+    spec = model.decoder.spec
+    return kv_bytes(spec, torch.float32, tokens) + 4 * len(spec.layers) * spec.ff_width
 
 
 def test_a_request_that_cannot_begin_before_its_deadline_is_refused_at_once(
@@ -68,7 +81,7 @@ def test_a_deadline_is_no_matter_where_there_is_room(model: Model) -> None:
 
 
 def test_kept_sessions_beyond_the_idle_budget_go_the_longest_idle_first(model: Model) -> None:
-    one = kv_bytes(model.decoder.spec, torch.float32, 28)
+    one = kept_bytes(model, 28)
     limits = Limits(idle_bytes=2 * one)
     with engine(model, own_prefill_tokens=None, limits=limits) as running:
         kept = [task(keep=True) for _ in range(3)]
@@ -82,7 +95,7 @@ def test_kept_sessions_beyond_the_idle_budget_go_the_longest_idle_first(model: M
 
 
 def test_a_session_that_is_larger_than_the_idle_budget_is_not_kept(model: Model) -> None:
-    limits = Limits(idle_bytes=kv_bytes(model.decoder.spec, torch.float32, 27))
+    limits = Limits(idle_bytes=kept_bytes(model, 27))
     with engine(model, own_prefill_tokens=None, limits=limits) as running:
         _, finished = complete(running, task(keep=True))
         assert not finished.kept
@@ -98,10 +111,15 @@ def test_a_kept_session_holds_no_more_than_its_tokens(model: Model) -> None:
             pruning=PruningParams(density=0.5),
             keep=True,
         )
-        complete(running, stopped)
+        _, finished = complete(running, stopped)
         (info,) = running.sessions().result(10)
         assert info.context_tokens == 21
-        assert info.reserved_bytes == kv_bytes(model.decoder.spec, torch.float32, 20)
+        assert info.reserved_bytes == kept_bytes(model, 20)
+        (kept,) = running._decoding.scheduler
+        assert not hasattr(kept, "work")
+        assert not hasattr(kept, "sink")
+        assert kept.experts is None
+        assert info.pruning.norm_mass == finished.pruning.norm_mass
 
 
 @pytest.mark.parametrize(
@@ -187,3 +205,152 @@ def check_accounts(running: Engine) -> None:
         running.close(info.session_id).result(10)
     assert running.held_bytes == views
     assert not any(view.users for view in decoding._views.held)
+
+
+# -- tens of thousands of kept sessions ------------------------------------------------------------
+
+
+def count_instructions(work: Callable[[], object]) -> int:
+    """How many instructions of Python a call comes to: a loop over sessions shows, however it is
+    written and however fast the machine is."""
+    instructions = 0
+
+    def note(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal instructions
+        frame.f_trace_opcodes = True
+        instructions += event == "opcode"
+        return note
+
+    before = sys.gettrace()
+    sys.settrace(note)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return instructions
+
+
+def many_kept(count: int, live: int = 4) -> tuple[Scheduler, Budget]:
+    """A scheduler of so many kept sessions of 10 bytes, and some that run."""
+    budget = Budget(limit=11 * 10**6, idle_limit=10 * count)
+    limits = Limits(session_ttl_s=1e9)
+    scheduler = Scheduler(limits, budget, lambda session: None)
+    for number in range(count + live):
+        begin(scheduler, Session(f"session {number}"))
+        if number < count:
+            scheduler.keep(scheduler.live[0], 10)
+    return scheduler, budget
+
+
+def begin(scheduler: Scheduler, session: Session) -> None:
+    """Has a session's turn admitted."""
+    session.clock = Clock(arrived=time.monotonic(), last_token=time.monotonic())
+    scheduler.enqueue(session, Reservation(kv=100), None)
+    assert scheduler.admit() == [session]
+
+
+def turns(scheduler: Scheduler, budget: Budget) -> dict[str, int]:
+    """Instructions of each thing that an engine does with its sessions."""
+    kept = scheduler.find("session 2")
+    assert kept is not None
+    fresh = Session("new")
+
+    def whole_life() -> None:
+        begin(scheduler, fresh)
+        scheduler.keep(fresh, 10)  # and the longest idle gives way
+
+    def lack_of_memory() -> None:
+        budget.limit = 500 + 10 * (len(scheduler) - 8)
+        begin(scheduler, Session("another"))
+
+    works: dict[str, Callable[[], object]] = {
+        "tick": lambda: (scheduler.expire(), scheduler.admit(), scheduler.deadlocked()),
+        "due": scheduler.next_expiry_s,
+        "find": lambda: (scheduler.find("session 5"), scheduler.find("nobody")),
+        "next turn": lambda: (begin(scheduler, kept), scheduler.keep(kept, 10)),
+        "new session": whole_life,
+        "page": lambda: scheduler.page(scheduler.page(0, 2)[-1].number, 2),
+        "states": scheduler.states,
+        "close": lambda: scheduler.drop(kept, "closed"),
+        "memory": lack_of_memory,
+    }
+    return {name: count_instructions(work) for name, work in works.items()}
+
+
+def test_no_turn_of_the_engine_takes_longer_the_more_sessions_are_kept() -> None:
+    few, many = turns(*many_kept(10)), turns(*many_kept(2000))
+    for name, instructions in many.items():
+        # Searches by halves look at seven sessions more; a walk would look at 1990.
+        assert instructions <= few[name] + 100, name
+
+
+def test_running_sums_are_the_sums_after_anything() -> None:
+    """Random turns, kept, continued, closed, evicted: the scheduler's sums are those of its
+    sessions."""
+    draw = random.Random(3)
+    budget = Budget(limit=1000, idle_limit=400)
+    freed: list[Session] = []
+    scheduler = Scheduler(Limits(max_sessions=4, max_queue=6), budget, freed.append)
+    for number in range(3000):
+        everyone = list(scheduler)
+        done = draw.random()
+        if done < 0.3 or not everyone:
+            session = Session(f"session {number}")
+        else:
+            session = draw.choice(everyone)
+        session.clock = Clock(arrived=0.0, last_token=time.monotonic())
+        if session in scheduler.live:
+            if draw.random() < 0.7:
+                scheduler.keep(session, draw.randrange(1, 60))
+            else:
+                scheduler.drop(session, "its turn ended")
+        elif done > 0.9:
+            scheduler.drop(session, "it was closed")
+        elif session.state is State.IDLE or session not in everyone:
+            with contextlib.suppress(CapacityExhausted):
+                scheduler.enqueue(session, Reservation(kv=draw.randrange(60, 500)), None)
+        scheduler.admit()
+        if stuck := scheduler.deadlocked():
+            scheduler.drop(stuck, "it gave way")
+        everyone = list(scheduler)
+        numbers = [each.number for each in everyone]
+        assert numbers == sorted(set(numbers))
+        by_state = Counter(each.state for each in everyone)
+        assert +scheduler.states() == +by_state
+        idle = [each for each in everyone if each.state is State.IDLE]
+        recalled = [e for e in everyone if e in scheduler._recalled]
+        assert scheduler._idle.nbytes == sum(each.reservation.kv for each in idle)
+        assert scheduler._recalled.nbytes == sum(each.reservation.kv for each in recalled)
+        assert all(each.state is State.QUEUED for each in recalled)
+        running = sum(each.reservation.kv for each in scheduler.live)
+        assert running + scheduler._idle.nbytes + scheduler._recalled.nbytes <= budget.limit
+        assert scheduler._idle.nbytes <= budget.idle_limit
+    assert len(freed) > 100
+
+
+def test_pages_are_all_sessions_once_whatever_comes_and_goes_between_them(model: Model) -> None:
+    with engine(model, own_prefill_tokens=None) as running:
+        kept = [task(1, prompt=2, keep=True) for _ in range(7)]
+        for each in kept:
+            complete(running, each)
+        first = running.session_page(most=3).result(10)
+        assert [info.session_id for info in first.sessions] == [e.turn_id for e in kept[:3]]
+        assert first.total == 7
+        # The end of the page goes, one of the next page, too, and another one comes.
+        running.close(kept[2].turn_id).result(10)
+        running.close(kept[4].turn_id).result(10)
+        kept.append(task(1, prompt=2, keep=True))
+        complete(running, kept[-1])
+        complete(running, task(1, prompt=2, continues=kept[0].turn_id, keep=True))
+        second = running.session_page(after=first.last, most=3).result(10)
+        left = [each.turn_id for index, each in enumerate(kept) if index in (3, 5, 6)]
+        assert [info.session_id for info in second.sessions] == left
+        assert second.total == 6
+        third = running.session_page(after=second.last, most=3).result(10)
+        assert [info.session_id for info in third.sessions] == [kept[-1].turn_id]
+        assert third.last is None
+        whole = running.session_page(most=6).result(10)
+        assert whole.last is None
+        assert [info.session_id for info in whole.sessions] == [
+            info.session_id for info in running.sessions().result(10)
+        ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from griffin_client import (
 from griffin_core.errors import BadModelFile, EngineFault
 from griffin_core.model.load import Model
 from griffin_server.app import App
+from griffin_server.generation.convert import PageTokens
 from griffin_server.listener import GENERATION, PREFILL
 from griffin_server.ops.settings import Settings
 from tests.servers import Running, running
@@ -83,6 +85,18 @@ def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], M
     assert info.default_sampling == Sampling()
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_model_info_says_whether_sessions_are_batch_invariant(
+    on: bool, tiny: Callable[[str], Model]
+) -> None:
+    with (
+        running(tiny("llama"), batch_invariant=on) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert stub.GetModelInfo(pb.GetModelInfoRequest()).batch_invariant is on
+
+
 @pytest.fixture
 def opinionated(tiny: Callable[[str], Model]) -> Model:
     """A model whose generation_config.json has sampling in it."""
@@ -128,6 +142,101 @@ def test_sampling_defaults_that_no_request_could_have_stop_the_start(
     words = r"generation_config.json of 'llama'.*temperature: got -1.0; allowed: >= 0"
     with pytest.raises(BadModelFile, match=words):
         App(Settings(port=0, sampling_defaults="model"), model)
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> generation_pb2_grpc.GenerationServiceStub:
+    return generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+@pytest.fixture
+def kept(client: GriffinClient) -> Iterator[list[str]]:
+    """The ids of seven kept sessions, oldest first."""
+    two = Stopping(max_tokens=2, ignore_eos=True)
+    made = [client.complete("one", stopping=two, keep_session=True) for _ in range(7)]
+    ids = [each.started.session_id for each in made]
+    yield ids
+    for session_id in ids:
+        with contextlib.suppress(NotFound):
+            client.close_session(session_id)
+
+
+def pages_of(
+    stub: generation_pb2_grpc.GenerationServiceStub, size: int
+) -> list[pb.ListSessionsResponse]:
+    """All pages of so many sessions."""
+    pages = [stub.ListSessions(pb.ListSessionsRequest(page_size=size))]
+    while token := pages[-1].next_page_token:
+        pages.append(stub.ListSessions(pb.ListSessionsRequest(page_size=size, page_token=token)))
+    return pages
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (1000, [7])])
+def test_sessions_are_listed_in_pages_oldest_first(
+    size: int,
+    sizes: list[int],
+    kept: list[str],
+    stub: generation_pb2_grpc.GenerationServiceStub,
+) -> None:
+    pages = pages_of(stub, size)
+    assert [len(page.sessions) for page in pages] == sizes
+    assert [session.session_id for page in pages for session in page.sessions] == kept
+    assert {page.total_size for page in pages} == {7}
+    (whole,) = [stub.ListSessions(pb.ListSessionsRequest())]
+    assert [session.session_id for session in whole.sessions] == kept
+    assert whole.next_page_token == ""
+
+
+def test_pages_go_on_whatever_has_ended_or_opened_meanwhile(
+    kept: list[str], client: GriffinClient, stub: generation_pb2_grpc.GenerationServiceStub
+) -> None:
+    first = stub.ListSessions(pb.ListSessionsRequest(page_size=3))
+    for session_id in (*kept[:4], kept[5]):
+        client.close_session(session_id)
+    two = Stopping(max_tokens=2, ignore_eos=True)
+    later = client.complete("two", stopping=two, keep_session=True).started.session_id
+    kept.append(later)
+    rest = stub.ListSessions(pb.ListSessionsRequest(page_size=9, page_token=first.next_page_token))
+    assert [session.session_id for session in rest.sessions] == [kept[4], kept[6], later]
+    assert (rest.next_page_token, rest.total_size) == ("", 3)
+
+
+def test_a_page_behind_the_last_session_is_empty(
+    kept: list[str], client: GriffinClient, stub: generation_pb2_grpc.GenerationServiceStub
+) -> None:
+    token = stub.ListSessions(pb.ListSessionsRequest(page_size=6)).next_page_token
+    client.close_session(kept[6])
+    last = stub.ListSessions(pb.ListSessionsRequest(page_token=token))
+    assert (list(last.sessions), last.next_page_token, last.total_size) == ([], "", 6)
+
+
+@pytest.mark.parametrize("size", [0, 1001, 2**32 - 1])
+def test_a_page_of_no_or_too_many_sessions_is_refused(
+    size: int, stub: generation_pb2_grpc.GenerationServiceStub
+) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.ListSessions(pb.ListSessionsRequest(page_size=size))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"page_size: got {size}; allowed: [1, 1000]" in refused.value.details()
+
+
+@pytest.mark.parametrize("change", ["", "other", "short", "long", "spaced", "letters"])
+def test_a_page_token_that_this_server_has_not_made_is_refused(
+    change: str, kept: list[str], stub: generation_pb2_grpc.GenerationServiceStub
+) -> None:
+    token = stub.ListSessions(pb.ListSessionsRequest(page_size=3)).next_page_token
+    given = {
+        "": "1",
+        "other": PageTokens().write(3),
+        "short": token[:-4],
+        "long": token + token,
+        "spaced": f" {token}",
+        "letters": "\N{SNOWMAN}" * 500,
+    }[change]
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.ListSessions(pb.ListSessionsRequest(page_token=given))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "page_token: got" in refused.value.details()
 
 
 def test_a_kept_session_is_listed_continued_and_closed(client: GriffinClient) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,6 +30,9 @@ from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
+
+MOST_SESSIONS_LISTED = 1000
+"""Sessions of a page of ListSessions: some 250 KB."""
 
 N = TypeVar("N", bound=str)
 
@@ -458,6 +462,53 @@ def scored_to_pb(task: ScoreTask, event: Scored, request_id: str) -> pb.ScoreRes
         pruning=figures_to_pb(event.pruning),
         request_id=request_id,
     )
+
+
+class PageTokens:
+    """Page tokens of ListSessions: opaque to clients, and refused by any other server.
+
+    A token is the end of a page, beside random bytes that this server made at its start.
+    """
+
+    def __init__(self) -> None:
+        self._server = secrets.token_bytes(8)
+
+    def write(self, last: int | None) -> str:
+        """The token for the page after ``last``; empty if there is none."""
+        if last is None:
+            return ""
+        return urlsafe_b64encode(self._server + last.to_bytes(8)).decode()
+
+    def read(self, token: str) -> int:
+        """What a page begins after; 0 for the first.
+
+        Raises:
+            InvalidRequest: this server has not made the token.
+        """
+        if not token:
+            return 0
+        try:
+            raw = b64decode(token, altchars=b"-_", validate=True)
+        except ValueError:
+            raw = b""
+        if len(raw) != 16 or raw[:8] != self._server:
+            raise InvalidRequest(
+                "page_token", token, "empty, or the next_page_token of the page before"
+            )
+        return int.from_bytes(raw[8:])
+
+
+def page_size(request: pb.ListSessionsRequest) -> int:
+    """Most sessions of the page that is asked for.
+
+    Raises:
+        InvalidRequest: it is out of range.
+    """
+    if not request.HasField("page_size"):
+        return MOST_SESSIONS_LISTED
+    if not 1 <= request.page_size <= MOST_SESSIONS_LISTED:
+        raise InvalidRequest("page_size", request.page_size, f"[1, {MOST_SESSIONS_LISTED}]")
+    return request.page_size
 
 
 def session_to_pb(info: SessionInfo) -> pb.Session:

@@ -82,6 +82,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._sampling_defaults = sampling_defaults
         # Threads of its own: whoever else waits for one does not wait for long texts.
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "griffin-tokenize")
+        self._page_tokens = convert.PageTokens()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -234,6 +235,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             max_sessions=self._engine.limits.max_sessions,
             version=__version__,
             default_sampling=convert.sampling_defaults_to_pb(self._sampling_defaults),
+            batch_invariant=self._engine.batch_invariant,
         )
 
     async def GetSession(
@@ -245,8 +247,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        infos = await asyncio.wrap_future(self._engine.sessions())
-        return pb.ListSessionsResponse(sessions=[convert.session_to_pb(info) for info in infos])
+        after, most = self._page_tokens.read(request.page_token), convert.page_size(request)
+        page = await asyncio.wrap_future(self._engine.session_page(after=after, most=most))
+        return pb.ListSessionsResponse(
+            sessions=[convert.session_to_pb(info) for info in page.sessions],
+            next_page_token=self._page_tokens.write(page.last),
+            total_size=page.total,
+        )
 
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
