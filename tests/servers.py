@@ -82,9 +82,9 @@ class Process:
             self._lines.put(line)
         self._lines.put(None)
 
-    def target(self) -> str:
-        """Its address, once it serves."""
-        while (line := self._lines.get(timeout=60)) is not None:
+    def target(self, *, within_s: float = 60) -> str:
+        """Its address, once it serves. Each line of its log comes within that time."""
+        while (line := self._lines.get(timeout=within_s)) is not None:
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
                 if event.get("event") == "serving":

@@ -30,7 +30,8 @@ PROMPTS = (
     "한국어와 漢字\n",
 )
 TOKENS = 200
-SEEDS = (1, 2)
+LOADING_S = 300
+"""Two processes with 1 GB of weights each, and transformers' copy beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,9 @@ def stub(
             server = started.enter_context(Process(*common))
         else:
             prefill = started.enter_context(Process("--role", "prefill", *common))
-            pulls = ("--role", "decode", "--prefill-target", prefill.target())
+            pulls = ("--role", "decode", "--prefill-target", prefill.target(within_s=LOADING_S))
             server = started.enter_context(Process(*pulls, "--own-prefill-tokens", "0", *common))
-        channel = started.enter_context(grpc.insecure_channel(server.target()))
+        channel = started.enter_context(grpc.insecure_channel(server.target(within_s=LOADING_S)))
         yield generation_pb2_grpc.GenerationServiceStub(channel)
 
 
@@ -98,37 +99,37 @@ def test_sampled_streams_are_transformers_logits_and_text(
     prompt: str, reference: Reference, stub: generation_pb2_grpc.GenerationServiceStub
 ) -> None:
     before = reference.tokenizer(prompt).input_ids
-    for seed in SEEDS:
-        ids: list[int] = []
-        logprobs: list[float] = []
-        text = ""
-        request = pb.GenerateRequest(
-            text=prompt,
-            sampling={"temperature": 1.0, "seed": seed},
-            stopping={"max_tokens": TOKENS, "ignore_eos": True},
-            top_logprobs=0,
-        )
-        for response in stub.Generate(request):
-            if response.HasField("started"):
-                assert response.started.prompt_tokens == len(before)
-            ids += response.tokens.ids
-            text += response.tokens.text
-            logprobs += [item.logprob for item in response.tokens.logprobs]
-        assert len(ids) == TOKENS
+    seed = PROMPTS.index(prompt)
+    ids: list[int] = []
+    logprobs: list[float] = []
+    text = ""
+    request = pb.GenerateRequest(
+        text=prompt,
+        sampling={"temperature": 1.0, "seed": seed},
+        stopping={"max_tokens": TOKENS, "ignore_eos": True},
+        top_logprobs=0,
+    )
+    for response in stub.Generate(request):
+        if response.HasField("started"):
+            assert response.started.prompt_tokens == len(before)
+        ids += response.tokens.ids
+        text += response.tokens.text
+        logprobs += [item.logprob for item in response.tokens.logprobs]
+    assert len(ids) == TOKENS
 
-        with torch.inference_mode():
-            logits = reference.model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
-        vocabulary = logits.shape[1]
-        sampler = Sampler(slots=1, vocabulary=vocabulary, device=torch.device("cpu"))
-        sampler.open(0, SamplingParams(temperature=1.0, seed=seed), before)
-        positions = torch.arange(len(before), len(before) + TOKENS)
-        slots = torch.zeros(TOKENS, dtype=torch.int64)
-        drawn = sampler.sample(logits.float().contiguous(), slots, positions)
-        assert ids == drawn.tolist()
-        expected = logits.log_softmax(dim=1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-3, rtol=1e-3)
+    with torch.inference_mode():
+        logits = reference.model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+    vocabulary = logits.shape[1]
+    sampler = Sampler(slots=1, vocabulary=vocabulary, device=torch.device("cpu"))
+    sampler.open(0, SamplingParams(temperature=1.0, seed=seed), before)
+    positions = torch.arange(len(before), len(before) + TOKENS)
+    slots = torch.zeros(TOKENS, dtype=torch.int64)
+    drawn = sampler.sample(logits.float().contiguous(), slots, positions)
+    assert ids == drawn.tolist()
+    expected = logits.log_softmax(dim=1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-3, rtol=1e-3)
 
-        base = reference.tokenizer.decode(before, skip_special_tokens=True)
-        whole = reference.tokenizer.decode(before + ids, skip_special_tokens=True)
-        same = next(n for n in range(len(base), -1, -1) if whole.startswith(base[:n]))
-        assert text == whole[same:].removeprefix("\ufffd" * len(base[same:].encode()))
+    base = reference.tokenizer.decode(before, skip_special_tokens=True)
+    whole = reference.tokenizer.decode(before + ids, skip_special_tokens=True)
+    same = next(n for n in range(len(base), -1, -1) if whole.startswith(base[:n]))
+    assert text == whole[same:].removeprefix("\ufffd" * len(base[same:].encode()))
