@@ -203,7 +203,7 @@ Global___Pruning: _TypeAlias = Pruning  # noqa: Y015
 @_typing.final
 class Sampling(_message.Message):
     """How a token is drawn from the logits. Applied in this order: logit bias, repetition, presence and
-    frequency penalty, temperature, top_k, top_p, min_p.
+    frequency penalty, allowed ids and bad words, temperature, top_k, top_p, min_p.
 
     A request that sets none of these fields is greedy: it takes the most likely token each time. A
     server with `--sampling-defaults model` takes temperature, top_k, top_p, min_p and
@@ -275,9 +275,11 @@ class Sampling(_message.Message):
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that the completion never comes to hold, by the tokens that the tokenizer gives them, at
-        its beginning and after other text: the token that would complete one is not drawn. At most 64
-        of 1 to 256 characters.
+        """Texts that the completion never comes to hold, by the tokens that the tokenizer gives them alone,
+        after a space and after a line break: the token that would complete one is not drawn. Other
+        tokens may still spell it, letter by letter say. Only the completion's own tokens count, not
+        those of the prompt. At most 64 of 1 to 256 characters. A request whose bad words, allowed ids
+        and least tokens leave no token to draw ends with INVALID_ARGUMENT: at once if that is known.
         """
 
     @_builtins.property
@@ -342,7 +344,9 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class Stopping(_message.Message):
-    """When a completion ends, besides the model's own end-of-sequence token."""
+    """When a completion ends, besides the model's own end-of-sequence tokens: all that its
+    generation_config.json, its config.json and its tokenizer name.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -359,16 +363,21 @@ class Stopping(_message.Message):
     """Go on after the model's end-of-sequence token. Default false."""
     min_tokens: _builtins.int
     """Least tokens to generate, at most `max_tokens`. Until so many are there, no end-of-sequence token
-    and none of `stop_token_ids` is drawn, and `stop` is not looked for. Default 0.
+    and none of `stop_token_ids` is drawn, even with `ignore_eos`, and `stop` is not looked for: a
+    stop string counts if it ends in the text of later tokens. Default 0.
     """
     include_stop_string: _builtins.bool
-    """The text ends with the stop string that matched instead of before it. Default false."""
+    """The text ends with the stop string that matched instead of before it, even if it is a special
+    token. Default false.
+    """
     skip_special_tokens: _builtins.bool
     """Leave special tokens out of the text. Default true."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 16 strings of 1 to 256 characters. The text ends before the first match. They are looked
-        for in the text with its special tokens shown, so "<|im_end|>" ends a completion that draws it.
+        """At most 16 strings of 1 to 256 characters. The text ends before the one that is complete first,
+        wherever tokens end; of several that end with the same character, before the longest. They are
+        looked for in the text with its special tokens shown, so "<|im_end|>" ends a completion that
+        draws it.
         """
 
     @_builtins.property
@@ -461,9 +470,12 @@ class GenerateRequest(_message.Message):
     Empty starts a new one.
     """
     keep_session: _builtins.bool
-    """Keep the session (KV cache, statistic, experts) for a next turn, until it has been idle for the
-    server's `--session-ttl-s`, is closed, or gives way to others that need the memory. A turn that
-    fails or is cancelled frees it at once. Default false.
+    """Keep the session (KV cache, statistic, experts) for a next turn. It holds the prompt and all the
+    tokens of the completion, hidden special tokens and an end-of-sequence token included; but after
+    a stop string it holds what `Tokens.text` shows and no more: of `Tokens.ids` those before the
+    text's end, and the beginning of one that reaches over it as the tokenizer splits it anew. It is
+    kept until it has been idle for the server's `--session-ttl-s`, is closed, or gives way to others
+    that need the memory. A turn that fails or is cancelled frees it at once. Default false.
     """
     request_id: _builtins.str
     """For logs and traces, at most 128 printable ASCII characters. Default: the `x-request-id`
@@ -475,7 +487,7 @@ class GenerateRequest(_message.Message):
     """
     add_special_tokens: _builtins.bool
     """With `text`: whether the tokenizer adds its own special tokens (a BOS, say). False for a text
-    that has them already. Default true.
+    that has them already. Default true, in a later turn of a session false.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -610,8 +622,12 @@ class Tokens(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Whole UTF-8 characters only: a character whose bytes are spread over several tokens comes with
-    the last of them, and text that may yet become a stop string is held back. May be empty.
+    """The texts of a completion, joined, are what decoding prompt and completion together adds to the
+    prompt's text; a character that the prompt's last tokens begin comes whole.
+    Whole UTF-8 characters only: a character whose bytes are spread over several tokens comes with
+    the last of them, a run of tokens for single bytes (of sentencepiece) with the token after it,
+    and text that may yet become a stop string is held back. May be empty. Bytes that are no
+    character show as U+FFFD.
     """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -741,7 +757,9 @@ class Usage(_message.Message):
     generated_tokens: _builtins.int
     """Tokens generated by this call, an end-of-sequence token included."""
     context_tokens: _builtins.int
-    """Tokens the session holds in all."""
+    """Tokens the session holds in all. A kept session does not hold the tokens of a stop string and
+    what came with it; see `keep_session`.
+    """
     def __init__(
         self,
         *,
@@ -880,7 +898,8 @@ class ScoreRequest(_message.Message):
     """Exactly one of the two; not empty. Tokenized with the tokenizer's own special tokens."""
     continuation: _builtins.str
     """Exactly one of the two, of the same kind as the context; not empty. Text is tokenized together
-    with the context and split behind the context's tokens.
+    with the context and split where its own tokens begin. A token that holds characters of both is
+    the continuation's first.
     """
     seed: _builtins.int
     """Seeds the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: drawn at random."""
