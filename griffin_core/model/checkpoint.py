@@ -1,4 +1,4 @@
-"""The files of a model's directory: what is stored in them, and whether it is all of the model.
+"""The tensors of a checkpoint: what is stored, and whether it is all of the model.
 
 All of the model comes from the file, or there is no model: every tensor that the model takes is in
 the checkpoint, with its shape, and every tensor of the checkpoint is taken, but for those that
@@ -7,19 +7,18 @@ the checkpoint, with its shape, and every tensor of the checkpoint is taken, but
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from griffin_core.errors import BadModelFile, ModelNotFound
+from griffin_core.errors import BadModelFile
+from griffin_core.model.files import one_line, read_json_object
 
 STORED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -40,27 +39,10 @@ LEFT_OVER: Mapping[str, str] = MappingProxyType(
 )
 """Pattern of tensor names -> why a checkpoint may hold what the model does not take."""
 
-REFUSED_FILES: Mapping[str, str] = MappingProxyType(
-    {
-        "adapter_config.json": "adapters are not applied; merge it into the weights",
-        "adapter_model.safetensors": "adapters are not applied; merge it into the weights",
-        "adapter_model.bin": "adapters are not applied; merge it into the weights",
-        "hf_quant_config.json": "weights quantized by ModelOpt are not known",
-        "quantize_config.json": "weights quantized by GPTQ are not known",
-        "quant_config.json": "weights quantized by AWQ are not known",
-        "quantization_config.json": "quantized weights are not known",
-    }
-)
-"""File beside the weights -> why a model with it is refused: the weights are not all of it."""
-
-QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
-"""Fields of a config.json that say how weights were quantized."""
-
 MOST_NAMES = 10
 """Tensors that one message names."""
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 _SCALES = re.compile(r"scale|zero_point|zeros|qweight|g_idx|absmax|quant|packed|lora_")
 
@@ -77,75 +59,6 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     file: str
-
-
-def local_directory(model: str, where: str) -> Path:
-    """The directory of a model's files; a hub's are fetched if they are not here.
-
-    Args:
-        model: as the caller named it, for messages.
-        where: a directory or a hub id.
-
-    Raises:
-        ModelNotFound: the hub id is not to be had, or is no model of transformers.
-    """
-    if Path(where).is_dir():
-        return Path(where)
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # only where a hub is asked
-
-    try:
-        found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "model*.safetensors"])
-        if not any(Path(found).glob("*.safetensors")):
-            found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"])
-    except Exception as error:  # of the hub, of what carries it, and of the disk
-        raise ModelNotFound(
-            f"model: got {model!r}, which is no directory, no .gguf file, and not to be had from "
-            f"the hub ({one_line(error)})"
-        ) from error
-    if not (Path(found) / "config.json").is_file():
-        raise ModelNotFound(f"model: {model!r} has no config.json; a Hugging Face model has one")
-    return Path(found)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        BadModelFile: naming the file and what is wrong.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadModelFile(f"{path.name}: cannot be read as JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise BadModelFile(f"{path.name}: got {type(value).__name__}; allowed: a JSON object")
-    return value
-
-
-def check_files(directory: Path) -> None:
-    """Refuses a model whose weights are not all that it is made of.
-
-    Raises:
-        BadModelFile: naming the file that says so.
-    """
-    for name, why in REFUSED_FILES.items():
-        if (directory / name).exists():
-            raise BadModelFile(f"{name} is beside the weights; {why}")
-
-
-def check_unquantized(config: Mapping[str, Any]) -> None:
-    """Refuses the contents of a config.json that say that weights are quantized.
-
-    Raises:
-        BadModelFile: naming the field and the method.
-    """
-    for field in QUANTIZATION_FIELDS:
-        if value := config.get(field):
-            method = value.get("quant_method", value) if isinstance(value, dict) else value
-            raise BadModelFile(
-                f"{field}: got {str(method)[:80]!r}; allowed: unquantized safetensors, or GGUF, "
-                "which is dequantized on load"
-            )
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -217,16 +130,6 @@ def check_complete(
         wrong.append(f"tensors that the model does not take{scales}: {_listed(extra)}")
     if wrong:
         raise BadModelFile(f"the checkpoint is not the model: {'; '.join(wrong)}")
-
-
-def one_line(error: BaseException, most: int = 400) -> str:
-    """What an error says, in one line of at most ``most`` characters."""
-    while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
-        error = error.__cause__
-    said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):  # which says the key and nothing else
-        said = f"no entry {said}"
-    return said if len(said) <= most else f"{said[: most - 3]}..."
 
 
 def _files(directory: Path) -> list[Path]:

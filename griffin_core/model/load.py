@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from griffin_core.errors import (
@@ -31,42 +21,22 @@ from griffin_core.errors import (
     InvalidRequest,
     ModelError,
 )
-from griffin_core.model.checkpoint import (
-    check_complete,
-    check_files,
-    check_unquantized,
-    left_over,
-    local_directory,
-    one_line,
-    read_json_object,
-    stored_tensors,
-)
-from griffin_core.model.config_fields import shown
+from griffin_core.model.checkpoint import check_complete, left_over, stored_tensors
+from griffin_core.model.config_file import read_config
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.files import CONFIG_NAME, check_files, local_directory, one_line
 from griffin_core.model.generation_config import (
     SamplingDefaults,
     load_generation_config,
     sampling_defaults,
 )
 from griffin_core.model.source import Progress, resolve
-from griffin_core.model.spec import FAMILIES, ModelSpec, check_family, spec_from_config
+from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
+from griffin_core.model.trial import try_token
 from griffin_core.model.weights import fingerprint, weights_from_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONFIG_NAME = "config.json"
-JSON_FILES = (
-    "generation_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-"""Further files that hold a JSON object, if they are there."""
-
-TRIED_TOKENS = 32
-"""Tokens that a model is tried on at load: with fewer keys than a vector register holds (16), NaN
-among queries and keys does not come out of torch's attention on a CPU (measured with 2.13)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +119,6 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         directory = local_directory(model, resolve(model, dtype, progress))
         config, spec = read_config(directory)
         check_files(directory)
-        for name in JSON_FILES:
-            if (directory / name).exists():
-                read_json_object(directory / name)
         check_weights(directory, config)
         generation = load_generation_config(str(directory))
         tokenizer = load_tokenizer(str(directory))
@@ -183,111 +150,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def read_config(directory: Path) -> tuple[PreTrainedConfig, ModelSpec]:
-    """Reads and checks the config.json of a model's directory.
-
-    Raises:
-        UnknownFamily: the family, or a variant of it, is not known; the message names the field.
-        BadModelFile: the file cannot be read, or a value of it is of the wrong type or impossible.
-    """
-    said = read_json_object(directory / CONFIG_NAME)
-    if "model_type" not in said:
-        raise BadModelFile(f"{CONFIG_NAME}, model_type: missing; allowed: {', '.join(FAMILIES)}")
-    try:
-        check_family(said["model_type"])
-        check_unquantized(said)
-        config = _parsed_config(directory, said)
-        return config, spec_from_config(config)
-    except ModelError as error:
-        raise type(error)(f"{CONFIG_NAME}, {error}") from error
-
-
-def _parsed_config(directory: Path, said: Mapping[str, Any]) -> PreTrainedConfig:
-    """What transformers makes of a config.json.
-
-    Raises:
-        BadModelFile: naming the field that it was about, as far as the error tells.
-    """
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except StrictDataclassFieldValidationError as error:
-        if (field := re.search(r"field '(\w+)'", str(error))) is None:
-            raise BadModelFile(one_line(error)) from error
-        types = re.search(r"(?:expected|any type in) (.+?)(?:, got|\. Errors|$)", one_line(error))
-        allowed = _in_words(types.group(1)) if types else "another type"
-        value = shown(said.get(field.group(1)))
-        raise BadModelFile(f"{field.group(1)}: got {value}; allowed: {allowed}") from error
-    except Exception as error:  # each class checks its fields in its own way
-        blamed = "; ".join(f"{name}: got {shown(said[name])}" for name in _to_blame(said))
-        raise BadModelFile(f"{blamed or 'its fields'}: {one_line(error)}") from error
-
-
-def _to_blame(said: Mapping[str, Any]) -> list[str]:
-    """Fields without which, or with 1 in their place, a config can be made of the others."""
-    config_class = CONFIG_MAPPING[said["model_type"]]
-    rest = {name: value for name, value in said.items() if name != "model_type"}
-
-    def heals(name: str) -> bool:
-        for other in ({k: v for k, v in rest.items() if k != name}, {**rest, name: 1}):
-            with contextlib.suppress(Exception):  # any will do: it is what the others are for
-                config_class(**copy.deepcopy(other))
-                return True
-        return False
-
-    return [name for name in rest if heals(name)]
-
-
-def _in_words(types: str) -> str:
-    """Python's types, as an error of transformers spells them, in JSON's words."""
-    words = [word for name, word in _TYPES_IN_WORDS.items() if re.search(rf"\b{name}\b", types)]
-    return " or ".join(words) or types
-
-
-_TYPES_IN_WORDS = {
-    "int": "an integer",
-    "float": "a number with a decimal point",
-    "bool": "true or false",
-    "str": "a string",
-    "list": "a list",
-    "dict": "an object",
-    "NoneType": "null",
-}
-
-
-@torch.inference_mode()
-def try_token(decoder: Decoder, bos_id: object) -> None:
-    """Runs a token through a decoder as it was loaded, so that a model that cannot run is refused
-    before it is served. The token is repeated ``TRIED_TOKENS`` times.
-
-    Args:
-        bos_id: the token, if it is one of the vocabulary; else token 0.
-
-    Raises:
-        BadModelFile: its logits are not finite, or running it raises.
-        DeviceMemoryExhausted: the device has no room for it.
-    """
-    known = isinstance(bos_id, int) and 0 <= bos_id < decoder.spec.vocabulary
-    token = bos_id if known else 0
-    tokens = [token] * min(TRIED_TOKENS, decoder.spec.context_length)
-    try:
-        cache = decoder.new_cache(len(tokens))
-        ids = torch.tensor(tokens, device=decoder.device)
-        x, batch = decoder.begin(ids, [(cache, len(tokens))])
-        for index, layer in enumerate(decoder.layers):
-            x = decoder.layer(index, x, batch, layer.ff)
-        finite = bool(decoder.head(decoder.final_hidden(x)).isfinite().all())
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryExhausted(f"no room to run one token: {one_line(error)}") from error
-    except Exception as error:  # weights of any shape and value meet kernels here
-        raise BadModelFile(f"model: running token {token} fails: {one_line(error)}") from error
-    if not finite:
-        dtype = str(decoder.dtype).removeprefix("torch.")
-        raise BadModelFile(
-            f"model: the logits after token {token} are NaN or infinite in {dtype}; allowed: "
-            "finite values. Its weights are damaged, or too large for this data type"
-        )
 
 
 def _on_device(

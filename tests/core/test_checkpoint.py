@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from griffin_core.errors import BadModelFile, ModelNotFound
-from griffin_core.model.checkpoint import LEFT_OVER, REFUSED_FILES, STORED_DTYPES
+from griffin_core.model.checkpoint import LEFT_OVER, STORED_DTYPES
+from griffin_core.model.files import REFUSED_FILES
 from griffin_core.model.load import load_model
 from tests.references import assert_equal_or_refused
 

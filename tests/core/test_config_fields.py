@@ -18,7 +18,7 @@ from griffin_core.model.spec import FAMILIES, examine_config
 from tests.references import assert_equal_or_refused
 from tests.tiny import MODELS, roughen
 
-FAST_SHARE = 24
+FAST_SHARE = 30
 """One of so many cases runs in every test run, the others with the slow tests."""
 
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
