@@ -161,12 +161,13 @@ def test_a_cache_that_is_full_leaves_nothing_and_is_told(
         make(fill=fails)
 
 
+@pytest.mark.parametrize("room", [100, 10_000, 100_000])
 def test_a_conversion_that_finds_no_room_leaves_nothing(
-    home: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+    room: int, home: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRIFFIN_CACHE_DIR", str(home / "cache"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a full disk, for files
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # as a full disk, for files
     try:
         with pytest.raises(CacheUnusable, match="File too large"):
             resolve(str(gguf), torch.float32, quiet)

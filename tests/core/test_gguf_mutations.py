@@ -204,6 +204,22 @@ def tokenizer_changed(rng: random.Random, family: str, contents: Contents) -> Mu
     return Mutated(contents, None)
 
 
+def tensor_table_damaged(rng: random.Random, family: str, contents: Contents) -> Mutated:
+    names = [name.encode() for name in contents.tensors]
+    place, bit = rng.random(), 1 << rng.randrange(8)
+
+    def edit(data: bytes) -> bytes:
+        start = data.index(names[0]) - 8  # the length of the name is before it
+        last = data.index(names[-1])
+        dimensions = int.from_bytes(data[last + len(names[-1]) :][:4], "little")
+        end = last + len(names[-1]) + 4 + 8 * dimensions + 4 + 8  # and type and offset behind it
+        damaged = bytearray(data)
+        damaged[start + int(place * (end - start))] ^= bit
+        return bytes(damaged)
+
+    return Mutated(contents, None, edit=edit)
+
+
 def truncated(rng: random.Random, family: str, contents: Contents) -> Mutated:
     share = rng.random()
     return Mutated(contents, None, edit=lambda data: data[: int(share * (len(data) - 64))])
@@ -235,6 +251,7 @@ KINDS = (
     key_dropped,
     key_added,
     tokenizer_changed,
+    tensor_table_damaged,
     truncated,
     doubled,
     halves_swapped,

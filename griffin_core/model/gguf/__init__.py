@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from griffin_core.model.gguf.config import config_of
 from griffin_core.model.gguf.file import GgufFile, listed, one_line, part_paths, read_gguf
@@ -122,12 +123,13 @@ def write_model(model: Understood, dtype: torch.dtype, target: Path) -> None:
         BadModelFile: a tensor cannot be dequantized.
         OSError, SafetensorError: ``target`` cannot be written, or is full.
     """
-    state = converted_state(model.file, model.config, model.wanted, dtype)
-    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
     model.config.dtype = dtype
-    model.config.architectures = [_class_name(model.config)]
+    model.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type]]
     model.config.save_pretrained(target)
-    model.tokenizer.save_pretrained(target)
+    try:
+        model.tokenizer.save_pretrained(target)
+    except Exception as error:  # tokenizers raises a plain one, for a full disk say
+        raise OSError(one_line(error)) from error
     generation = {
         "bos_token_id": model.tokenizer.bos_token_id,
         "eos_token_id": list(model.end_tokens),
@@ -136,19 +138,16 @@ def write_model(model: Understood, dtype: torch.dtype, target: Path) -> None:
     }
     said = {name: value for name, value in generation.items() if value is not None}
     (target / "generation_config.json").write_text(json.dumps(said, indent=2))
-
-
-def _class_name(config: PreTrainedConfig) -> str:
-    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    )
-
-    name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
-    return name
+    state = converted_state(model.file, model.config, model.wanted, dtype)
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def _sampling(keys: Mapping[str, Any]) -> dict[str, Any]:
-    found = {field: keys[name] for name, field in SAMPLING.items() if name in keys}
+    found = {
+        field: keys[name]
+        for name, field in SAMPLING.items()
+        if type(keys.get(name)) in (int, float)
+    }
     if "temperature" in found:
         found["do_sample"] = found["temperature"] > 0
     return found
