@@ -99,10 +99,9 @@ class Settings(BaseSettings):
     )
     batch_invariant: bool = Field(
         False,
-        description="What a private session generates is the same, to the bit, whoever else is "
-        "there; auto runs dense. On a CPU; a step takes 1.3 to 1.8 times as long. Without it "
-        "tokens are the same in float32 on a CPU, but for rounding, and in 16 bits they may "
-        "differ.",
+        description="Private sessions generate the same, to the bit, whoever else is there; auto "
+        "ones run dense. On a CPU; a step takes up to twice as long. Without it that holds in "
+        "float32 on a CPU but for rounding; in 16 bits tokens may differ.",
     )
     cuda_graphs: bool = Field(
         True, description="On a GPU, run a decode step as one graph, captured at start."
