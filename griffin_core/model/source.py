@@ -59,6 +59,15 @@ def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
     return model
 
 
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file, its first part if it is split, that ``resolve`` converts; None for a directory
+    or a hub id."""
+    if model == DEFAULT_MODEL:
+        return packaged_default()
+    path = Path(model).expanduser()
+    return path if path.is_file() else None
+
+
 def _no_config(model: str, directory: Path) -> str:
     said = f"model: {model!r} has no config.json; a Hugging Face model has one"
     found = sorted(path.name for path in directory.glob("*.gguf"))

@@ -45,6 +45,11 @@ class Tokenizer:
         """Whether there is a chat template that can be used."""
         return not self._chat.unusable
 
+    @property
+    def no_chat_because(self) -> str:
+        """Why chats cannot be rendered; empty if they can."""
+        return self._chat.unusable
+
     def encode(
         self,
         text: str,

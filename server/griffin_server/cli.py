@@ -318,6 +318,34 @@ def _analyzer(
 
 
 @app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="A directory, a .gguf file or a hub id, as of `serve`.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="In which both run: float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Say what of a model is understood, and compare its logits with those of transformers.
+
+    The exit status is 0 if they are equal but for rounding, 1 if the model is refused, 3 if they
+    differ, and 4 if transformers cannot load these files, so that nothing was compared.
+    """
+    # Imported here because it brings torch, which the other commands do without.
+    from griffin_core.errors import GriffinError  # noqa: PLC0415
+    from griffin_server.checked import check_and_print  # noqa: PLC0415
+
+    try:
+        with _ended_by_signals():
+            status = check_and_print(model, dtype, device, as_json=as_json, progress=err.print)
+    except GriffinError as error:
+        _fail(str(error))
+    raise typer.Exit(status)
+
+
+@app.command()
 def bench(
     target: Target = "localhost:50051",
     requests: Annotated[int, typer.Option(min=1, help="How many requests in all.")] = 64,
