@@ -623,8 +623,8 @@ class Decoding:
         if isinstance(session.work, Generation):
             session.cache.rewind(len(session.tokens) - 1)
         self._caches.resize(session.cache, session.cache.length)
-        session.rest()
         self.scheduler.keep(session, self._caches.kept_bytes(session.cache.length))
+        session.rest()
 
     def _fail(self, session: Session, *, error: Exception) -> None:
         session.work.flush(session)
