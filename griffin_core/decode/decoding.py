@@ -633,8 +633,8 @@ class Decoding:
         self._free_slot(session)
         session.in_flight = 0  # one step too many may be under way: nothing of it counts
         self._caches.resize(session.cache, session.cache.length)
-        session.rest()
         self.scheduler.keep(session, self._caches.kept_bytes(session.cache.length))
+        session.rest()
 
     def _fail(self, session: Session, *, error: Exception) -> None:
         session.work.flush(session)
