@@ -102,7 +102,7 @@ class Listener:
             try:
                 sockets = listen(where)
             except OSError as error:
-                raise ListenError("metrics_port", where, error.strerror) from error
+                raise ListenError("metrics_port", where, error) from error
             self._http = HttpServer(sockets, self.metrics.registry, lambda: self.calls.serving)
         self._add_ports()
         await self._server.start()
@@ -154,8 +154,7 @@ class Listener:
                         port = self._server.add_insecure_port(str(replace(host, port=port)))
                     self.address = replace(self.address, port=port)
         except (OSError, RuntimeError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise ListenError("port", self.address, why or error) from error
+            raise ListenError("port", self.address, error) from error
 
 
 def _metrics_address(settings: Settings) -> TcpAddress:

@@ -148,7 +148,7 @@ def test_prefill_is_called_by_ipv6(tiny: Callable[[str], Model]) -> None:
 @pytest.mark.parametrize(
     ("host", "why"),
     [
-        ("192.0.2.1", "Cannot assign requested address"),
+        ("192.0.2.1", "192.0.2.1:50999 (Cannot assign requested address)"),
         ("no-such-name.invalid", ""),
         ("unix:/no/such/directory/griffin.sock", "No such file or directory"),
         ("unix:/proc/griffin.sock", ""),

@@ -40,10 +40,14 @@ class ListenError(GriffinError):
 
     Args:
         name: the port's setting.
+        error: an OSError that says why, or gRPC's.
     """
 
-    def __init__(self, name: str, address: Address, why: object) -> None:
-        super().__init__(f"host, {name}: cannot listen on {address} ({why})")
+    def __init__(self, name: str, address: Address, error: Exception) -> None:
+        why = error.strerror if isinstance(error, OSError) else None
+        if why is not None:  # socket.create_server adds its arguments, which are said already
+            why = why.partition(" (while attempting")[0]
+        super().__init__(f"host, {name}: cannot listen on {address} ({why or error})")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,14 +190,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             log.exception("call failed", method=method)
             await abort(context, EngineFault(f"{type(error).__name__}: {error}"))
         finally:
-            self.active -= 1
-            if self._closed and not self.active:
-                self._idle.set()
             seconds = time.perf_counter() - clock
             counted.handled(code, seconds)
             if spans:
                 spans.end(code)
             log.info("call", method=method, code=code, seconds=round(seconds, 6))
+            self.active -= 1
+            if self._closed and not self.active:
+                self._idle.set()
 
 
 def _loading() -> NotReady:
