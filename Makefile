@@ -14,7 +14,7 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type protos bench bench-served bench-cuda bench-peers eval clean
+.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type protos reference bench bench-served bench-cuda bench-peers eval clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -85,6 +85,9 @@ lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos and whethe
 
 type: $(STAMP)  ## mypy, strict
 	@$(BIN)/mypy
+
+reference: $(STAMP)  ## write docs/reference/models.md from the tables that loading uses
+	@$(BIN)/python docs/reference/make_models.py
 
 protos: $(STAMP)  ## regenerate the stubs beside the .proto files
 	@PATH=$(CURDIR)/$(BIN):$$PATH $(call generate,protos)
