@@ -224,15 +224,19 @@ def watch(target: str, interval_s: float, console: Console) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off: half a start or half a stop would leave the other screen up."""
-    pressed: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    """Puts Ctrl-C and SIGTERM off: half a start or half a stop would leave the other screen up."""
+    came: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda got, _: came.append(got))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _follow(target: str, interval_s: float, live: Live) -> GriffinClientError:

@@ -15,6 +15,7 @@ from griffin_core.decode.session import SessionInfo, State
 from griffin_core.decode.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import POLICIES
 from griffin_core.model.load import Model
+from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
@@ -67,12 +68,25 @@ def test_everything_the_client_sets_reaches_the_task(model: Model) -> None:
             frequency_penalty=0.25,
             seed=2**63 + 1,
             logit_bias={5: -1.5},
+            bad_words=["bad"],
+            allowed_token_ids=[1, 5, 7],
         ),
-        stopping=Stopping(max_tokens=9, stop=["a", "é"], stop_token_ids=[3], ignore_eos=True),
+        stopping=Stopping(
+            max_tokens=9,
+            stop=["a", "é"],
+            stop_token_ids=[3],
+            ignore_eos=True,
+            min_tokens=2,
+            include_stop_string=True,
+            skip_special_tokens=False,
+        ),
         top_logprobs=0,
         session_id="s",
         keep_session=True,
         request_id="r",
+        continue_final_message=False,
+        chat_template_kwargs=None,
+        add_special_tokens=None,
     )
     task = task_of(model, pb.GenerateRequest.FromString(request.SerializeToString()))
     assert task == GenerateTask(
@@ -87,9 +101,17 @@ def test_everything_the_client_sets_reaches_the_task(model: Model) -> None:
             frequency_penalty=0.25,
             seed=2**63 + 1,
             logit_bias={5: -1.5},
+            bad_words_ids=bad_words_ids(["bad"], model.tokenizer),
+            allowed_token_ids=frozenset([1, 5, 7]),
         ),
         stopping=StoppingParams(
-            max_tokens=9, stop=("a", "é"), stop_token_ids=frozenset([3]), ignore_eos=True
+            max_tokens=9,
+            stop=("a", "é"),
+            stop_token_ids=frozenset([3]),
+            ignore_eos=True,
+            min_tokens=2,
+            include_stop_string=True,
+            skip_special_tokens=False,
         ),
         pruning=PruningParams(density=0.25, policy="topk_sampled", sharing="shared"),
         top_logprobs=0,
