@@ -75,7 +75,10 @@ class _ExpertSharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertS
     EXPERT_SHARING_UNSPECIFIED: _ExpertSharing.ValueType  # 0
     """Whatever the server or the session has as its default."""
     EXPERT_SHARING_PRIVATE: _ExpertSharing.ValueType  # 1
-    """A set of its own: what it generates does not depend on who else is there."""
+    """A set of its own, whoever else is there. What it generates is then the same to the bit on a
+    server with `--batch-invariant`. Without that, logits are equal but for rounding: in float32
+    tokens are the same in practice, in bfloat16 and float16 they may differ.
+    """
     EXPERT_SHARING_SHARED: _ExpertSharing.ValueType  # 2
     """One set with all that share and have its density and policy, chosen from the sum of their
     statistics. A session that joins begins on the present set; its statistic counts within 16 steps.
@@ -98,7 +101,10 @@ class ExpertSharing(_ExpertSharing, metaclass=_ExpertSharingEnumTypeWrapper):
 EXPERT_SHARING_UNSPECIFIED: ExpertSharing.ValueType  # 0
 """Whatever the server or the session has as its default."""
 EXPERT_SHARING_PRIVATE: ExpertSharing.ValueType  # 1
-"""A set of its own: what it generates does not depend on who else is there."""
+"""A set of its own, whoever else is there. What it generates is then the same to the bit on a
+server with `--batch-invariant`. Without that, logits are equal but for rounding: in float32
+tokens are the same in practice, in bfloat16 and float16 they may differ.
+"""
 EXPERT_SHARING_SHARED: ExpertSharing.ValueType  # 2
 """One set with all that share and have its density and policy, chosen from the sum of their
 statistics. A session that joins begins on the present set; its statistic counts within 16 steps.
@@ -264,7 +270,8 @@ class Sampling(_message.Message):
     """Subtracted once for each time a token is in the output, in [-2, 2]. Default 0."""
     seed: _builtins.int
     """Makes the draw repeatable: for the same logits it depends on the seed and on the token's
-    position in the sequence, not on the device nor on other requests. It also seeds the SAMPLED,
+    position in the sequence, not on the device nor on other requests. Logits are the same to the
+    bit whoever else is there with PRIVATE and `--batch-invariant` only. It also seeds the SAMPLED,
     TOPK_SAMPLED and RANDOM policies. Default: drawn at random.
     """
     @_builtins.property
@@ -1301,8 +1308,8 @@ class GetModelInfoResponse(_message.Message):
     default_sharing: Global___ExpertSharing.ValueType
     """The sharing of a request that does not set it."""
     batch_invariant: _builtins.bool
-    """True with `--batch-invariant`: what a PRIVATE session generates does not depend on who else is
-    there, whatever the dtype. Without it that holds in float32.
+    """True with `--batch-invariant`: what a PRIVATE session generates is the same to the bit whoever
+    else is there, whatever the dtype. Without it that holds but for rounding.
     """
     @_builtins.property
     def default_sampling(self) -> Global___Sampling:
