@@ -32,6 +32,7 @@ from griffin_core.errors import BadModelFile, ModelNotFound, UnknownFamily
 from griffin_core.model.gguf import understand
 from griffin_core.model.gguf.file import QUANTIZATION_TYPES
 from griffin_core.model.gguf.keys import ARCHITECTURES
+from griffin_core.model.gguf.tokenizer import END_TEXTS
 from griffin_core.model.gguf.words import WORDS
 from griffin_core.model.load import Model, load_model
 from griffin_core.model.source import packaged_default, resolve
@@ -660,6 +661,7 @@ def test_an_unknown_pre_tokenizer_is_refused(
         ({"eot_token_id": 300, "eom_token_id": 301}, {2, 300, 301}),
         ({"eom_token_id": 2}, {2}),
         ({"eos_token_id": 5, "eot_token_id": 2}, {2, 5}),
+        ({"fim_rep_token_id": 300, "fim_pre_token_id": 301}, {2, 300}),
     ],
     ids=str,
 )
@@ -673,6 +675,54 @@ def test_all_end_tokens_count(
     directory = Path(resolve(str(write(contents)), torch.float32, lambda _: None))
     generation = json.loads((directory / "generation_config.json").read_text())
     assert set(generation["eos_token_id"]) == ends
+
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+
+@pytest.mark.parametrize("text", sorted(END_TEXTS))
+def test_end_tokens_are_known_by_their_text(text: str, write: Callable[[Contents], Path]) -> None:
+    contents = contents_of(tiny_model("llama"))
+    contents.keys["tokenizer.ggml.tokens"][300] = text
+    contents.keys["tokenizer.ggml.token_type"][300] = _CONTROL
+    model = load(write(contents))
+    assert model.eos_ids == {2, 300}
+    assert model.tokenizer.eos_id == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "ends"),
+    [
+        ("<end_of_turn>", _USER_DEFINED, {2, 300}),
+        ("<|im_end|>", _USER_DEFINED, {2, 300}),
+        ("<|im_end|>", _NORMAL, {2}),
+        ("<|im_end|>", None, {2, 300}),
+        ("<|im_start|>", _CONTROL, {2}),
+        ("<end_of_turn> ", _CONTROL, {2}),
+    ],
+)
+def test_words_that_look_like_end_tokens_end_nothing(
+    text: str, kind: int | None, ends: set[int], write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("llama"))
+    contents.keys["tokenizer.ggml.tokens"][300] = text
+    if kind is None:
+        del contents.keys["tokenizer.ggml.token_type"]
+    else:
+        contents.keys["tokenizer.ggml.token_type"][300] = kind
+    model = load(write(contents))
+    assert model.eos_ids == ends
+    assert (model.tokenizer.decode([300]) == "") == (300 in ends or kind == _CONTROL)
+
+
+@pytest.mark.parametrize(("kind", "ends"), [(_CONTROL, {2, 3}), (_USER_DEFINED, {3})])
+def test_what_strikes_text_out_in_gemma_ends_nothing(
+    kind: int, ends: set[int], write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("gemma3_text"))
+    contents.keys["tokenizer.ggml.eos_token_id"] = 3
+    contents.keys["tokenizer.ggml.token_type"][2] = kind
+    assert load(write(contents)).eos_ids == ends
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from griffin_core.model.spec import spec_from_config
 
 __all__ = ["CONVERTER_VERSION", "Understood", "listed", "part_paths", "understand", "write_model"]
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Grows whenever the same file makes another directory, so that older copies are not used."""
 
 SAMPLING = {
@@ -103,8 +103,8 @@ def understand(path: Path) -> Understood:
     spec_from_config(config)
     wanted = wanted_tensors(file, config)
     check_tensors(file, wanted)
-    ends = end_tokens(file)
     tokenizer = tokenizer_of(file, config.vocab_size)
+    ends = end_tokens(file)
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = ends
     config.pad_token_id = tokenizer.pad_token_id
