@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -576,9 +576,35 @@ def test_sentencepiece_gives_the_tokens_of_transformers_own_class(
     reference = (GemmaTokenizer if gemma else LlamaTokenizer)(
         vocab=vocabulary, merges=generate_merges(vocabulary, ranks), add_bos_token=True, **names
     )
+    if not gemma:  # the normalizer of Llama 2's tokenizer.json, which the class replaces
+        reference.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        reference.backend_tokenizer.pre_tokenizer = None
     reference.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
-    reference.add_tokens(["<think>"])
+    reference.add_tokens([AddedToken("<think>", normalized=False)])
     _same_tokens(load(write(contents)), reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("abc", ["▁abc"]),
+        (" abc", ["▁", "▁abc"]),
+        ("  abc", ["▁", "▁", "▁abc"]),
+        (" ", ["▁", "▁"]),
+        ("", []),
+        ("abc<|user|>abc", ["▁abc", "<|user|>", "▁abc"]),
+        ("<|user|> abc", ["<|user|>", "▁", "▁abc"]),
+        ("<think>abc", ["<think>", "▁abc"]),
+    ],
+)
+def test_a_blank_is_put_where_llama_cpp_puts_it(
+    text: str, pieces: list[str], write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("llama"))
+    ids = [contents.keys["tokenizer.ggml.tokens"].index(piece) for piece in pieces]
+    assert load(write(contents)).tokenizer.encode(text, special_tokens=False) == ids
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm", "llama-bpe", "tekken"])

@@ -190,9 +190,12 @@ def _sentencepiece(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -
             byte_fallback=True,
         )
     )
+    # Before a text and behind each special token, whether a blank is there or not: so do llama.cpp
+    # and the tokenizer.json of Llama 2, but not transformers' own class.
     prefix = keys.get("ggml.add_space_prefix", not gemma)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_BLANK, prepend_scheme="first" if prefix else "never", split=False
+    blanks = normalizers.Replace(" ", _BLANK)
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(_BLANK), blanks]) if prefix else blanks
     )
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
     backend.decoder = decoders.Sequence(
