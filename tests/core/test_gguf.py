@@ -392,6 +392,12 @@ def test_each_form_of_rope_scaling_that_llama_cpp_knows(
     assert difference(load(write(contents)), reference) < 1e-4
 
 
+def test_an_attention_factor_that_is_none_is_refused(write: Callable[[Contents], Path]) -> None:
+    contents = contents_of(tiny_model("qwen3", rope_parameters=_YARN))
+    contents.keys["qwen3.rope.scaling.yarn_attn_factor"] = 0.8782  # DeepSeek R1 0528 Qwen3
+    assert "rope.scaling.yarn_attn_factor: got 0.878" in refusal(write(contents))
+
+
 @pytest.mark.parametrize(
     ("family", "keys", "change"),
     [
