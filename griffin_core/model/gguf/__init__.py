@@ -73,6 +73,8 @@ class Understood:
             rest = "chat_template" if rest.startswith(CHAT_TEMPLATE_OF) else rest
             if rest in tables.get(family, {}):
                 used[name] = (one_line(repr(value), 80), tables[family][rest].meaning)
+            elif name in SAMPLING:
+                used[name] = (one_line(repr(value), 80), f"{SAMPLING[name]} of the sampling")
         return used
 
     @property

@@ -177,9 +177,9 @@ def _yarn(file: GgufFile, keys: Mapping[str, Any], factor: float) -> dict[str, A
     given = keys.get(f"{_SCALING}yarn_attn_factor")
     if given is not None and given < 1:
         raise file.bad(
-            f"rope.scaling.yarn_attn_factor: got {given}; allowed: at least 1, the attention_factor "
-            "of a config. Less is the attn_factor of one, which converters write there, too, and "
-            "neither transformers nor llama.cpp reads; take the key out"
+            f"rope.scaling.yarn_attn_factor: got {given}; allowed: at least 1, a config's "
+            "attention_factor. Less is a config's attn_factor, which converters write there, too, "
+            "and neither transformers nor llama.cpp reads; take the key out"
         )
     if given is None:
         more, all_dimensions = (
