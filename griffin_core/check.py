@@ -109,6 +109,8 @@ def check_model(
         comparison, why = None, ""
         try:
             comparison = _compare(model, _reference(name, str(directory), dtype))
+        except BadModelFile as error:
+            why = str(error)
         except Exception as error:  # whatever transformers raises is its answer
             why = f"{type(error).__name__}: {one_line(error)}"
         return Report(

@@ -392,6 +392,16 @@ def test_each_form_of_rope_scaling_that_llama_cpp_knows(
     assert difference(load(write(contents)), reference) < 1e-4
 
 
+def test_keys_that_do_not_fit_together_are_told_with_the_file(
+    write: Callable[[Contents], Path],
+) -> None:
+    contents = contents_of(tiny_model("llama"), attention__head_count_kv=3)
+    assert refusal(write(contents)) == (
+        "model: 'tiny.gguf': num_key_value_heads: got 3; allowed: a divisor of "
+        "num_attention_heads (4)"
+    )
+
+
 def test_an_attention_factor_that_is_none_is_refused(write: Callable[[Contents], Path]) -> None:
     contents = contents_of(tiny_model("qwen3", rope_parameters=_YARN))
     contents.keys["qwen3.rope.scaling.yarn_attn_factor"] = 0.8782  # DeepSeek R1 0528 Qwen3
@@ -951,6 +961,9 @@ def gemma3(tmp_path: Path) -> Path:
 @pytest.mark.timeout(600)
 def test_gemma3_270m_is_what_transformers_makes_of_it(gemma3: Path) -> None:
     _is_what_transformers_makes_of(gemma3)
+    model = load(gemma3)
+    ends = {model.tokenizer.decode_one(token) for token in model.eos_ids}
+    assert ends == {"<eos>", "<end_of_turn>"}  # its keys name <eos> alone
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from griffin_core.errors import ModelError
 from griffin_core.model.gguf.config import config_of
 from griffin_core.model.gguf.file import GgufFile, listed, one_line, part_paths, read_gguf
 from griffin_core.model.gguf.keys import (
@@ -102,7 +103,10 @@ def understand(path: Path) -> Understood:
     file = read_gguf(path)
     check_keys(file)
     config = config_of(file)
-    spec_from_config(config)
+    try:
+        spec_from_config(config)
+    except ModelError as error:
+        raise type(error)(f"model: {path.name!r}: {error}") from error
     wanted = wanted_tensors(file, config)
     check_tensors(file, wanted)
     tokenizer = tokenizer_of(file, config.vocab_size)
