@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from typing import cast
 
 import torch
 import transformers
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.errors import BadModelFile
 from griffin_core.experts.selection import Selection
 from griffin_core.model.checkpoint import left_over, stored_tensors
 from griffin_core.model.config_fields import FieldUse
@@ -107,6 +109,8 @@ def check_model(
         comparison, why = None, ""
         try:
             comparison = _compare(model, _reference(name, str(directory), dtype))
+        except BadModelFile as error:
+            why = str(error)
         except Exception as error:  # whatever transformers raises is its answer
             why = f"{type(error).__name__}: {one_line(error)}"
         return Report(
@@ -121,19 +125,27 @@ def check_model(
 
 def _reference(name: str, directory: str, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' own reading of the weights. A GGUF's are read from the file itself, with the
-    config that we have made of its keys, some of which transformers leaves out."""
+    config that we have made of its keys, some of which transformers leaves out.
+
+    Raises:
+        BadModelFile: transformers does not find all tensors, and would make some up.
+    """
     config = AutoConfig.from_pretrained(directory)
     path = gguf_file(name)
     where = {} if path is None else {"gguf_file": path.name}
     with redirect_stderr(StringIO()):  # its bars; what goes wrong is raised
-        return AutoModelForCausalLM.from_pretrained(
+        reference, info = AutoModelForCausalLM.from_pretrained(
             directory if path is None else path.parent,
             config=config,
             dtype=dtype,
             attn_implementation="eager",
             local_files_only=True,
+            output_loading_info=True,
             **where,
         )
+    if made_up := sorted(info["missing_keys"]):  # of a split GGUF it reads one part
+        raise BadModelFile(f"it reads no {made_up[0]} there, nor {len(made_up) - 1} others")
+    return cast(PreTrainedModel, reference)
 
 
 @torch.inference_mode()
@@ -168,7 +180,7 @@ def _logits(decoder: Decoder, ids: Sequence[int], first: int) -> Tensor:
     cache = decoder.new_cache(len(ids))
     events = prefill(decoder, ids[:first], Selection(density=1.0), cache=cache)
     (finished,) = [event for event in events if isinstance(event, PrefillFinished)]
-    logits = [decoder.head(finished.last_hidden[None].to(decoder.dtype))]
+    logits = [decoder.head(finished.last_hidden[None].to(decoder.device, decoder.dtype))]
     if rest := list(ids[first:]):
         dense = [layer.ff for layer in decoder.layers]
         logits += decode_tokens(decoder, [StepTokens(cache=cache, view=dense, token_ids=rest)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +44,8 @@ MOST_NAMES = 10
 """Tensors that one message names."""
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+_LFS_POINTER = b"version https://git-lfs"
 
 _SCALES = re.compile(r"scale|zero_point|zeros|qweight|g_idx|absmax|quant|packed|lora_")
 
@@ -169,9 +172,19 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
     except BadModelFile:
         raise
     except Exception as error:  # safetensors, torch and pickle each raise their own
+        if _is_lfs_pointer(path):
+            raise BadModelFile(
+                f"{path.name}: is a pointer of Git LFS, not the file; `git lfs pull` fetches it"
+            ) from error
         raise BadModelFile(
             f"{path.name}: cannot be read, truncated or damaged? ({one_line(error)})"
         ) from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return False
 
 
 def _tensors_of_pickle(path: Path) -> dict[str, StoredTensor]:

@@ -87,7 +87,8 @@ def _to_blame(said: Mapping[str, Any]) -> list[str]:
                 return True
         return False
 
-    return [name for name in rest if heals(name)]
+    blamed = [name for name in rest if heals(name)]
+    return [] if len(blamed) == len(rest) else blamed  # all: then no field is at fault
 
 
 def _in_words(types: str) -> str:

@@ -71,7 +71,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         BadModelFile: naming the file and what is wrong.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_text("utf-8"))  # transformers, too, takes no other encoding
     except (OSError, ValueError, RecursionError) as error:
         raise BadModelFile(f"{path.name}: cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):

@@ -50,8 +50,9 @@ ROPE_TYPES: Mapping[str, frozenset[str]] = MappingProxyType(
 are known as far as they do not change up to max_position_embeddings, where every text ends here."""
 
 _ALWAYS = frozenset({"rope_theta", "rope_type", "type"})
-_WITHOUT_EFFECT = frozenset({"finetuned", "original_max_position_embeddings"})
-"""Further entries that say how a model came to be."""
+_WITHOUT_EFFECT = frozenset({"attn_factor", "finetuned", "original_max_position_embeddings"})
+"""Further entries that say how a model came to be, or that transformers reads nowhere: DeepSeek's
+distillation of R1 into Qwen3 has an attn_factor beside yarn."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -294,6 +294,16 @@ def test_a_weights_file_that_is_none_is_named(content: bytes, copy: Path) -> Non
     assert refusal(copy).startswith(f"{FILE}: cannot be read, truncated or damaged? (")
 
 
+@pytest.mark.parametrize("name", [FILE, "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_told(name: str, copy: Path) -> None:
+    (copy / FILE).unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (copy / name).write_text(pointer)
+    assert refusal(copy) == (
+        f"{name}: is a pointer of Git LFS, not the file; `git lfs pull` fetches it"
+    )
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"a": 1}])
 def test_a_pickle_of_something_else_is_named(content: object, copy: Path) -> None:
     (copy / FILE).unlink()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,6 +32,7 @@ from griffin_core.errors import BadModelFile, ModelNotFound, UnknownFamily
 from griffin_core.model.gguf import understand
 from griffin_core.model.gguf.file import QUANTIZATION_TYPES
 from griffin_core.model.gguf.keys import ARCHITECTURES
+from griffin_core.model.gguf.tokenizer import END_TEXTS
 from griffin_core.model.gguf.words import WORDS
 from griffin_core.model.load import Model, load_model
 from griffin_core.model.source import packaged_default, resolve
@@ -391,6 +392,22 @@ def test_each_form_of_rope_scaling_that_llama_cpp_knows(
     assert difference(load(write(contents)), reference) < 1e-4
 
 
+def test_keys_that_do_not_fit_together_are_told_with_the_file(
+    write: Callable[[Contents], Path],
+) -> None:
+    contents = contents_of(tiny_model("llama"), attention__head_count_kv=3)
+    assert refusal(write(contents)) == (
+        "model: 'tiny.gguf': num_key_value_heads: got 3; allowed: a divisor of "
+        "num_attention_heads (4)"
+    )
+
+
+def test_an_attention_factor_that_is_none_is_refused(write: Callable[[Contents], Path]) -> None:
+    contents = contents_of(tiny_model("qwen3", rope_parameters=_YARN))
+    contents.keys["qwen3.rope.scaling.yarn_attn_factor"] = 0.8782  # DeepSeek R1 0528 Qwen3
+    assert "rope.scaling.yarn_attn_factor: got 0.878" in refusal(write(contents))
+
+
 @pytest.mark.parametrize(
     ("family", "keys", "change"),
     [
@@ -575,9 +592,35 @@ def test_sentencepiece_gives_the_tokens_of_transformers_own_class(
     reference = (GemmaTokenizer if gemma else LlamaTokenizer)(
         vocab=vocabulary, merges=generate_merges(vocabulary, ranks), add_bos_token=True, **names
     )
+    if not gemma:  # the normalizer of Llama 2's tokenizer.json, which the class replaces
+        reference.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        reference.backend_tokenizer.pre_tokenizer = None
     reference.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
-    reference.add_tokens(["<think>"])
+    reference.add_tokens([AddedToken("<think>", normalized=False)])
     _same_tokens(load(write(contents)), reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("abc", ["▁abc"]),
+        (" abc", ["▁", "▁abc"]),
+        ("  abc", ["▁", "▁", "▁abc"]),
+        (" ", ["▁", "▁"]),
+        ("", []),
+        ("abc<|user|>abc", ["▁abc", "<|user|>", "▁abc"]),
+        ("<|user|> abc", ["<|user|>", "▁", "▁abc"]),
+        ("<think>abc", ["<think>", "▁abc"]),
+    ],
+)
+def test_a_blank_is_put_where_llama_cpp_puts_it(
+    text: str, pieces: list[str], write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("llama"))
+    ids = [contents.keys["tokenizer.ggml.tokens"].index(piece) for piece in pieces]
+    assert load(write(contents)).tokenizer.encode(text, special_tokens=False) == ids
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm", "llama-bpe", "tekken"])
@@ -660,6 +703,7 @@ def test_an_unknown_pre_tokenizer_is_refused(
         ({"eot_token_id": 300, "eom_token_id": 301}, {2, 300, 301}),
         ({"eom_token_id": 2}, {2}),
         ({"eos_token_id": 5, "eot_token_id": 2}, {2, 5}),
+        ({"fim_rep_token_id": 300, "fim_pre_token_id": 301}, {2, 300}),
     ],
     ids=str,
 )
@@ -673,6 +717,54 @@ def test_all_end_tokens_count(
     directory = Path(resolve(str(write(contents)), torch.float32, lambda _: None))
     generation = json.loads((directory / "generation_config.json").read_text())
     assert set(generation["eos_token_id"]) == ends
+
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+
+@pytest.mark.parametrize("text", sorted(END_TEXTS))
+def test_end_tokens_are_known_by_their_text(text: str, write: Callable[[Contents], Path]) -> None:
+    contents = contents_of(tiny_model("llama"))
+    contents.keys["tokenizer.ggml.tokens"][300] = text
+    contents.keys["tokenizer.ggml.token_type"][300] = _CONTROL
+    model = load(write(contents))
+    assert model.eos_ids == {2, 300}
+    assert model.tokenizer.eos_id == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "ends"),
+    [
+        ("<end_of_turn>", _USER_DEFINED, {2, 300}),
+        ("<|im_end|>", _USER_DEFINED, {2, 300}),
+        ("<|im_end|>", _NORMAL, {2}),
+        ("<|im_end|>", None, {2, 300}),
+        ("<|im_start|>", _CONTROL, {2}),
+        ("<end_of_turn> ", _CONTROL, {2}),
+    ],
+)
+def test_words_that_look_like_end_tokens_end_nothing(
+    text: str, kind: int | None, ends: set[int], write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("llama"))
+    contents.keys["tokenizer.ggml.tokens"][300] = text
+    if kind is None:
+        del contents.keys["tokenizer.ggml.token_type"]
+    else:
+        contents.keys["tokenizer.ggml.token_type"][300] = kind
+    model = load(write(contents))
+    assert model.eos_ids == ends
+    assert (model.tokenizer.decode([300]) == "") == (300 in ends or kind == _CONTROL)
+
+
+@pytest.mark.parametrize(("kind", "ends"), [(_CONTROL, {2, 3}), (_USER_DEFINED, {3})])
+def test_what_strikes_text_out_in_gemma_ends_nothing(
+    kind: int, ends: set[int], write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("gemma3_text"))
+    contents.keys["tokenizer.ggml.eos_token_id"] = 3
+    contents.keys["tokenizer.ggml.token_type"][2] = kind
+    assert load(write(contents)).eos_ids == ends
 
 
 @pytest.mark.parametrize(
@@ -869,6 +961,9 @@ def gemma3(tmp_path: Path) -> Path:
 @pytest.mark.timeout(600)
 def test_gemma3_270m_is_what_transformers_makes_of_it(gemma3: Path) -> None:
     _is_what_transformers_makes_of(gemma3)
+    model = load(gemma3)
+    ends = {model.tokenizer.decode_one(token) for token in model.eos_ids}
+    assert ends == {"<eos>", "<end_of_turn>"}  # its keys name <eos> alone
 
 
 @pytest.mark.slow

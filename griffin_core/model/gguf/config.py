@@ -175,6 +175,12 @@ def _yarn(file: GgufFile, keys: Mapping[str, Any], factor: float) -> dict[str, A
         return 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1.0
 
     given = keys.get(f"{_SCALING}yarn_attn_factor")
+    if given is not None and given < 1:
+        raise file.bad(
+            f"rope.scaling.yarn_attn_factor: got {given}; allowed: at least 1, a config's "
+            "attention_factor. Less is a config's attn_factor, which converters write there, too, "
+            "and neither transformers nor llama.cpp reads; take the key out"
+        )
     if given is None:
         more, all_dimensions = (
             keys.get(f"{_SCALING}{name}", default)

@@ -30,7 +30,57 @@ _NAMED = {
     "unk_token": "ggml.unknown_token_id",
     "pad_token": "ggml.padding_token_id",
 }
-_ENDS = ("ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id")
+_ENDS = (
+    "ggml.eos_token_id",
+    "ggml.eot_token_id",
+    "ggml.eom_token_id",
+    "ggml.fim_pad_token_id",
+    "ggml.fim_rep_token_id",
+    "ggml.fim_sep_token_id",
+)
+
+END_TEXTS = frozenset(
+    {
+        "<|eot_id|>",  # Llama 3
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|im_end|>",  # ChatML: Qwen, Yi, SmolLM2, Hermes
+        "<|endoftext|>",
+        "<|end|>",  # Phi
+        "<end_of_turn>",  # Gemma
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",  # DeepSeek
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "[e~[",
+        "<end_of_utterance>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "<|fim_pad|>",  # of filling in: behind it begins another file
+        "<fim-pad>",
+        "<fim_pad>",
+        "<PAD>",
+        "[PAD]",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<reponame>",
+        "<|file_sep|>",
+    }
+)
+"""Texts of tokens at which llama.cpp ends a completion, whether a key of the file names them or
+not. Here they count as control or user-defined tokens, or where a file does not say what its tokens
+are: a word that is spelled so ends nothing."""
+
+CONTROL_END_TEXTS = frozenset({"</s>"})
+"""The same, as control tokens only: Gemma has </s> for text that is struck out."""
 
 
 def tokenizer_of(file: GgufFile, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -51,7 +101,7 @@ def tokenizer_of(file: GgufFile, vocabulary: int) -> PreTrainedTokenizerFast:
         raise
     except Exception as error:  # tokenizers raises a plain one: for merges of unknown tokens, say
         raise file.bad(f"its keys make no tokenizer ({error})") from error
-    _add_tokens(keys, tokens, backend)
+    _add_tokens(keys, tokens, backend, end_tokens(file))
     _add_ends(file, keys, tokens, backend)
     named = {name: tokens[keys[key]] for name, key in _NAMED.items() if key in keys}
     tokenizer = PreTrainedTokenizerFast(
@@ -67,9 +117,23 @@ def tokenizer_of(file: GgufFile, vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def end_tokens(file: GgufFile) -> list[int]:
-    """Tokens that end a completion, the main one first."""
+    """Tokens that end a completion, the main one first: those that keys name, and those that
+    llama.cpp knows by their text (``END_TEXTS``)."""
     keys = tokenizer_keys(file)
-    return list(dict.fromkeys(keys[name] for name in _ENDS if name in keys))
+    named = [keys[name] for name in _ENDS if name in keys]
+    kinds = keys.get("ggml.token_type")
+    by_text = [
+        index
+        for index, token in enumerate(keys["ggml.tokens"])
+        if _ends_by_text(token, kinds[index] if kinds else None)
+    ]
+    return list(dict.fromkeys(named + by_text))
+
+
+def _ends_by_text(token: str, kind: int | None) -> bool:
+    if token in CONTROL_END_TEXTS:
+        return kind == _CONTROL
+    return token in END_TEXTS and kind in (_CONTROL, _USER_DEFINED, None)
 
 
 def _tokens(file: GgufFile, keys: Mapping[str, Any], vocabulary: int) -> list[str]:
@@ -126,9 +190,12 @@ def _sentencepiece(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -
             byte_fallback=True,
         )
     )
+    # Before a text and behind each special token, whether a blank is there or not: so do llama.cpp
+    # and the tokenizer.json of Llama 2, but not transformers' own class.
     prefix = keys.get("ggml.add_space_prefix", not gemma)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_BLANK, prepend_scheme="first" if prefix else "never", split=False
+    blanks = normalizers.Replace(" ", _BLANK)
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(_BLANK), blanks]) if prefix else blanks
     )
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
     backend.decoder = decoders.Sequence(
@@ -164,10 +231,13 @@ def _byte_level(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -> T
     return backend
 
 
-def _add_tokens(keys: Mapping[str, Any], tokens: list[str], backend: Tokenizer) -> None:
+def _add_tokens(
+    keys: Mapping[str, Any], tokens: list[str], backend: Tokenizer, ends: list[int]
+) -> None:
     kinds = keys.get("ggml.token_type", ())
     known = backend.get_vocab(with_added_tokens=False)
-    special = {tokens[keys[name]] for name in (*_NAMED.values(), *_ENDS) if name in keys}
+    named = [keys[name] for name in _NAMED.values() if name in keys]
+    special = {tokens[index] for index in (*named, *ends)}
     added: dict[bool, list[AddedToken]] = {True: [], False: []}
     for index, token in enumerate(tokens):
         kind = kinds[index] if kinds else None
