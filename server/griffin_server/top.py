@@ -235,8 +235,8 @@ def _uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for number in came:
-        signal.raise_signal(number)
+    for got in came:
+        signal.raise_signal(got)
 
 
 def _follow(target: str, interval_s: float, live: Live) -> GriffinClientError:

