@@ -14,7 +14,6 @@ from griffin_core.model.config_fields import (
     ConfigReader,
     FieldUse,
     field_uses,
-    is_number,
     refuse,
     reject,
     shown,
@@ -161,7 +160,7 @@ def _rotary_spec(c: ConfigReader) -> ModelSpec:
     width, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
     head_dim = _head_dim(c, width, heads)
     context_length = c.integer("max_position_embeddings")
-    types = _layer_types(c, context_length)
+    types = _layer_types(c)
     by_type = family == "gemma3_text"
     rotaries = {
         kind: read_rotary(
@@ -249,16 +248,14 @@ def _kv_heads(c: ConfigReader, heads: int) -> int:
     return kv_heads
 
 
-def _layer_types(c: ConfigReader, context_length: int) -> tuple[str, ...]:
+def _layer_types(c: ConfigReader) -> tuple[str, ...]:
     """The type of each layer. Where transformers has the same attention in all layers, it leaves
     out layer_types; what they say must then be that."""
     layers = c.integer("num_hidden_layers")
     given = c.value("layer_types")
     if c.config.model_type in ("llama", "gemma", "mistral"):
-        window = c.value("sliding_window")
+        window = c.value("sliding_window")  # transformers leaves one of llama and gemma out
         windowed = c.config.model_type == "mistral" and window is not None
-        if not windowed and window and not (is_number(window) and window >= context_length):
-            refuse("sliding_window", window, f"null: {c.config.model_type} has no windows")
         same = ("sliding_attention" if windowed else "full_attention",) * layers
         if given is not None and tuple(given) != same:
             refuse("layer_types", given, f"{same[0]!r} for all layers: {c.config.model_type}'s")

@@ -238,6 +238,16 @@ def test_what_becomes_of_every_field_of_a_family_is_known(family: str) -> None:
     assert not [use.name for use in uses if use.reason == "the default"]
 
 
+@pytest.mark.parametrize("window", [2, 3, 1000])
+def test_a_window_of_a_llama_is_left_out_as_transformers_leaves_it_out(window: int) -> None:
+    """Phi 3 made into a llama carries one."""
+    config = CONFIG_MAPPING["llama"](**MODELS["llama"][1])
+    object.__setattr__(config, "sliding_window", window)
+    spec, uses = examine_config(config)
+    assert [layer.window for layer in spec.layers] == [None] * len(spec.layers)
+    assert not [use for use in uses if use.use == "refused"]
+
+
 SEEN_FIRST = {"per_layer_config", "quantization_config"}
 """Refused before any field is read; see EXTRAS."""
 
