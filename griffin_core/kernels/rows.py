@@ -22,6 +22,7 @@ ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [1, in], weight [out, in], bias [out] -> x weightᵀ + bias [1, out]."""
     out, inner = weight.shape
+    assert x.dtype == weight.dtype, "the loop reads addresses: another type would be noise"
     y = x.new_empty((1, out))
     scratch = torch.empty(torch.get_num_threads() * inner, dtype=torch.float32)
     _linear(
