@@ -289,11 +289,11 @@ class Engine:
 
     def _run(self) -> None:
         fault: Exception | None = None
-        if self._threads is not None:
-            torch.set_num_threads(self.threads)
-        self._follow_load()  # so that the first turn knows what there was beside the start
         with torch.inference_mode():
             try:
+                if self._threads is not None:
+                    torch.set_num_threads(self.threads)
+                self._follow_load()  # so that the first turn knows what there was beside the start
                 measure = self._prepare()
                 if self._measures_costs:
                     self._decoding.costs(measure())

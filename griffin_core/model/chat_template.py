@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,9 @@ from griffin_core.errors import InvalidRequest
 
 MOST_WORDS = 200
 """Characters of somebody else's error that a message repeats: a status has to fit 8 KiB."""
+
+RENDER_S = 5.0
+"""Longest a template may run. Ordinary ones take a millisecond for tens of messages."""
 
 _PROBE = "probe7content"
 _PROBE_ROLES = ("user", "human", "system", "assistant")
@@ -31,6 +37,10 @@ class _Use:
 
     as_parts: bool = False
     unusable: str = ""
+
+
+class TooSlow(TemplateError):
+    """A template ran for longer than ``RENDER_S``."""
 
 
 class ChatTemplate:
@@ -137,6 +147,8 @@ class ChatTemplate:
                     refused |= type(error) is TemplateError
                     if not as_parts:
                         why = f"the chat template fails: {_words(error)}"
+                    if isinstance(error, TooSlow):
+                        return _Use(unusable=why)
                 else:
                     if _PROBE in text.lower():
                         return _Use(as_parts=as_parts)
@@ -154,15 +166,46 @@ class ChatTemplate:
             {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
             for role, text in messages
         ]
-        text: str = self._tokenizer.apply_chat_template(
-            chat,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=not continue_final_message,
-            continue_final_message=continue_final_message,
-            **variables,
-        )
-        return text
+
+        def render() -> str:
+            text: str = self._tokenizer.apply_chat_template(
+                chat,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=not continue_final_message,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            return text
+
+        return _within(RENDER_S, render)
+
+
+def _within(seconds: float, render: Callable[[], str]) -> str:
+    """Runs a template, on a thread of its own: only that can be stopped in a loop without end, and
+    nothing else runs on it that its end could hit.
+
+    Raises:
+        TooSlow: it took longer. It ends then, unless it is inside a single operation.
+    """
+    rendered: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            rendered.set_result(render())
+        except BaseException as error:  # the caller's to judge
+            rendered.set_exception(error)
+
+    thread = threading.Thread(target=work, name="griffin-template", daemon=True)
+    thread.start()
+    try:
+        return rendered.result(seconds)
+    except TimeoutError:
+        if rendered.done():  # its own
+            raise
+        ident = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(TooSlow))
+        raise TooSlow(f"it takes longer than {seconds:g} s") from None
 
 
 def _words(error: Exception) -> str:

@@ -105,7 +105,9 @@ class Tokenizer:
             ends = [end for _, end in whole.offsets]
             split = next((i for i, end in enumerate(ends) if end > len(context)), len(ids))
             if self._joined_by_normalizer(context, continuation):  # ends are those before joining
-                split = next(i for i, token_id in enumerate(ids) if before[i : i + 1] != [token_id])
+                pairs = enumerate(zip(ids, before, strict=False))
+                shorter = min(len(ids), len(before))  # the continuation may take tokens away
+                split = next((i for i, (now, then) in pairs if now != then), shorter)
         return ids[:split], ids[split:]
 
     def encode_chat(

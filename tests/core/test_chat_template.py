@@ -4,14 +4,17 @@ refused in few words."""
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from griffin_core.errors import InvalidRequest
+from griffin_core.model import chat_template
 from griffin_core.model.chat_template import MOST_WORDS
 from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
+from tests.servers import eventually
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 PARTS = (
@@ -94,6 +97,29 @@ def test_a_template_that_cannot_be_used_is_none(template: Any, why: str) -> None
     assert refused.field == "messages"
     assert why in refused.allowed
     assert "text or token_ids" in refused.allowed
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["messages[0].content == 'hi'", "true"],
+    ids=["for one chat", "for each"],
+)
+def test_a_template_without_end_is_stopped(condition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "RENDER_S", 0.5)
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd")
+    tokenizer = with_template(
+        "{{ messages[0].content }}{% if "
+        + condition
+        + " %}"
+        + loops
+        + "{% endfor %}" * 4
+        + "{% endif %}"
+    )
+    assert "longer than 0.5 s" in refusal(tokenizer).allowed
+    assert tokenizer.has_chat_template == (condition != "true")
+    eventually(lambda: all(t.name != "griffin-template" for t in threading.enumerate()))
+    if condition != "true":
+        assert chat(tokenizer, ("user", "you")) == "you"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from griffin_core.decode.held import held_after_stop
 from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.stopping import FinishReason, StopChecker, StoppingParams
 from tests.core.pieces import Pieces, chunkings, llama2_tokenizer, parts
+from tests.tokenizer_kinds import KINDS
 
 RANDOM_TEXTS = [100, pytest.param(5_000, marks=pytest.mark.slow)]
 
@@ -152,3 +153,24 @@ def test_what_cannot_be_split_back_into_the_same_text_is_held_as_its_nearest() -
     pieces.tokenizer._backend.normalizer = normalizers.Lowercase()
     shown, tokens, _ = held(pieces.tokenizer, [], pieces.ids("x", "ABC"), stop=("C",))
     assert (shown, pieces.tokenizer.decode(tokens)) == ("xAB", "xab")
+
+
+def test_a_completion_that_changes_the_text_before_it_is_held_in_few_tries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = Tokenizer(KINDS["gemma"]())
+    stray = tokenizer._backend.token_to_id("<0xE4>")
+    before = tokenizer.encode("the\N{GRINNING FACE}", special_tokens=False)
+    made = [stray, *tokenizer.encode("the capital" * 100 + "zzz", special_tokens=False)]
+    decodes: list[int] = []
+    decode = Tokenizer.decode
+
+    def counting(self: Tokenizer, ids: Sequence[int], **settings: bool) -> str:
+        decodes.append(len(ids))
+        return decode(self, ids, **settings)
+
+    monkeypatch.setattr(Tokenizer, "decode", counting)
+    shown, tokens, _ = held(tokenizer, before, made, stop=("zzz",), max_tokens=1000)
+    assert len(decodes) < 80
+    assert shown == "\ufffd" + "the capital" * 100
+    assert decode(tokenizer, tokens) == shown

@@ -170,6 +170,19 @@ def test_a_tokenizer_that_ends_text_with_a_token_scores_the_whole_continuation()
     assert (prompt[0], tokenizer.decode(prompt), tokenizer.decode(rest)) == (begin[1], "ab", "cd")
 
 
+@pytest.mark.parametrize(
+    ("context", "continuation", "tokens"),
+    [("xa", "b", (1, 0)), ("a", "b", (0, 0)), ("xa", "by", (1, 1)), ("x", "ab", (1, 0))],
+)
+def test_a_continuation_that_takes_the_contexts_end_away_is_split_all_the_same(
+    context: str, continuation: str, tokens: tuple[int, int]
+) -> None:
+    tokenizer = KINDS["gpt2"]()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ab", "")
+    prompt, rest = Tokenizer(tokenizer).encode_pair(context, continuation)
+    assert (len(prompt), len(rest)) == tokens
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Characters that were given to tokenizers."""

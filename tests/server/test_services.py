@@ -414,3 +414,16 @@ async def test_an_engine_that_does_not_come_up_ends_the_start(
     with pytest.raises(EngineFault, match="did not start"):
         await app.start()
     await app.stop()
+
+
+async def test_threads_that_cannot_be_had_are_a_fault_and_no_wait(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(threads: int) -> None:
+        raise ValueError("Overflow")
+
+    monkeypatch.setattr("griffin_core.engine.torch.set_num_threads", fail)
+    app = App(Settings(port=0, threads=1), tiny("llama"))
+    with pytest.raises(EngineFault, match="did not start: Overflow"):
+        await app.start()
+    await app.stop()

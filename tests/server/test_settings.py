@@ -98,6 +98,8 @@ def test_every_setting_is_a_flag_and_an_environment_variable_and_a_line_of_the_f
         (["--memory-fraction", "1.5"], ["memory_fraction", "1.5", "less than or equal to 1"]),
         (["--session-memory-gib", "0"], ["session_memory_gib", "'0'", "greater than 0"]),
         (["--idle-memory-gib", "-1"], ["idle_memory_gib", "-1", "greater than or equal to 0"]),
+        (["--threads", "3000000000"], ["threads", "3000000000", "1024"]),
+        (["--max-request-bytes", "99999999999"], ["max_request_bytes", "2147483647"]),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(arguments: list[str], words: list[str]) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
+
+log = structlog.get_logger("griffin.http")
 
 Answer = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
@@ -18,7 +22,13 @@ PATHS = ("/metrics", "/livez", "/readyz", "/healthz")
 readyz under the name that it had first."""
 
 
+SILENT_S = 30.0
+"""How long a client may be silent within a request: each one holds a thread."""
+
+
 class _Quiet(WSGIRequestHandler):
+    timeout = SILENT_S
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -36,6 +46,12 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = host, port
         self.setup_environ()
         self.set_app(answer)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up or falls silent, as the checks of load balancers do, is no
+        error."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("http request failed")
 
 
 class HttpServer:

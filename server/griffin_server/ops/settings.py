@@ -94,6 +94,7 @@ class Settings(BaseSettings):
     threads: int = Field(
         0,
         ge=0,
+        le=1024,
         description="CPU threads of the model. 0 is one for each CPU there is to use, by affinity, "
         "quota and what other programs leave, looked at as it runs; a number stays as it is.",
     )
@@ -175,7 +176,12 @@ class Settings(BaseSettings):
         description="Tokens a message after the first one. More save CPU time, and come later; "
         "0 is 1 for up to 4 streams, and up to 4 for more of them while no prompt is read.",
     )
-    max_request_bytes: int = Field(4 << 20, ge=1024, description="Largest request message.")
+    max_request_bytes: int = Field(
+        4 << 20,
+        ge=1024,
+        le=(1 << 31) - 1,
+        description="Largest request message; a protobuf message has no more than 2 GiB.",
+    )
     metrics_port: int = Field(
         0,
         ge=0,
