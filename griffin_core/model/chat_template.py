@@ -22,6 +22,10 @@ RENDER_S = 5.0
 """Longest a template may run. Ordinary ones take a millisecond for tens of messages."""
 
 _PROBE = "probe7content"
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG"
+"""transformers puts it behind the last message to see where to cut, and leaves it where a template
+has put that message a second time."""
+
 _PROBE_ROLES = ("user", "human", "system", "assistant")
 
 
@@ -92,7 +96,7 @@ class ChatTemplate:
                 "messages", f"{len(messages)} messages", f"text or token_ids: {use.unusable}"
             )
         try:
-            return self._rendered(
+            text = self._rendered(
                 template, messages, use.as_parts, continue_final_message, variables
             )
         except Exception as error:  # a template is a program of somebody else
@@ -104,6 +108,13 @@ class ChatTemplate:
             raise InvalidRequest(
                 "messages", f"roles {roles}", f"the template's: {_words(error)}"
             ) from error
+        if continue_final_message and _CONTINUED in text:
+            raise InvalidRequest(
+                "continue_final_message",
+                True,
+                "false here: the template shows the last message more than once",
+            )
+        return text
 
     def _check(self, variables: Mapping[str, Any]) -> None:
         if taken := sorted(self._reserved & variables.keys()):

@@ -231,6 +231,16 @@ def test_a_final_message_that_the_template_changes_cannot_be_continued() -> None
     assert "does not appear" in refused.allowed
 
 
+@pytest.mark.parametrize("again", ["{{ messages[-1].content }}", "{{ messages[-1].content }}!"])
+def test_a_final_message_that_the_template_shows_twice_cannot_be_continued(again: str) -> None:
+    tokenizer = with_template(f"{again}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}")
+    messages = [("user", "a"), ("assistant", "b")]
+    assert "ab" in chat(tokenizer, *messages)
+    refused = refusal(tokenizer, *messages, continue_final_message=True)
+    assert refused.field == "continue_final_message"
+    assert "more than once" in refused.allowed
+
+
 def test_templates_in_a_models_files_are_read(tmp_path: Path) -> None:
     byte_tokenizer(with_template=False).save_pretrained(tmp_path)
     config = tmp_path / "tokenizer_config.json"
