@@ -61,9 +61,19 @@ def _tokens_of(
 ) -> list[int]:
     if not rest:
         return []
-    alone = tokenizer.encode(rest, special_tokens=False)
     wanted = decode(kept) + rest
+    alone = tokenizer.encode(rest, special_tokens=False)
     for ids in (alone, tokenizer.encode_inner(rest)):
-        if decode([*kept, *ids]) == wanted:
+        if not _special(ids, tokenizer) and decode([*kept, *ids]) == wanted:
             return ids
+    if _special(alone, tokenizer):  # the text spells a special token's name, and is not that token
+        return [token for letter in rest for token in _tokens_of_letter(letter, tokenizer)]
     return alone  # a tokenizer that normalizes text has no tokens for it
+
+
+def _special(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    return any(tokenizer.special_text(token) is not None for token in ids)
+
+
+def _tokens_of_letter(letter: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode_inner(letter) or tokenizer.encode(letter, special_tokens=False)

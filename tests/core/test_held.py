@@ -144,6 +144,17 @@ def test_what_is_made_anew_of_a_sentencepiece_text_brings_no_space(
         assert backend.convert_ids_to_tokens(tokens) == pieces
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_name_of_a_special_token_that_was_spelled_out_is_held_as_letters(skip: bool) -> None:
+    pieces = Pieces([b"<|end|>."], special=["<|end|>"])
+    made = pieces.ids("a", "<|end|>.")
+    shown, tokens, _ = held(
+        pieces.tokenizer, pieces.ids("p"), made, stop=(".",), skip_special_tokens=skip
+    )
+    assert shown == "a<|end|>"
+    assert tokens == pieces.ids(*"a<|end|>")
+
+
 @pytest.mark.parametrize("length", [10, 200])
 def test_few_splits_are_tried_however_long_a_completion_is(
     length: int, monkeypatch: pytest.MonkeyPatch
