@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice, takewhile
 
 from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.stopping import StopChecker
+
+MOST_TRIED = 32
+"""Splits that are tried: each decodes all tokens, while the engine's other sessions wait. A cut is
+further back only in a long run of byte tokens, or where the text before a completion changed."""
 
 
 def held_after_stop(
@@ -33,7 +38,9 @@ def held_after_stop(
         return tokenizer.decode([*before, *ids], skip_special_tokens=skip_special_tokens)
 
     prompt = len(decode(()))
-    for split in checker.splits():
+    splits = checker.splits()
+    nearest = list(islice(splits, MOST_TRIED))
+    for split in nearest:
         kept = made[: split.tokens]
         # Of tokens that end inside a character nothing is shown before others come; they stay only
         # if what they decode to by then is what was shown.
@@ -41,7 +48,12 @@ def held_after_stop(
         if split.rest.startswith(late):
             rest = split.rest.removeprefix(late)
             return len(kept), _tokens_of(rest, tokenizer, decode, kept)
-    raise AssertionError("the last split has no tokens")
+    # Of those with the most characters, the one with the fewest tokens: its last one brought text.
+    most = nearest[0].characters
+    alike = [*nearest, *takewhile(lambda split: split.characters == most, splits)]
+    whole = next(split for split in reversed(alike) if split.characters == most)
+    kept = made[: whole.tokens]
+    return len(kept), _tokens_of(whole.rest, tokenizer, decode, kept)
 
 
 def _tokens_of(
@@ -49,9 +61,19 @@ def _tokens_of(
 ) -> list[int]:
     if not rest:
         return []
-    alone = tokenizer.encode(rest, special_tokens=False)
     wanted = decode(kept) + rest
+    alone = tokenizer.encode(rest, special_tokens=False)
     for ids in (alone, tokenizer.encode_inner(rest)):
-        if decode([*kept, *ids]) == wanted:
+        if not _special(ids, tokenizer) and decode([*kept, *ids]) == wanted:
             return ids
+    if _special(alone, tokenizer):  # the text spells a special token's name, and is not that token
+        return [token for letter in rest for token in _tokens_of_letter(letter, tokenizer)]
     return alone  # a tokenizer that normalizes text has no tokens for it
+
+
+def _special(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    return any(tokenizer.special_text(token) is not None for token in ids)
+
+
+def _tokens_of_letter(letter: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode_inner(letter) or tokenizer.encode(letter, special_tokens=False)

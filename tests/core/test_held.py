@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from griffin_core.decode.held import held_after_stop
+from griffin_core.decode.held import MOST_TRIED, held_after_stop
 from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.stopping import FinishReason, StopChecker, StoppingParams
 from tests.core.pieces import Pieces, chunkings, llama2_tokenizer, parts
@@ -143,6 +143,49 @@ def test_what_is_made_anew_of_a_sentencepiece_text_brings_no_space(
         assert tokenizer.decode([*before, *tokens]) == tokenizer.decode(before) + shown
     if prompt == "a b":  # elsewhere several tokens make the same text
         assert backend.convert_ids_to_tokens(tokens) == pieces
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_name_of_a_special_token_that_was_spelled_out_is_held_as_letters(skip: bool) -> None:
+    pieces = Pieces([b"<|end|>."], special=["<|end|>"])
+    made = pieces.ids("a", "<|end|>.")
+    shown, tokens, _ = held(
+        pieces.tokenizer, pieces.ids("p"), made, stop=(".",), skip_special_tokens=skip
+    )
+    assert shown == "a<|end|>"
+    assert tokens == pieces.ids(*"a<|end|>")
+
+
+@pytest.mark.parametrize("length", [10, 200])
+def test_few_splits_are_tried_however_long_a_completion_is(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of byte tokens that goes on from the prompt's changes the prompt's own text, so no
+    split seems to fit; and one that is all wrong has its text after its last token."""
+    backend = llama2_tokenizer(["▁red", "▁green"])
+    tokenizer, ids = Tokenizer(backend), backend.convert_tokens_to_ids
+    decode, decoded = tokenizer.decode, 0
+
+    def counted(*args: object, **more: object) -> str:
+        nonlocal decoded
+        decoded += 1
+        return decode(*args, **more)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    letters = [ids("<0xF0>"), *[ids("a"), ids("b")] * length, ids("▁green")]
+    shown, tokens, _ = held(
+        tokenizer, tokenizer.encode("a é"), letters, stop=("reen",), max_tokens=900
+    )
+    assert shown == "\ufffd" + "ab" * length + " g"
+    if length > MOST_TRIED:
+        assert tokens == [*letters[:-1], *tokenizer.encode("g")]
+    run = [*[ids("<0xF0>")] * length, ids("▁green")]
+    shown, tokens, _ = held(tokenizer, [ids("a")], run, stop=("\ufffd\ufffd",), max_tokens=900)
+    assert (shown, tokens) == ("", [])
+    faces = [*[ids(f"<0x{byte:02X}>") for byte in "😀".encode()] * length, ids("▁red")]
+    shown, tokens, _ = held(tokenizer, [ids("a")], faces, stop=("😀" * 9 + " r",), max_tokens=900)
+    assert (shown, tokens) == ("😀" * (length - 9), faces[: 4 * (length - 9)])
+    assert decoded <= 3 * (MOST_TRIED + 6)
 
 
 def test_what_cannot_be_split_back_into_the_same_text_is_held_as_its_nearest() -> None:
