@@ -15,10 +15,6 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
 
-MOST_SPLITS = 64
-"""Of a completion. The first nearly always does; where none does, as where the completion changes
-the text before it, each one more costs a decode of the whole session."""
-
 
 class FinishReason(Enum):
     """Why a completion ended."""
@@ -153,16 +149,14 @@ class StopChecker:
 
     def splits(self) -> Iterator[Split]:
         """After a stop string: the ways to split what the completion shows, those with the most
-        tokens first, ``MOST_SPLITS`` of them, and one that has none."""
-        tried = 0
+        tokens first."""
         start, end = self._match
         text = "".join(self._pieces)
         at = len(text)
         for tokens in range(len(self._pieces), -1, -1):
             if tokens < len(self._pieces):
                 at -= len(self._pieces[tokens])
-            if at <= end and (tried < MOST_SPLITS or not tokens):
-                tried += 1
+            if at <= end:
                 shown = "".join(compress(text[at:start], self._visible[at:start]))
                 shown += text[max(at, start) : end]
                 yield Split(tokens=tokens, characters=sum(self._visible[:at]), rest=shown)
