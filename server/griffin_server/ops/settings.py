@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     batch_invariant: bool = Field(
         False,
         description="Private sessions generate the same, to the bit, whoever else is there. On a "
-        "CPU only. A step takes 1.3 to 1.9 times as long as a dense one, pruning saves no time, "
+        "CPU only. A step takes 1.2 to 1.7 times as long as a dense one, pruning saves no time, "
         "and auto is dense. Without it that holds in float32 on a CPU but for rounding, and in "
         "16 bits tokens may differ.",
     )
