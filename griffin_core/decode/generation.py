@@ -145,6 +145,7 @@ class Generation:
                 session.tokens[:begin],
                 session.tokens[begin:],
                 self._checker,
+                vocabulary=self._model.decoder.spec.vocabulary,
                 skip_special_tokens=self._stopping.skip_special_tokens,
             )
             session.tokens[begin + kept :] = made_anew
