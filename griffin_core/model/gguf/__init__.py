@@ -34,7 +34,7 @@ from griffin_core.model.spec import spec_from_config
 
 __all__ = ["CONVERTER_VERSION", "Understood", "listed", "part_paths", "understand", "write_model"]
 
-CONVERTER_VERSION = 3
+CONVERTER_VERSION = 4
 """Grows whenever the same file makes another directory, so that older copies are not used."""
 
 SAMPLING = {
