@@ -200,7 +200,7 @@ class Tokenizer:
     def _count_added_after(self) -> int:
         """How many tokens the tokenizer puts after a text."""
         one_token = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token="")).encode("a")
-        added = self._backend.post_process(one_token).special_tokens_mask
+        added: list[int] = self._backend.post_process(one_token).special_tokens_mask
         return len(added) - 1 - added.index(0)
 
 
