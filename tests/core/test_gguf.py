@@ -875,7 +875,10 @@ def test_special_tokens_that_are_not_said_are_those_of_llama_cpp(
                 contents.keys[f"tokenizer.ggml.{name}"] = given
         return write(contents)
 
-    model = load(without(contents_of(tiny_model("llama"))))
+    model = load(path := without(contents_of(tiny_model("llama"))))
+    said = understand(path)
+    assert not any("_token_id" in name for name in said.keys if "unknown" not in name)
+    assert (said.ignored.get("tokenizer.ggml.eot_token_id") is None) == (given is None)
     assert (model.eos_ids, model.tokenizer.eos_id) == ({2}, 2)
     assert model.tokenizer.encode("abc")[0] == 1
     gemma = contents_of(tiny_model("gemma"))

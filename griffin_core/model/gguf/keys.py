@@ -263,19 +263,26 @@ def architecture_keys(file: GgufFile) -> Mapping[str, Any]:
 
 
 def tokenizer_keys(file: GgufFile) -> Mapping[str, Any]:
-    """The checked keys of the tokenizer, without ``tokenizer.``. A special token with an id beyond
-    the vocabulary, such as 4294967295, is as one that is not said, as it is in llama.cpp."""
+    """The checked keys of the tokenizer, without ``tokenizer.``."""
     prefix = "tokenizer."
-    found = {n.removeprefix(prefix): v for n, v in file.keys.items() if n.startswith(prefix)}
-    beyond = len(found.get("ggml.tokens", ()))
-    gemma = file.keys["general.architecture"].startswith("gemma")
-    defaults = SENTENCEPIECE_IDS if found.get("ggml.model") == "llama" and not gemma else {}
+    found = {
+        name.removeprefix(prefix): value
+        for name, value in file.keys.items()
+        if name.startswith(prefix) and not names_no_token(file, name)
+    }
+    if found.get("ggml.model") != "llama" or _architecture(file).startswith("gemma"):
+        return found
+    tokens = found.get("ggml.tokens", ())
+    return {name: i for name, i in SENTENCEPIECE_IDS.items() if i < len(tokens)} | found
 
-    def stands_for_none(name: str, value: object) -> bool:
-        return name.endswith("_token_id") and isinstance(value, int) and value >= beyond
 
-    given = {n: v for n, v in found.items() if not stands_for_none(n, v)}
-    return {**{n: v for n, v in defaults.items() if not stands_for_none(n, v)}, **given}
+def names_no_token(file: GgufFile, name: str) -> bool:
+    """Whether a key gives a special token an id beyond the vocabulary, such as 4294967295. It is as
+    one that is not there, as in llama.cpp."""
+    value = file.keys[name]
+    tokens = file.keys.get("tokenizer.ggml.tokens", ())
+    is_id = name.startswith("tokenizer.") and name.endswith("_token_id")
+    return is_id and isinstance(value, int) and value >= len(tokens)
 
 
 def _architecture(file: GgufFile) -> str:
