@@ -15,7 +15,7 @@ from griffin_core.budget import Budget
 from griffin_core.cuda import on_device
 from griffin_core.decode.apart import RowsApart
 from griffin_core.decode.caches import Caches
-from griffin_core.decode.events import Admitted, Event, Failed, Sink, Started
+from griffin_core.decode.events import Admitted, Event, Failed, Finished, Scored, Sink, Started
 from griffin_core.decode.generation import Generation, Pace
 from griffin_core.decode.intake import Intake
 from griffin_core.decode.scheduler import Limits, Scheduler
@@ -435,8 +435,9 @@ class Decoding:
 
     def _take(self, session: Session, *, drawn: Drawn) -> None:
         first = session.turn_generated == 0
-        if _generation(session).take(session, drawn):
-            self._finish(session)
+        last = _generation(session).take(session, drawn)
+        if last is not None:
+            self._finish(session, last)
         elif first:
             self._groups.join(session)
 
@@ -453,8 +454,9 @@ class Decoding:
             cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
         )
         session.ran(session.density, tokens.tokens)
-        if session.work.read(session, decode_tokens(self._decoder, [tokens])[0]):
-            self._finish(session)
+        last = session.work.read(session, decode_tokens(self._decoder, [tokens])[0])
+        if last is not None:
+            self._finish(session, last)
 
     def _runnable(self) -> list[Session]:
         """Sessions of the next step."""
@@ -618,14 +620,18 @@ class Decoding:
             self._prompts_read.append((session.turn_id, session, hidden))
             return
         session.ran(1.0)
-        if session.work.begin(session, self._decoder.head(hidden[None])[0]):
-            self._finish(session)
+        last = session.work.begin(session, self._decoder.head(hidden[None])[0])
+        if last is not None:
+            self._finish(session, last)
         else:
             self._groups.join(session)
 
-    def _finish(self, session: Session) -> None:
+    def _finish(self, session: Session, last: Finished | Scored) -> None:
+        """Ends a turn: its session is kept or freed, and then its sink is told. What cannot be kept
+        has failed, and a sink gets one last event."""
         if not session.keep:
             self._forget(session, why="it was not kept")
+            session.sink.put(last)
             return
         assert session.cache is not None
         del self._turns[session.turn_id]
@@ -634,6 +640,7 @@ class Decoding:
         session.in_flight = 0  # one step too many may be under way: nothing of it counts
         self._caches.resize(session.cache, session.cache.length)
         self.scheduler.keep(session, self._caches.kept_bytes(session.cache.length))
+        session.sink.put(last)
         session.rest()
 
     def _fail(self, session: Session, *, error: Exception) -> None:

@@ -105,8 +105,8 @@ class Generation:
             sampler.ban(session.slot, sorted(banned))
             self._banned = banned
 
-    def take(self, session: Session, drawn: Drawn) -> bool:
-        """Takes the next token. True when the turn ends with it.
+    def take(self, session: Session, drawn: Drawn) -> Finished | None:
+        """Takes the next token. Returns the turn's last event when it ends with that token.
 
         Raises:
             NonFiniteLogits: there is none.
@@ -127,10 +127,10 @@ class Generation:
         first = session.turn_generated == 1
         if first or reason is not None or len(self._ids) >= self._pace.tokens:
             self._show(session)
-        if reason is not None:
-            self._settle(session, reason)
-            session.sink.put(self._finished(session, reason))
-        return reason is not None
+        if reason is None:
+            return None
+        self._settle(session, reason)
+        return self._finished(session, reason)
 
     def _settle(self, session: Session, reason: FinishReason) -> None:
         """Leaves in the session what its client has seen, and in its cache the tokens of that which
@@ -145,6 +145,7 @@ class Generation:
                 session.tokens[:begin],
                 session.tokens[begin:],
                 self._checker,
+                vocabulary=self._model.decoder.spec.vocabulary,
                 skip_special_tokens=self._stopping.skip_special_tokens,
             )
             session.tokens[begin + kept :] = made_anew

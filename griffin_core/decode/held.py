@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice, takewhile
 
 from griffin_core.model.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ def held_after_stop(
     made: Sequence[int],
     checker: StopChecker,
     *,
+    vocabulary: int,
     skip_special_tokens: bool,
 ) -> tuple[int, list[int]]:
     """The tokens whose text is what the completion has shown.
@@ -27,6 +29,7 @@ def held_after_stop(
         before: the tokens before the completion.
         made: the completion.
         checker: has followed it to its stop string.
+        vocabulary: V. A tokenizer may have tokens that the model does not.
         skip_special_tokens: whether the shown text leaves special tokens out.
 
     Returns:
@@ -37,43 +40,56 @@ def held_after_stop(
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode([*before, *ids], skip_special_tokens=skip_special_tokens)
 
+    def special(token: int) -> bool:
+        return tokenizer.special_text(token) is not None
+
+    def is_text(token: int) -> bool:
+        return token < vocabulary and not special(token)
+
+    anew = partial(_tokens_of, tokenizer=tokenizer, is_text=is_text, decode=decode)
     prompt = len(decode(()))
     splits = checker.splits()
-    nearest = list(islice(splits, MOST_TRIED))
+    first = next(splits)
+    # Special tokens before the cut stay: text that is made anew has none.
+    least = next((at for at in range(first.tokens, 0, -1) if special(made[at - 1])), 0)
+    rest_of = takewhile(lambda split: split.tokens >= least, splits)
+    nearest = [first, *islice(rest_of, MOST_TRIED - 1)]
     for split in nearest:
-        kept = made[: split.tokens]
+        kept, text = made[: split.tokens], split.text
         # Of tokens that end inside a character nothing is shown before others come; they stay only
         # if what they decode to by then is what was shown.
-        late = decode(kept)[prompt + split.characters :] if kept else ""
-        if split.rest.startswith(late):
-            rest = split.rest.removeprefix(late)
-            return len(kept), _tokens_of(rest, tokenizer, decode, kept)
-    # Of those with the most characters, the one with the fewest tokens: its last one brought text.
-    most = nearest[0].characters
-    alike = [*nearest, *takewhile(lambda split: split.characters == most, splits)]
-    whole = next(split for split in reversed(alike) if split.characters == most)
+        decoded = decode(kept)[prompt:] if kept else ""
+        late = decoded.removeprefix(text)
+        if decoded.startswith(text) and split.rest.startswith(late):
+            return len(kept), anew(split.rest.removeprefix(late), kept=kept)
+    # Of those with the most text, the one with the fewest tokens: its last one brought text.
+    most = len(first.text)
+    alike = [*nearest, *takewhile(lambda split: len(split.text) == most, rest_of)]
+    whole = next(split for split in reversed(alike) if len(split.text) == most)
     kept = made[: whole.tokens]
-    return len(kept), _tokens_of(whole.rest, tokenizer, decode, kept)
+    return len(kept), anew(whole.rest, kept=kept)
 
 
 def _tokens_of(
-    rest: str, tokenizer: Tokenizer, decode: Callable[[Sequence[int]], str], kept: Sequence[int]
+    rest: str,
+    *,
+    tokenizer: Tokenizer,
+    is_text: Callable[[int], bool],
+    decode: Callable[[Sequence[int]], str],
+    kept: Sequence[int],
 ) -> list[int]:
     if not rest:
         return []
     wanted = decode(kept) + rest
     alone = tokenizer.encode(rest, special_tokens=False)
     for ids in (alone, tokenizer.encode_inner(rest)):
-        if not _special(ids, tokenizer) and decode([*kept, *ids]) == wanted:
+        if all(map(is_text, ids)) and decode([*kept, *ids]) == wanted:
             return ids
-    if _special(alone, tokenizer):  # the text spells a special token's name, and is not that token
-        return [token for letter in rest for token in _tokens_of_letter(letter, tokenizer)]
-    return alone  # a tokenizer that normalizes text has no tokens for it
-
-
-def _special(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    return any(tokenizer.special_text(token) is not None for token in ids)
-
-
-def _tokens_of_letter(letter: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode_inner(letter) or tokenizer.encode(letter, special_tokens=False)
+    if all(map(is_text, alone)):
+        return alone  # a tokenizer that normalizes text has no tokens for it
+    # The text spells the name of a special token, or of one that the model lacks, and is not it.
+    letters = [
+        tokenizer.encode_inner(letter) or tokenizer.encode(letter, special_tokens=False)
+        for letter in rest
+    ]
+    return [token for ids in letters for token in ids if is_text(token)]

@@ -30,9 +30,9 @@ class Scoring:
         self._logprobs: list[float] = []
         self._greedy: list[bool] = []
 
-    def begin(self, session: Session, logits: Tensor) -> bool:
-        """Scores the first continuation token by the logits [V] after the context. True when
-        nothing is left to do."""
+    def begin(self, session: Session, logits: Tensor) -> Scored | None:
+        """Scores the first continuation token by the logits [V] after the context. Returns the
+        turn's last event when nothing is left to do."""
         return self._score(session, logits[None])
 
     def tokens(self) -> Sequence[int]:
@@ -40,15 +40,15 @@ class Scoring:
         begin = len(self._logprobs) - 1
         return self._continuation[begin:-1][:STEP_TOKENS]
 
-    def read(self, session: Session, logits: Tensor) -> bool:
-        """Scores the tokens after those that were run, by the logits [T, V] there. True when
-        nothing is left to do."""
+    def read(self, session: Session, logits: Tensor) -> Scored | None:
+        """Scores the tokens after those that were run, by the logits [T, V] there. Returns the
+        turn's last event when nothing is left to do."""
         return self._score(session, logits)
 
     def flush(self, session: Session) -> None:
         """A score is whole or none."""
 
-    def _score(self, session: Session, logits: Tensor) -> bool:
+    def _score(self, session: Session, logits: Tensor) -> Scored | None:
         """Scores the next tokens of the continuation, one for each row.
 
         Raises:
@@ -64,13 +64,10 @@ class Scoring:
         chosen = logprobs.gather(1, ids[:, None])[:, 0]
         self._logprobs += chosen.tolist()
         self._greedy += (chosen >= logprobs.amax(dim=1)).tolist()
-        done = len(self._logprobs) == len(self._ids)
-        if done:
-            session.sink.put(
-                Scored(
-                    logprobs=tuple(self._logprobs),
-                    greedy=tuple(self._greedy),
-                    pruning=session.figures(self._decoder.spec.ff_width),
-                )
-            )
-        return done
+        if len(self._logprobs) < len(self._ids):
+            return None
+        return Scored(
+            logprobs=tuple(self._logprobs),
+            greedy=tuple(self._greedy),
+            pruning=session.figures(self._decoder.spec.ff_width),
+        )

@@ -142,7 +142,7 @@ class RunView(Protocol):
 
 class Work(Protocol):
     """What a session does once its prompt is read: ``Generation`` or ``Scoring``. It puts events
-    into the session's sink."""
+    into the session's sink, but for the last one, which it returns."""
 
     rows: Rows
     """How many tokens it mostly runs at once."""

@@ -32,12 +32,22 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, ModelSpec]:
     if "model_type" not in said:
         raise BadModelFile(f"{CONFIG_NAME}, model_type: missing; allowed: {', '.join(FAMILIES)}")
     try:
-        check_family(said["model_type"])
+        check_family(said["model_type"], text_part=_text_part(said))
         check_unquantized(said)
         config = _parsed_config(directory, said)
         return config, spec_from_config(config)
     except ModelError as error:
         raise type(error)(f"{CONFIG_NAME}, {error}") from error
+
+
+def _text_part(config: Mapping[str, Any]) -> object:
+    """The family of the part that reads text, of a model that reads more; None if there is none."""
+    part = config.get("text_config")
+    if isinstance(part, dict) and "model_type" in part:
+        return part["model_type"]
+    with contextlib.suppress(Exception):  # no such family, one without parts, or without a default
+        return CONFIG_MAPPING[config["model_type"]].sub_configs["text_config"].model_type
+    return None
 
 
 def check_unquantized(config: Mapping[str, Any]) -> None:
@@ -66,8 +76,10 @@ def _parsed_config(directory: Path, said: Mapping[str, Any]) -> PreTrainedConfig
     except StrictDataclassFieldValidationError as error:
         if (field := re.search(r"field '(\w+)'", str(error))) is None:
             raise BadModelFile(one_line(error)) from error
-        types = re.search(r"(?:expected|any type in) (.+?)(?:, got|\. Errors|$)", one_line(error))
-        allowed = _in_words(types.group(1)) if types else "another type"
+        words = re.search(
+            r"(?:expected|any type in|must be) (.+?)(?:, got|\. Errors|$)", one_line(error)
+        )
+        allowed = _in_words(words.group(1)) if words else one_line(error)
         value = shown(said.get(field.group(1)))
         raise BadModelFile(f"{field.group(1)}: got {value}; allowed: {allowed}") from error
     except Exception as error:  # each class checks its fields in its own way

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from griffin_core.errors import BadModelFile, ModelNotFound
+from griffin_core.model.gguf.file import listed
 
 CONFIG_NAME = "config.json"
 JSON_FILES = (
@@ -60,8 +61,19 @@ def local_directory(model: str, where: str) -> Path:
             f"the hub ({one_line(error)})"
         ) from error
     if not (Path(found) / CONFIG_NAME).is_file():
-        raise ModelNotFound(f"model: {model!r} has no config.json; a Hugging Face model has one")
+        raise ModelNotFound(no_config(model, Path(found)))
     return Path(found)
+
+
+def no_config(model: str, directory: Path) -> str:
+    """Says that a directory has no config.json, and what it has instead."""
+    said = f"model: {model!r} has no config.json; a Hugging Face model has one"
+    if found := sorted(path.name for path in directory.glob("*.gguf")):
+        return f"{said}. Name a .gguf file itself: {listed(found)}"
+    for name, why in REFUSED_FILES.items():
+        if (directory / name).exists():
+            return f"{said}. It has {name}: {why}"
+    return said
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

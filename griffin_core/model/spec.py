@@ -141,14 +141,21 @@ def examine_config(config: PreTrainedConfig) -> tuple[ModelSpec, tuple[FieldUse,
     return spec, tuple(field_uses(reader))
 
 
-def check_family(family: object) -> None:
+def check_family(family: object, *, text_part: object = None) -> None:
     """Refuses a model type that the decoder does not define.
+
+    Args:
+        text_part: the model type of its part that reads text, if it has parts.
 
     Raises:
         UnknownFamily: naming those that it does.
     """
     if family not in FAMILIES:
-        raise UnknownFamily(f"model family: got {shown(family)}; known: {', '.join(FAMILIES)}")
+        part = f". Its text part, {text_part}, is served, from a checkpoint of that part alone"
+        raise UnknownFamily(
+            f"model family: got {shown(family)}; known: {', '.join(FAMILIES)}"
+            f"{part if text_part in FAMILIES else ''}"
+        )
 
 
 def _rotary_spec(c: ConfigReader) -> ModelSpec:

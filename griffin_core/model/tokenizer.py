@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_core.errors import BadModelFile, InvalidRequest
@@ -32,6 +33,7 @@ class Tokenizer:
         self._backend: Any = tokenizer.backend_tokenizer
         self._backend.no_truncation()  # tokenizer.json may store what a training script set
         self._backend.no_padding()
+        self._added_after = self._count_added_after()
         self._decoder = TokenDecoder(self._backend)
         self._chat = ChatTemplate(tokenizer)
 
@@ -58,7 +60,8 @@ class Tokenizer:
         most: int | None = None,
         field: str = "text",
     ) -> list[int]:
-        """Token ids of ``text``, with the tokenizer's own BOS and the like if asked for.
+        """Token ids of ``text``, after the tokenizer's own BOS and the like if asked for. What it
+        would put after the text, an EOS, is left out: a prompt is a text that goes on.
 
         Args:
             most: most tokens that are of use; None for any number. Of a long text only a beginning
@@ -132,6 +135,12 @@ class Tokenizer:
         )
         return self.encode(text, special_tokens=False, most=most, field="messages")
 
+    def ordinary_tokens_from(self, first: int) -> list[str]:
+        """Tokens with an id of ``first`` or more that are no added ones."""
+        added = self._backend.get_added_tokens_decoder()
+        vocabulary = self._backend.get_vocab(with_added_tokens=False).items()
+        return [text for text, token in vocabulary if token >= first and token not in added]
+
     def special_text(self, token_id: int) -> str | None:
         """The text of a special token, which other texts leave out; None for any other token."""
         return self._decoder.special_texts.get(token_id)
@@ -184,7 +193,15 @@ class Tokenizer:
     def _encoded(self, text: str, special_tokens: bool) -> Any:
         # A batch of one: encode() holds the interpreter's lock, which stops the engine's thread.
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=special_tokens)
+        if special_tokens and self._added_after:
+            encoding.truncate(len(encoding) - self._added_after)
         return encoding
+
+    def _count_added_after(self) -> int:
+        """How many tokens the tokenizer puts after a text."""
+        one_token = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token="")).encode("a")
+        added: list[int] = self._backend.post_process(one_token).special_tokens_mask
+        return len(added) - 1 - added.index(0)
 
 
 def load_tokenizer(where: str) -> Tokenizer:

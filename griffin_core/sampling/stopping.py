@@ -73,12 +73,12 @@ class Split:
 
     Args:
         tokens: how many tokens.
-        characters: how many visible characters came with them.
-        rest: the shown text after those characters.
+        text: the visible text that came with them.
+        rest: the shown text after it.
     """
 
     tokens: int
-    characters: int
+    text: str
     rest: str
 
 
@@ -112,6 +112,8 @@ class StopChecker:
         self._room = room
         self._pieces: list[str] = []
         """The text that came with each token, special tokens shown."""
+        self._ended = False
+        """Whether the last of them is an end token, which has no text itself."""
         self._visible = bytearray()
         """Of each character of that text whether it is to be shown."""
         self._held = ""
@@ -135,6 +137,7 @@ class StopChecker:
         """
         self._pieces.append("")
         if token_id in self._ends:
+            self._ended = True
             return self._finish(FinishReason.EOS)
         self._add(self._stream.push(token_id), visible=True)
         if self._params.skip_special_tokens:  # then the stream has left it out
@@ -149,17 +152,18 @@ class StopChecker:
 
     def splits(self) -> Iterator[Split]:
         """After a stop string: the ways to split what the completion shows, those with the most
-        tokens first."""
+        tokens first. An end token is in none: of it nothing is shown."""
         start, end = self._match
         text = "".join(self._pieces)
         at = len(text)
         for tokens in range(len(self._pieces), -1, -1):
             if tokens < len(self._pieces):
                 at -= len(self._pieces[tokens])
-            if at <= end:
-                shown = "".join(compress(text[at:start], self._visible[at:start]))
-                shown += text[max(at, start) : end]
-                yield Split(tokens=tokens, characters=sum(self._visible[:at]), rest=shown)
+            if at <= end and tokens <= len(self._pieces) - self._ended:
+                visible = "".join(compress(text[:at], self._visible))
+                rest = "".join(compress(text[at:start], self._visible[at:start]))
+                rest += text[max(at, start) : end]
+                yield Split(tokens=tokens, text=visible, rest=rest)
 
     def _add(self, text: str, *, visible: bool) -> None:
         self._pieces[-1] += text

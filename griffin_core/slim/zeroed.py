@@ -8,6 +8,7 @@ and until one is built.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -65,19 +66,23 @@ def zeroed_bytes(decoder: Decoder) -> int:
 
 class RowMasks:
     """Which activations the rows of a step keep. Made when the step's sessions change, and kept
-    for the steps after."""
+    for the steps after, until one of these sessions no longer runs zeroed: their bytes are part of
+    what it holds."""
 
     def __init__(self) -> None:
-        self._sessions: list[ZeroedLayers] = []
+        self._sessions: list[ReferenceType[ZeroedLayers]] = []
         self._masks: list[Tensor] = []
 
     def of(self, sessions: Sequence[ZeroedLayers], dtype: torch.dtype) -> Sequence[Tensor]:
         """For each layer [N, F]: 1 for what a row keeps, else 0; a row for each session."""
         same = len(sessions) == len(self._sessions) and all(
-            one is other for one, other in zip(sessions, self._sessions, strict=True)
+            one is other() for one, other in zip(sessions, self._sessions, strict=True)
         )
         if not same:
-            self._sessions, self._masks = [], []  # so that old and new are never held together
+            self._drop()  # so that old and new are never held together
             self._masks = list(torch.stack([s.keep for s in sessions], dim=1).to(dtype).unbind())
-            self._sessions = list(sessions)
+            self._sessions = [ref(session, self._drop) for session in sessions]
         return self._masks
+
+    def _drop(self, _: object = None) -> None:
+        self._sessions, self._masks = [], []

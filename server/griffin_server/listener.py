@@ -4,6 +4,7 @@ reflection, and HTTP. It imports no torch, since that takes seconds."""
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ class Listener:
         self.address: Address = parse_host(settings.host, settings.port)
         """Where calls come; with the port that was taken, once started."""
         self.started = False
+        self._inode: tuple[int, int] | None = None  # of a Unix socket's file
         self._generation, self._prefill = Later(), Later()
         self._health = health.HealthServicer()
         self._http: HttpServer | None = None
@@ -125,12 +127,19 @@ class Listener:
 
     async def close(self) -> None:
         """Listens no longer; calls that still run learn their ends first. gRPC removes the file of
-        a Unix socket."""
+        a Unix socket, by its path: by then it may be that of another server."""
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
         if self._server is not None:
             # What is left are statuses on their way, and watchers of health, who would never end.
-            await self._server.stop(STATUSES_S if self.calls.active else WATCHERS_S)
+            grace_s = STATUSES_S if self.calls.active else WATCHERS_S
+            with self._others_spared():
+                await self._server.stop(grace_s)
+
+    def _others_spared(self) -> AbstractContextManager[None]:
+        if self._inode is None or not isinstance(self.address, UnixAddress):
+            return nullcontext()
+        return self.address.spared(self._inode)
 
     @property
     def _services(self) -> list[str]:
@@ -144,6 +153,7 @@ class Listener:
                 case UnixAddress():
                     self.address.claim()
                     self._server.add_insecure_port(str(self.address))
+                    self._inode = self.address.inode
                     self.address.open_to_group()
                 case TcpAddress(port=port):
                     hosts = []

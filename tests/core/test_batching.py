@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from weakref import ref
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 from griffin_core.decode.apart import RowsApart, rows_stay_apart
 from griffin_core.decode.events import Failed, Finished, Scored, Started, TokensMade
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.decode.step import LayeredStep, StepTokens, decode_tokens
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
 from griffin_core.errors import InvalidRequest
@@ -37,7 +38,7 @@ from griffin_core.slim.base import SlimFF
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
-from tests.core.engines import Inbox, complete, engine, finish, submit
+from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 from tests.tiny import MODELS
 
@@ -183,6 +184,33 @@ def test_masks_are_made_once_for_the_same_sessions(model: Model) -> None:
     assert [layer.sum().item() for layer in first] == [2, 2, 2]
     assert masks.of([one, other], dtype) is first
     assert masks.of([other, one], dtype) is not first
+
+
+@torch.inference_mode()
+def test_masks_go_with_the_first_session_that_ends(model: Model) -> None:
+    masks = RowMasks()
+    experts = ExpertSet(ff_width=88, indices=torch.tensor([[3], [5], [87]], dtype=torch.int32))
+    for ends in (0, 1):
+        sessions = [ZeroedLayers(model.decoder, experts) for _ in range(2)]
+        mask = ref(masks.of(sessions, torch.float32)[0])
+        assert mask() is not None
+        del sessions[ends]
+        assert mask() is None
+        assert [layer.sum() for layer in masks.of(sessions, torch.float32)] == [1, 1, 1]
+
+
+def test_an_engine_without_sessions_holds_no_masks(model: Model) -> None:
+    with engine(model, own_prefill_tokens=None, batch_invariant=True) as running:
+        for sessions in (2, 9):  # in one part of a step, and in two
+            tasks = [random_task(number) for number in range(sessions)]
+            half = PruningParams(density=0.5)
+            boxes = [submit(running, replace(each, pruning=half))[1] for each in tasks]
+            assert all(isinstance(finish(box)[1], Finished) for box in boxes)
+            eventually(lambda: at_baseline(running))
+            stepper = running._decoding.stepper
+            assert isinstance(stepper, LayeredStep) and stepper.apart is not None
+            every = stepper.apart._masks.values()
+            assert every and not any(masks._masks or masks._sessions for masks in every)
 
 
 @torch.inference_mode()

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from griffin_core.decode import sharing
+from griffin_core.decode.caches import Caches
 from griffin_core.decode.events import Failed, Finished, Scored, Started, TokensMade
-from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.scheduler import Limits, Scheduler
 from griffin_core.decode.step import Draw
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
-from griffin_core.errors import EngineFault, NonFiniteLogits
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.errors import EngineFault, NonFiniteLogits, SessionNotFound
+from griffin_core.kv_cache import KvCache, kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.prefill_queue import PrefillRun
@@ -99,6 +100,37 @@ def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
     for _, inbox in turns[1:]:
         assert isinstance(inbox.until(Finished).error, EngineFault)
     assert isinstance(finish(bystander)[1], Finished)
+    eventually(lambda: at_baseline(running))
+
+
+@pytest.mark.parametrize(
+    ("what", "owner", "name"),
+    [
+        ("kept turn", KvCache, "resize"),
+        ("kept turn", sharing.ExpertGroups, "leave"),
+        ("kept turn", Scheduler, "keep"),
+        ("turn", sharing.ExpertGroups, "leave"),
+        ("turn", Caches, "free"),
+        ("score", sharing.ExpertGroups, "leave"),
+        ("score", Caches, "free"),
+    ],
+)
+def test_a_turn_that_cannot_be_ended_has_failed_and_nothing_else(
+    what: str, owner: object, name: str, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sink is not told before that it has finished, nor that it was kept."""
+    once = Once(monkeypatch, owner, name, lambda *_: True)
+    pruning = PruningParams(density=0.5)
+    score = ScoreTask(prompt=(1, 2, 3), continuation=(4, 5, 6), pruning=pruning)
+    given = score if what == "score" else task(4, keep=what == "kept turn")
+    turn_id, inbox = submit(running, given)
+    last = inbox.until(Finished, Scored)
+    assert once.failed
+    assert isinstance(last, Failed) and isinstance(last.error, EngineFault)
+    with pytest.raises(SessionNotFound, match="its last turn failed: MemoryError"):
+        running.session(turn_id).result(30)
+    assert isinstance(complete(running, task(4))[1], Finished)
+    assert inbox.events.empty()
     eventually(lambda: at_baseline(running))
 
 

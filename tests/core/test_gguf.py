@@ -432,6 +432,15 @@ def test_an_attention_factor_that_is_none_is_refused(write: Callable[[Contents],
         ("llama", {"attention.head_count_kv": [2, 2, 2]}, {}),
         ("qwen2", {"rope.dimension_count": HEAD_DIM, "attention.causal": True}, {}),
         ("llama", {"rope.freq_base": None, "expert_count": 0, "pooling_type": 0}, {}),
+        ("llama", {"attention.sliding_window": 0}, {}),
+        ("qwen2", {"attention.sliding_window": 0}, {}),
+        ("qwen3", {"attention.sliding_window": 0}, {}),
+        (
+            "gemma3_text",
+            {"attention.key_length_swa": HEAD_DIM, "attention.value_length_swa": HEAD_DIM},
+            {},
+        ),
+        ("gemma2", {"rope.dimension_count_swa": HEAD_DIM}, {}),
     ],
     ids=str,
 )
@@ -483,6 +492,10 @@ def test_the_largest_gemma_has_a_query_scale_of_its_own(
         ("llama", "tensor_data_layout", "other"),
         ("llama", "nextn_predict_layers", 1),
         ("qwen2", "attention.sliding_window", 7),
+        ("qwen3", "attention.sliding_window", 4096),
+        ("gemma", "attention.sliding_window", 7),
+        ("gemma3_text", "attention.value_length_swa", 32),
+        ("gemma2", "rope.dimension_count_swa", 8),
         ("qwen3", "pooling_type", 3),
         ("gemma2", "rope.freq_base_swa", 100.0),
         ("gemma2", "attention.sliding_window_pattern", [True]),
@@ -784,7 +797,9 @@ def test_prompts_begin_and_end_as_the_file_says(
     contents.keys |= {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
     words = contents.keys["tokenizer.ggml.tokens"]
     ids = [words.index(token) if isinstance(token, str) else token for token in expected]
-    assert load(write(contents)).tokenizer.encode("abc") == ids
+    assert understand(write(contents)).tokenizer("abc").input_ids == ids
+    # A prompt goes on, so the service leaves out what would come after it.
+    assert load(write(contents)).tokenizer.encode("abc") == [i for i in ids if i != 2]
 
 
 def test_chat_templates_come_along(write: Callable[[Contents], Path]) -> None:
@@ -802,9 +817,9 @@ def test_chat_templates_come_along(write: Callable[[Contents], Path]) -> None:
     [
         ("ggml.model", "bert"),
         ("ggml.model", "t5"),
-        ("ggml.pre", "llama-bpe"),
-        ("ggml.eos_token_id", VOCABULARY),
-        ("ggml.eot_token_id", 4_000_000_000),
+        ("ggml.merges", ["a"]),
+        ("ggml.merges", ["▁ a", "a b c"]),
+        ("ggml.merges", ["▁ a", "a "]),
         ("ggml.tokens", ["<unk>"]),
         ("ggml.tokens", ["<unk>"] * VOCABULARY),
         ("ggml.scores", [0.0]),
@@ -827,13 +842,82 @@ def test_a_key_of_the_tokenizer_that_is_not_understood_is_refused_by_name(
     assert f"tokenizer.{name}" in refusal(write(contents))
 
 
-@pytest.mark.parametrize("name", ["model", "tokens", "scores", "eos_token_id", "bos_token_id"])
+@pytest.mark.parametrize(
+    ("family", "bpe", "name"),
+    [
+        ("llama", None, "model"),
+        ("llama", None, "tokens"),
+        ("llama", None, "scores"),
+        ("gemma", None, "bos_token_id"),
+        ("llama", "llama-bpe", "bos_token_id"),
+        ("llama", "llama-bpe", "merges"),
+    ],
+)
 def test_a_missing_key_of_the_tokenizer_is_named(
-    name: str, write: Callable[[Contents], Path]
+    family: str, bpe: str | None, name: str, write: Callable[[Contents], Path]
 ) -> None:
-    contents = contents_of(tiny_model("llama"))
+    contents = contents_of(tiny_model(family), bpe=bpe)
     del contents.keys[f"tokenizer.ggml.{name}"]
     assert f"tokenizer.ggml.{name}" in refusal(write(contents))
+
+
+@pytest.mark.parametrize("given", [None, VOCABULARY, 4_294_967_295])
+def test_special_tokens_that_are_not_said_are_those_of_llama_cpp(
+    given: int | None, write: Callable[[Contents], Path]
+) -> None:
+    """An id beyond the vocabulary is as none."""
+    names = [f"{name}_token_id" for name in ("bos", "eos", "eot", "padding", "mask", "fim_pad")]
+
+    def without(contents: Contents) -> Path:
+        for name in names:
+            contents.keys.pop(f"tokenizer.ggml.{name}", None)
+            if given is not None:
+                contents.keys[f"tokenizer.ggml.{name}"] = given
+        return write(contents)
+
+    model = load(path := without(contents_of(tiny_model("llama"))))
+    said = understand(path)
+    assert not any("_token_id" in name for name in said.keys if "unknown" not in name)
+    assert (said.ignored.get("tokenizer.ggml.eot_token_id") is None) == (given is None)
+    assert (model.eos_ids, model.tokenizer.eos_id) == ({2}, 2)
+    assert model.tokenizer.encode("abc")[0] == 1
+    gemma = contents_of(tiny_model("gemma"))
+    gemma.keys["tokenizer.ggml.add_bos_token"] = False
+    gemma.keys["tokenizer.ggml.tokens"][1:3] = ["<eos>", "<bos>"]
+    assert load(without(gemma)).eos_ids == {1}  # by its text
+    assert load(without(contents_of(tiny_model("qwen2"), bpe="qwen2"))).eos_ids == {0}
+
+
+@pytest.mark.parametrize("given", [None, VOCABULARY])
+def test_a_file_in_which_nothing_ends_a_text_is_refused(
+    given: int | None, write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("qwen2"), bpe="qwen2")
+    contents.keys["tokenizer.ggml.tokens"][0] = "<|nothing|>"
+    del contents.keys["tokenizer.ggml.eos_token_id"]
+    if given is not None:
+        contents.keys["tokenizer.ggml.eos_token_id"] = given
+    assert "lacks the key tokenizer.ggml.eos_token_id, and none" in refusal(write(contents))
+
+
+@pytest.mark.parametrize("pre", ["default", "llama-bpe", "gemma4", ""])
+def test_sentencepiece_splits_no_words_before_whatever_the_file_says(
+    pre: str, write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("llama"))
+    expected = load(write(contents)).tokenizer.encode("the abc 12")
+    contents.keys["tokenizer.ggml.pre"] = pre
+    assert load(write(contents)).tokenizer.encode("the abc 12") == expected
+
+
+@pytest.mark.parametrize("merge", ["ab", "a b c", "a ", " b", ""])
+def test_a_merge_that_is_not_of_two_tokens_is_named(
+    merge: str, write: Callable[[Contents], Path]
+) -> None:
+    contents = contents_of(tiny_model("llama"), bpe="llama-bpe")
+    contents.keys["tokenizer.ggml.merges"][3] = merge
+    said = f"tokenizer.ggml.merges[3]: got {merge!r}; allowed: two tokens with a blank"
+    assert said in refusal(write(contents))
 
 
 def test_authors_sampling_comes_along(write: Callable[[Contents], Path]) -> None:

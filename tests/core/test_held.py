@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from griffin_core.decode.held import MOST_TRIED, held_after_stop
 from griffin_core.model.tokenizer import Tokenizer
@@ -17,7 +19,11 @@ RANDOM_TEXTS = [100, pytest.param(5_000, marks=pytest.mark.slow)]
 
 
 def held(
-    tokenizer: Tokenizer, before: Sequence[int], made: Sequence[int], **params: object
+    tokenizer: Tokenizer,
+    before: Sequence[int],
+    made: Sequence[int],
+    vocabulary: int = 100_000,
+    **params: object,
 ) -> tuple[str, list[int], int]:
     """The text that was shown until a stop string ended it, the tokens that are held of it, and
     how many of them were drawn."""
@@ -32,8 +38,14 @@ def held(
             break
     assert reason is FinishReason.STOP_SEQUENCE
     kept, anew = held_after_stop(
-        tokenizer, before, drawn, checker, skip_special_tokens=stopping.skip_special_tokens
+        tokenizer,
+        before,
+        drawn,
+        checker,
+        vocabulary=vocabulary,
+        skip_special_tokens=stopping.skip_special_tokens,
     )
+    assert all(token < vocabulary for token in anew)
     return shown, [*drawn[:kept], *anew], kept
 
 
@@ -154,6 +166,60 @@ def test_the_name_of_a_special_token_that_was_spelled_out_is_held_as_letters(ski
     )
     assert shown == "a<|end|>"
     assert tokens == pieces.ids(*"a<|end|>")
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("text", ["<think>.", "a<think>b.", "<think><think>."])
+def test_what_is_made_anew_holds_no_token_that_the_model_lacks(text: str, special: bool) -> None:
+    """Tokens were added to the tokenizer, and not to the model."""
+    pieces = Pieces([text.encode()])
+    vocabulary = 257  # with that one piece
+    backend = pieces.tokenizer._backend
+    backend.add_tokens([AddedToken("<think>", special=special, normalized=False)])
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert max(tokenizer.encode(text)) >= vocabulary
+    shown, tokens, _ = held(
+        tokenizer, pieces.ids("p"), pieces.ids("x", text), vocabulary=vocabulary, stop=(".",)
+    )
+    assert shown == "x" + text.removesuffix(".")
+    assert tokens == pieces.ids(*shown)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("cut", ["zzz", "apitalzzz", "lzzz"])
+@pytest.mark.parametrize("prompt", ["the", "the\N{GRINNING FACE}"])
+def test_a_special_token_that_was_drawn_stays_that_token(prompt: str, cut: str, skip: bool) -> None:
+    """Even where the completion changes the text before it, so that no split gives what was
+    shown."""
+    tokenizer = Tokenizer(KINDS["gemma"]())
+    stray, special = (tokenizer._backend.token_to_id(name) for name in ("<0xE4>", "<s>"))
+    before = tokenizer.encode(prompt, special_tokens=False)
+    text = tokenizer.encode("the capitalzzz", special_tokens=False)
+    made = [stray, special, *text]
+    shown, tokens, _ = held(tokenizer, before, made, stop=(cut,), skip_special_tokens=skip)
+    assert shown == f"\ufffd{'' if skip else '<s>'}" + "the capitalzzz".removesuffix(cut)
+    assert tokens[:2] == [stray, special]
+    assert tokenizer.decode(tokens[2:]) == "the capitalzzz".removesuffix(cut)
+
+
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("end", ["\xa9", "\xff", "a", "<|end|>"])
+def test_an_end_token_after_half_a_character_is_not_held(end: str, include: bool) -> None:
+    """The stop string is the half character, which shows as U+FFFD only once nothing follows."""
+    pieces = Pieces(special=["<|end|>"])
+    (token,) = pieces.ids(end if end == "<|end|>" else end.encode("latin-1"))
+    for skip in (True, False):
+        shown, tokens, _ = held(
+            pieces.tokenizer,
+            pieces.ids("p"),
+            [*pieces.ids("x", b"\xc3"), token],
+            stop=("\ufffd",),
+            stop_token_ids=frozenset({token}),
+            include_stop_string=include,
+            skip_special_tokens=skip,
+        )
+        assert shown == ("x\ufffd" if include else "x")
+        assert tokens == (pieces.ids("x", b"\xc3") if include else pieces.ids("x"))
 
 
 @pytest.mark.parametrize("length", [10, 200])

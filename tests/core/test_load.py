@@ -47,6 +47,38 @@ def test_a_directory_without_config_is_not_a_model(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapter_config.json", "adapters are not applied"),
+        ("adapter_model.safetensors", "adapters are not applied"),
+        ("quant_config.json", "quantized by AWQ"),
+    ],
+)
+def test_a_directory_that_has_something_else_than_a_model_says_what(
+    name: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelNotFound, match=rf"no config\.json; .* It has {name}: .*{said}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "missing"), [(259, 0), (256, 0), (255, 1), (4, 252)])
+def test_a_tokenizer_of_another_model_is_refused(size: int, missing: int, copy: Path) -> None:
+    """Added tokens, here from 256 on, may be beyond the model's vocabulary."""
+    edit_config(copy, vocab_size=size, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    weights = load_file(copy / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:size].clone()
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    if missing:
+        said = rf"{missing} of its tokens, .*allowed: 0 to {size - 1}\."
+        with pytest.raises(BadModelFile, match=said):
+            load(copy)
+    else:
+        assert load(copy).decoder.spec.vocabulary == size
+
+
 def test_a_hub_id_that_cannot_be_had_is_not_found() -> None:
     with pytest.raises(ModelNotFound, match="not to be had from the hub"):
         load("griffin-tests/no-such-model")
@@ -78,7 +110,16 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         ({"dtype": "float31"}, "dtype: got 'float31'"),
         ({"id2label": 3}, "id2label: got 3"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: got .*factor"),
-        ({"model_type": "gpt2"}, "model family: got 'gpt2'; known: llama, .*opt"),
+        ({"initializer_range": float("nan")}, "initializer_range: got nan; allowed: greater or"),
+        ({"initializer_range": 2.0}, "initializer_range: got 2.0; allowed: .* equal to 1.0$"),
+        ({"model_type": "gpt2"}, "model family: got 'gpt2'; known: llama, .*opt$"),
+        ({"model_type": "gemma3"}, "got 'gemma3'; .*opt. Its text part, gemma3_text, is served"),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "mistral"}},
+            "got 'mistral3'; .* Its text part, mistral, is served",
+        ),
+        ({"model_type": "llava", "text_config": {"model_type": "phi"}}, "got 'llava'; .*opt$"),
+        ({"model_type": "gemma3", "text_config": {"model_type": ["a"]}}, "got 'gemma3'; .*opt$"),
         ({"model_type": ["llama"]}, "model family: got .*; known: llama, .*opt"),
     ],
 )

@@ -158,16 +158,42 @@ def test_a_score_splits_within_a_word_where_its_tokens_do() -> None:
     assert "o" not in "".join(shown[0])
 
 
-def test_a_tokenizer_that_ends_text_with_a_token_scores_the_whole_continuation() -> None:
-    theirs = KINDS["llama3"]()
-    backend = theirs.backend_tokenizer
-    begin, end = ("<|begin_of_text|>", theirs.bos_token_id), ("<|eot_id|>", theirs.eos_token_id)
-    backend.post_processor = TemplateProcessing(
-        single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end]
+@pytest.mark.parametrize("begins", ["", "<s>"])
+@pytest.mark.parametrize("ends", ["</s>", "</s> </s>"])
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_token_that_a_tokenizer_puts_after_texts_is_in_no_prompt_and_no_score(
+    name: str, ends: str, begins: str
+) -> None:
+    theirs = KINDS[name]()
+    theirs.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    plain = Tokenizer(KINDS[name]())
+    theirs.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begins} $A {ends}".strip(),
+        special_tokens=[("<s>", theirs.bos_token_id), ("</s>", theirs.eos_token_id)],
     )
+    begin = [theirs.bos_token_id] if begins else []
     tokenizer = Tokenizer(theirs)
-    prompt, rest = tokenizer.encode_pair("ab", "cd")
-    assert (prompt[0], tokenizer.decode(prompt), tokenizer.decode(rest)) == (begin[1], "ab", "cd")
+    for text in (*TEXTS, "</s>"):
+        assert theirs(text).input_ids[-1] == theirs.eos_token_id
+        bare = theirs(text, add_special_tokens=False).input_ids
+        assert tokenizer.encode(text) == begin + bare
+        assert tokenizer.encode(text, most=len(begin + bare)) == begin + bare
+    for context, continuation in itertools.product(PIECES, repeat=2):
+        prompt, rest = plain.encode_pair(context, continuation, special_tokens=False)
+        assert tokenizer.encode_pair(context, continuation) == (begin + prompt, rest)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_tokens_beyond_a_vocabulary_are_found_unless_they_were_added(name: str) -> None:
+    theirs = KINDS[name]()
+    ordinary = set(theirs.backend_tokenizer.get_vocab(with_added_tokens=False).values())
+    ordinary -= theirs.backend_tokenizer.get_added_tokens_decoder().keys()
+    last = max(ordinary)
+    theirs.add_tokens(["<more>"])
+    tokenizer = Tokenizer(theirs)
+    assert tokenizer.ordinary_tokens_from(last + 1) == []
+    assert tokenizer.ordinary_tokens_from(last) == [theirs.convert_ids_to_tokens(last)]
+    assert len(tokenizer.ordinary_tokens_from(0)) == len(ordinary)
 
 
 @pytest.mark.parametrize(

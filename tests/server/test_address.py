@@ -246,3 +246,23 @@ def test_a_socket_is_for_its_owner_and_group(path: Path) -> None:
         listening.bind(str(path))
         UnixAddress(path=str(path)).open_to_group()
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+
+@pytest.mark.parametrize("whose", ["own", "other", "gone"])
+def test_only_a_socket_of_its_own_goes_with_a_server(path: Path, whose: str) -> None:
+    address = UnixAddress(path=str(path))
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        first.bind(str(path))
+        inode = address.inode
+        assert inode is not None
+        if whose != "own":
+            path.unlink()
+        if whose == "other":
+            second.bind(str(path))
+            second.listen()
+        with address.spared(inode):
+            path.unlink(missing_ok=True)
+        assert list(path.parent.iterdir()) == ([path] if whose == "other" else [])
+        if whose == "other":
+            with socket.socket(socket.AF_UNIX) as caller:
+                caller.connect(str(path))

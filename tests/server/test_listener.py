@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -98,6 +99,20 @@ def test_a_unix_socket_serves(spelling: str, tiny: Callable[[str], Model], tmp_p
             pass
         assert client.model_info().family == "llama"  # the second left the first alone
     assert not path.exists()
+
+
+def test_a_server_that_ends_leaves_the_socket_of_its_successor(
+    tiny: Callable[[str], Model], tmp_path: Path
+) -> None:
+    path = tmp_path / "griffin.sock"
+    with ExitStack() as second:
+        with running(tiny("llama"), host=f"unix:{path}"):
+            path.unlink()
+            server = second.enter_context(running(tiny("llama"), host=f"unix:{path}"))
+        assert list(tmp_path.iterdir()) == [path]
+        with server.client() as client:
+            assert client.complete("a", stopping=FOUR).finished.usage.generated_tokens == 4
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_beside_a_unix_socket_metrics_are_on_this_machine(

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from griffin.v1 import generation_pb2 as pb
@@ -102,6 +103,56 @@ def test_a_text_may_go_without_the_tokenizers_own_special_tokens(
         without = stub.Score(score)
         assert with_bos.context_tokens == without.context_tokens + 1
         assert [token.id for token in with_bos.tokens] == [token.id for token in without.tokens]
+
+
+def test_an_eos_that_the_tokenizer_puts_after_texts_is_neither_read_nor_scored(
+    models: Callable[..., Model],
+) -> None:
+    model = models("llama2")
+    with running(model) as server, grpc.insecure_channel(server.target) as channel:
+        expected = Stub(channel).Score(pb.ScoreRequest(context="the", continuation=" capital"))
+    ending = KINDS["llama2"]()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    model = replace(model, tokenizer=Tokenizer(ending))
+    bare = model.tokenizer.encode("the capital", special_tokens=False)
+    with running(model) as server, grpc.insecure_channel(server.target) as channel:
+        stub = Stub(channel)
+        assert prompt(stub, text="the capital") == bare
+        score = stub.Score(pb.ScoreRequest(context="the", continuation=" capital"))
+        assert [token.id for token in score.tokens] == [token.id for token in expected.tokens]
+        assert score.logprob == pytest.approx(expected.logprob, abs=1e-5)
+        end = stub.Score(pb.ScoreRequest(context="the", continuation=" capital</s>"))
+        assert [token.id for token in end.tokens][-1] == 2  # that is what was asked for
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("text", ["<new>", "a<new>b"])
+def test_a_text_with_a_token_that_the_model_lacks_is_refused(
+    special: bool, text: str, models: Callable[..., Model]
+) -> None:
+    model = models("gpt2")
+    tokenizer = KINDS["gpt2"]()
+    count = PADDED_VOCABULARY - len(tokenizer)
+    tokenizer.add_tokens([f"<fill{i}>" for i in range(count)])
+    tokenizer.add_tokens([AddedToken("<new>", special=special, normalized=False)])
+    model = replace(model, tokenizer=Tokenizer(tokenizer))
+    with running(model) as server, grpc.insecure_channel(server.target) as channel:
+        stub = Stub(channel)
+        said = f"got {PADDED_VOCABULARY}; allowed: [0, {PADDED_VOCABULARY}), the vocabulary"
+        generate = pb.GenerateRequest(text=text, stopping={"max_tokens": 1})
+        analyze = pb.AnalyzePromptRequest(text=text)
+        score = pb.ScoreRequest(context="the", continuation=text)
+        for call in (
+            lambda: stub.Generate(generate),
+            lambda: stub.AnalyzePrompt(analyze),
+            lambda: stub.Score(score),
+        ):
+            assert said in refused(call)
+        never = {"bad_words": ["<new>"]}
+        ids, _, _ = complete(stub, text="the", sampling=never, stopping={"max_tokens": 3})
+        assert len(ids) == 3
 
 
 def test_a_later_turn_is_appended_as_it_is_unless_the_request_says_otherwise(

@@ -27,6 +27,7 @@ from griffin_core.model.gguf.keys import (
     TOKENIZER_KEYS,
     check_keys,
     ignored_because,
+    names_no_token,
 )
 from griffin_core.model.gguf.tensors import Wanted, check_tensors, converted_state, wanted_tensors
 from griffin_core.model.gguf.tokenizer import end_tokens, tokenizer_of
@@ -34,7 +35,7 @@ from griffin_core.model.spec import spec_from_config
 
 __all__ = ["CONVERTER_VERSION", "Understood", "listed", "part_paths", "understand", "write_model"]
 
-CONVERTER_VERSION = 3
+CONVERTER_VERSION = 4
 """Grows whenever the same file makes another directory, so that older copies are not used."""
 
 SAMPLING = {
@@ -72,7 +73,7 @@ class Understood:
         for name, value in self.file.keys.items():
             family, _, rest = name.partition(".")
             rest = "chat_template" if rest.startswith(CHAT_TEMPLATE_OF) else rest
-            if rest in tables.get(family, {}):
+            if rest in tables.get(family, {}) and not names_no_token(self.file, name):
                 used[name] = (one_line(repr(value), 80), tables[family][rest].meaning)
             elif name in SAMPLING:
                 used[name] = (one_line(repr(value), 80), f"{SAMPLING[name]} of the sampling")
@@ -81,8 +82,9 @@ class Understood:
     @property
     def ignored(self) -> dict[str, str]:
         """Other keys -> why they are ignored."""
+        beyond, unread = "beyond the vocabulary: no token", "llama.cpp reads no keys of that name"
         return {
-            name: ignored_because(name) or "llama.cpp reads no keys of that name"
+            name: ignored_because(name) or (beyond if names_no_token(self.file, name) else unread)
             for name in self.file.keys
             if name not in self.keys
         }

@@ -47,7 +47,13 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
     if "attention.key_length" not in keys and width % heads:
         raise file.bad(f"embedding_length {width} is no multiple of attention.head_count {heads}")
     head_dim = keys.get("attention.key_length", width // heads)
-    for name in ("attention.value_length", "rope.dimension_count"):
+    for name in (
+        "attention.value_length",
+        "rope.dimension_count",
+        "attention.key_length_swa",
+        "attention.value_length_swa",
+        "rope.dimension_count_swa",
+    ):
         _same(file, name, keys.get(name, head_dim), "the width of a head", head_dim)
     vocabulary = embedding.shape[0]
     _same(file, "vocab_size", keys.get("vocab_size", vocabulary), str(embedding), vocabulary)
@@ -104,6 +110,8 @@ def _of_family(
                 "sliding_window": window or fields["max_position_embeddings"],
                 "layer_types": types or ["full_attention"] * layers,
             }
+    if window:
+        raise file.bad(f"attention.sliding_window: got {window}; allowed for {architecture}: 0")
     return architecture, {}
 
 

@@ -71,14 +71,15 @@ ARCHITECTURE_KEYS: dict[str, Key] = {
     ),
     "attention.key_length": Key(kind="count", meaning="head_dim; width / heads without it"),
     "attention.value_length": Key(kind="count", meaning="the same as attention.key_length"),
+    "attention.key_length_swa": Key(kind="count", meaning="the same as attention.key_length"),
+    "attention.value_length_swa": Key(kind="count", meaning="the same as attention.key_length"),
     "attention.layer_norm_rms_epsilon": Key(kind="number", meaning="rms_norm_eps"),
     "attention.causal": Key(
         kind="flag", meaning="causal attention", only=(True,), why_only="an encoder"
     ),
     "attention.sliding_window": Key(
         kind="integer",
-        meaning="sliding_window; 0 for none",
-        architectures=("llama", "gemma2", "gemma3"),
+        meaning="sliding_window of llama, gemma2 and gemma3; 0 for none",
     ),
     "attention.sliding_window_pattern": Key(
         kind="any",
@@ -94,6 +95,7 @@ ARCHITECTURE_KEYS: dict[str, Key] = {
         architectures=("gemma2", "gemma3"),
     ),
     "rope.dimension_count": Key(kind="count", meaning="the same as attention.key_length"),
+    "rope.dimension_count_swa": Key(kind="count", meaning="the same as attention.key_length"),
     "rope.freq_base": Key(kind="number", meaning="rope_theta; 10000 without it"),
     "rope.freq_base_swa": Key(
         kind="number",
@@ -151,13 +153,18 @@ TOKENIZER_KEYS: dict[str, Key] = {
         only=("llama", "gpt2"),
         why_only="another kind of tokenizer",
     ),
-    "ggml.pre": Key(kind="text", meaning="how byte-level BPE splits text into words"),
+    "ggml.pre": Key(
+        kind="text", meaning="how byte-level BPE splits text into words; of sentencepiece nothing"
+    ),
     "ggml.tokens": Key(kind="texts", meaning="the vocabulary"),
     "ggml.scores": Key(kind="numbers", meaning="the order of merges of sentencepiece"),
     "ggml.token_type": Key(kind="numbers", meaning="which tokens are special or never split"),
     "ggml.merges": Key(kind="texts", meaning="merges of BPE"),
-    "ggml.bos_token_id": Key(kind="integer", meaning="bos_token"),
-    "ggml.eos_token_id": Key(kind="integer", meaning="eos_token, which ends a completion"),
+    "ggml.bos_token_id": Key(kind="integer", meaning="bos_token; 1 without it in sentencepiece"),
+    "ggml.eos_token_id": Key(
+        kind="integer",
+        meaning="eos_token, which ends a completion; 2 without it in sentencepiece",
+    ),
     "ggml.eot_token_id": Key(kind="integer", meaning="ends a completion too"),
     "ggml.eom_token_id": Key(kind="integer", meaning="ends a completion too"),
     "ggml.fim_pad_token_id": Key(kind="integer", meaning="ends a completion too"),
@@ -181,6 +188,10 @@ TOKENIZER_KEYS: dict[str, Key] = {
 
 CHAT_TEMPLATE_OF = "chat_template."
 """Keys of named chat templates begin so, behind ``tokenizer.``."""
+
+SENTENCEPIECE_IDS = {"ggml.bos_token_id": 1, "ggml.eos_token_id": 2}
+"""What llama.cpp takes where a file with a tokenizer of sentencepiece does not say. Gemma has other
+tokens there."""
 
 IGNORED: dict[str, str] = {
     "tokenizer.ggml.seperator_token_id": "only used with add_sep_token",
@@ -253,11 +264,25 @@ def architecture_keys(file: GgufFile) -> Mapping[str, Any]:
 
 def tokenizer_keys(file: GgufFile) -> Mapping[str, Any]:
     """The checked keys of the tokenizer, without ``tokenizer.``."""
-    return {
-        name.removeprefix("tokenizer."): value
+    prefix = "tokenizer."
+    found = {
+        name.removeprefix(prefix): value
         for name, value in file.keys.items()
-        if name.startswith("tokenizer.")
+        if name.startswith(prefix) and not names_no_token(file, name)
     }
+    if found.get("ggml.model") != "llama" or _architecture(file).startswith("gemma"):
+        return found
+    tokens = found.get("ggml.tokens", ())
+    return {name: i for name, i in SENTENCEPIECE_IDS.items() if i < len(tokens)} | found
+
+
+def names_no_token(file: GgufFile, name: str) -> bool:
+    """Whether a key gives a special token an id beyond the vocabulary, such as 4294967295. It is as
+    one that is not there, as in llama.cpp."""
+    value = file.keys[name]
+    tokens = file.keys.get("tokenizer.ggml.tokens", ())
+    is_id = name.startswith("tokenizer.") and name.endswith("_token_id")
+    return is_id and isinstance(value, int) and value >= len(tokens)
 
 
 def _architecture(file: GgufFile) -> str:

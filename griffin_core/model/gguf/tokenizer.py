@@ -7,7 +7,7 @@ words before merges, and splits words as GPT-2 does wherever it does not know ho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -153,17 +153,15 @@ def _tokens(file: GgufFile, keys: Mapping[str, Any], vocabulary: int) -> list[st
     twice = [repr(one_line(t, 40)) for t, times in Counter(tokens).items() if times > 1]
     if twice:
         raise file.bad(f"tokenizer.ggml.tokens: there more than once: {listed(twice)}")
-    for name in (*_NAMED.values(), *_ENDS):
-        if keys.get(name, 0) >= len(tokens):
-            raise file.bad(f"tokenizer.{name}: got {keys[name]}; allowed: 0 to {len(tokens) - 1}")
-    _needed(file, keys, "ggml.eos_token_id")
+    if not end_tokens(file):
+        raise file.bad(
+            "it lacks the key tokenizer.ggml.eos_token_id, and none of its tokens is known to end "
+            "a text"
+        )
     return tokens
 
 
 def _sentencepiece(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
-    pre = keys.get("ggml.pre", "default")
-    if pre != "default":
-        raise file.bad(f"tokenizer.ggml.pre: got {pre!r}; allowed with sentencepiece: 'default'")
     gemma = file.keys["general.architecture"].startswith("gemma")
     if gemma:  # runs of blanks are stored as such, and met as they are spelled in the text
         tokens = [_BLANK * len(t) if not t.strip(" ") else t for t in tokens]
@@ -174,7 +172,7 @@ def _sentencepiece(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -
             "tokenizer.ggml.unknown_token_id: it is missing, and so are some of the tokens <0x00> "
             "to <0xFF>: some texts would lose characters"
         )
-    merges = [tuple(merge.split(" ")) for merge in keys.get("ggml.merges", ())]
+    merges = _pairs(file, keys.get("ggml.merges", ()))
     if "ggml.merges" not in keys:
         # Gemma's scores do not follow the order of its merges; its ids do.
         ranks = [-index for index in range(len(tokens))] if gemma else keys.get("ggml.scores")
@@ -211,7 +209,7 @@ def _byte_level(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -> T
         raise file.bad(f"tokenizer.ggml.pre: got {given}; known: {', '.join(WORDS)}")
     if keys.get("ggml.add_space_prefix"):
         raise file.bad("tokenizer.ggml.add_space_prefix: got True; allowed with BPE: False")
-    merges = [tuple(merge.split(" ")) for merge in _needed(file, keys, "ggml.merges")]
+    merges = _pairs(file, _needed(file, keys, "ggml.merges"))
     backend = Tokenizer(
         BPE(
             vocab={token: index for index, token in enumerate(tokens)},
@@ -229,6 +227,19 @@ def _byte_level(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -> T
     )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _pairs(file: GgufFile, merges: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for index, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise file.bad(
+                f"tokenizer.ggml.merges[{index}]: got {one_line(repr(merge), 80)}; allowed: two "
+                "tokens with a blank between them"
+            )
+        pairs.append((left, right))
+    return pairs
 
 
 def _add_tokens(

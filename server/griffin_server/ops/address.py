@@ -12,7 +12,8 @@ import os
 import re
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from griffin_core.errors import GriffinError
@@ -118,6 +119,35 @@ class UnixAddress:
         with socket.socket(socket.AF_UNIX) as probe:  # says why not, which gRPC does not
             probe.bind(self.path)
         os.unlink(self.path)
+
+    @property
+    def inode(self) -> tuple[int, int] | None:
+        """Device and inode of its file; None if there is none."""
+        with suppress(FileNotFoundError):
+            status = os.lstat(self.path)
+            return status.st_dev, status.st_ino
+        return None
+
+    @contextmanager
+    def spared(self, own: tuple[int, int]) -> Iterator[None]:
+        """Within it the file may be removed by its path, as gRPC does when it stops to listen. If
+        that was another server's file, it is there again afterwards.
+
+        Args:
+            own: ``inode`` of the file that may go.
+        """
+        second = f"{self.path}.{os.getpid()}"
+        with ExitStack() as stack:
+            if self.inode not in (None, own):
+                with suppress(OSError):  # on a file system without links
+                    os.link(self.path, second)
+                    stack.callback(os.unlink, second)
+                    stack.callback(self._put_back, second)
+            yield
+
+    def _put_back(self, second: str) -> None:
+        with suppress(FileExistsError):
+            os.link(second, self.path)
 
     def open_to_group(self) -> None:
         """Gives the file its mode, ``SOCKET_MODE``."""

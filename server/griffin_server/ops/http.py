@@ -7,6 +7,7 @@ import socketserver
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -21,6 +22,7 @@ PATHS = ("/metrics", "/livez", "/readyz", "/healthz")
 """What is answered. Live is a server that answers at all; ready, one that takes calls. healthz is
 readyz under the name that it had first."""
 
+PLAIN = ("Content-Type", "text/plain; charset=utf-8")
 
 SILENT_S = 30.0
 """How long a client may be silent within a request: each one holds a thread."""
@@ -54,6 +56,22 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             log.exception("http request failed")
 
 
+def _answer(get: Answer, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    """Answers GET as ``get`` does, HEAD with the same headers and no body, and no other method."""
+    match environ["REQUEST_METHOD"]:
+        case "GET":
+            return get(environ, start_response)
+        case "HEAD":
+            said: list[tuple[str, list[tuple[str, str]]]] = []
+            body = get({**environ, "REQUEST_METHOD": "GET"}, lambda *start: said.append(start))
+            length = str(sum(map(len, body)))
+            ((status, headers),) = said
+            start_response(status, [*headers, ("Content-Length", length)])
+            return []
+    start_response("405 Method Not Allowed", [PLAIN, ("Allow", "GET, HEAD")])
+    return [b"only GET and HEAD are answered\n"]
+
+
 class HttpServer:
     """Answers scrapes and health checks until ``close``.
 
@@ -70,7 +88,7 @@ class HttpServer:
     ) -> None:
         metrics: Answer = make_wsgi_app(registry)
 
-        def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        def get(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             match environ["PATH_INFO"]:
                 case "/metrics":
                     return metrics(environ, start_response)
@@ -85,10 +103,10 @@ class HttpServer:
                 case _:
                     here = f"only {', '.join(PATHS)} are here\n"
                     status, words = "404 Not Found", here.encode()
-            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+            start_response(status, [PLAIN])
             return [words]
 
-        self._servers = [_Server(listening, answer) for listening in sockets]
+        self._servers = [_Server(listening, partial(_answer, get)) for listening in sockets]
         self._threads = [
             threading.Thread(target=server.serve_forever, name="griffin-http", daemon=True)
             for server in self._servers
