@@ -60,8 +60,7 @@ class Tokenizer:
         most: int | None = None,
         field: str = "text",
     ) -> list[int]:
-        """Token ids of ``text``, after the tokenizer's own BOS and the like if asked for. What it
-        would put after the text, an EOS, is left out: a prompt is a text that goes on.
+        """Token ids of ``text``, with the tokenizer's own BOS and the like if asked for.
 
         Args:
             most: most tokens that are of use; None for any number. Of a long text only a beginning
@@ -93,6 +92,7 @@ class Tokenizer:
 
         If the tokens of the context alone are not the first of the whole's, the continuation's
         first is the first token that has a part of it, though it may have some of the context, too.
+        What the tokenizer puts after a text, an EOS, is left out.
 
         Args:
             most: see ``encode``.
@@ -100,9 +100,12 @@ class Tokenizer:
         Raises:
             InvalidRequest: more tokens, in the context or in both.
         """
-        before = self.encode(context, special_tokens=special_tokens, most=most, field="context")
-        whole = self._encoding(context + continuation, special_tokens, most, "continuation")
-        ids, split = whole.ids, len(before)
+        texts = {"context": context, "continuation": context + continuation}
+        first, whole = (self._encoding(t, special_tokens, most, f) for f, t in texts.items())
+        for encoding in (first, whole) if special_tokens and self._added_after else ():
+            encoding.truncate(len(encoding) - self._added_after)
+        before, ids = first.ids, whole.ids
+        split = len(before)
         if ids[:split] != before:
             # Ends in characters of the text; 0 for tokens that are not of the text, such as a BOS.
             ends = [end for _, end in whole.offsets]
@@ -193,8 +196,6 @@ class Tokenizer:
     def _encoded(self, text: str, special_tokens: bool) -> Any:
         # A batch of one: encode() holds the interpreter's lock, which stops the engine's thread.
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=special_tokens)
-        if special_tokens and self._added_after:
-            encoding.truncate(len(encoding) - self._added_after)
         return encoding
 
     def _count_added_after(self) -> int:

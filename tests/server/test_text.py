@@ -105,7 +105,7 @@ def test_a_text_may_go_without_the_tokenizers_own_special_tokens(
         assert [token.id for token in with_bos.tokens] == [token.id for token in without.tokens]
 
 
-def test_an_eos_that_the_tokenizer_puts_after_texts_is_neither_read_nor_scored(
+def test_an_eos_that_the_tokenizer_puts_after_texts_is_read_and_not_scored(
     models: Callable[..., Model],
 ) -> None:
     model = models("llama2")
@@ -119,7 +119,8 @@ def test_an_eos_that_the_tokenizer_puts_after_texts_is_neither_read_nor_scored(
     bare = model.tokenizer.encode("the capital", special_tokens=False)
     with running(model) as server, grpc.insecure_channel(server.target) as channel:
         stub = Stub(channel)
-        assert prompt(stub, text="the capital") == bare
+        assert prompt(stub, text="the capital") == [*bare, 2]  # as in transformers
+        assert prompt(stub, text="the capital", add_special_tokens=False) == bare
         score = stub.Score(pb.ScoreRequest(context="the", continuation=" capital"))
         assert [token.id for token in score.tokens] == [token.id for token in expected.tokens]
         assert score.logprob == pytest.approx(expected.logprob, abs=1e-5)

@@ -480,8 +480,8 @@ class GenerateRequest(_message.Message):
     """Keep the session (KV cache, statistic, experts) for a next turn. It holds the prompt and all the
     tokens of the completion, hidden special tokens and an end-of-sequence token included; but after
     a stop string it holds what `Tokens.text` shows and no more: of `Tokens.ids` those before the
-    text's end, and the beginning of one that reaches over it as the tokenizer splits it anew. It is
-    kept until it has been idle for the server's `--session-ttl-s`, is closed, or gives way to others
+    text's end, and the beginning of one that reaches over it as the tokenizer splits it anew, without
+    an end token. It is kept until it has been idle for the server's `--session-ttl-s`, is closed, or gives way to others
     that need the memory. A turn that fails or is cancelled frees it at once. Default false.
     """
     request_id: _builtins.str
@@ -902,7 +902,9 @@ class ScoreRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     context: _builtins.str
-    """Exactly one of the two; not empty. Tokenized with the tokenizer's own special tokens."""
+    """Exactly one of the two; not empty. Tokenized with the tokenizer's own special tokens, but for
+    an EOS that it would put after a text, which is not scored.
+    """
     continuation: _builtins.str
     """Exactly one of the two, of the same kind as the context; not empty. Text is tokenized together
     with the context and split where its own tokens begin. A token that holds characters of both is
