@@ -477,12 +477,13 @@ class GenerateRequest(_message.Message):
     Empty starts a new one.
     """
     keep_session: _builtins.bool
-    """Keep the session (KV cache, statistic, experts) for a next turn. It holds the prompt and all the
-    tokens of the completion, hidden special tokens and an end-of-sequence token included; but after
-    a stop string it holds what `Tokens.text` shows and no more: of `Tokens.ids` those before the
-    text's end, and the beginning of one that reaches over it as the tokenizer splits it anew, without
-    an end token. It is kept until it has been idle for the server's `--session-ttl-s`, is closed, or gives way to others
-    that need the memory. A turn that fails or is cancelled frees it at once. Default false.
+    """Keep the session (KV cache, statistic, experts) for a next turn. It holds the prompt and all
+    the tokens of the completion, hidden special tokens and an end-of-sequence token included; but
+    after a stop string it holds what `Tokens.text` shows and no more: of `Tokens.ids` those before
+    the text's end, and the beginning of one that reaches over it as the tokenizer splits it anew,
+    without an end token. It is kept until it has been idle for the server's `--session-ttl-s`, is
+    closed, or gives way to others that need the memory. A turn that fails or is cancelled frees it
+    at once. Default false.
     """
     request_id: _builtins.str
     """For logs and traces, at most 128 printable ASCII characters. Default: the `x-request-id`
