@@ -1,0 +1,712 @@
+"""Offline batches: a model and its engine in this process, without a server."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from numbers import Integral
+from types import TracebackType
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
+
+import torch
+
+from griffin_core.batch import run_tasks
+from griffin_core.choices import DEFAULT_MODEL, PolicyName, Sharing
+from griffin_core.cpu_share import CpuShare
+from griffin_core.decode.events import (
+    Event,
+    Failed,
+    Finished,
+    PruningFigures,
+    Scored,
+    Timings,
+    TokensMade,
+)
+from griffin_core.decode.scheduler import Limits
+from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine import Engine
+from griffin_core.errors import CapacityExhausted, EngineFault, EngineStopped, InvalidRequest
+from griffin_core.experts.selection import Selection
+from griffin_core.kv_cache import kv_bytes
+from griffin_core.model.load import DTYPES, Model, load_model
+from griffin_core.model.prompt import PromptKind, chat_ids, check_options, given_ids, text_ids
+from griffin_core.model.source import Progress
+from griffin_core.prefill import default_chunk_tokens
+from griffin_core.sampling.bad_words import bad_words_ids
+from griffin_core.sampling.bans import Bans
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
+
+SUBMITTED_AHEAD = 8
+"""Tasks that wait in the engine beside those that run, so that none of its places stays empty
+while this process takes a result."""
+
+Message = Mapping[str, str] | tuple[str, str]
+"""``{"role": ..., "content": ...}``, or a pair of the two."""
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A text, a chat, or token ids."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What became of a prompt.
+
+    Args:
+        text: without the stop string and special tokens, unless ``StoppingParams`` asks for them.
+        token_ids: all tokens that were drawn, an end token included.
+        prompt_token_ids: what the prompt was to the model.
+        finish_reason: "eos", "stop_sequence", "max_tokens" or "context_length".
+        stop: the stop string that matched; empty if none did.
+        logprobs: of each token; None unless ``top_logprobs`` was given.
+        timings: in seconds, from when the prompt was handed to the engine.
+        pruning: what the tokens ran on.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop: str
+    logprobs: tuple[Logprobs, ...] | None
+    timings: Timings
+    pruning: PruningFigures
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one step adds to a completion. Texts of all pieces, joined, are the completion's.
+
+    Args:
+        text: whole characters; may lag behind ``token_ids``.
+        logprobs: of each token; empty unless ``top_logprobs`` was given.
+        completion: all of it, in its last piece, which adds nothing; None in the others.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScore:
+    """One token of a scored continuation; ``greedy`` if it is the most likely one there."""
+
+    id: int
+    logprob: float
+    greedy: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely."""
+
+    logprob: float
+    greedy: bool
+    tokens: tuple[TokenScore, ...]
+    context_tokens: int
+    pruning: PruningFigures
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What ``LLM.generate`` and ``LLM.chat`` take beside prompts; see ``LLM.generate``."""
+
+    density: float | None
+    policy: PolicyName | None
+    sharing: Sharing | None
+    sampling: SamplingParams | Sequence[SamplingParams] | None
+    stopping: StoppingParams | Sequence[StoppingParams] | None
+    seed: int | Sequence[int] | None
+    top_logprobs: int | None
+    bad_words: Sequence[str]
+    add_special_tokens: bool | None
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+class LLM:
+    """A model in this process, for offline batches. May be used by several threads at once.
+
+    ::
+
+        from griffin_core import LLM, SamplingParams
+
+        with LLM("smollm2-135m-instruct") as llm:
+            for completion in llm.generate(["Once upon a time", "It was"], density=0.5):
+                print(completion.text, completion.pruning.mean_density)
+
+    It runs what a server runs: prompts together, all sessions of a step together, each on its
+    experts. ``close`` it, or use it as a context manager, to end its thread; its memory is freed
+    when nothing refers to it any more.
+
+    The model runs on a thread of its own. Other work with torch in this process competes with it
+    for CPUs, which slows both down and changes no result.
+
+    Args:
+        model: as ``load_model`` takes it; or a model that is loaded.
+        dtype: of weights, activations and KV: "float32", "bfloat16", "float16" or a torch.dtype;
+            None for the fastest of the device.
+        device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
+        density, policy, sharing: of calls that name none. "auto" runs dense where pruning gains no
+            time, whatever the density: ``Completion.pruning`` says what ran. To measure what
+            pruning does to a model, take "private": always on the prompt's own experts.
+        threads: of the model on a CPU; None for as many as other programs leave CPUs.
+        batch_invariant: results do not depend, to the bit, on what else runs; see ``Engine``.
+        max_sessions: prompts that run at once.
+        memory_fraction: of the memory that is free once the model is loaded, for KV caches and
+            experts of all sessions; None for 0.9 on a GPU and 0.5 on a CPU.
+        progress: told about each slow part of loading.
+
+    Raises:
+        ModelNotFound, UnknownFamily, BadModelFile: see ``griffin_core.errors``.
+        DeviceMemoryExhausted: the device has no room for the weights or for any session.
+        InvalidRequest: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | Model = DEFAULT_MODEL,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str = "auto",
+        density: float = 1.0,
+        policy: PolicyName = "topk",
+        sharing: Sharing = "auto",
+        threads: int | None = None,
+        batch_invariant: bool = False,
+        max_sessions: int = 64,
+        memory_fraction: float | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        PruningParams(density=density, policy=policy, sharing=sharing)  # checks them
+        _check("threads", threads, threads is None or threads >= 1, ">= 1, or None")
+        _check("max_sessions", max_sessions, max_sessions >= 1, ">= 1")
+        in_range = memory_fraction is None or 0 < memory_fraction <= 1
+        _check("memory_fraction", memory_fraction, in_range, "(0, 1], or None")
+        if isinstance(model, Model):
+            _check("dtype", dtype, dtype is None, "None with a model that is loaded")
+            _check("device", device, device == "auto", "auto with a model that is loaded")
+        else:
+            model = load_model(
+                model,
+                dtype=_dtype(dtype),
+                device=device,
+                progress=progress or (lambda _: None),
+            )
+        self.model = model
+        self._most = max_sessions + SUBMITTED_AHEAD
+        self._closed = False
+        self._engine = Engine(
+            model,
+            limits=Limits(
+                max_sessions=max_sessions,
+                max_queue=2**31,  # each call submits a bounded number
+                memory_fraction=memory_fraction,
+                chunk_tokens=default_chunk_tokens(model.decoder.device),
+                prefill_share=1.0,  # nobody reads along: the sooner a step has all its rows
+            ),
+            selection=Selection(density=density, policy=policy),
+            sharing=sharing,
+            costs=None,
+            batch_invariant=batch_invariant,
+            threads=threads or CpuShare(),
+        )
+        self._engine.start()
+        self._end = weakref.finalize(self, self._engine.stop)  # also when the interpreter exits
+        try:
+            self._engine.ready.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends what still runs with EngineStopped, and the engine's thread. May be repeated."""
+        self._closed = True
+        self._engine.stop()
+        self._end.detach()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[tuple[int, Piece]]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        stream: bool = False,
+        density: float | None = None,
+        policy: PolicyName | None = None,
+        sharing: Sharing | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        stopping: StoppingParams | Sequence[StoppingParams] | None = None,
+        seed: int | Sequence[int] | None = None,
+        top_logprobs: int | None = None,
+        bad_words: Sequence[str] = (),
+        add_special_tokens: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Completion] | Iterator[tuple[int, Piece]]:
+        """Completes one prompt or many. All are checked before any is run.
+
+        Args:
+            prompts: a text, a chat (messages as dicts with role and content, or as pairs of them)
+                or token ids; or any number of these.
+            stream: give pieces as they are made. Closing the iterator, or dropping it, cancels what
+                still runs.
+            density, policy, sharing: None for those of the LLM.
+            sampling, stopping: for all prompts, or one for each; None for greedy, and for at most
+                256 tokens.
+            seed: of the first prompt; each further one has the next number, so that equal prompts
+                draw differently and the call can be repeated. Or one for each prompt. None for
+                ``sampling``'s in the same way, or as they are if there is one for each prompt.
+            top_logprobs: how many alternatives to report at each token, up to 20; None for no
+                log-probabilities at all.
+            bad_words: words that no completion holds.
+            add_special_tokens: whether a text gets the tokenizer's own BOS and the like; None for
+                True. With texts only.
+            continue_final_message: go on with a chat's last message instead of answering it. With
+                chats only.
+            chat_template_kwargs: further variables of the chat template. With chats only.
+
+        Returns:
+            A completion for each prompt, in order. With ``stream``, pairs of a prompt's index and a
+            piece of its completion, as they come.
+
+        Raises:
+            InvalidRequest: naming prompt or argument, what was given and what is allowed.
+            CapacityExhausted: a prompt with its completion is larger than the session memory.
+            NonFiniteLogits: the model does not suit a prompt. What else runs is cancelled; a stream
+                has given by then what was made before.
+            EngineStopped: the LLM is closed, or was while this ran.
+        """
+        self._check_open()
+        batch = _listed(prompts)
+        count = len(batch)
+        pruning = PruningParams(density=density, policy=policy, sharing=sharing)
+        sampling = SamplingParams() if sampling is None else sampling
+        samplings = _each("sampling", sampling, count)
+        stoppings = _each("stopping", StoppingParams() if stopping is None else stopping, count)
+        if seed is None:
+            if isinstance(sampling, SamplingParams):
+                seed = sampling.seed
+            else:
+                seed = [each.seed for each in samplings]
+        seeds = _seeds(seed, count)
+        banned = bad_words_ids(bad_words, self.model.tokenizer)
+        tasks = []
+        for index, prompt in enumerate(batch):
+            with _naming(f"prompts[{index}]"):
+                kind, ids = self._ids(
+                    prompt, add_special_tokens, continue_final_message, chat_template_kwargs
+                )
+                drawn = replace(
+                    samplings[index],
+                    seed=seeds[index],
+                    bad_words_ids=samplings[index].bad_words_ids + banned,
+                )
+                task = GenerateTask(
+                    prompt=tuple(ids),
+                    sampling=drawn,
+                    stopping=stoppings[index],
+                    pruning=pruning,
+                    top_logprobs=top_logprobs,
+                )
+                self._check_generate(task, kind)
+            tasks.append(task)
+        if stream:
+            return self._pieces(tasks, whole=False)
+        done: dict[int, Completion] = {}
+        for index, piece in self._pieces(tasks, whole=True):
+            if piece.completion is not None:
+                done[index] = piece.completion
+        return [done[index] for index in range(count)]
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message] | Iterable[Sequence[Message]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message] | Iterable[Sequence[Message]],
+        *,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[tuple[int, Piece]]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Iterable[Sequence[Message]],
+        *,
+        stream: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion] | Iterator[tuple[int, Piece]]:
+        """As ``generate``, of one chat or many, and of nothing else."""
+        chats = _listed(messages)
+        for index, chat in enumerate(chats):
+            if not _is_chat(chat):
+                raise InvalidRequest(f"messages[{index}]", chat, "a chat; generate takes others")
+        if stream:
+            return self.generate(chats, stream=True, **options)
+        return self.generate(chats, **options)
+
+    def score(
+        self,
+        context: str | Sequence[int],
+        continuation: str | Sequence[int],
+        *,
+        density: float | None = None,
+        policy: PolicyName | None = None,
+        sharing: Sharing | None = None,
+        seed: int = 0,
+        add_special_tokens: bool | None = None,
+    ) -> Score:
+        """Log-probabilities of a continuation on the experts that its context chooses.
+
+        Args:
+            context, continuation: both text, or both token ids.
+            density, policy, sharing: None for those of the LLM.
+            seed: of the policies that draw.
+            add_special_tokens: as in ``generate``, of the context.
+
+        Raises:
+            InvalidRequest, CapacityExhausted, NonFiniteLogits, EngineStopped: as ``generate``.
+        """
+        (score,) = self.score_many(
+            [(context, continuation)],
+            density=density,
+            policy=policy,
+            sharing=sharing,
+            seed=seed,
+            add_special_tokens=add_special_tokens,
+        )
+        return score
+
+    def score_many(
+        self,
+        pairs: Iterable[tuple[str | Sequence[int], str | Sequence[int]]],
+        *,
+        density: float | None = None,
+        policy: PolicyName | None = None,
+        sharing: Sharing | None = None,
+        seed: int | Sequence[int] = 0,
+        add_special_tokens: bool | None = None,
+    ) -> list[Score]:
+        """As ``score``, of many pairs of context and continuation. All are checked before any is
+        run.
+
+        Args:
+            seed: of the first pair; each further one has the next number. Or one for each pair.
+
+        Returns:
+            A score for each pair, in order.
+        """
+        self._check_open()
+        listed = list(pairs)
+        pruning = PruningParams(density=density, policy=policy, sharing=sharing)
+        seeds = _seeds(seed, len(listed))
+        tasks = []
+        for index, (context, continuation) in enumerate(listed):
+            with _naming(f"pairs[{index}]"):
+                tasks.append(
+                    self._score_task(
+                        context, continuation, add_special_tokens, pruning, seeds[index]
+                    )
+                )
+        done: dict[int, Score] = {}
+        for index, event in self._events(tasks, "pairs", whole=True):
+            if isinstance(event, Scored):
+                done[index] = _score(tasks[index], event)
+        return [done[index] for index in range(len(tasks))]
+
+    # -- from what is given to tasks -------------------------------------------------------------
+
+    def _ids(
+        self,
+        prompt: object,
+        add_special_tokens: bool | None,
+        continue_final_message: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[PromptKind, list[int]]:
+        """What a prompt is given as, and its token ids."""
+        kind: PromptKind
+        if isinstance(prompt, str):
+            kind = "text"
+        elif _is_chat(prompt):
+            kind = "messages"
+        elif _are_ids(prompt):
+            kind = "token_ids"
+        else:
+            raise InvalidRequest("prompt", prompt, "a text, a chat, or token ids")
+        check_options(
+            kind,
+            add_special_tokens=add_special_tokens,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        tokenizer, most = self.model.tokenizer, self.model.decoder.spec.context_length
+        if kind == "text":
+            special_tokens = add_special_tokens is not False
+            text = cast(str, prompt)
+            return kind, text_ids(text, tokenizer, special_tokens=special_tokens, most=most)
+        if kind == "token_ids":
+            return kind, given_ids(kind, [int(i) for i in cast(Sequence[int], prompt)], most=most)
+        chat = [_message(i, message) for i, message in enumerate(cast(Sequence[object], prompt))]
+        ids = chat_ids(
+            chat,
+            tokenizer,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            most=most,
+        )
+        return kind, ids
+
+    def _check_generate(self, task: GenerateTask, kind: PromptKind) -> None:
+        spec = self.model.decoder.spec
+        task.check(spec, kind)
+        Bans(task.sampling, task.stopping, self.model.eos_ids, spec.vocabulary)  # checks them
+        self._check_fits(len(task.prompt) + task.stopping.max_tokens)
+
+    def _score_task(
+        self,
+        context: str | Sequence[int],
+        continuation: str | Sequence[int],
+        add_special_tokens: bool | None,
+        pruning: PruningParams,
+        seed: int,
+    ) -> ScoreTask:
+        spec, most = self.model.decoder.spec, self.model.decoder.spec.context_length
+        if isinstance(context, str) and isinstance(continuation, str):
+            prompt, rest = self.model.tokenizer.encode_pair(
+                context, continuation, special_tokens=add_special_tokens is not False, most=most
+            )
+        elif _are_ids(context) and _are_ids(continuation):
+            if add_special_tokens is not None:
+                raise InvalidRequest("add_special_tokens", "set with token ids", "with text")
+            prompt = given_ids("context", [int(i) for i in context], most=most)
+            rest = given_ids("continuation", [int(i) for i in continuation], most=most)
+        else:
+            raise InvalidRequest(
+                "continuation",
+                f"{type(context).__name__} with {type(continuation).__name__}",
+                "both as text or both as token ids",
+            )
+        task = ScoreTask(prompt=tuple(prompt), continuation=tuple(rest), pruning=pruning, seed=seed)
+        task.check(spec, "context", "continuation")
+        self._check_fits(len(prompt) + len(rest))
+        return task
+
+    def _check_fits(self, tokens: int) -> None:
+        """Refuses what never has room. The engine, which also counts experts, has the last word."""
+        decoder = self.model.decoder
+        needs = kv_bytes(decoder.spec, decoder.dtype, min(tokens, decoder.spec.context_length))
+        if needs > (allowed := self._engine.session_bytes):
+            raise CapacityExhausted(
+                f"memory: the prompt and its completion need {needs} bytes of KV cache; sessions "
+                f"have {allowed} in all. Ask for fewer tokens, or give a larger memory_fraction",
+                retry_after_s=None,
+            )
+
+    # -- from events to results ------------------------------------------------------------------
+
+    def _pieces(self, tasks: Sequence[GenerateTask], *, whole: bool) -> Iterator[tuple[int, Piece]]:
+        """Runs tasks; see ``run_tasks`` for ``whole``."""
+        made: dict[int, list[TokensMade]] = {}
+        with closing(self._events(tasks, "prompts", whole=whole)) as events:
+            for index, event in events:
+                match event:
+                    case TokensMade():
+                        made.setdefault(index, []).append(event)
+                        piece = Piece(text=event.text, token_ids=event.ids, logprobs=event.logprobs)
+                        yield index, piece
+                    case Finished():
+                        completion = _completion(tasks[index], made.pop(index), event)
+                        yield index, Piece(completion=completion)
+
+    def _events(
+        self, tasks: Sequence[GenerateTask | ScoreTask], name: str, *, whole: bool
+    ) -> Iterator[tuple[int, Event]]:
+        """Runs tasks; the error of one ends all."""
+        running = run_tasks(self._engine, tasks, most=self._most, whole=whole)
+        with closing(running) as events:
+            for index, event in events:
+                if isinstance(event, Failed):
+                    if isinstance(event.error, EngineStopped):
+                        raise self._stopped() from event.error
+                    event.error.add_note(f"in {name}[{index}]")
+                    raise event.error
+                yield index, event
+
+    def _check_open(self) -> None:
+        if self._closed or self._engine.ended.done():
+            raise self._stopped()
+
+    def _stopped(self) -> Exception:
+        """Why the engine takes or continues no work."""
+        if not self._closed and (fault := self._engine.ended.exception()):
+            return EngineFault(f"the engine ended: {type(fault).__name__}: {fault}")
+        return EngineStopped("the LLM is closed")
+
+
+def _check(name: str, given: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise InvalidRequest(name, given, allowed)
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    if given is None or given in DTYPES.values():
+        return cast(torch.dtype | None, given)
+    if given not in DTYPES:
+        raise InvalidRequest("dtype", str(given), f"{', '.join(DTYPES)}, or None")
+    return DTYPES[given]
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Has errors name the prompt that they are about."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{place}.{error.field}", error.given, error.allowed) from error
+    except CapacityExhausted as error:
+        raise CapacityExhausted(f"{place}: {error}", retry_after_s=None) from error
+
+
+def _listed(prompts: object) -> list[Any]:
+    """The prompts: a single one may come without a list around it.
+
+    Raises:
+        InvalidRequest: they are neither.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(
+            "prompts", prompts, "texts, chats (lists of messages) or token ids, one or a list"
+        )
+    listed = list(prompts)
+    return [listed] if listed and (_is_id(listed[0]) or _is_message(listed[0])) else listed
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
+
+
+def _are_ids(given: object) -> bool:
+    return isinstance(given, Sequence) and all(_is_id(item) for item in given)
+
+
+def _is_message(item: object) -> bool:
+    pair = isinstance(item, tuple) and len(item) == 2 and all(isinstance(p, str) for p in item)
+    return pair or isinstance(item, Mapping)
+
+
+def _is_chat(prompt: object) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(_is_message(item) for item in prompt)
+    )
+
+
+def _message(index: int, given: object) -> tuple[str, str]:
+    """Role and content."""
+    if isinstance(given, Mapping):
+        if given.keys() != {"role", "content"}:
+            names = ", ".join(map(str, given)) or "nothing"
+            raise InvalidRequest(f"messages[{index}]", names, "role and content")
+        given = (given["role"], given["content"])
+    role, content = cast(tuple[object, object], given)
+    for name, value in (("role", role), ("content", content)):
+        if not isinstance(value, str):
+            raise InvalidRequest(f"messages[{index}].{name}", value, "a string")
+    return cast(tuple[str, str], (role, content))
+
+
+def _each(name: str, given: T | Sequence[T], count: int) -> list[T]:
+    """One for each prompt."""
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise InvalidRequest(name, f"{len(given)} for {count} prompts", "one, or one for each")
+    return list(given)
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """The seed of each prompt."""
+    seeds = _each("seed", seed, count)
+    for given in seeds:
+        _check("seed", given, 0 <= given <= LARGEST_SEED, "[0, 2^64)")
+    if isinstance(seed, Sequence):
+        return seeds
+    return [(seed + index) % (LARGEST_SEED + 1) for index in range(count)]
+
+
+def _completion(task: GenerateTask, made: Sequence[TokensMade], end: Finished) -> Completion:
+    logprobs = tuple(item for each in made for item in each.logprobs)
+    return Completion(
+        text="".join(each.text for each in made),
+        token_ids=tuple(token for each in made for token in each.ids),
+        prompt_token_ids=task.prompt,
+        finish_reason=end.reason,
+        stop=end.stop,
+        logprobs=None if task.top_logprobs is None else logprobs,
+        timings=end.timings,
+        pruning=end.pruning,
+    )
+
+
+def _score(task: ScoreTask, event: Scored) -> Score:
+    scored = zip(task.continuation, event.logprobs, event.greedy, strict=True)
+    return Score(
+        logprob=sum(event.logprobs),
+        greedy=all(event.greedy),
+        tokens=tuple(TokenScore(id=i, logprob=p, greedy=best) for i, p, best in scored),
+        context_tokens=len(task.prompt),
+        pruning=event.pruning,
+    )
