@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 from griffin_core.decode.events import Event, Failed, Finished, Scored
@@ -42,7 +42,7 @@ class _Inbox:
 
 def run_tasks(
     engine: Engine, tasks: Sequence[GenerateTask | ScoreTask], *, most: int, whole: bool
-) -> Iterator[tuple[int, Event]]:
+) -> Generator[tuple[int, Event], None, None]:
     """Runs tasks to their ends, submitted in order.
 
     Closing the iterator, or an exception in it, cancels what still runs.

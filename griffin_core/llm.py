@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -266,7 +266,7 @@ class LLM:
         *,
         stream: Literal[True],
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[tuple[int, Piece]]: ...
+    ) -> Generator[tuple[int, Piece], None, None]: ...
 
     def generate(
         self,
@@ -284,7 +284,7 @@ class LLM:
         add_special_tokens: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[Completion] | Iterator[tuple[int, Piece]]:
+    ) -> list[Completion] | Generator[tuple[int, Piece], None, None]:
         """Completes one prompt or many. All are checked before any is run.
 
         Args:
@@ -376,7 +376,7 @@ class LLM:
         *,
         stream: Literal[True],
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[tuple[int, Piece]]: ...
+    ) -> Generator[tuple[int, Piece], None, None]: ...
 
     def chat(
         self,
@@ -384,7 +384,7 @@ class LLM:
         *,
         stream: bool = False,
         **options: Unpack[GenerateOptions],
-    ) -> list[Completion] | Iterator[tuple[int, Piece]]:
+    ) -> list[Completion] | Generator[tuple[int, Piece], None, None]:
         """As ``generate``, of one chat or many, and of nothing else."""
         chats = _listed(messages)
         for index, chat in enumerate(chats):
@@ -553,7 +553,9 @@ class LLM:
 
     # -- from events to results ------------------------------------------------------------------
 
-    def _pieces(self, tasks: Sequence[GenerateTask], *, whole: bool) -> Iterator[tuple[int, Piece]]:
+    def _pieces(
+        self, tasks: Sequence[GenerateTask], *, whole: bool
+    ) -> Generator[tuple[int, Piece], None, None]:
         """Runs tasks; see ``run_tasks`` for ``whole``."""
         made: dict[int, list[TokensMade]] = {}
         with closing(self._events(tasks, "prompts", whole=whole)) as events:
@@ -569,7 +571,7 @@ class LLM:
 
     def _events(
         self, tasks: Sequence[GenerateTask | ScoreTask], name: str, *, whole: bool
-    ) -> Iterator[tuple[int, Event]]:
+    ) -> Generator[tuple[int, Event], None, None]:
         """Runs tasks; the error of one ends all."""
         running = run_tasks(self._engine, tasks, most=self._most, whole=whole)
         with closing(running) as events:

@@ -466,7 +466,7 @@ def test_a_stream_that_is_closed_or_dropped_ends_its_work(llm: LLM) -> None:
     endless = StoppingParams(max_tokens=200, ignore_eos=True)
     stream = llm.generate([IDS] * 30, stopping=endless, stream=True)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     eventually(lambda: at_baseline(llm._engine))
     stream = llm.generate([IDS] * 30, stopping=endless, stream=True)
     next(stream)
