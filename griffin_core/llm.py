@@ -143,11 +143,11 @@ class LLM:
 
     ::
 
-        from griffin_core import LLM, SamplingParams
+        from griffin_core import LLM
 
-        with LLM("smollm2-135m-instruct") as llm:
-            for completion in llm.generate(["Once upon a time", "It was"], density=0.5):
-                print(completion.text, completion.pruning.mean_density)
+        with LLM("smollm2-135m-instruct", density=0.5, sharing="private") as llm:
+            for completion in llm.generate(["Once upon a time", "It was"]):
+                print(completion.text)
 
     It runs what a server runs: prompts together, all sessions of a step together, each on its
     experts. ``close`` it, or use it as a context manager, to end its thread; its memory is freed

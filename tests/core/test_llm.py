@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -428,51 +429,86 @@ class Stop(Exception):
     """What a consumer raises."""
 
 
+ENDLESS = StoppingParams(max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The turns that are submitted from here on."""
+    turns: list[str] = []
+    submit = Engine.submit
+
+    def noted(self: Engine, task: Any, sink: Any) -> str:
+        turns.append(task.turn_id)
+        return submit(self, task, sink)
+
+    monkeypatch.setattr(Engine, "submit", noted)
+    return turns
+
+
+def assert_all_cancelled(llm: LLM, turns: list[str]) -> None:
+    assert 4 < len(turns) <= 4 + SUBMITTED_AHEAD  # some of them wait
+    eventually(lambda: at_baseline(llm._engine))
+    scheduler = llm._engine._decoding.scheduler
+    assert {scheduler.why_gone(turn) for turn in turns} == {"its caller went away"}
+
+
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 def test_an_exception_in_a_streams_consumer_frees_everything(
-    llm: LLM, error: type[BaseException]
+    llm: LLM, submitted: list[str], error: type[BaseException]
 ) -> None:
-    endless = StoppingParams(max_tokens=200, ignore_eos=True)
-    seen = 0
     with pytest.raises(error):
-        for _ in llm.generate([IDS] * 30, stopping=endless, density=0.5, stream=True):
-            seen += 1
-            if seen == 20:
-                raise error
-    eventually(lambda: at_baseline(llm._engine))
+        for _ in llm.generate([IDS] * 30, stopping=ENDLESS, density=0.5, stream=True):
+            raise error
+    assert_all_cancelled(llm, submitted)
     assert len(llm.generate(["a"], stopping=TEN)) == 1
 
 
-def test_an_interrupt_while_it_waits_frees_everything(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [5, 12])
+def test_an_interrupt_frees_everything(
+    llm: LLM, submitted: list[str], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    submit, submitted = Engine.submit, []
+    """Between two prompts, and with the last one that is handed over at first."""
+    submit = Engine.submit
 
     def interrupted(self: Engine, task: Any, sink: Any) -> str:
         turn_id = submit(self, task, sink)
-        submitted.append(turn_id)
-        if len(submitted) == 3:
-            raise KeyboardInterrupt
+        if len(submitted) == at:
+            signal.raise_signal(signal.SIGINT)
         return turn_id
 
     monkeypatch.setattr(Engine, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        llm.generate([IDS] * 30, stopping=StoppingParams(max_tokens=200, ignore_eos=True))
-    assert len(submitted) == 3
-    eventually(lambda: at_baseline(llm._engine))
+        llm.generate([IDS] * 30, stopping=ENDLESS)
+    assert len(submitted) == at
+    assert_all_cancelled(llm, submitted)
 
 
-def test_a_stream_that_is_closed_or_dropped_ends_its_work(llm: LLM) -> None:
-    endless = StoppingParams(max_tokens=200, ignore_eos=True)
-    stream = llm.generate([IDS] * 30, stopping=endless, stream=True)
+def test_an_interrupt_ends_the_wait_for_results(llm: LLM, submitted: list[str]) -> None:
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        eventually(lambda: len(submitted) == 4 + SUBMITTED_AHEAD, within_s=60)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        pool.submit(interrupt)
+        llm.generate([IDS] * 30, stopping=ENDLESS)
+    assert_all_cancelled(llm, submitted)
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_a_stream_that_is_closed_or_dropped_ends_its_work(
+    llm: LLM, submitted: list[str], how: str
+) -> None:
+    stream = llm.generate([IDS] * 30, stopping=ENDLESS, stream=True)
     next(stream)
-    stream.close()
-    eventually(lambda: at_baseline(llm._engine))
-    stream = llm.generate([IDS] * 30, stopping=endless, stream=True)
-    next(stream)
-    del stream
-    gc.collect()
-    eventually(lambda: at_baseline(llm._engine))
+    if how == "closed":
+        stream.close()
+    else:
+        del stream
+        gc.collect()
+    assert_all_cancelled(llm, submitted)
 
 
 def test_a_stream_nobody_reads_does_not_keep_others_from_their_turn(llm: LLM) -> None:
