@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from numbers import Integral
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
@@ -14,16 +13,9 @@ import torch
 
 from griffin_core.batch import run_tasks
 from griffin_core.choices import DEFAULT_MODEL, PolicyName, Sharing
+from griffin_core.completion import Completion, Piece, Score, completion_of, score_of
 from griffin_core.cpu_share import CpuShare
-from griffin_core.decode.events import (
-    Event,
-    Failed,
-    Finished,
-    PruningFigures,
-    Scored,
-    Timings,
-    TokensMade,
-)
+from griffin_core.decode.events import Event, Failed, Finished, Scored, TokensMade
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine import Engine
@@ -31,95 +23,28 @@ from griffin_core.errors import CapacityExhausted, EngineFault, EngineStopped, I
 from griffin_core.experts.selection import Selection
 from griffin_core.kv_cache import kv_bytes
 from griffin_core.model.load import DTYPES, Model, load_model
-from griffin_core.model.prompt import PromptKind, chat_ids, check_options, given_ids, text_ids
+from griffin_core.model.prompt import (
+    Message,
+    Prompt,
+    PromptKind,
+    are_ids,
+    given_ids,
+    is_chat,
+    list_prompts,
+    prompt_ids,
+)
 from griffin_core.model.source import Progress
 from griffin_core.prefill import default_chunk_tokens
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.bans import Bans
-from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
-from griffin_core.sampling.stopping import FinishReason, StoppingParams
+from griffin_core.sampling.stopping import StoppingParams
 
 SUBMITTED_AHEAD = 8
 """Tasks that wait in the engine beside those that run, so that none of its places stays empty
 while this process takes a result."""
 
-Message = Mapping[str, str] | tuple[str, str]
-"""``{"role": ..., "content": ...}``, or a pair of the two."""
-
-Prompt = str | Sequence[Message] | Sequence[int]
-"""A text, a chat, or token ids."""
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What became of a prompt.
-
-    Args:
-        text: without the stop string and special tokens, unless ``StoppingParams`` asks for them.
-        token_ids: all tokens that were drawn, an end token included.
-        prompt_token_ids: what the prompt was to the model.
-        finish_reason: "eos", "stop_sequence", "max_tokens" or "context_length".
-        stop: the stop string that matched; empty if none did.
-        logprobs: of each token; None unless ``top_logprobs`` was given.
-        timings: in seconds, from when the prompt was handed to the engine.
-        pruning: what the tokens ran on.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stop: str
-    logprobs: tuple[Logprobs, ...] | None
-    timings: Timings
-    pruning: PruningFigures
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
-    def generated_tokens(self) -> int:
-        return len(self.token_ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one step adds to a completion. Texts of all pieces, joined, are the completion's.
-
-    Args:
-        text: whole characters; may lag behind ``token_ids``.
-        logprobs: of each token; empty unless ``top_logprobs`` was given.
-        completion: all of it, in its last piece, which adds nothing; None in the others.
-    """
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[Logprobs, ...] = ()
-    completion: Completion | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenScore:
-    """One token of a scored continuation; ``greedy`` if it is the most likely one there."""
-
-    id: int
-    logprob: float
-    greedy: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely."""
-
-    logprob: float
-    greedy: bool
-    tokens: tuple[TokenScore, ...]
-    context_tokens: int
-    pruning: PruningFigures
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -154,16 +79,17 @@ class LLM:
     when nothing refers to it any more.
 
     The model runs on a thread of its own. Other work with torch in this process competes with it
-    for CPUs, which slows both down and changes no result.
+    for CPUs, which slows both down.
 
     Args:
         model: as ``load_model`` takes it; or a model that is loaded.
         dtype: of weights, activations and KV: "float32", "bfloat16", "float16" or a torch.dtype;
             None for the fastest of the device.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
-        density, policy, sharing: of calls that name none. "auto" runs dense where pruning gains no
-            time, whatever the density: ``Completion.pruning`` says what ran. To measure what
-            pruning does to a model, take "private": always on the prompt's own experts.
+        density, policy, sharing: defaults for calls that set none. Sharing "auto" runs dense where
+            pruning gains no time, whatever the density; ``Completion.pruning`` says what ran. To
+            measure what pruning does to a model take "private", which always runs on the prompt's
+            own experts.
         threads: of the model on a CPU; None for as many as other programs leave CPUs.
         batch_invariant: results do not depend, to the bit, on what else runs; see ``Engine``.
         max_sessions: prompts that run at once.
@@ -319,7 +245,7 @@ class LLM:
             EngineStopped: the LLM is closed, or was while this ran.
         """
         self._check_open()
-        batch = _listed(prompts)
+        batch = list_prompts(prompts)
         count = len(batch)
         pruning = PruningParams(density=density, policy=policy, sharing=sharing)
         sampling = SamplingParams() if sampling is None else sampling
@@ -335,8 +261,13 @@ class LLM:
         tasks = []
         for index, prompt in enumerate(batch):
             with _naming(f"prompts[{index}]"):
-                kind, ids = self._ids(
-                    prompt, add_special_tokens, continue_final_message, chat_template_kwargs
+                kind, ids = prompt_ids(
+                    prompt,
+                    self.model.tokenizer,
+                    add_special_tokens=add_special_tokens,
+                    continue_final_message=continue_final_message,
+                    chat_template_kwargs=chat_template_kwargs,
+                    most=self.model.decoder.spec.context_length,
                 )
                 drawn = replace(
                     samplings[index],
@@ -386,9 +317,9 @@ class LLM:
         **options: Unpack[GenerateOptions],
     ) -> list[Completion] | Generator[tuple[int, Piece], None, None]:
         """As ``generate``, of one chat or many, and of nothing else."""
-        chats = _listed(messages)
+        chats = list_prompts(messages)
         for index, chat in enumerate(chats):
-            if not _is_chat(chat):
+            if not is_chat(chat):
                 raise InvalidRequest(f"messages[{index}]", chat, "a chat; generate takes others")
         if stream:
             return self.generate(chats, stream=True, **options)
@@ -460,50 +391,10 @@ class LLM:
         done: dict[int, Score] = {}
         for index, event in self._events(tasks, "pairs", whole=True):
             if isinstance(event, Scored):
-                done[index] = _score(tasks[index], event)
+                done[index] = score_of(tasks[index], event)
         return [done[index] for index in range(len(tasks))]
 
     # -- from what is given to tasks -------------------------------------------------------------
-
-    def _ids(
-        self,
-        prompt: object,
-        add_special_tokens: bool | None,
-        continue_final_message: bool,
-        chat_template_kwargs: Mapping[str, Any] | None,
-    ) -> tuple[PromptKind, list[int]]:
-        """What a prompt is given as, and its token ids."""
-        kind: PromptKind
-        if isinstance(prompt, str):
-            kind = "text"
-        elif _is_chat(prompt):
-            kind = "messages"
-        elif _are_ids(prompt):
-            kind = "token_ids"
-        else:
-            raise InvalidRequest("prompt", prompt, "a text, a chat, or token ids")
-        check_options(
-            kind,
-            add_special_tokens=add_special_tokens,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        tokenizer, most = self.model.tokenizer, self.model.decoder.spec.context_length
-        if kind == "text":
-            special_tokens = add_special_tokens is not False
-            text = cast(str, prompt)
-            return kind, text_ids(text, tokenizer, special_tokens=special_tokens, most=most)
-        if kind == "token_ids":
-            return kind, given_ids(kind, [int(i) for i in cast(Sequence[int], prompt)], most=most)
-        chat = [_message(i, message) for i, message in enumerate(cast(Sequence[object], prompt))]
-        ids = chat_ids(
-            chat,
-            tokenizer,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-            most=most,
-        )
-        return kind, ids
 
     def _check_generate(self, task: GenerateTask, kind: PromptKind) -> None:
         spec = self.model.decoder.spec
@@ -524,7 +415,7 @@ class LLM:
             prompt, rest = self.model.tokenizer.encode_pair(
                 context, continuation, special_tokens=add_special_tokens is not False, most=most
             )
-        elif _are_ids(context) and _are_ids(continuation):
+        elif are_ids(context) and are_ids(continuation):
             if add_special_tokens is not None:
                 raise InvalidRequest("add_special_tokens", "set with token ids", "with text")
             prompt = given_ids("context", [int(i) for i in context], most=most)
@@ -566,7 +457,7 @@ class LLM:
                         piece = Piece(text=event.text, token_ids=event.ids, logprobs=event.logprobs)
                         yield index, piece
                     case Finished():
-                        completion = _completion(tasks[index], made.pop(index), event)
+                        completion = completion_of(tasks[index], made.pop(index), event)
                         yield index, Piece(completion=completion)
 
     def _events(
@@ -618,58 +509,6 @@ def _naming(place: str) -> Iterator[None]:
         raise CapacityExhausted(f"{place}: {error}", retry_after_s=None) from error
 
 
-def _listed(prompts: object) -> list[Any]:
-    """The prompts: a single one may come without a list around it.
-
-    Raises:
-        InvalidRequest: they are neither.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
-        raise InvalidRequest(
-            "prompts", prompts, "texts, chats (lists of messages) or token ids, one or a list"
-        )
-    listed = list(prompts)
-    return [listed] if listed and (_is_id(listed[0]) or _is_message(listed[0])) else listed
-
-
-def _is_id(item: object) -> bool:
-    return isinstance(item, Integral) and not isinstance(item, bool)
-
-
-def _are_ids(given: object) -> bool:
-    return isinstance(given, Sequence) and all(_is_id(item) for item in given)
-
-
-def _is_message(item: object) -> bool:
-    pair = isinstance(item, tuple) and len(item) == 2 and all(isinstance(p, str) for p in item)
-    return pair or isinstance(item, Mapping)
-
-
-def _is_chat(prompt: object) -> bool:
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and len(prompt) > 0
-        and all(_is_message(item) for item in prompt)
-    )
-
-
-def _message(index: int, given: object) -> tuple[str, str]:
-    """Role and content."""
-    if isinstance(given, Mapping):
-        if given.keys() != {"role", "content"}:
-            names = ", ".join(map(str, given)) or "nothing"
-            raise InvalidRequest(f"messages[{index}]", names, "role and content")
-        given = (given["role"], given["content"])
-    role, content = cast(tuple[object, object], given)
-    for name, value in (("role", role), ("content", content)):
-        if not isinstance(value, str):
-            raise InvalidRequest(f"messages[{index}].{name}", value, "a string")
-    return cast(tuple[str, str], (role, content))
-
-
 def _each(name: str, given: T | Sequence[T], count: int) -> list[T]:
     """One for each prompt."""
     if not isinstance(given, Sequence):
@@ -687,28 +526,3 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     if isinstance(seed, Sequence):
         return seeds
     return [(seed + index) % (LARGEST_SEED + 1) for index in range(count)]
-
-
-def _completion(task: GenerateTask, made: Sequence[TokensMade], end: Finished) -> Completion:
-    logprobs = tuple(item for each in made for item in each.logprobs)
-    return Completion(
-        text="".join(each.text for each in made),
-        token_ids=tuple(token for each in made for token in each.ids),
-        prompt_token_ids=task.prompt,
-        finish_reason=end.reason,
-        stop=end.stop,
-        logprobs=None if task.top_logprobs is None else logprobs,
-        timings=end.timings,
-        pruning=end.pruning,
-    )
-
-
-def _score(task: ScoreTask, event: Scored) -> Score:
-    scored = zip(task.continuation, event.logprobs, event.greedy, strict=True)
-    return Score(
-        logprob=sum(event.logprobs),
-        greedy=all(event.greedy),
-        tokens=tuple(TokenScore(id=i, logprob=p, greedy=best) for i, p, best in scored),
-        context_tokens=len(task.prompt),
-        pruning=event.pruning,
-    )

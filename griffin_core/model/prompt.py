@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, Literal, cast
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.tokenizer import Tokenizer
 
 PromptKind = Literal["text", "token_ids", "messages"]
 """What a prompt is given as; errors name it so."""
+
+Message = Mapping[str, str] | tuple[str, str]
+"""``{"role": ..., "content": ...}``, or a pair of the two."""
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A text, a chat, or token ids."""
 
 
 def check_options(
@@ -101,6 +108,111 @@ def given_ids(name: str, ids: Sequence[int], *, most: int) -> list[int]:
     if len(ids) > most:
         raise InvalidRequest(name, f"{len(ids)} tokens", f"at most {most}, the context length")
     return _some(name, list(ids))
+
+
+def list_prompts(prompts: object) -> list[Any]:
+    """The prompts: a single one may come without a list around it.
+
+    Raises:
+        InvalidRequest: they are neither.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(
+            "prompts", prompts, "texts, chats (lists of messages) or token ids, one or a list"
+        )
+    listed = list(prompts)
+    return [listed] if listed and (_is_id(listed[0]) or _is_message(listed[0])) else listed
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
+
+
+def are_ids(given: object) -> bool:
+    """Whether something is a list of token ids, as far as types say."""
+    return isinstance(given, Sequence) and all(_is_id(item) for item in given)
+
+
+def _is_message(item: object) -> bool:
+    pair = isinstance(item, tuple) and len(item) == 2 and all(isinstance(p, str) for p in item)
+    return pair or isinstance(item, Mapping)
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether something is a list of messages; what is in them is for ``prompt_ids`` to say."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(_is_message(item) for item in prompt)
+    )
+
+
+def prompt_ids(
+    prompt: object,
+    tokenizer: Tokenizer,
+    *,
+    add_special_tokens: bool | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    most: int,
+) -> tuple[PromptKind, list[int]]:
+    """What a prompt is given as, and its token ids.
+
+    Args:
+        prompt: a ``Prompt``.
+        add_special_tokens: None for True.
+        most: see ``text_ids``.
+
+    Raises:
+        InvalidRequest: naming what was given and what is allowed.
+    """
+    kind: PromptKind
+    if isinstance(prompt, str):
+        kind = "text"
+    elif is_chat(prompt):
+        kind = "messages"
+    elif are_ids(prompt):
+        kind = "token_ids"
+    else:
+        raise InvalidRequest("prompt", prompt, "a text, a chat, or token ids")
+    check_options(
+        kind,
+        add_special_tokens=add_special_tokens,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    if kind == "text":
+        special_tokens = add_special_tokens is not False
+        ids = text_ids(cast(str, prompt), tokenizer, special_tokens=special_tokens, most=most)
+    elif kind == "token_ids":
+        ids = given_ids(kind, [int(token) for token in cast(Sequence[int], prompt)], most=most)
+    else:
+        messages = enumerate(cast(Sequence[object], prompt))
+        ids = chat_ids(
+            [_message_of(index, message) for index, message in messages],
+            tokenizer,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            most=most,
+        )
+    return kind, ids
+
+
+def _message_of(index: int, given: object) -> tuple[str, str]:
+    """Role and content of a message of a chat, which is its ``index``-th."""
+    if isinstance(given, Mapping):
+        if given.keys() != {"role", "content"}:
+            names = ", ".join(map(str, given)) or "nothing"
+            raise InvalidRequest(f"messages[{index}]", names, "role and content")
+        given = (given["role"], given["content"])
+    role, content = cast(tuple[object, object], given)
+    for name, value in (("role", role), ("content", content)):
+        if not isinstance(value, str):
+            raise InvalidRequest(f"messages[{index}].{name}", value, "a string")
+    return cast(tuple[str, str], (role, content))
 
 
 def _some(name: str, ids: list[int]) -> list[int]:

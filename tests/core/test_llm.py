@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import griffin_core
 from griffin_core import LLM, SamplingParams, StoppingParams
 from griffin_core.batch import run_tasks
+from griffin_core.completion import Piece
 from griffin_core.decode.events import Finished, TokensMade
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
@@ -29,7 +30,7 @@ from griffin_core.errors import (
     InvalidRequest,
     NonFiniteLogits,
 )
-from griffin_core.llm import SUBMITTED_AHEAD, Piece
+from griffin_core.llm import SUBMITTED_AHEAD
 from griffin_core.model.load import Model
 from tests.core.engines import at_baseline, complete, engine
 from tests.servers import eventually
