@@ -1,10 +1,35 @@
 """The method and the engine: torch and transformers; no gRPC, no metrics, no command line.
 
-Imported before torch, it sets how OpenMP's threads wait (``openmp``).
+Imported before torch, it sets how OpenMP's threads wait (``openmp``). The public names are loaded
+when they are first asked for, so that importing the package stays fast.
 """
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from griffin_core.openmp import wait_briefly
 
+if TYPE_CHECKING:
+    from griffin_core.llm import LLM as LLM
+    from griffin_core.sampling.params import SamplingParams as SamplingParams
+    from griffin_core.sampling.stopping import StoppingParams as StoppingParams
+
 wait_briefly(os.environ)
+
+_PUBLIC = {
+    "LLM": "griffin_core.llm",
+    "SamplingParams": "griffin_core.sampling.params",
+    "StoppingParams": "griffin_core.sampling.stopping",
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -160,7 +160,8 @@ class Engine:
         with self._stop_lock:
             self._stopping = True
             self._commands.put(lambda: None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # garbage is collected on any thread
+            self._thread.join()
 
     def submit(self, task: GenerateTask | ScoreTask, sink: Sink[Event]) -> str:
         """Queues a task; what becomes of it goes to ``sink``, ending in Finished, Scored or Failed.

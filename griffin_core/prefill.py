@@ -38,6 +38,12 @@ Moment = float | torch.cuda.Event
 """Seconds on the host's clock, or a place in the order of a GPU's work."""
 
 
+def default_chunk_tokens(device: torch.device) -> int:
+    """Tokens of a pass on a device: so many that products run at its rate, and no more, since
+    streams wait meanwhile."""
+    return GPU_CHUNK_TOKENS if device.type == "cuda" else CHUNK_TOKENS
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerKv:
     """One layer's keys and values for a run of tokens.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from griffin_core.decode.session import Sharing
+from griffin_core.decode.session import SHARINGS, Sharing
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.selection import PolicyName, Selection
+from griffin_core.experts.selection import POLICIES, PolicyName, Selection
 from griffin_core.model.spec import ModelSpec
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
@@ -24,7 +24,7 @@ class PruningParams:
         sharing: see ``session.Sharing``.
 
     Raises:
-        InvalidRequest: density is not in (0, 1].
+        InvalidRequest: density is not in (0, 1], or there is no such policy or sharing.
     """
 
     density: float | None = None
@@ -34,6 +34,10 @@ class PruningParams:
     def __post_init__(self) -> None:
         if self.density is not None and not 0 < self.density <= 1:  # NaN fails too
             raise InvalidRequest("pruning.density", self.density, "(0, 1]")
+        if self.policy is not None and self.policy not in POLICIES:
+            raise InvalidRequest("pruning.policy", self.policy, ", ".join(POLICIES))
+        if self.sharing is not None and self.sharing not in SHARINGS:
+            raise InvalidRequest("pruning.sharing", self.sharing, ", ".join(SHARINGS))
 
     def selection(self, base: Selection, seed: int) -> Selection:
         """The selection to run: this request's words, ``base`` for what it leaves open."""
@@ -112,6 +116,14 @@ class ScoreTask:
 
     def check(self, spec: ModelSpec, context_field: str, continuation_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model."""
+        if not self.prompt:
+            raise InvalidRequest(
+                context_field, "no tokens before those of the continuation", "at least one token"
+            )
+        if not self.continuation:
+            raise InvalidRequest(
+                continuation_field, "no tokens behind the context", "at least one token"
+            )
         check_token_ids(context_field, self.prompt, spec)
         check_token_ids(continuation_field, self.continuation, spec)
         total = len(self.prompt) + len(self.continuation)

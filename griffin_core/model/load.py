@@ -86,6 +86,7 @@ def load_model(
     Args:
         model: a directory, a path to a .gguf file, a hub id, or ``source.DEFAULT_MODEL``.
         dtype: of weights, activations and KV; ``default_dtype`` if None.
+        device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
         progress: told about each slow part.
 
     Raises:
@@ -105,7 +106,10 @@ def load_model(
 
 def _device(given: torch.device | str) -> torch.device:
     gpus = torch.cuda.device_count()
-    allowed = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if str(given) == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    names = [*(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    allowed = ["cpu", *names, "auto"]
     if str(given) not in allowed:
         here = "" if gpus else "; torch sees no CUDA device here"
         raise InvalidRequest("device", str(given), ", ".join(allowed) + here)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from itertools import compress
 
 from griffin_core.errors import InvalidRequest
@@ -16,8 +16,8 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
 
 
-class FinishReason(Enum):
-    """Why a completion ended."""
+class FinishReason(StrEnum):
+    """Why a completion ended. Equal to its name in small letters: ``reason == "eos"``."""
 
     EOS = "eos"
     STOP_SEQUENCE = "stop_sequence"

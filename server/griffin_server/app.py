@@ -15,7 +15,7 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.model.source import Progress
-from griffin_core.prefill import CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from griffin_core.prefill import default_chunk_tokens
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.channel import Mail
@@ -37,17 +37,12 @@ def load(settings: Settings, progress: Progress) -> Model:
     Raises:
         ModelError, InvalidRequest: see ``load_model``.
     """
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(
-        settings.model, dtype=DTYPES.get(settings.dtype), device=device, progress=progress
+        settings.model,
+        dtype=DTYPES.get(settings.dtype),
+        device=settings.device,
+        progress=progress,
     )
-
-
-def _chunk_tokens(device: torch.device) -> int:
-    """So many that products run at the device's rate, and no more: streams wait meanwhile."""
-    return GPU_CHUNK_TOKENS if device.type == "cuda" else CHUNK_TOKENS
 
 
 def _prefill_share(device: torch.device) -> float:
@@ -109,7 +104,8 @@ class App:
                 memory_fraction=settings.memory_fraction,
                 session_ttl_s=settings.session_ttl_s,
                 reader_timeout_s=settings.reader_timeout_s,
-                chunk_tokens=settings.prefill_chunk_tokens or _chunk_tokens(model.decoder.device),
+                chunk_tokens=settings.prefill_chunk_tokens
+                or default_chunk_tokens(model.decoder.device),
                 prefill_share=settings.prefill_share or _prefill_share(model.decoder.device),
             ),
             cuda_graphs=settings.cuda_graphs and settings.role != "prefill",

@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from base64 import b64decode, urlsafe_b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.struct_pb2 import ListValue, Struct
@@ -24,6 +24,13 @@ from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
+from griffin_core.model.prompt import (
+    PromptKind,
+    chat_ids,
+    check_options,
+    given_ids,
+    text_ids,
+)
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.bad_words import bad_words_ids
@@ -167,20 +174,19 @@ def score_task(
             "continuation", f"{context} with {continuation}", "both as text or both as token ids"
         )
     most = spec.context_length
-    special_tokens = _adds_special_tokens(request, context, "context")
+    special_tokens = _add_special_tokens(request)
+    if special_tokens is not None and context != "context":
+        raise InvalidRequest("add_special_tokens", f"set with {context}", "with context")
     if context == "context":
         prompt, rest = tokenizer.encode_pair(
-            request.context, request.continuation, special_tokens=special_tokens, most=most
+            request.context,
+            request.continuation,
+            special_tokens=special_tokens is not False,
+            most=most,
         )
     else:
-        prompt = _given_ids(context, request.context_token_ids, most)
-        rest = _given_ids(continuation, request.continuation_token_ids, most)
-    if not prompt:
-        raise InvalidRequest(
-            "context", "no tokens before those of the continuation", "at least one token"
-        )
-    if not rest:
-        raise InvalidRequest(continuation, "no tokens behind the context", "at least one token")
+        prompt = given_ids(context, request.context_token_ids, most=most)
+        rest = given_ids(continuation, request.continuation_token_ids, most=most)
     task = ScoreTask(
         prompt=tuple(prompt),
         continuation=tuple(rest),
@@ -193,13 +199,13 @@ def score_task(
     return task
 
 
-def input_field(request: pb.GenerateRequest | pb.AnalyzePromptRequest) -> str:
+def input_field(request: pb.GenerateRequest | pb.AnalyzePromptRequest) -> PromptKind:
     """Which of "text", "token_ids" and "messages" a request gives.
 
     Raises:
         InvalidRequest: not exactly one.
     """
-    given = {
+    given: dict[PromptKind, bool] = {
         "text": request.HasField("text"),
         "token_ids": bool(request.token_ids),
         "messages": bool(request.messages),
@@ -207,7 +213,7 @@ def input_field(request: pb.GenerateRequest | pb.AnalyzePromptRequest) -> str:
     return _exactly_one("input", given)
 
 
-def _exactly_one(name: str, given: dict[str, bool]) -> str:
+def _exactly_one(name: str, given: Mapping[N, bool]) -> N:
     names = [field for field, is_given in given.items() if is_given]
     if len(names) != 1:
         shown = " and ".join(names) if names else "none"
@@ -217,7 +223,7 @@ def _exactly_one(name: str, given: dict[str, bool]) -> str:
 
 
 def prompt_ids(
-    field: str,
+    field: PromptKind,
     request: pb.GenerateRequest | pb.AnalyzePromptRequest,
     tokenizer: Tokenizer,
     spec: ModelSpec,
@@ -235,67 +241,39 @@ def prompt_ids(
         InvalidRequest: naming field, value and range.
     """
     most = spec.context_length
-    special_tokens = _adds_special_tokens(request, field, "text", default=not continues)
-    if field != "messages":
-        if request.continue_final_message:
-            raise InvalidRequest("continue_final_message", f"true with {field}", "with messages")
-        if request.HasField("chat_template_kwargs"):
-            raise InvalidRequest("chat_template_kwargs", f"set with {field}", "with messages")
+    check_options(
+        field,
+        add_special_tokens=_add_special_tokens(request),
+        continue_final_message=request.continue_final_message,
+        chat_template_kwargs=(
+            request.chat_template_kwargs if request.HasField("chat_template_kwargs") else None
+        ),
+    )
     match field:
         case "text":
-            if not request.text:
-                raise InvalidRequest("text", "an empty prompt", "at least one token")
-            ids = tokenizer.encode(request.text, special_tokens=special_tokens, most=most)
+            added = _add_special_tokens(request)
+            special_tokens = not continues if added is None else added
+            return text_ids(request.text, tokenizer, special_tokens=special_tokens, most=most)
         case "token_ids":
-            ids = _given_ids(field, request.token_ids, most)
-        case _:
-            if continues:
-                raise InvalidRequest(
-                    "messages", "messages with session_id", "text or token_ids in a later turn"
-                )
-            if len(request.messages) > most:
-                raise InvalidRequest(
-                    "messages",
-                    f"{len(request.messages)} messages",
-                    f"at most {most}, the context length",
-                )
-            for index, message in enumerate(request.messages):
-                if not message.role:
-                    raise InvalidRequest(f"messages[{index}].role", "''", "not empty")
-            ids = tokenizer.encode_chat(
-                [(m.role, m.content) for m in request.messages],
-                continue_final_message=request.continue_final_message,
-                variables=_plain("chat_template_kwargs", request.chat_template_kwargs),
-                most=most,
-            )
-    if not ids:
-        raise InvalidRequest(field, "a prompt of no tokens", "at least one token")
-    return ids
+            return given_ids(field, request.token_ids, most=most)
+    if continues:
+        raise InvalidRequest(
+            "messages", "messages with session_id", "text or token_ids in a later turn"
+        )
+    return chat_ids(
+        [(m.role, m.content) for m in request.messages],
+        tokenizer,
+        continue_final_message=request.continue_final_message,
+        chat_template_kwargs=_plain("chat_template_kwargs", request.chat_template_kwargs),
+        most=most,
+    )
 
 
-def _adds_special_tokens(
+def _add_special_tokens(
     request: pb.GenerateRequest | pb.AnalyzePromptRequest | pb.ScoreRequest,
-    field: str,
-    text_field: str,
-    *,
-    default: bool = True,
-) -> bool:
-    """Whether the tokenizer adds its own special tokens to the text.
-
-    Raises:
-        InvalidRequest: the request says so, but its input is no text.
-    """
-    if not request.HasField("add_special_tokens"):
-        return default
-    if field != text_field:
-        raise InvalidRequest("add_special_tokens", f"set with {field}", f"with {text_field}")
-    return request.add_special_tokens
-
-
-def _given_ids(field: str, ids: Sequence[int], most: int) -> list[int]:
-    if len(ids) > most:
-        raise InvalidRequest(field, f"{len(ids)} tokens", f"at most {most}, the context length")
-    return list(ids)
+) -> bool | None:
+    """Whether the tokenizer adds its own special tokens to the text; None if that is not set."""
+    return request.add_special_tokens if request.HasField("add_special_tokens") else None
 
 
 def _plain(name: str, value: Any) -> Any:
