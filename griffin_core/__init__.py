@@ -1,10 +1,35 @@
 """The method and the engine: torch and transformers; no gRPC, no metrics, no command line.
 
-Imported before torch, it sets how OpenMP's threads wait (``openmp``).
+Imported before torch, it sets how OpenMP's threads wait (``openmp``). The public names are loaded
+when they are first asked for, so that importing the package stays fast.
 """
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from griffin_core.openmp import wait_briefly
 
+if TYPE_CHECKING:
+    from griffin_core.experts.selection import Selection as Selection
+    from griffin_core.hf import sparsify as sparsify
+    from griffin_core.model.load import load_model as load_model
+
 wait_briefly(os.environ)
+
+_PUBLIC = {
+    "Selection": "griffin_core.experts.selection",
+    "load_model": "griffin_core.model.load",
+    "sparsify": "griffin_core.hf",
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
