@@ -1,7 +1,7 @@
 """Where the feedforward (FF) blocks of a transformers model are, found by their structure.
 
 A block is a module that holds two or three linear layers and the activation between them: gate, up
-and down; gate and up in one, and down; or up and down.
+and down; gate and up in one, and down; or up and down. Between them every neuron must be by itself.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     if model.config.is_encoder_decoder:
         raise UnknownFamily(f"{family} has an encoder; allowed: models of a decoder alone")
     config = model.config.get_text_config(decoder=True)
+    count, width = (getattr(config, of, None) for of in ("num_hidden_layers", "hidden_size"))
     names = {module: name for name, module in model.named_modules()}
     for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            blocks = [_find_block(layer, names, config.hidden_size) for layer in module]
+        if isinstance(module, nn.ModuleList) and len(module) == count and width:
+            blocks = [_find_block(layer, names, width) for layer in module]
             break
     else:
-        raise UnknownFamily(f"{family} has no list of its {config.num_hidden_layers} layers")
+        raise UnknownFamily(f"{family} has no list of {count} layers; allowed: one of all layers")
     for block in blocks:
         if sizes(block.down) != sizes(blocks[0].down):
             raise UnknownFamily(f"{block.name} is not as wide as {blocks[0].name}")

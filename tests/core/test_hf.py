@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest, UnknownFamily
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection, select_experts
 from griffin_core.experts.statistic import group_score
+from griffin_core.hf import _group_score
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, prefill
 from griffin_core.sampling.params import SamplingParams
@@ -46,12 +48,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**_SHAPE, "num_key_value_heads": 2}),
     "gpt2": ("gpt2", {**_SHAPE, **_GPT2, "n_inner": 88}),
     "bloom": ("bloom", {**_SHAPE, "n_layer": 3, "n_head": 4}),
+    "lfm2": (  # whose activation is a function
+        "lfm2",
+        {
+            **_SHAPE,
+            "num_key_value_heads": 2,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["full_attention"] * 3,
+        },
+    ),
 }
 DOWN = (
     "mlp.down_proj",
     ".fc2",
     "mlp.dense_4h_to_h",
     "mlp.c_proj",
+    "feed_forward.w2",
 )
 FAMILIES = (*OURS, *OTHERS)
 
@@ -399,6 +411,12 @@ def test_tokens_that_fire_nothing_count_in_neither_s_nor_the_number_of_tokens() 
     assert made.shape == (2, 12)
 
 
+def test_a_prompt_that_fires_nothing_has_no_say_in_its_group() -> None:
+    s = torch.rand(1, 3, 20)
+    score = _group_score(torch.cat([s, torch.zeros_like(s)]))
+    assert torch.equal(score, _group_score(s))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model = build("starcoder2", OTHERS["starcoder2"][1]).to(dtype)
@@ -538,6 +556,41 @@ def test_a_block_that_two_layers_share_or_that_is_passed_by_is_refused_by_name()
     )
 
 
+def test_activations_that_are_not_finite_are_refused_by_name() -> None:
+    model = build("llama", _LLAMA)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[7] = math.inf
+    match = r"NaN or infinite activations in model\.layers\.1\.mlp"
+    assert_refused(InvalidRequest, match, model, IDS)
+
+
+def test_magnitude_of_quantized_weights_is_refused(
+    hf: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = hf("llama").model.layers[1].mlp.up_proj
+    packed = nn.Parameter(torch.zeros(88, 24, dtype=torch.uint8), requires_grad=False)
+    monkeypatch.setattr(up, "forward", partial(nn.functional.linear, weight=up.weight))
+    monkeypatch.setitem(up._parameters, "weight", packed)
+    match = r"magnitude, with quantized weights in model\.layers\.1\.mlp; allowed: another"
+    assert_refused(InvalidRequest, match, hf("llama"), IDS, policy="magnitude")
+    with sparsify(hf("llama"), IDS, density=0.5):
+        pass
+
+
+def test_layers_that_are_no_list_are_refused() -> None:
+    model = build("llama", _LLAMA)
+    model.config.num_hidden_layers = 4
+    assert_refused(UnknownFamily, "LlamaForCausalLM has no list of 4 layers", model, IDS)
+
+
+def test_layers_of_different_width_are_refused_by_name() -> None:
+    model = build("llama", _LLAMA)
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = nn.Linear(48, 64), nn.Linear(48, 64)
+    mlp.down_proj = nn.Linear(64, 48)
+    assert_refused(UnknownFamily, r"model\.layers\.1\.mlp is not as wide as", model, IDS)
+
+
 def test_encoders_and_other_modules_are_refused() -> None:
     shape = {"d_model": 48, "num_layers": 1, "num_heads": 4, "d_kv": 12, "d_ff": 64}
     t5 = AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING["t5"](vocab_size=VOCABULARY, **shape))
@@ -575,6 +628,18 @@ def test_bad_arguments_are_refused_before_the_prompt_runs(
 def test_a_model_in_training_is_refused() -> None:
     model = build("llama", _LLAMA).train()
     assert_refused(InvalidRequest, "in training mode; allowed: after model", model, IDS)
+
+
+def test_after_a_call_that_failed_halfway_a_part_of_the_model_is_refused_as_before(
+    hf: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hf("llama")
+    with sparsify(model, IDS, density=0.5):
+        with monkeypatch.context() as broken, pytest.raises(TypeError):
+            broken.setattr(model.model.layers[2].mlp, "forward", None)
+            model(IDS)
+        with pytest.raises(InvalidRequest, match="model: got a part of it"):
+            model.model(IDS)
 
 
 def test_calls_that_are_not_of_the_prompt_are_refused(
