@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 from griffin_core.openmp import wait_briefly
 
 if TYPE_CHECKING:
+    from griffin_core.experts.selection import Selection as Selection
+    from griffin_core.hf import sparsify as sparsify
     from griffin_core.llm import LLM as LLM
+    from griffin_core.model.load import load_model as load_model
     from griffin_core.sampling.params import SamplingParams as SamplingParams
     from griffin_core.sampling.stopping import StoppingParams as StoppingParams
 
@@ -20,7 +23,10 @@ wait_briefly(os.environ)
 _PUBLIC = {
     "LLM": "griffin_core.llm",
     "SamplingParams": "griffin_core.sampling.params",
+    "Selection": "griffin_core.experts.selection",
     "StoppingParams": "griffin_core.sampling.stopping",
+    "load_model": "griffin_core.model.load",
+    "sparsify": "griffin_core.hf",
 }
 """Public name -> the module that defines it."""
 

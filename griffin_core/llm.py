@@ -70,7 +70,7 @@ class LLM:
 
         from griffin_core import LLM
 
-        with LLM("smollm2-135m-instruct", density=0.5, sharing="private") as llm:
+        with LLM("smollm2-135m-instruct", density=0.5) as llm:
             for completion in llm.generate(["Once upon a time", "It was"]):
                 print(completion.text)
 
@@ -86,10 +86,9 @@ class LLM:
         dtype: of weights, activations and KV: "float32", "bfloat16", "float16" or a torch.dtype;
             None for the fastest of the device.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
-        density, policy, sharing: defaults for calls that set none. Sharing "auto" runs dense where
-            pruning gains no time, whatever the density; ``Completion.pruning`` says what ran. To
-            measure what pruning does to a model take "private", which always runs on the prompt's
-            own experts.
+        density, policy, sharing: defaults for calls that set none. "private" always runs on the
+            prompt's own experts. "auto", a server's default, runs dense where pruning gains no
+            time, whatever the density; ``Completion.pruning`` says what ran.
         threads: of the model on a CPU; None for as many as other programs leave CPUs.
         batch_invariant: results do not depend, to the bit, on what else runs; see ``Engine``.
         max_sessions: prompts that run at once.
@@ -111,7 +110,7 @@ class LLM:
         device: str = "auto",
         density: float = 1.0,
         policy: PolicyName = "topk",
-        sharing: Sharing = "auto",
+        sharing: Sharing = "private",
         threads: int | None = None,
         batch_invariant: bool = False,
         max_sessions: int = 64,

@@ -22,7 +22,7 @@ CONSOLE = [
     [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]
     for block in re.findall(r"```console\n(.*?)```", USE_IT, re.DOTALL)
 ]
-(PYTHON,) = re.findall(r"```python\n(.*?)```", USE_IT, re.DOTALL)
+PYTHON, OFFLINE = re.findall(r"```python\n(.*?)```", USE_IT, re.DOTALL)
 TYPED = {"griffin chat": "What does a compiler do?\n\n"}
 """Standard input of a command."""
 
@@ -109,6 +109,13 @@ def test_the_python_example_gives_a_sensible_answer(directory: Path, target: str
     assert not loops(answer)
     logprob, greedy = score.split()
     assert -5 < float(logprob) < 0 and greedy in ("True", "False")
+
+
+def test_the_example_without_a_server_runs_on_half_of_the_neurons(directory: Path) -> None:
+    said = run([sys.executable, "-c", OFFLINE], directory, "")
+    densities = [float(number) for number in re.findall(r" (\d\.\d+)$", said, re.MULTILINE)]
+    assert len(densities) == 2
+    assert all(0.5 < density < 0.6 for density in densities)  # the first token is dense
 
 
 def test_prefill_and_decode_as_the_readme_starts_them(directory: Path) -> None:

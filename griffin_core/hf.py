@@ -1,0 +1,340 @@
+"""GRIFFIN (arXiv 2404.01365) on any causal language model of transformers, by hooks.
+
+This is the plain form of the method and the reference that the engine is tested against. It shares
+nothing with the engine but the seeded draws of the policies that draw. No neuron is removed: those
+that are no experts are set to zero before the down projection, so nothing gets faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from griffin_core.errors import InvalidRequest, UnknownFamily
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.selection import (
+    POLICIES,
+    PolicyName,
+    Random,
+    Sampled,
+    Selection,
+    TopKSampled,
+)
+from griffin_core.hf_blocks import Block, find_blocks, sizes
+
+_PRUNED: WeakSet[nn.Module] = WeakSet()
+"""Down projections that a ``sparsify`` is changing the input of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsified:
+    """What ``sparsify`` chose.
+
+    Args:
+        s: [N, L, F], each prompt's statistic: the l2 norm over its tokens of the activations, each
+            token's row scaled to unit l2 norm. On the CPU.
+        experts: on which every completion runs.
+    """
+
+    s: Tensor
+    experts: ExpertSet
+
+    @property
+    def norm_mass(self) -> tuple[tuple[float, ...], ...]:
+        """For each prompt, and of it each layer, the share of Σ s² that the experts hold."""
+        return tuple(self.experts.norm_mass(s.square()) for s in self.s)
+
+
+@contextlib.contextmanager
+def sparsify(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    density: float,
+    policy: PolicyName = "topk",
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+) -> Iterator[Sparsified]:
+    """Prunes a model's feedforward (FF) blocks by what a prompt fires, for the completion of this
+    prompt::
+
+        inputs = tokenizer("The city council met on Tuesday", return_tensors="pt")
+        with griffin_core.sparsify(model, inputs.input_ids, density=0.5):
+            model.generate(**inputs, max_new_tokens=64)
+
+    On entry, the prompt runs once through the model, and the experts are chosen. Inside, every
+    token of the prompt still runs on all neurons, and every token that follows it on the experts
+    alone, however the model is called: by ``generate`` with or without a cache, in chunks, with
+    beams or several sequences for each prompt, or directly with prompt and continuation to score.
+    The prompt is told from its completion by its ids, counted from the first that is no padding.
+
+    Several prompts share one expert set, chosen by Σ_i s_i/√S_i over their statistics s_i and
+    numbers of tokens S_i (section 4.3). Tokens whose activations are all zero count in neither.
+
+    Compiled code does not see hooks that come and go. So inside the block, ``torch.compile`` is
+    without effect, for all models.
+
+    Args:
+        model: its FF blocks are found by their structure: in each layer there must be one, of two
+            or three linear layers around an activation. Gate and up may be one linear layer.
+        input_ids: the prompts, [N, P] or [P] integers.
+        density: fraction of the FF neurons that are kept, in (0, 1].
+        policy: how they are chosen, see ``griffin_core.experts.selection``.
+        seed: of the policies that draw, in [0, 2**64).
+        attention_mask: [N, P], 0 for padding, on whichever side; None if there is none.
+
+    Raises:
+        UnknownFamily: the model is built otherwise, mixtures of experts for one.
+        InvalidRequest: an argument is out of range; the model is in training mode, or inside
+            another ``sparsify``. Inside the block, by the model: it was called with other prompts
+            than these, or without their ids.
+    """
+    selection = _selection(density, policy, seed)
+    blocks = find_blocks(model)
+    prompts, layout = _prompts(model, input_ids, attention_mask)
+    if any(block.down in _PRUNED for block in blocks):
+        raise InvalidRequest("model", "one inside another sparsify", "one sparsify at a time")
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        s = _statistics(model, blocks, prompts)
+        experts = ExpertSet(
+            ff_width=s.shape[2], indices=_choose(_group_score(s), blocks, selection)
+        )
+        rows = _Rows(model, prompts, layout)
+        for hook in (
+            model.register_forward_pre_hook(rows.tell, with_kwargs=True),
+            model.register_forward_hook(rows.forget, always_call=True),
+        ):
+            undo.callback(hook.remove)
+        for block, kept in zip(blocks, experts.layers, strict=True):
+            hook = block.down.register_forward_pre_hook(_Prune(rows, kept, experts.ff_width))
+            undo.callback(hook.remove)
+            undo.callback(_PRUNED.discard, block.down)
+            _PRUNED.add(block.down)
+        yield Sparsified(s=s, experts=experts)
+
+
+def _selection(density: float, policy: PolicyName, seed: int) -> Selection:
+    if not 0 < density <= 1:
+        raise InvalidRequest("density", density, "(0, 1]")
+    if policy not in POLICIES:
+        raise InvalidRequest("policy", policy, ", ".join(POLICIES))
+    if not 0 <= seed < 1 << 64:
+        raise InvalidRequest("seed", seed, "[0, 2^64)")
+    return Selection(density=density, policy=policy, seed=seed)
+
+
+def _prompts(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """The ids of each prompt without padding, and [N, P] bool: which of ``input_ids`` they are."""
+    if input_ids.is_floating_point() or input_ids.ndim not in (1, 2) or not input_ids.numel():
+        given = f"{input_ids.dtype} {list(input_ids.shape)}"
+        raise InvalidRequest("input_ids", given, "integers [N, P] or [P], at least one")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        allowed = f"{list(input_ids.shape)}, as input_ids"
+        raise InvalidRequest("attention_mask", list(mask.shape), allowed)
+    length = input_ids.shape[-1]
+    ids = input_ids.reshape(-1, length).to(model.device)
+    layout = mask.reshape(-1, length).to(model.device).bool()
+    if not layout.any(dim=1).all():
+        raise InvalidRequest("attention_mask", "a row of zeros", "at least one token in each row")
+    prompts = [row[real] for row, real in zip(ids, layout, strict=True)]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for token in torch.cat(prompts).aminmax():
+        if not 0 <= token < vocabulary:
+            raise InvalidRequest("input_ids", int(token), f"[0, {vocabulary}), the vocabulary")
+    return prompts, layout
+
+
+# -- which neurons are experts --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _statistics(
+    model: PreTrainedModel, blocks: Sequence[Block], prompts: Sequence[Tensor]
+) -> Tensor:
+    """Runs each prompt by itself: -> s [N, L, F], on the CPU."""
+    seen: list[list[tuple[int, Tensor]]] = [[] for _ in blocks]
+
+    def collect(layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        z = args[0].flatten(0, -2)
+        seen[layer].append((len(z), _s(z).cpu()))
+
+    with contextlib.ExitStack() as undo:
+        for layer, block in enumerate(blocks):
+            hook = block.down.register_forward_pre_hook(partial(collect, layer))
+            undo.callback(hook.remove)
+        for ids in prompts:
+            model.base_model(input_ids=ids[None], use_cache=False)
+    lengths = [len(ids) for ids in prompts]
+    for block, runs in zip(blocks, seen, strict=True):
+        tokens = [length for length, _ in runs]
+        if tokens != lengths:  # shared between layers, or passed by
+            raise UnknownFamily(
+                f"{block.name}: its down projection ran on {tokens[:8]} tokens; allowed: each "
+                f"token of the prompts once, {lengths[:8]}"
+            )
+        if not all(s.isfinite().all() for _, s in runs):
+            given = f"NaN or infinite activations in {block.name}"
+            raise InvalidRequest("model", given, "weights and a data type that suit the prompt")
+    return torch.stack([torch.stack([s for _, s in runs]) for runs in seen], dim=1)
+
+
+def _s(z: Tensor) -> Tensor:
+    """Activations [T, F] -> the statistic s [F] (section 4.2)."""
+    z = z.to(_exact(z.device))
+    norms = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    unit = z / norms.where(norms > 0, 1.0)  # a row of zeros stays one
+    s: Tensor = torch.linalg.vector_norm(unit, dim=0)
+    return s
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _group_score(s: Tensor) -> Tensor:
+    """s [N, L, F] of all prompts -> Σ_i s_i/√S_i [L, F]. Each token that counted has added 1 to
+    Σ_f s_f², so that is S_i."""
+    tokens = s.square().sum(dim=2, keepdim=True).clamp(min=1)
+    return (s / tokens.sqrt()).sum(dim=0)
+
+
+def _choose(score: Tensor, blocks: Sequence[Block], selection: Selection) -> Tensor:
+    """The experts of each layer, [L, K] int32 ascending, by its score [L, F]. Of equal neurons the
+    first is chosen."""
+    k = selection.experts_of(score.shape[1])
+    match selection.policy:
+        case "topk":
+            strength = score
+        case "magnitude":
+            strength = torch.stack([_magnitude(block) for block in blocks])
+        case "sampled":
+            return Sampled().select(score.square(), k, selection.seed)
+        case "topk_sampled":
+            return TopKSampled().select(score.square(), k, selection.seed)
+        case "random":
+            return Random().select(score, k, selection.seed)
+    order = strength.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values.int()
+
+
+def _magnitude(block: Block) -> Tensor:
+    """The l2 norm of each neuron's row of W_1, or the product of those of W_gate and W_up, [F]."""
+    norms = []
+    for linear in block.inner:
+        weight: Tensor = linear.weight.detach()  # type: ignore[operator]
+        rows = weight.t() if isinstance(linear, Conv1D) else weight
+        if not rows.is_floating_point() or tuple(rows.shape[::-1]) != sizes(linear):
+            given = f"magnitude, with quantized weights in {block.name}"
+            raise InvalidRequest("policy", given, "another policy")
+        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=_exact(rows.device)))
+    ff_width, _ = sizes(block.down) or (0, 0)
+    return torch.cat(norms).view(-1, ff_width).prod(dim=0).cpu()
+
+
+# -- which tokens run on them ---------------------------------------------------------------------
+
+
+class _Rows:
+    """Which rows of the running forward pass are of a completion.
+
+    Args:
+        prompts: the ids of N prompts.
+        layout: [N, P] bool, where they are in a padded batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Tensor], layout: Tensor) -> None:
+        self._prompts = pad_sequence(list(prompts), batch_first=True)
+        self._lengths = layout.sum(dim=1)
+        self._layout = layout
+        self._parameters = tuple(signature(model.forward).parameters)
+        self.pruned: Tensor | None = None
+        """[B, T] bool; None while the model is not running."""
+
+    def tell(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at the arguments of the model's forward pass.
+
+        Raises:
+            InvalidRequest: they are not of these prompts and their completions.
+        """
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        ids = given.get("input_ids")
+        if ids is None:
+            allowed = "token ids, which tell the prompt from its completion"
+            raise InvalidRequest("input_ids", "none inside sparsify", allowed)
+        caches = [value for value in given.values() if isinstance(value, Cache)]
+        begin = int(caches[0].get_seq_length()) if caches else 0
+        end = begin + ids.shape[1]
+        times, left = divmod(len(ids), len(self._prompts))
+        if left or not times:
+            allowed = f"a multiple of the {len(self._prompts)} prompts of sparsify"
+            raise InvalidRequest("input_ids", f"{len(ids)} rows", allowed)
+        real = self._real(given.get("attention_mask"), times, end).to(ids.device)
+        position = real.cumsum(dim=1)[:, begin:] - 1
+        of_prompt = real[:, begin:] & (position < self._repeated(self._lengths, times)[:, None])
+        last = self._prompts.shape[1] - 1
+        expected = self._repeated(self._prompts, times).gather(1, position.clamp(0, last))
+        if (of_prompt & (ids != expected)).any():
+            allowed = "those of sparsify, with the same padding in attention_mask"
+            raise InvalidRequest("input_ids", "other prompts", allowed)
+        self.pruned = ~of_prompt
+
+    def forget(self, *_: object) -> None:
+        """The forward pass has ended."""
+        self.pruned = None
+
+    def _real(self, mask: object, times: int, end: int) -> Tensor:
+        """[B, end] bool: which tokens since the beginning are no padding."""
+        batch = times * len(self._prompts)
+        if mask is None:
+            return self._layout.new_ones((batch, end))
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            if mask.shape[0] != batch or mask.shape[1] < end:
+                allowed = f"[{batch}, {end}], of all tokens so far"
+                raise InvalidRequest("attention_mask", list(mask.shape), allowed)
+            return mask[:, :end].bool()
+        # Where generate has made masks for each pair of tokens, its prompts are padded as given.
+        real = self._layout.new_ones((batch, max(end, self._layout.shape[1])))
+        real[:, : self._layout.shape[1]] = self._repeated(self._layout, times)
+        return real[:, :end]
+
+    @staticmethod
+    def _repeated(of_prompts: Tensor, times: int) -> Tensor:
+        """As generate repeats its inputs: all beams or sequences of a prompt after one another."""
+        return of_prompts.repeat_interleave(times, dim=0)
+
+
+class _Prune:
+    """A hook of a down projection: sets to zero what a completion's tokens have on other neurons
+    than the experts.
+
+    Args:
+        experts: [K].
+    """
+
+    def __init__(self, rows: _Rows, experts: Tensor, ff_width: int) -> None:
+        self._rows = rows
+        self._others = torch.ones(ff_width, dtype=torch.bool)
+        self._others[experts.long()] = False
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = args[0]
+        if self._rows.pruned is None:
+            raise InvalidRequest("model", "a part of it", "calls of the whole inside sparsify")
+        self._others = self._others.to(z.device)
+        drop = self._rows.pruned.to(z.device)[..., None] & self._others
+        return (z.masked_fill(drop.reshape(z.shape), 0), *args[1:])
