@@ -172,7 +172,8 @@ def key_dropped(rng: random.Random, family: str, contents: Contents) -> Mutated:
     )
     if name.endswith(same) or (family == "gemma3_text" and name.endswith("freq_base_swa")):
         return Mutated(contents, original(family))
-    if name.endswith(("bos_token_id", "scores")):  # which Gemma's merges do without
+    # Gemma's merges do without scores; llama.cpp has defaults for tokens, and ends at known texts.
+    if name.endswith(("bos_token_id", "eos_token_id", "scores")):
         return Mutated(contents, original(family), or_refused=True)
     if name.endswith("rope.freq_base") and family != "gemma3_text":
         return Mutated(contents, original(family))  # 10000, which it was
@@ -201,6 +202,8 @@ def tokenizer_changed(rng: random.Random, family: str, contents: Contents) -> Mu
     key = f"tokenizer.ggml.{name}"
     old = contents.keys[key]
     contents.keys[key] = old[:-1] if isinstance(old, list) else 10**6 if name != "model" else "?"
+    if name.endswith("_token_id"):  # beyond the vocabulary: to llama.cpp as if it were not given
+        return Mutated(contents, original(family), or_refused=True)
     return Mutated(contents, None)
 
 
