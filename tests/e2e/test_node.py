@@ -64,4 +64,4 @@ def test_an_error_is_printed_with_its_status_and_message(smollm2_server: Running
     done = generate(smollm2_server, "word " * 10_000)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().startswith("INVALID_ARGUMENT: ")
-    assert "allowed: at most 8191 tokens" in done.stderr
+    assert "got 10031 tokens; allowed: at most 8192, the context length" in done.stderr
