@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -108,7 +109,7 @@ def check_model(
         progress("comparing with transformers")
         comparison, why = None, ""
         try:
-            comparison = _compare(model, _reference(name, str(directory), dtype))
+            comparison = _compare(model, _reference(directory, path, dtype))
         except BadModelFile as error:
             why = str(error)
         except Exception as error:  # whatever transformers raises is its answer
@@ -123,7 +124,7 @@ def check_model(
         )
 
 
-def _reference(name: str, directory: str, dtype: torch.dtype) -> PreTrainedModel:
+def _reference(directory: Path, gguf: Path | None, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' own reading of the weights. A GGUF's are read from the file itself, with the
     config that we have made of its keys, some of which transformers leaves out.
 
@@ -131,11 +132,10 @@ def _reference(name: str, directory: str, dtype: torch.dtype) -> PreTrainedModel
         BadModelFile: transformers does not find all tensors, and would make some up.
     """
     config = AutoConfig.from_pretrained(directory)
-    path = gguf_file(name)
-    where = {} if path is None else {"gguf_file": path.name}
+    where = {} if gguf is None else {"gguf_file": gguf.name}
     with redirect_stderr(StringIO()):  # its bars; what goes wrong is raised
         reference, info = AutoModelForCausalLM.from_pretrained(
-            directory if path is None else path.parent,
+            directory if gguf is None else gguf.parent,
             config=config,
             dtype=dtype,
             attn_implementation="eager",

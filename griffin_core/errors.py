@@ -30,6 +30,23 @@ Each message says what was wrong, what was given and what is allowed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+MOST_LISTED = 10
+"""Things that one message names; it counts the others."""
+
+
+def shortened(text: str, most: int) -> str:
+    """The text as a message shows it, cut to ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def listed(items: Sequence[object]) -> str:
+    """The first items and how many there are beside them."""
+    more = len(items) - MOST_LISTED
+    shown = ", ".join(map(str, items[:MOST_LISTED]))
+    return f"{shown} and {more} more" if more > 0 else shown
+
 
 class GriffinError(Exception):
     """Base of all errors below. ``str(error)`` is meant for the person who made the call."""
@@ -46,8 +63,7 @@ class InvalidRequest(GriffinError):
 
     def __init__(self, field: str, given: object, allowed: str) -> None:
         shown = given if isinstance(given, str) else repr(given)
-        if len(shown) > 80:
-            shown = f"{shown[:77]}..."
+        shown = shortened(shown, 80)
         super().__init__(f"{field}: got {shown}; allowed: {allowed}")
         self.field = field
         self.given = shown

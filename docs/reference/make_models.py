@@ -47,7 +47,7 @@ def page() -> str:
         *_weights(),
         *_fields(),
         *_gguf(),
-        "## What nobody can see",
+        "## What cannot be detected",
         "\n".join(f"- {case}." for case in NOT_MENDED),
     ]
     return "\n\n".join(parts) + "\n"

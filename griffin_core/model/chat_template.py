@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from griffin_core.errors import InvalidRequest
+from griffin_core.errors import InvalidRequest, shortened
 
 MOST_WORDS = 200
 """Characters of somebody else's error that a message repeats: a status has to fit 8 KiB."""
@@ -224,4 +224,4 @@ def _words(error: Exception) -> str:
     words = " ".join(str(error).split())
     if not isinstance(error, TemplateError):
         words = f"{type(error).__name__}: {words}"
-    return words if len(words) <= MOST_WORDS else f"{words[: MOST_WORDS - 3]}..."
+    return shortened(words, MOST_WORDS)

@@ -18,7 +18,7 @@ from types import MappingProxyType
 import torch
 from safetensors import safe_open
 
-from griffin_core.errors import BadModelFile
+from griffin_core.errors import BadModelFile, listed
 from griffin_core.model.files import one_line, read_json_object
 
 STORED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -39,9 +39,6 @@ LEFT_OVER: Mapping[str, str] = MappingProxyType(
     }
 )
 """Pattern of tensor names -> why a checkpoint may hold what the model does not take."""
-
-MOST_NAMES = 10
-"""Tensors that one message names."""
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
@@ -118,11 +115,11 @@ def check_complete(
     there |= {a for pair in tied.items() for a in pair if not there.isdisjoint(pair)}
     wrong = []
     if absent := sorted(taken.keys() - there):
-        wrong.append(f"lacks tensors: {_first([f'{n} {_shape(taken[n].shape)}' for n in absent])}")
+        wrong.append(f"lacks tensors: {listed([f'{n} {_shape(taken[n].shape)}' for n in absent])}")
     found = {name: stored[names[_bare(name)]].shape for name in taken if _bare(name) in names}
     if differing := sorted(n for n, shape in found.items() if shape != tuple(taken[n].shape)):
         shapes = [f"{n} {_shape(found[n])} for {_shape(taken[n].shape)}" for n in differing]
-        wrong.append(f"shapes differ from the config's: {_first(shapes)}")
+        wrong.append(f"shapes differ from the config's: {listed(shapes)}")
     known = {_bare(name) for name in taken}
     if extra := {
         name: tensor
@@ -151,7 +148,7 @@ def _files(directory: Path) -> list[Path]:
             raise BadModelFile(f"{index.name}: metadata is no object; an empty one will do")
         names = sorted(set(shards.values()))
         if lacking := [name for name in names if not (directory / name).is_file()]:
-            raise BadModelFile(f"{index.name}: files are missing: {_first(lacking)}")
+            raise BadModelFile(f"{index.name}: files are missing: {listed(lacking)}")
         return [directory / name for name in names]
     raise BadModelFile(
         f"cannot read the weights: got none; allowed: {' or '.join(_SINGLE)}, or their "
@@ -208,13 +205,8 @@ def _bare(name: str) -> str:
 
 
 def _listed(tensors: Mapping[str, StoredTensor]) -> str:
-    return _first([f"{n} {_shape(t.shape)} {t.dtype}" for n, t in sorted(tensors.items())])
+    return listed([f"{n} {_shape(t.shape)} {t.dtype}" for n, t in sorted(tensors.items())])
 
 
 def _shape(shape: Iterable[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
-
-
-def _first(names: list[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn, TypeGuard, TypeVar
 
 from transformers import PreTrainedConfig
 
-from griffin_core.errors import BadModelFile, UnknownFamily
+from griffin_core.errors import BadModelFile, UnknownFamily, shortened
 
 T = TypeVar("T")
 Use = Literal["read", "ignored", "refused"]
@@ -138,8 +138,7 @@ UNKNOWN_NAME = "not a field of this family; transformers leaves it out, too"
 
 def shown(value: object) -> str:
     """The value as messages show it, cut to ``LONGEST_VALUE`` characters."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+    return shortened(repr(value), LONGEST_VALUE)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from griffin_core.errors import BadModelFile, ModelNotFound
-from griffin_core.model.gguf.file import listed
+from griffin_core.errors import BadModelFile, ModelNotFound, listed, shortened
 
 CONFIG_NAME = "config.json"
 JSON_FILES = (
@@ -113,4 +112,4 @@ def one_line(error: BaseException, most: int = 400) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):  # which says the key and nothing else
         said = f"no entry {said}"
-    return said if len(said) <= most else f"{said[: most - 3]}..."
+    return shortened(said, most)

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from griffin_core.errors import ModelError
 from griffin_core.model.gguf.config import config_of
-from griffin_core.model.gguf.file import GgufFile, listed, one_line, part_paths, read_gguf
+from griffin_core.model.gguf.file import GgufFile, one_line, part_paths, read_gguf
 from griffin_core.model.gguf.keys import (
     ARCHITECTURE_KEYS,
     CHAT_TEMPLATE_OF,
@@ -33,7 +33,7 @@ from griffin_core.model.gguf.tensors import Wanted, check_tensors, converted_sta
 from griffin_core.model.gguf.tokenizer import end_tokens, tokenizer_of
 from griffin_core.model.spec import spec_from_config
 
-__all__ = ["CONVERTER_VERSION", "Understood", "listed", "part_paths", "understand", "write_model"]
+__all__ = ["CONVERTER_VERSION", "Understood", "part_paths", "understand", "write_model"]
 
 CONVERTER_VERSION = 4
 """Grows whenever the same file makes another directory, so that older copies are not used."""

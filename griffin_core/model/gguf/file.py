@@ -6,7 +6,7 @@ The format is documented at https://github.com/ggml-org/ggml/blob/master/docs/gg
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from gguf.quants import _type_traits
 
-from griffin_core.errors import BadModelFile
+from griffin_core.errors import BadModelFile, listed
 
 VERSIONS = (2, 3)
 
@@ -26,7 +26,6 @@ QUANTIZATION_TYPES = ("F32", "F16", *sorted(kind.name for kind in _type_traits))
 _MAGIC = b"GGUF"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth")
-_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +75,6 @@ def one_line(text: object, longest: int = 1500) -> str:
     """Text of others without its line ends, cut to ``longest`` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
-
-
-def listed(items: Sequence[object]) -> str:
-    """The first ten of ``items`` and how many there are beside them."""
-    shown = ", ".join(str(item) for item in items[:_SHOWN])
-    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"
 
 
 def part_paths(path: Path) -> tuple[Path, ...]:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_core.errors import UnknownFamily
-from griffin_core.model.gguf.file import GgufFile, listed, one_line
+from griffin_core.errors import UnknownFamily, listed
+from griffin_core.model.gguf.file import GgufFile, one_line
 
 ARCHITECTURES = {
     "llama": "llama, or mistral where there is a sliding window",

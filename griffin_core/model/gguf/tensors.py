@@ -13,8 +13,9 @@ import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from griffin_core.errors import listed
 from griffin_core.model.gguf.config import ROPE_FACTORS
-from griffin_core.model.gguf.file import QUANTIZATION_TYPES, GgufFile, GgufTensor, listed
+from griffin_core.model.gguf.file import QUANTIZATION_TYPES, GgufFile, GgufTensor
 
 LEFT_OVER: dict[str, str] = {
     r"blk\.\d+\.attn_rot_embd\.weight": "frequencies that older files hold beside rope.freq_base",

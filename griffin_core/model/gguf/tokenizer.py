@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from griffin_core.errors import BadModelFile
-from griffin_core.model.gguf.file import GgufFile, listed, one_line
+from griffin_core.errors import BadModelFile, listed
+from griffin_core.model.gguf.file import GgufFile, one_line
 from griffin_core.model.gguf.keys import CHAT_TEMPLATE_OF, tokenizer_keys
 from griffin_core.model.gguf.words import WORDS
 
