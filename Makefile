@@ -129,7 +129,7 @@ bench-peers: $(STAMP) .venv-llama-cpp .venv-vllm  ## decode beside llama.cpp and
 	@$(BIN)/python -m benchmarks.peers $(patsubst %,--python %/bin/python,$(filter .venv-%,$^))
 
 eval: $(STAMP)  ## divergence from the dense model by policy and density
-	@$(BIN)/python -m evals.divergence
+	@$(BIN)/python -m griffin_evals.divergence
 
 clean:  ## remove what the other verbs made, but not the model cache
 	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm $(NODE_EXAMPLE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from evals.divergence import CONTINUATION_TOKENS, PROMPT_TOKENS, divergence
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
+from griffin_evals.divergence import CONTINUATION_TOKENS, PROMPT_TOKENS, divergence
 from tests.e2e.texts import ARTICLE, LICENCE, cut
 
 

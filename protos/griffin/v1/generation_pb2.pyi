@@ -145,6 +145,46 @@ FINISH_REASON_CONTEXT_LENGTH: FinishReason.ValueType  # 4
 """The model's context length is used up."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _ScoreMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScoreModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScoreMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCORE_MODE_UNSPECIFIED: _ScoreMode.ValueType  # 0
+    """GENERATION."""
+    SCORE_MODE_GENERATION: _ScoreMode.ValueType  # 1
+    """The experts come from the context alone, and every token of the continuation runs on them but
+    for the first, whose chances the dense pass over the context gives: what generation would do.
+    """
+    SCORE_MODE_CLASSIFICATION: _ScoreMode.ValueType  # 2
+    """Every token that is run (context and continuation but for its last, which is only looked up)
+    runs dense and chooses the experts, but for the very last of them, which runs on the experts.
+    Only the continuation's last log-probability is then of the pruned model: what the paper's
+    tables of multiple choice simulate (arXiv 2404.01365, section 5). The context is at least two
+    tokens.
+    """
+
+class ScoreMode(_ScoreMode, metaclass=_ScoreModeEnumTypeWrapper):
+    """Which tokens choose the experts of a scored continuation, and which run on them. Density 1 is the
+    dense model in both.
+    """
+
+SCORE_MODE_UNSPECIFIED: ScoreMode.ValueType  # 0
+"""GENERATION."""
+SCORE_MODE_GENERATION: ScoreMode.ValueType  # 1
+"""The experts come from the context alone, and every token of the continuation runs on them but
+for the first, whose chances the dense pass over the context gives: what generation would do.
+"""
+SCORE_MODE_CLASSIFICATION: ScoreMode.ValueType  # 2
+"""Every token that is run (context and continuation but for its last, which is only looked up)
+runs dense and chooses the experts, but for the very last of them, which runs on the experts.
+Only the continuation's last log-probability is then of the pruned model: what the paper's
+tables of multiple choice simulate (arXiv 2404.01365, section 5). The context is at least two
+tokens.
+"""
+Global___ScoreMode: _TypeAlias = ScoreMode  # noqa: Y015
+
 class _SessionState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -891,6 +931,34 @@ class PruningFigures(_message.Message):
 Global___PruningFigures: _TypeAlias = PruningFigures  # noqa: Y015
 
 @_typing.final
+class Continuation(_message.Message):
+    """A text to score behind a context."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Exactly one of the two, of the same kind as the context; not empty."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        text: _builtins.str | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
+
+Global___Continuation: _TypeAlias = Continuation  # noqa: Y015
+
+@_typing.final
 class ScoreRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -902,14 +970,16 @@ class ScoreRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    CONTINUATIONS_FIELD_NUMBER: _builtins.int
     context: _builtins.str
     """Exactly one of the two; not empty. Tokenized with the tokenizer's own special tokens, but for
     an EOS that it would put after a text, which is not scored.
     """
     continuation: _builtins.str
-    """Exactly one of the two, of the same kind as the context; not empty. Text is tokenized together
-    with the context and split where its own tokens begin. A token that holds characters of both is
-    the continuation's first.
+    """Exactly one of these two and of `continuations`, of the same kind as the context; not empty.
+    Text is tokenized together with the context and split where its own tokens begin. A token that
+    holds characters of both is the continuation's first.
     """
     seed: _builtins.int
     """Seeds the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: drawn at random."""
@@ -917,12 +987,20 @@ class ScoreRequest(_message.Message):
     """As in GenerateRequest."""
     add_special_tokens: _builtins.bool
     """With `context`: as in GenerateRequest."""
+    mode: Global___ScoreMode.ValueType
     @_builtins.property
     def context_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def continuation_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def pruning(self) -> Global___Pruning: ...
+    @_builtins.property
+    def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Continuation]:
+        """Instead of `continuation`: up to 256 of them, such as the choices of a question, each scored by
+        itself behind the same context, which is read once. INVALID_ARGUMENT if a text among them shares
+        a token with the context, so that the context would not be the same for all: score that alone.
+        """
+
     def __init__(
         self,
         *,
@@ -934,10 +1012,12 @@ class ScoreRequest(_message.Message):
         seed: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        mode: Global___ScoreMode.ValueType = ...,
+        continuations: _abc.Iterable[Global___Continuation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_context", b"_context", "_continuation", b"_continuation", "_seed", b"_seed", "add_special_tokens", b"add_special_tokens", "context", b"context", "continuation", b"continuation", "pruning", b"pruning", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_context", b"_context", "_continuation", b"_continuation", "_seed", b"_seed", "add_special_tokens", b"add_special_tokens", "context", b"context", "context_token_ids", b"context_token_ids", "continuation", b"continuation", "continuation_token_ids", b"continuation_token_ids", "pruning", b"pruning", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_context", b"_context", "_continuation", b"_continuation", "_seed", b"_seed", "add_special_tokens", b"add_special_tokens", "context", b"context", "context_token_ids", b"context_token_ids", "continuation", b"continuation", "continuation_token_ids", b"continuation_token_ids", "continuations", b"continuations", "mode", b"mode", "pruning", b"pruning", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -968,8 +1048,12 @@ class ScoreResponse(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     PRUNING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CONTINUATIONS_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
-    """Sum of `tokens[].logprob`."""
+    """With `continuations`, these three are not set: see `continuations`.
+
+    Sum of `tokens[].logprob`.
+    """
     greedy: _builtins.bool
     """True if every token of the continuation is the most likely one at its place."""
     context_tokens: _builtins.int
@@ -979,7 +1063,13 @@ class ScoreResponse(_message.Message):
         """One for each token of the continuation, in order."""
 
     @_builtins.property
-    def pruning(self) -> Global___PruningFigures: ...
+    def pruning(self) -> Global___PruningFigures:
+        """Of the last continuation's experts; in GENERATION mode they are those of all."""
+
+    @_builtins.property
+    def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContinuationScore]:
+        """One for each of the request's `continuations`, in order."""
+
     def __init__(
         self,
         *,
@@ -989,14 +1079,42 @@ class ScoreResponse(_message.Message):
         context_tokens: _builtins.int = ...,
         pruning: Global___PruningFigures | None = ...,
         request_id: _builtins.str = ...,
+        continuations: _abc.Iterable[Global___ContinuationScore] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pruning", b"pruning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "greedy", b"greedy", "logprob", b"logprob", "pruning", b"pruning", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "continuations", b"continuations", "greedy", b"greedy", "logprob", b"logprob", "pruning", b"pruning", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class ContinuationScore(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    GREEDY_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    logprob: _builtins.float
+    """As in ScoreResponse."""
+    greedy: _builtins.bool
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenScore]: ...
+    def __init__(
+        self,
+        *,
+        logprob: _builtins.float = ...,
+        greedy: _builtins.bool = ...,
+        tokens: _abc.Iterable[Global___TokenScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["greedy", b"greedy", "logprob", b"logprob", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContinuationScore: _TypeAlias = ContinuationScore  # noqa: Y015
 
 @_typing.final
 class TokenScore(_message.Message):

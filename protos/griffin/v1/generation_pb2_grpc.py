@@ -94,8 +94,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
-        from the context alone and the continuation runs on them, as generation would. Errors as above.
+        """Log-probabilities of one continuation or several, each token conditioned on all before it.
+        `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

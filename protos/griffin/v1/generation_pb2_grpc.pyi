@@ -57,8 +57,8 @@ class GenerationServiceStub:
                           fault in the server; no other request is affected
     """
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
-    """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
-    from the context alone and the continuation runs on them, as generation would. Errors as above.
+    """Log-probabilities of one continuation or several, each token conditioned on all before it.
+    `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
     """
     AnalyzePrompt: _grpc.UnaryStreamMultiCallable[_generation_pb2.AnalyzePromptRequest, _generation_pb2.AnalyzePromptResponse]
     """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
@@ -95,8 +95,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
                           fault in the server; no other request is affected
     """
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
-    from the context alone and the continuation runs on them, as generation would. Errors as above.
+    """Log-probabilities of one continuation or several, each token conditioned on all before it.
+    `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
     """
     AnalyzePrompt: _aio.UnaryStreamMultiCallable[_generation_pb2.AnalyzePromptRequest, _generation_pb2.AnalyzePromptResponse]  # type: ignore[assignment]
     """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
@@ -142,8 +142,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
-        """Log-probabilities of a continuation, each token conditioned on all before it. The experts come
-        from the context alone and the continuation runs on them, as generation would. Errors as above.
+        """Log-probabilities of one continuation or several, each token conditioned on all before it.
+        `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
         """
 
     @_abc_1.abstractmethod

@@ -6,7 +6,7 @@ change, and on sets that stay still: chosen at most every 16 steps, and kept in 
 choice would change no more than a share of the neurons. Texts are teacher-forced. Prints the mean
 KL divergence from the dense model for each, and one line of JSON.
 
-    python -m evals.shared_sets --text FILE [FILE ...]
+    python -m griffin_evals.shared_sets --text FILE [FILE ...]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 
+from griffin_core.choices import DEFAULT_MODEL
 from griffin_core.decode.session import Session
 from griffin_core.decode.sharing import STEPS_HELD, kept_where_alike, select_group
 from griffin_core.decode.step import StepTokens, decode_tokens
@@ -27,11 +28,10 @@ from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
 from griffin_core.kv_cache import KvCache
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.source import DEFAULT_MODEL
 from griffin_core.prefill import LayerExperts, prefill
 from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AT_ONCE = 16
 
 

@@ -3,7 +3,7 @@
 A text's first tokens are the prompt that chooses the experts; the tokens behind it are
 teacher-forced through the dense and the slim model. Prints a table and one line of JSON.
 
-    python -m evals.divergence --text FILE [FILE ...]
+    python -m griffin_evals.divergence --text FILE [FILE ...]
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from griffin_core.choices import DEFAULT_MODEL
 from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.source import DEFAULT_MODEL
 from griffin_core.prefill import LayerExperts, prefill
 from griffin_core.slim.packed import Packed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, CONTINUATION_TOKENS = 384, 128
 
 
