@@ -1,8 +1,8 @@
-"""What --batch-invariant costs: SmolLM2 with and without it, by streams and density.
+"""What --batch-invariant costs: a model with and without it, by streams and density.
 
 Two servers take turns, each a process of its own; the client, over gRPC, is this process. The
-ceiling is the server without it. Sessions are private: alone they run on copies of their experts
-without it, and zeroed, on all weights, with it.
+ceiling is the server without it. Sessions are private: without it alone ones run on copies of their
+experts, on a GPU on index sets; with it all run zeroed, on all weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.load import prompt
 from benchmarks.processes import serving
 from benchmarks.report import finish
 from griffin_client import AsyncGriffinClient, Stopping, Tokens
+from griffin_core.choices import DEFAULT_MODEL
 
 PROMPT = 64
 CASES = ((1, 1.0), (4, 1.0), (16, 1.0), (1, 0.5), (4, 0.5))
@@ -51,12 +52,18 @@ async def step_ms(target: str, streams: int, density: float, tokens: int) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What --batch-invariant costs.")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", default="0", help="as of griffin serve")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    settings = ("--dtype", options.dtype, "--threads", options.threads)
+    settings = (
+        *("--model", options.model, "--device", options.device),
+        *("--dtype", options.dtype, "--threads", options.threads),
+        *("--memory-fraction", "0.4"),  # two on one device
+    )
     found: dict[tuple[int, float], list[tuple[float, float]]] = {case: [] for case in CASES}
     with ExitStack() as servers:
         logs = Path(servers.enter_context(tempfile.TemporaryDirectory()))

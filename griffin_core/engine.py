@@ -46,7 +46,7 @@ from griffin_core.observer import Observer
 from griffin_core.prefill import PrefillEvent, Prompt
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun, PrefillStreamEvent, PrefillTask
 from griffin_core.slim.base import SlimForm
-from griffin_core.slim.costs import ASSUMED_COSTS, StepCosts, measure_costs
+from griffin_core.slim.costs import ASSUMED_COSTS, EVEN_COSTS, StepCosts, measure_costs
 from griffin_core.slim.packed import Packed
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Engine:
         batch_invariant: what a session makes that runs on its own experts, or on all neurons, does
             not depend, to the bit, on what else the engine does, whatever the dtype: products of
             equally many rows (``decode.apart``), one prompt a pass, a fixed number of threads, and
-            no copies of experts, so ``auto`` sessions run dense. On a CPU only.
+            no copies of experts, so ``auto`` sessions run dense.
         cuda_graphs: on a GPU, run a step, and a pass over one short prompt, as one graph, captured
             at start.
         overlap: launch a step before the tokens of the one before are read; None for where it
@@ -82,9 +82,6 @@ class Engine:
             multiply matrices: OpenMP gives each its own workers, and as soon as there are more of
             them than CPUs, all wait for one another by sleeping (docs/LOG.md).
         observer: is told what is done.
-
-    Raises:
-        InvalidRequest: ``batch_invariant`` on another device than a CPU.
     """
 
     def __init__(
@@ -112,8 +109,6 @@ class Engine:
         self._measures_costs = costs is None and not batch_invariant
         self.batch_invariant = batch_invariant
         device = model.decoder.device
-        if batch_invariant and device.type != "cpu":
-            raise InvalidRequest("batch_invariant", f"true on {device}", "true on a CPU only")
         observer = observer or Observer()
         self._prefills = PrefillQueue(
             model.decoder,
@@ -128,7 +123,7 @@ class Engine:
             selection=self.selection,
             sharing=sharing,
             slim=self._slim,
-            costs=costs or ASSUMED_COSTS,
+            costs=EVEN_COSTS if batch_invariant else costs or ASSUMED_COSTS,
             batch_invariant=batch_invariant,
             overlap=device.type == "cuda" if overlap is None else overlap,
             prefills=self._prefills,
@@ -353,17 +348,23 @@ class Engine:
                     self._decoding.sampler,
                     max_tokens=self.limits.max_sessions,
                     graphs=self._cuda_graphs,
+                    apart=self.batch_invariant,
                     progress=self._note_start,
                 )
                 self._decoding.stepper = step
+                self._check_invariance(step.rows_stay_apart)
                 return step.measure_costs
-        if self.batch_invariant and not rows_stay_apart(decoder):
+        self._check_invariance(partial(rows_stay_apart, decoder))
+        return partial(measure_costs, decoder, self._slim)
+
+    def _check_invariance(self, holds: Callable[[], bool]) -> None:
+        if self.batch_invariant and not holds():
+            decoder = self.model.decoder
             raise InvalidRequest(
                 "batch_invariant",
-                f"true with {decoder.dtype} on this CPU",
+                f"true with {decoder.dtype} on this {decoder.device.type}",
                 "false: its products of equally many rows depend on a row's place",
             )
-        return partial(measure_costs, decoder, self._slim)
 
     def _set_memory(self) -> None:
         """Sets what sessions may hold: as the limits say, or from what the device has left.

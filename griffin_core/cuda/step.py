@@ -11,6 +11,7 @@ before has drawn, so it may be launched before the host knows them.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
 from griffin_core.cuda.expert_table import ExpertTable, IndexSets
 from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, feedforward, feedforward_on_all
 from griffin_core.cuda.matvec import matvec, rms_norm
+from griffin_core.decode.apart import ROWS
 from griffin_core.decode.step import DrawLost, Draws, JoinedDraws, StepRow, draw_of
 from griffin_core.experts.selection import Selection
 from griffin_core.model.attention import Rotation, rotation
 from griffin_core.model.decoder import Decoder, Norm
 from griffin_core.model.linear import Linear
 from griffin_core.model.source import Progress
+from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.costs import ASSUMED_COSTS, GraphCosts, StepCosts
 from griffin_core.slim.indexed import IndexedFF
@@ -176,6 +179,8 @@ class CudaStep:
         max_tokens: most sessions of a step. Graphs are captured for up to ``MAX_SHARED_TOKENS``;
             a larger step runs as several.
         graphs: capture them at all.
+        apart: no row's result depends on the others, as in ``decode.apart``: every step has
+            ``ROWS`` rows, or is several of them, and runs zeroed.
     """
 
     def __init__(
@@ -185,9 +190,11 @@ class CudaStep:
         *,
         max_tokens: int,
         graphs: bool,
+        apart: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._decoder = decoder
+        self._apart = apart
         self.sampler = sampler
         self._spec = decoder.spec
         properties = torch.cuda.get_device_properties(decoder.device)
@@ -202,7 +209,7 @@ class CudaStep:
         addresses = [self._spare.data_ptr()] * layers + self._every.addresses * layers
         padding = torch.tensor([sampler.padding, 0, 1, 1, 1, *addresses])
         most = min(max_tokens, MAX_SHARED_TOKENS)
-        sizes = [1 << power for power in range((most - 1).bit_length() + 1)]
+        sizes = [ROWS] if apart else [1 << power for power in range((most - 1).bit_length() + 1)]
         self._inputs = {
             size: StepInputs(size, padding, spec.ff_width, decoder.device) for size in sizes
         }
@@ -224,7 +231,7 @@ class CudaStep:
             inputs = self._inputs[size]
             inputs.fill_usual(self._random_sets(size, 0.5))  # configurations are chosen on these
             inputs.send()
-            for mode in _modes(size):
+            for mode in self._modes(size):
                 self._run(inputs, mode)  # chooses configurations, allocates for cuBLAS
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -298,8 +305,43 @@ class CudaStep:
             row.cache.advance(1)
         return draw_of(made.tokens[:count], [row.top_logprobs for row in rows], made.logits[:count])
 
+    @torch.inference_mode()
+    def rows_stay_apart(self) -> bool:
+        """Whether no row's result depends on the others, by trial: as
+        ``apart.rows_stay_apart``. Before the first session."""
+        draw, most = random.Random(0), min(ROWS, self.sampler.padding)
+        token, *others = (draw.randrange(self._spec.vocabulary) for _ in range(most))
+        alone = self._trial([token])[0]
+        beside = [
+            self._trial([*others[:place], token, *others[place:]])[place] for place in range(most)
+        ]
+        return all(torch.equal(alone, own) for own in beside)
+
+    def _trial(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [N, V] after each token alone."""
+        dense = [layer.ff for layer in self._decoder.layers]
+        rows = []
+        for slot, token in enumerate(tokens):
+            self.sampler.open(slot, SamplingParams(), [])
+            self.sampler.drawn[slot] = token
+            rows.append(StepRow(cache=self._decoder.new_cache(1), view=dense, slot=slot))
+        logits = self.launch(rows).logits.clone()
+        for row in rows:
+            self.sampler.close(row.slot)
+        return logits
+
+    def _modes(self, size: int) -> list[FFMode]:
+        """The modes that a step of a captured size can run in."""
+        if self._apart:
+            return ["zeroed"]
+        if size == 1:
+            return ["dense", "private"]
+        return [mode for mode in MODES if mode != "private" or size <= MOST_PRIVATE]
+
     def _mode(self, rows: Sequence[StepRow], size: int) -> FFMode:
         """The cheapest mode in which every session runs on its own set."""
+        if self._apart:
+            return "zeroed"
         counts = [row.view[0].count for row in rows if isinstance(row.view[0], IndexedFF)]
         if not counts:
             return "dense"
@@ -393,13 +435,6 @@ class CudaStep:
             return y if residual is None else y.add_(residual)
         table = None if mode == "dense" else inputs.experts(index, shared=mode == "shared")
         return feedforward(x, layer.neurons, table, norm=_fused(norm), residual=residual)
-
-
-def _modes(size: int) -> list[FFMode]:
-    """The modes that a step of a captured size can run in."""
-    if size == 1:
-        return ["dense", "private"]
-    return [mode for mode in MODES if mode != "private" or size <= MOST_PRIVATE]
 
 
 def _is_rms(norm: Norm) -> bool:

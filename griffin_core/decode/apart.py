@@ -74,7 +74,7 @@ def rows_stay_apart(decoder: Decoder) -> bool:
             StepTokens(cache=decoder.new_cache(1), view=dense, token_ids=[token])
             for token in tokens
         ]
-        return apart.forward(runs, torch.tensor(tokens))
+        return apart.forward(runs, torch.tensor(tokens, device=decoder.device))
 
     token, *others = (draw.randrange(decoder.spec.vocabulary) for _ in range(ROWS))
     alone = logits([token])[0]

@@ -148,7 +148,8 @@ class Decoding:
         self.budget = Budget(0)  # until the engine knows what the device has left
         self.scheduler = Scheduler(limits, self.budget, self._free)
         self._caches = Caches(model.decoder, self.budget)
-        self._views = SlimViews(model.decoder, slim, self.budget, builds=not batch_invariant)
+        builds = not (batch_invariant and slim.copies)
+        self._views = SlimViews(model.decoder, slim, self.budget, builds=builds)
         self._groups = ExpertGroups(model.decoder, self._views, costs)
         # By the id of the turn, so that no turn of a session reaches into another.
         self._turns: dict[str, Session] = {}

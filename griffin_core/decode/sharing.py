@@ -343,7 +343,7 @@ class ExpertGroups:
 
     def _decide_auto(self, autos: Sequence[Seat]) -> None:
         """Chooses the form of all ``auto`` sessions by what the step would cost."""
-        if not autos or not self._views.builds:
+        if not autos:
             self._auto_form, self._auto_since = "dense", -STEPS_HELD
             return
         costs = {form: self._step_s(autos, form) for form in ("dense", "own", "shared")}

@@ -175,6 +175,9 @@ ASSUMED_COSTS = BlockCosts(
 )
 """What counting bytes alone says, for an FF that is two thirds of a step."""
 
+EVEN_COSTS = BlockCosts(rest={1: 0.5}, dense={1: 1.0}, half={1: 1.0})
+"""Of steps that take the same time however their FF runs: pruning gains none."""
+
 
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:

@@ -1,0 +1,61 @@
+"""With ``batch_invariant``, on a GPU too, a session makes the same to the bit whoever is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from griffin_core.errors import InvalidRequest
+from griffin_core.model.load import Model, load_model
+from tests.core.engines import engine
+from tests.core.test_batching import made_alone, made_beside
+from tests.gpu.devices import needs_cuda
+
+pytestmark = [pytest.mark.gpu, needs_cuda, pytest.mark.timeout(300)]
+
+if torch.cuda.is_available():
+    from griffin_core.cuda.step import CudaStep
+    from griffin_core.sampling.sampler import Sampler
+
+
+def on_gpu(where: Path, dtype: torch.dtype) -> Model:
+    return load_model(str(where), dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_private_sessions_make_the_same_to_the_bit_beside_1_to_15_others(
+    name: str, dtype: torch.dtype, tiny_directory: Callable[[str], Path]
+) -> None:
+    model = on_gpu(tiny_directory(name), dtype)
+    alone = made_alone(model, batch_invariant=True)
+    for others in (1, 5, 15):
+        assert made_beside(model, others, batch_invariant=True) == alone, others
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "opt-norm-after"])
+def test_a_row_makes_the_same_in_each_place(
+    name: str, graphs: bool, tiny_directory: Callable[[str], Path]
+) -> None:
+    decoder = on_gpu(tiny_directory(name), torch.bfloat16).decoder
+    for slots in (3, 12):
+        vocabulary = decoder.spec.vocabulary
+        sampler = Sampler(slots=slots, vocabulary=vocabulary, device=decoder.device)
+        step = CudaStep(decoder, sampler, max_tokens=slots, graphs=graphs, apart=True)
+        assert step.rows_stay_apart()
+
+
+def test_it_is_refused_where_a_row_depends_on_its_place(
+    tiny_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CudaStep, "rows_stay_apart", lambda self: False)
+    model = on_gpu(tiny_directory("llama"), torch.bfloat16)
+    with (
+        pytest.raises(InvalidRequest, match=r"batch_invariant: got true with .*bfloat16 on .*cuda"),
+        engine(model, batch_invariant=True) as running,
+    ):
+        running.ready.result(100)
