@@ -15,6 +15,7 @@ from tests.tiny import make_tiny
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty")  # torch's own
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_cuda_makes_the_tokens_that_the_cpu_makes(cache: str, tmp_path: Path) -> None:
     where = make_tiny("llama", tmp_path / "llama")
