@@ -31,9 +31,6 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
 from griffin_core.model.source import DEFAULT_MODEL, resolve
 
-BATCH_SIZES = (1, 4, 8, 16, 32)
-"""Of hf, of which the fastest is taken."""
-
 STEP_ROWS = 256
 """Rows of the product that the ceiling is measured with."""
 
@@ -103,6 +100,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each; default %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default %(default)s")
     parser.add_argument("--calls", type=int, default=32, help="at once, of the server's client")
+    parser.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=[1, 4, 8, 16, 32],
+        help="of hf, of which the fastest is taken; default %(default)s",
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     items = from_file(given.data, given.items) if given.data else made_up(given.items)
@@ -138,7 +142,8 @@ def main() -> None:
             f"GFLOP at {most['gflop_s']:.0f} GFLOP/s measured"
         )
         some = items[: max(8, len(items) // 4)]
-        tried = {size: ask("hf", hf, items=some, batch_size=size) for size in BATCH_SIZES}
+        sizes = given.batch_sizes
+        tried = {size: ask("hf", hf, items=some, batch_size=size) for size in sizes}
         best = min(tried, key=tried.__getitem__)
         rounds = Rounds(
             {
