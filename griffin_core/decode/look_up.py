@@ -16,7 +16,7 @@ from griffin_core.decode.session import Session
 from griffin_core.decode.step import decode_tokens
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.decoder import Decoder
-from griffin_core.prefill import MAX_TOGETHER, launch
+from griffin_core.prefill import launch
 
 STEP_TOKENS = 256
 """Tokens of all sessions that score in a step: bounds the logits held at once to this times V."""
@@ -38,19 +38,18 @@ class Piece:
 
 def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
     """What a step does for sessions that score, in their order, up to STEP_TOKENS rows in all: the
-    pieces that run together, stage by stage. Those that are counted are one pass, so they are no
-    more than a pass takes."""
+    pieces that run together, stage by stage."""
     together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
     room = STEP_TOKENS
     for session in sessions:
         work = session.work
         assert isinstance(work, Scoring)
         stage = work.stage
-        most = MAX_TOGETHER if stage is Stage.COUNTED else STEP_TOKENS
-        if room and len(together[stage]) < most:
-            rows = work.rows_of_step(room)
-            together[stage].append(Piece(session=session, work=work, stage=stage, rows=rows))
-            room -= rows
+        rows = work.rows_of_step(room)
+        together[stage].append(Piece(session=session, work=work, stage=stage, rows=rows))
+        room -= rows
+        if not room:
+            break
     return [pieces for pieces in together.values() if pieces]
 
 

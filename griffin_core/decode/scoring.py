@@ -231,6 +231,8 @@ class Scoring:
 
 
 def choice_bytes(decoder: Decoder) -> int:
-    """Most bytes that a session holds whose continuations choose experts of their own: the
-    statistic [L, F] float32 of one, and what lets one token run zeroed."""
-    return 4 * len(decoder.layers) * decoder.spec.ff_width + zeroed_bytes(decoder)
+    """Most bytes that a session holds whose continuations choose experts of their own: what lets
+    one token run zeroed; and three statistics [L, F] float32, of a pass, of the tail with it, and
+    as rounded for a handoff."""
+    statistic = 4 * len(decoder.layers) * decoder.spec.ff_width
+    return 3 * statistic + zeroed_bytes(decoder)
