@@ -48,8 +48,9 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     left. Over a server without ``tokenizer``, texts go as they are and the server splits them. That
     is the same as long as the context's own tokens are the first of both texts together, as they
     are where a continuation begins with a space; elsewhere a token that holds characters of both
-    counts as the continuation's. Without ``tokenizer`` an empty context, rolling log-likelihoods,
-    chat templates and texts longer than the context length are refused.
+    counts as the continuation's, and a text that begins with a BOS token as it is gets another one
+    unless ``add_bos_token`` is False. Without ``tokenizer`` an empty context, rolling
+    log-likelihoods, chat templates and texts longer than the context length are refused.
 
     **Pruning.** The experts of a ``loglikelihood`` come from its context, those of a completion
     from its prompt (see ``score_mode``). ``loglikelihood_rolling`` at density 1 uses the windows of

@@ -92,9 +92,19 @@ class Run:
 
     def answers(self, task: str) -> list[Any]:
         """What the model answered: for each document, one for each of its requests."""
+        return [sample["resps"] for sample in self._samples(task)]
+
+    def asked(self, task: str) -> list[list[tuple[str, str]]]:
+        """What it was asked: likewise, context and continuation."""
+        return [
+            [(pair["arg_0"], pair["arg_1"]) for pair in sample["arguments"].values()]
+            for sample in self._samples(task)
+        ]
+
+    def _samples(self, task: str) -> list[Any]:
         (samples,) = self._directory.rglob(f"samples_{task}_*.jsonl")
         found = map(json.loads, samples.read_text().splitlines())
-        return [sample["resps"] for sample in sorted(found, key=lambda sample: sample["doc_id"])]
+        return sorted(found, key=lambda sample: sample["doc_id"])
 
     @property
     def logprobs(self) -> list[list[float]]:
@@ -213,15 +223,11 @@ def test_at_half_density_both_ways_are_sparsify(
     # In float64: in float32 its own rounding settles which of two equal neurons is an expert.
     reference = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    logprobs = iter(here.logprobs)
-    for query, choices, _ in QUESTIONS:
-        context = tokenizer(query.rstrip()).input_ids
-        wholes = [
-            tokenizer(query + ("" if query[-1].isspace() else " ") + choice.lstrip()).input_ids
-            for choice in choices
-        ]
+    for logprobs, pairs in zip(here.logprobs, here.asked("made_up_choices"), strict=True):
+        context = tokenizer(pairs[0][0].rstrip()).input_ids
+        wholes = [tokenizer("".join(pair)).input_ids for pair in pairs]
         expected = [sparse_logprob(reference, context, ids[len(context) :]) for ids in wholes]
-        assert next(logprobs) == pytest.approx(expected, abs=1e-3)
+        assert logprobs == pytest.approx(expected, abs=1e-3)
     for query, completion in zip(BEGINNINGS, here.completions, strict=True):
         ids = tokenizer(query, return_tensors="pt")
         with sparsify(reference, ids.input_ids, density=0.5):
