@@ -11,3 +11,8 @@ PolicyName = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
 Sharing = Literal["private", "shared", "auto"]
 """Whether a session runs on one expert set with others: never; with all that may; or whatever costs
 least at the time, and on all neurons while no set of experts gains enough."""
+
+ScoreMode = Literal["generation", "classification"]
+"""Which tokens choose the experts of a scored continuation, and which run on them. Generation: the
+context chooses, and every token of the continuation runs on them. Classification: every token that
+is run chooses, and the last of them alone runs on them."""

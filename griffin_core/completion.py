@@ -71,7 +71,12 @@ class TokenScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely."""
+    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely.
+
+    Args:
+        pruning: its experts are those of the last continuation that was scored behind the same
+            context. In mode "generation" that is no difference.
+    """
 
     logprob: float
     greedy: bool
@@ -95,13 +100,20 @@ def completion_of(task: GenerateTask, made: Sequence[TokensMade], end: Finished)
     )
 
 
-def score_of(task: ScoreTask, event: Scored) -> Score:
-    """A score, from what the engine says at its end."""
-    scored = zip(task.continuation, event.logprobs, event.greedy, strict=True)
-    return Score(
-        logprob=sum(event.logprobs),
-        greedy=all(event.greedy),
-        tokens=tuple(TokenScore(id=i, logprob=p, greedy=best) for i, p, best in scored),
-        context_tokens=len(task.prompt),
-        pruning=event.pruning,
-    )
+def scores_of(task: ScoreTask, event: Scored) -> list[Score]:
+    """The score of each continuation, from what the engine says at its end."""
+    return [
+        Score(
+            logprob=sum(scored.logprobs),
+            greedy=all(scored.greedy),
+            tokens=tuple(
+                TokenScore(id=token, logprob=logprob, greedy=greedy)
+                for token, logprob, greedy in zip(
+                    continuation, scored.logprobs, scored.greedy, strict=True
+                )
+            ),
+            context_tokens=len(task.prompt),
+            pruning=event.pruning,
+        )
+        for continuation, scored in zip(task.continuations, event.continuations, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -12,12 +12,18 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 import torch
 
 from griffin_core.batch import run_tasks
-from griffin_core.choices import DEFAULT_MODEL, PolicyName, Sharing
-from griffin_core.completion import Completion, Piece, Score, completion_of, score_of
+from griffin_core.choices import DEFAULT_MODEL, PolicyName, ScoreMode, Sharing
+from griffin_core.completion import Completion, Piece, Score, completion_of, scores_of
 from griffin_core.cpu_share import CpuShare
 from griffin_core.decode.events import Event, Failed, Finished, Scored, TokensMade
 from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.decode.task import (
+    SCORE_MODES,
+    GenerateTask,
+    PruningParams,
+    ScoreTask,
+    check_continuations,
+)
 from griffin_core.engine import Engine
 from griffin_core.errors import CapacityExhausted, EngineFault, EngineStopped, InvalidRequest
 from griffin_core.experts.selection import Selection
@@ -28,6 +34,7 @@ from griffin_core.model.prompt import (
     Prompt,
     PromptKind,
     are_ids,
+    continuations_ids,
     given_ids,
     is_chat,
     list_prompts,
@@ -46,6 +53,8 @@ while this process takes a result."""
 
 T = TypeVar("T")
 
+TextOrIds = str | Sequence[int]
+
 
 class GenerateOptions(TypedDict, total=False):
     """What ``LLM.generate`` and ``LLM.chat`` take beside prompts; see ``LLM.generate``."""
@@ -61,6 +70,18 @@ class GenerateOptions(TypedDict, total=False):
     add_special_tokens: bool | None
     continue_final_message: bool
     chat_template_kwargs: Mapping[str, Any] | None
+
+
+class ScoreOptions(TypedDict, total=False):
+    """What ``LLM.score_many`` and ``LLM.score_choices`` take beside what they score; see
+    ``LLM.score_choices``."""
+
+    mode: ScoreMode
+    density: float | None
+    policy: PolicyName | None
+    sharing: Sharing | None
+    seed: int | Sequence[int]
+    add_special_tokens: bool | None
 
 
 class LLM:
@@ -326,20 +347,28 @@ class LLM:
 
     def score(
         self,
-        context: str | Sequence[int],
-        continuation: str | Sequence[int],
+        context: TextOrIds,
+        continuation: TextOrIds,
         *,
+        mode: ScoreMode = "generation",
         density: float | None = None,
         policy: PolicyName | None = None,
         sharing: Sharing | None = None,
         seed: int = 0,
         add_special_tokens: bool | None = None,
     ) -> Score:
-        """Log-probabilities of a continuation on the experts that its context chooses.
+        """Log-probabilities of a continuation.
 
         Args:
             context, continuation: both text, or both token ids.
-            density, policy, sharing: None for those of the LLM.
+            mode: "generation": the context chooses the experts, and each token of the continuation
+                runs on them, as if it were generated. "classification": every token that is run
+                (context and continuation but for the last, which is only looked up) runs dense and
+                chooses, but the last of them, which runs on the experts. Only the continuation's
+                last log-probability is then of the pruned model: what the paper's tables of
+                multiple choice simulate. Its context has at least two tokens.
+            density, policy, sharing: None for those of the LLM. In mode "classification" experts
+                are never shared.
             seed: of the policies that draw.
             add_special_tokens: as in ``generate``, of the context.
 
@@ -348,6 +377,7 @@ class LLM:
         """
         (score,) = self.score_many(
             [(context, continuation)],
+            mode=mode,
             density=density,
             policy=policy,
             sharing=sharing,
@@ -358,39 +388,74 @@ class LLM:
 
     def score_many(
         self,
-        pairs: Iterable[tuple[str | Sequence[int], str | Sequence[int]]],
-        *,
-        density: float | None = None,
-        policy: PolicyName | None = None,
-        sharing: Sharing | None = None,
-        seed: int | Sequence[int] = 0,
-        add_special_tokens: bool | None = None,
+        pairs: Iterable[tuple[TextOrIds, TextOrIds]],
+        **options: Unpack[ScoreOptions],
     ) -> list[Score]:
         """As ``score``, of many pairs of context and continuation. All are checked before any is
         run.
 
         Args:
-            seed: of the first pair; each further one has the next number. Or one for each pair.
+            options: as of ``score_choices``.
 
         Returns:
             A score for each pair, in order.
         """
-        self._check_open()
-        listed = list(pairs)
-        pruning = PruningParams(density=density, policy=policy, sharing=sharing)
-        seeds = _seeds(seed, len(listed))
-        tasks = []
-        for index, (context, continuation) in enumerate(listed):
-            with _naming(f"pairs[{index}]"):
-                tasks.append(
-                    self._score_task(
-                        context, continuation, add_special_tokens, pruning, seeds[index]
-                    )
-                )
-        done: dict[int, Score] = {}
-        for index, event in self._events(tasks, "pairs", whole=True):
-            if isinstance(event, Scored):
-                done[index] = score_of(tasks[index], event)
+        tasks = self._score_tasks(
+            "pairs",
+            [(context, [continuation]) for context, continuation in pairs],
+            lambda _: "continuation",
+            **options,
+        )
+        done = dict(self._scores(tasks, "pairs"))
+        return [score for index in range(len(tasks)) for score in done[index]]
+
+    @overload
+    def score_choices(
+        self,
+        items: Iterable[tuple[TextOrIds, Sequence[TextOrIds]]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[ScoreOptions],
+    ) -> list[list[Score]]: ...
+
+    @overload
+    def score_choices(
+        self,
+        items: Iterable[tuple[TextOrIds, Sequence[TextOrIds]]],
+        *,
+        stream: Literal[True],
+        **options: Unpack[ScoreOptions],
+    ) -> Generator[tuple[int, list[Score]], None, None]: ...
+
+    def score_choices(
+        self,
+        items: Iterable[tuple[TextOrIds, Sequence[TextOrIds]]],
+        *,
+        stream: bool = False,
+        **options: Unpack[ScoreOptions],
+    ) -> list[list[Score]] | Generator[tuple[int, list[Score]], None, None]:
+        """As ``score``, of many contexts with several continuations each, such as the choices of a
+        question. A context is read once, and each continuation scored by itself behind it. All are
+        checked before any is run.
+
+        Args:
+            items: pairs of a context and 1 to 256 continuations, all text or all token ids. A text
+                that shares a token with the context, which the context is then without, is refused
+                beside others that do not.
+            stream: give results as they come. Closing the iterator, or dropping it, cancels what
+                still runs.
+            mode, density, policy, sharing, add_special_tokens: as of ``score``.
+            seed: of the first item; each further one has the next number. Or one for each item.
+
+        Returns:
+            For each item, in order, a score for each of its continuations. With ``stream``, pairs
+            of an item's index and its scores, as they come.
+        """
+        tasks = self._score_tasks("items", list(items), "continuations[{}]".format, **options)
+        scores = self._scores(tasks, "items")
+        if stream:
+            return scores
+        done = dict(scores)
         return [done[index] for index in range(len(tasks))]
 
     # -- from what is given to tasks -------------------------------------------------------------
@@ -401,34 +466,88 @@ class LLM:
         Bans(task.sampling, task.stopping, self.model.eos_ids, spec.vocabulary)  # checks them
         self._check_fits(len(task.prompt) + task.stopping.max_tokens)
 
-    def _score_task(
+    def _score_tasks(
         self,
-        context: str | Sequence[int],
-        continuation: str | Sequence[int],
+        name: str,
+        items: Sequence[tuple[TextOrIds, Sequence[TextOrIds]]],
+        naming: Callable[[int], str],
+        *,
+        mode: ScoreMode = "generation",
+        density: float | None = None,
+        policy: PolicyName | None = None,
+        sharing: Sharing | None = None,
+        seed: int | Sequence[int] = 0,
+        add_special_tokens: bool | None = None,
+    ) -> list[ScoreTask]:
+        """Checked tasks.
+
+        Args:
+            name: what the caller calls the items.
+            naming: what it calls each continuation of one, by its index.
+        """
+        self._check_open()
+        _check("mode", mode, mode in SCORE_MODES, ", ".join(SCORE_MODES))
+        pruning = PruningParams(density=density, policy=policy, sharing=sharing)
+        seeds = _seeds(seed, len(items))
+        tasks = []
+        for index, (context, continuations) in enumerate(items):
+            with _naming(f"{name}[{index}]"):
+                prompt, rests, names = self._scored_ids(
+                    context, continuations, naming, add_special_tokens
+                )
+                task = ScoreTask(
+                    prompt=tuple(prompt),
+                    continuations=tuple(map(tuple, rests)),
+                    mode=mode,
+                    pruning=pruning,
+                    seed=seeds[index],
+                )
+                task.check(self.model.decoder.spec, "context", names)
+                self._check_fits(task.run_tokens)
+            tasks.append(task)
+        return tasks
+
+    def _scored_ids(
+        self,
+        context: TextOrIds,
+        continuations: Sequence[TextOrIds],
+        naming: Callable[[int], str],
         add_special_tokens: bool | None,
-        pruning: PruningParams,
-        seed: int,
-    ) -> ScoreTask:
-        spec, most = self.model.decoder.spec, self.model.decoder.spec.context_length
-        if isinstance(context, str) and isinstance(continuation, str):
-            prompt, rest = self.model.tokenizer.encode_pair(
-                context, continuation, special_tokens=add_special_tokens is not False, most=most
+    ) -> tuple[list[int], list[list[int]], list[str]]:
+        """Token ids of a context and of its continuations, and the names of these."""
+        most = self.model.decoder.spec.context_length
+        listed = isinstance(continuations, Sequence) and not isinstance(continuations, str)
+        if not listed or (continuations and are_ids(continuations)):
+            raise InvalidRequest("continuations", continuations, "a list of texts or of token ids")
+        check_continuations(len(continuations))
+        names = [naming(index) for index in range(len(continuations))]
+        for name, continuation in zip(names, continuations, strict=True):
+            texts = isinstance(context, str) and isinstance(continuation, str)
+            if not texts and not (are_ids(context) and are_ids(continuation)):
+                raise InvalidRequest(
+                    name,
+                    f"{type(context).__name__} with {type(continuation).__name__}",
+                    "both as text or both as token ids",
+                )
+        if isinstance(context, str):
+            prompt, rests = continuations_ids(
+                context,
+                cast(Sequence[str], continuations),
+                self.model.tokenizer,
+                names=names,
+                special_tokens=add_special_tokens is not False,
+                most=most,
             )
-        elif are_ids(context) and are_ids(continuation):
-            if add_special_tokens is not None:
-                raise InvalidRequest("add_special_tokens", "set with token ids", "with text")
-            prompt = given_ids("context", [int(i) for i in context], most=most)
-            rest = given_ids("continuation", [int(i) for i in continuation], most=most)
-        else:
-            raise InvalidRequest(
-                "continuation",
-                f"{type(context).__name__} with {type(continuation).__name__}",
-                "both as text or both as token ids",
-            )
-        task = ScoreTask(prompt=tuple(prompt), continuation=tuple(rest), pruning=pruning, seed=seed)
-        task.check(spec, "context", "continuation")
-        self._check_fits(len(prompt) + len(rest))
-        return task
+            return prompt, rests, names
+        if add_special_tokens is not None:
+            raise InvalidRequest("add_special_tokens", "set with token ids", "with text")
+        prompt = given_ids("context", [int(i) for i in context], most=most)
+        given = cast(Sequence[Sequence[int]], continuations)
+        rests = [
+            given_ids(name, [int(i) for i in one], most=most)
+            for name, one in zip(names, given, strict=True)
+        ]
+        return prompt, rests, names
 
     def _check_fits(self, tokens: int) -> None:
         """Refuses what never has room. The engine, which also counts experts, has the last word."""
@@ -458,6 +577,15 @@ class LLM:
                     case Finished():
                         completion = completion_of(tasks[index], made.pop(index), event)
                         yield index, Piece(completion=completion)
+
+    def _scores(
+        self, tasks: Sequence[ScoreTask], name: str
+    ) -> Generator[tuple[int, list[Score]], None, None]:
+        """Runs tasks."""
+        with closing(self._events(tasks, name, whole=True)) as events:
+            for index, event in events:
+                if isinstance(event, Scored):
+                    yield index, scores_of(tasks[index], event)
 
     def _events(
         self, tasks: Sequence[GenerateTask | ScoreTask], name: str, *, whole: bool

@@ -23,6 +23,7 @@ from griffin_client.types import (
     Policy,
     Sampling,
     Score,
+    ScoreMode,
     Session,
     Sharing,
     Stopping,
@@ -118,6 +119,7 @@ class AsyncGriffinClient:
         context: str | Sequence[int],
         continuation: str | Sequence[int],
         *,
+        mode: ScoreMode | None = None,
         density: float | None = None,
         policy: Policy | None = None,
         sharing: Sharing | None = None,
@@ -129,7 +131,8 @@ class AsyncGriffinClient:
         """See ``GriffinClient.score``."""
         request = convert.score_request(
             context,
-            continuation,
+            continuation=continuation,
+            mode=mode,
             density=density,
             policy=policy,
             sharing=sharing,
@@ -138,6 +141,34 @@ class AsyncGriffinClient:
             add_special_tokens=add_special_tokens,
         )
         return convert.score(await self._call(self._stub.Score, request, timeout_s))
+
+    async def score_choices(
+        self,
+        context: str | Sequence[int],
+        continuations: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        mode: ScoreMode | None = None,
+        density: float | None = None,
+        policy: Policy | None = None,
+        sharing: Sharing | None = None,
+        seed: int | None = None,
+        request_id: str | None = None,
+        add_special_tokens: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[Score, ...]:
+        """See ``GriffinClient.score_choices``."""
+        request = convert.score_request(
+            context,
+            continuations=continuations,
+            mode=mode,
+            density=density,
+            policy=policy,
+            sharing=sharing,
+            seed=seed,
+            request_id=request_id,
+            add_special_tokens=add_special_tokens,
+        )
+        return convert.scores(await self._call(self._stub.Score, request, timeout_s))
 
     async def analyze_prompt(
         self,

@@ -23,6 +23,7 @@ from griffin_client.types import (
     Policy,
     Sampling,
     Score,
+    ScoreMode,
     Session,
     Sharing,
     Stopping,
@@ -165,6 +166,7 @@ class GriffinClient:
         context: str | Sequence[int],
         continuation: str | Sequence[int],
         *,
+        mode: ScoreMode | None = None,
         density: float | None = None,
         policy: Policy | None = None,
         sharing: Sharing | None = None,
@@ -173,15 +175,20 @@ class GriffinClient:
         add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Score:
-        """Log-probabilities of a continuation on the experts its context chooses.
+        """Log-probabilities of a continuation.
 
         Args:
             context, continuation: both text, or both token ids.
+            mode: "generation": the context chooses the experts, and each token of the continuation
+                runs on them, as if it were generated. "classification": every token that is run
+                chooses, and the last of them alone runs on the experts; see ``ScoreMode`` in
+                generation.proto. None takes "generation".
             add_special_tokens: as in ``generate``, of the context.
         """
         request = convert.score_request(
             context,
-            continuation,
+            continuation=continuation,
+            mode=mode,
             density=density,
             policy=policy,
             sharing=sharing,
@@ -190,6 +197,43 @@ class GriffinClient:
             add_special_tokens=add_special_tokens,
         )
         return convert.score(self._call(self._stub.Score, request, timeout_s))
+
+    def score_choices(
+        self,
+        context: str | Sequence[int],
+        continuations: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        mode: ScoreMode | None = None,
+        density: float | None = None,
+        policy: Policy | None = None,
+        sharing: Sharing | None = None,
+        seed: int | None = None,
+        request_id: str | None = None,
+        add_special_tokens: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[Score, ...]:
+        """Log-probabilities of several continuations, such as the choices of a question, each by
+        itself behind the same context, which is read once. It is one call.
+
+        Args:
+            context, continuations: all text, or all token ids; 1 to 256 continuations.
+            mode, add_special_tokens: as in ``score``.
+
+        Returns:
+            One for each continuation, in order.
+        """
+        request = convert.score_request(
+            context,
+            continuations=continuations,
+            mode=mode,
+            density=density,
+            policy=policy,
+            sharing=sharing,
+            seed=seed,
+            request_id=request_id,
+            add_special_tokens=add_special_tokens,
+        )
+        return convert.scores(self._call(self._stub.Score, request, timeout_s))
 
     def analyze_prompt(
         self,

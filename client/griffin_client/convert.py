@@ -57,8 +57,10 @@ def generate_request(
 
 def score_request(
     context: str | Sequence[int],
-    continuation: str | Sequence[int],
     *,
+    continuation: str | Sequence[int] | None = None,
+    continuations: Sequence[str] | Sequence[Sequence[int]] | None = None,
+    mode: types.ScoreMode | None,
     density: float | None,
     policy: types.Policy | None,
     sharing: types.Sharing | None,
@@ -69,10 +71,23 @@ def score_request(
     inputs: dict[str, Any] = {
         name if isinstance(value, str) else f"{name}_token_ids": value
         for name, value in (("context", context), ("continuation", continuation))
+        if value is not None
     }
+    if isinstance(continuations, str):
+        raise invalid_argument("continuations", continuations, "allowed: texts or lists of ids")
+    choices = [
+        _message(
+            pb.Continuation,
+            f"continuations[{index}].",
+            **{"text" if isinstance(one, str) else "token_ids": one},
+        )
+        for index, one in enumerate(continuations or ())
+    ]
     return _message(
         pb.ScoreRequest,
         **inputs,
+        continuations=choices,
+        mode=_number("mode", mode, pb.ScoreMode, "SCORE_MODE_"),
         pruning=_pruning(density, policy, sharing),
         seed=seed,
         request_id=request_id,
@@ -246,6 +261,22 @@ def completion(events: Iterable[types.Event]) -> types.Completion:
 def score(response: pb.ScoreResponse) -> types.Score:
     tokens = tuple(_fill(types.TokenScore, item) for item in response.tokens)
     return _fill(types.Score, response, tokens=tokens, pruning=figures(response.pruning))
+
+
+def scores(response: pb.ScoreResponse) -> tuple[types.Score, ...]:
+    """One for each of the request's ``continuations``."""
+    pruning = figures(response.pruning)
+    return tuple(
+        _fill(
+            types.Score,
+            one,
+            tokens=tuple(_fill(types.TokenScore, item) for item in one.tokens),
+            context_tokens=response.context_tokens,
+            pruning=pruning,
+            request_id=response.request_id,
+        )
+        for one in response.continuations
+    )
 
 
 def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:

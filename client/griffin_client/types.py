@@ -9,6 +9,7 @@ from typing import Literal
 
 Policy = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
 Sharing = Literal["private", "shared", "auto"]
+ScoreMode = Literal["generation", "classification"]
 FinishReason = Literal["eos", "stop_sequence", "max_tokens", "context_length"]
 SessionState = Literal["queued", "prefill", "decode", "idle"]
 
@@ -186,7 +187,12 @@ class TokenScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely."""
+    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely.
+
+    Args:
+        pruning: of ``score_choices`` it is that of the last continuation; in mode "generation" they
+            all have the same experts.
+    """
 
     logprob: float
     greedy: bool

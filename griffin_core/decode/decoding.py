@@ -19,7 +19,14 @@ from griffin_core.decode.events import Admitted, Event, Failed, Finished, Scored
 from griffin_core.decode.generation import Generation, Pace
 from griffin_core.decode.intake import Intake
 from griffin_core.decode.scheduler import Limits, Scheduler
-from griffin_core.decode.scoring import Scoring
+from griffin_core.decode.scoring import (
+    Chance,
+    Piece,
+    Scoring,
+    choice_bytes,
+    look_up,
+    pieces_of_step,
+)
 from griffin_core.decode.session import (
     Holdings,
     Reservation,
@@ -38,8 +45,6 @@ from griffin_core.decode.step import (
     LayeredStep,
     Stepper,
     StepRow,
-    StepTokens,
-    decode_tokens,
     draw_of,
 )
 from griffin_core.decode.task import GenerateTask, ScoreTask
@@ -285,7 +290,7 @@ class Decoding:
             self._groups.due
             or self._under_way
             or self._prompts_read
-            or self._next_scoring()
+            or self._scoring()
             or self._runnable()
         )
 
@@ -442,19 +447,30 @@ class Decoding:
             self._groups.join(session)
 
     def _score(self) -> None:
-        """The next tokens of one session that scores: it brings many."""
-        session = self._next_scoring()
-        if session is not None:
-            self._guarded(session, self._run_scoring)
+        """The next tokens of the sessions that score, many at once."""
+        sessions = self._scoring()
+        for pieces in pieces_of_step(sessions[:1] if self._batch_invariant else sessions):
+            self._look_up(pieces)
 
-    def _run_scoring(self, session: Session) -> None:
-        assert isinstance(session.work, Scoring)
-        assert session.cache is not None and session.view is not None
-        tokens = StepTokens(
-            cache=session.cache, view=session.view.layers, token_ids=session.work.tokens()
-        )
-        session.ran(session.density, tokens.tokens)
-        last = session.work.read(session, decode_tokens(self._decoder, [tokens])[0])
+    def _look_up(self, pieces: Sequence[Piece]) -> None:
+        """Runs pieces together; if that fails, each alone, so that it costs only the session whose
+        fault it is."""
+        try:
+            looked_up = look_up(self._decoder, pieces)
+        except Exception as error:
+            self._check_device()
+            if len(pieces) == 1:
+                self._end_with(pieces[0].session, error)
+                return
+            log.exception("%d scores together failed; each is tried alone", len(pieces))
+            for piece in pieces:
+                self._look_up([piece])
+            return
+        for piece, chances in zip(pieces, looked_up, strict=True):
+            self._guarded(piece.session, partial(self._take_chances, piece, chances))
+
+    def _take_chances(self, piece: Piece, chances: Sequence[Chance], session: Session) -> None:
+        last = piece.work.take(session, chances)
         if last is not None:
             self._finish(session, last)
 
@@ -468,13 +484,15 @@ class Decoding:
                     sessions.append(session)
         return sessions
 
-    def _next_scoring(self) -> Session | None:
-        return next(
-            (s for s in self.scheduler.live if isinstance(s.work, Scoring) and self._runs(s)), None
-        )
+    def _scoring(self) -> list[Session]:
+        """Sessions that have something to look up."""
+        return [s for s in self.scheduler.live if isinstance(s.work, Scoring) and self._runs(s)]
 
     def _runs(self, session: Session) -> bool:
-        return session.state is State.DECODE and session.view is not None and session.sink.ready()
+        if session.state is not State.DECODE or not session.sink.ready():
+            return False
+        needs_view = not isinstance(session.work, Scoring) or session.work.needs_view
+        return session.view is not None or not needs_view
 
     def _watch_readers(self) -> None:
         now = time.monotonic()
@@ -512,34 +530,39 @@ class Decoding:
         later_turn = bool(session.tokens)
         if isinstance(task, ScoreTask):
             selection = task.pruning.selection(self._selection, task.seed)
-            more = len(task.continuation)
-            work = Scoring(self._decoder, task)
+            work = Scoring(self._decoder, task, selection)
         else:
             base = session.selection if later_turn else self._selection
             selection = task.pruning.selection(base, task.sampling.seed)
-            more = task.stopping.max_tokens
             work = Generation(self._model, task, self._pace)
             keep = task.keep
-        length = len(session.tokens) + len(task.prompt)
+        length = len(session.tokens) + len(task.prefilled)
         if length >= spec.context_length:
             raise InvalidRequest(
                 "session_id",
                 f"{length} tokens with the turns before",
                 f"at most {spec.context_length - 1}, one less than the context length",
             )
-        capacity = min(length + more, spec.context_length)
+        if isinstance(task, ScoreTask):
+            capacity = task.run_tokens
+        else:
+            capacity = min(length + task.stopping.max_tokens, spec.context_length)
         sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)
-        needs = Reservation(
-            kv=self._caches.most_bytes(capacity, resized=later_turn or keep),
-            zeroed=self._views.zeroed_bytes(selection.experts_of(spec.ff_width)),
-            view=self._views.planned_bytes(selection.experts_of(spec.ff_width)),
-            pool=self._groups.pool(selection, sharing),
-        )
+        kv = self._caches.most_bytes(capacity, resized=later_turn or keep)
+        if work.chooses:
+            needs = Reservation(kv=kv, zeroed=choice_bytes(self._decoder))
+        else:
+            needs = Reservation(
+                kv=kv,
+                zeroed=self._views.zeroed_bytes(selection.experts_of(spec.ff_width)),
+                view=self._views.planned_bytes(selection.experts_of(spec.ff_width)),
+                pool=self._groups.pool(selection, sharing),
+            )
         self.scheduler.enqueue(session, needs, task.deadline)
         session.begin_turn(
             task.turn_id,
             arrived=task.arrived,
-            prompt=task.prompt,
+            prompt=task.prefilled,
             capacity=capacity,
             selection=selection,
             sharing=sharing,
@@ -619,11 +642,8 @@ class Decoding:
         if not isinstance(session.work, Scoring):
             self._prompts_read.append((session.turn_id, session, hidden))
             return
-        session.ran(1.0)
-        last = session.work.begin(session, self._decoder.head(hidden[None])[0])
-        if last is not None:
-            self._finish(session, last)
-        else:
+        session.work.begin(session, hidden)
+        if session.work.runs_tokens:
             self._groups.join(session)
 
     def _finish(self, session: Session, last: Finished | Scored) -> None:

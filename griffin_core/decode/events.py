@@ -107,12 +107,23 @@ class Finished:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
-    """Result of a ScoreTask: for each continuation token its log-probability, and whether it is
-    the most likely one."""
+class ContinuationScored:
+    """For each token of a continuation its log-probability, and whether it is the most likely."""
 
     logprobs: tuple[float, ...]
     greedy: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Result of a ScoreTask.
+
+    Args:
+        continuations: one for each of the task's, in order.
+        pruning: its experts are those of the last continuation.
+    """
+
+    continuations: tuple[ContinuationScored, ...]
     pruning: PruningFigures
 
 

@@ -60,6 +60,7 @@ class Generation:
     """
 
     rows: Rows = "one"
+    chooses = False
 
     def __init__(self, model: Model, task: GenerateTask, pace: Pace) -> None:
         self._model = model

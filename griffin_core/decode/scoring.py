@@ -1,73 +1,331 @@
-"""What a scoring session does: run the given continuation on the experts, read off its chances."""
+"""What scoring sessions do: look up the chances of given continuations, each behind the context.
+
+The *tail* of a continuation c is the context's last token and c without its last token: what the
+model expects after token i of the tail is the chance of c[i]. The two modes differ in what the tail
+runs on:
+
+* *generation*: its first token was read with the context, dense. The others run on the experts that
+  the context chose.
+* *classification*: all its tokens but the last run dense and add to the context's statistic. What
+  that chooses is what the last one runs on. The context is read but for its last token.
+
+At density 1 classification needs no statistic: the whole tail runs on all neurons.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from griffin_core.decode.events import Scored
+from griffin_core.decode.events import ContinuationScored, Scored
 from griffin_core.decode.session import Session
+from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.decode.task import ScoreTask
 from griffin_core.errors import NonFiniteLogits
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
+from griffin_core.prefill import MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
 
 STEP_TOKENS = 256
-"""Continuation tokens a step: bounds the logits held at once to this times V."""
+"""Tokens of all sessions that score in a step: bounds the logits held at once to this times V."""
+
+
+class Stage(Enum):
+    """What a session's next chances are looked up after."""
+
+    CONTEXT = "context"
+    """The context, which has been read: all continuations have their first token there."""
+    VIEW = "view"
+    """Tokens of the tail that run on what the session runs on."""
+    COUNTED = "counted"
+    """Tokens of the tail that run dense and add to the statistic."""
+    CHOSEN = "chosen"
+    """The tail's last token, which runs on the experts that the statistic chooses."""
+
+
+class Chance(NamedTuple):
+    """Of a continuation's token.
+
+    Args:
+        logprob: its natural logarithm.
+        greedy: no other token is more likely here.
+        finite: whether all logits here are.
+    """
+
+    logprob: float
+    greedy: bool
+    finite: bool
 
 
 class Scoring:
-    """``Work`` of a session that scores."""
+    """``Work`` of a session that scores.
+
+    Args:
+        selection: how experts are chosen.
+    """
 
     rows: Rows = "many"
 
-    def __init__(self, decoder: Decoder, task: ScoreTask) -> None:
+    def __init__(self, decoder: Decoder, task: ScoreTask, selection: Selection) -> None:
+        neurons = decoder.spec.ff_width
+        self.chooses = task.mode == "classification" and selection.experts_of(neurons) < neurons
+        """Whether each continuation chooses experts of its own, for one token."""
         self._decoder = decoder
-        self._continuation = task.continuation
-        self._ids = torch.tensor(task.continuation, device=decoder.device)
-        self._logprobs: list[float] = []
-        self._greedy: list[bool] = []
+        self._task = task
+        self._scored: list[list[Chance]] = [[] for _ in task.continuations]
+        self._index = 0  # of the continuation that is being scored
+        self._context_hidden: Tensor | None = None
+        self._context_choice: tuple[Tensor, ExpertSet, tuple[float, ...]] | None = None
+        self._dense_tail: Prompt | None = None
 
-    def begin(self, session: Session, logits: Tensor) -> Scored | None:
-        """Scores the first continuation token by the logits [V] after the context. Returns the
-        turn's last event when nothing is left to do."""
-        return self._score(session, logits[None])
+    def begin(self, session: Session, hidden: Tensor) -> None:
+        """The context is read.
 
-    def tokens(self) -> Sequence[int]:
-        """Up to STEP_TOKENS more of those scored already; the very last is never run."""
-        begin = len(self._logprobs) - 1
-        return self._continuation[begin:-1][:STEP_TOKENS]
+        Args:
+            hidden: [D], what the head reads after the last token that was read.
+        """
+        if self._task.mode == "generation":
+            self._context_hidden = hidden
+        elif self.chooses:
+            assert session.s2 is not None and session.experts is not None
+            self._context_choice = session.s2, session.experts, session.norm_mass
 
-    def read(self, session: Session, logits: Tensor) -> Scored | None:
-        """Scores the tokens after those that were run, by the logits [T, V] there. Returns the
-        turn's last event when nothing is left to do."""
-        return self._score(session, logits)
+    @property
+    def runs_tokens(self) -> bool:
+        """Whether tokens are left to run when the context is read."""
+        return any(len(c) > 1 for c in self._task.continuations) or self._context_hidden is None
 
-    def flush(self, session: Session) -> None:
-        """A score is whole or none."""
+    @property
+    def needs_view(self) -> bool:
+        """Whether what comes next runs on the session's view."""
+        return self.stage is Stage.VIEW
 
-    def _score(self, session: Session, logits: Tensor) -> Scored | None:
-        """Scores the next tokens of the continuation, one for each row.
+    @property
+    def stage(self) -> Stage:
+        """What comes next."""
+        if self._context_hidden is not None:
+            return Stage.CONTEXT
+        if not self.chooses:
+            return Stage.VIEW
+        return Stage.CHOSEN if self._left == 1 else Stage.COUNTED
+
+    @property
+    def _left(self) -> int:
+        return len(self._task.continuations[self._index]) - len(self._scored[self._index])
+
+    def rows_of_step(self, room: int) -> int:
+        """Tokens of the tail that run next, up to ``room``; or 1, for the context's last."""
+        match self.stage:
+            case Stage.CONTEXT | Stage.CHOSEN:
+                return 1
+            case Stage.VIEW:
+                return min(self._left, room)
+            case Stage.COUNTED:
+                return min(self._left - 1, room)
+
+    @property
+    def context_hidden(self) -> Tensor:
+        """In stage CONTEXT: [D], what the head reads."""
+        assert self._context_hidden is not None
+        return self._context_hidden
+
+    def on_experts(self, session: Session, rows: int) -> StepTokens:
+        """In stages VIEW and CHOSEN: the next tokens of the tail, and what they run on."""
+        assert session.cache is not None
+        begin = len(self._scored[self._index])
+        tokens = self._tail[begin : begin + rows]
+        if self.stage is Stage.CHOSEN:
+            assert session.experts is not None
+            zeroed = ZeroedLayers(self._decoder, session.experts)
+            return StepTokens(cache=session.cache, view=zeroed, token_ids=tokens)
+        assert session.view is not None
+        return StepTokens(cache=session.cache, view=session.view.layers, token_ids=tokens)
+
+    def counted(self, session: Session, rows: int) -> Part:
+        """In stage COUNTED: the next tokens of the tail."""
+        if self._dense_tail is None:
+            self._dense_tail = Prompt(
+                self._decoder,
+                self._tail[:-1],
+                session.selection,
+                cache=session.cache,
+                s2=session.s2,
+            )
+        return Part(prompt=self._dense_tail, tokens=rows)
+
+    def targets(self, rows: int) -> list[tuple[int, int]]:
+        """What is looked up after the next rows: pairs of a row and a token."""
+        if self.stage is Stage.CONTEXT:
+            return [(0, continuation[0]) for continuation in self._task.continuations]
+        begin = len(self._scored[self._index])
+        tokens = self._task.continuations[self._index][begin : begin + rows]
+        return list(enumerate(tokens))
+
+    def take(self, session: Session, chances: Sequence[Chance]) -> Scored | None:
+        """Takes what was looked up. Returns the turn's last event when nothing is left to do.
 
         Raises:
             NonFiniteLogits: a row has a value that is NaN or infinite.
         """
-        begin = len(self._logprobs)
-        ids = self._ids[begin : begin + logits.shape[0]]
-        finite = logits.sum(dim=1).isfinite()  # NaN and infinite values carry over to the sum
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
-            raise NonFiniteLogits(position=len(session.tokens) + begin + first)
-        logprobs = logits.log_softmax(dim=1)
-        chosen = logprobs.gather(1, ids[:, None])[:, 0]
-        self._logprobs += chosen.tolist()
-        self._greedy += (chosen >= logprobs.amax(dim=1)).tolist()
-        if len(self._logprobs) < len(self._ids):
+        stage = self.stage
+        for place, chance in enumerate(chances):
+            if not chance.finite:
+                ahead = 0 if stage is Stage.CONTEXT else len(self._scored[self._index]) + place
+                raise NonFiniteLogits(position=len(self._task.prompt) + ahead)
+        if stage is Stage.CONTEXT:
+            self._context_hidden = None
+            for scored, chance in zip(self._scored, chances, strict=True):
+                scored.append(chance)
+            session.ran(1.0, len(chances))
+        else:
+            self._scored[self._index] += chances
+            session.ran(self._density(session, stage), len(chances))
+        if not self._go_on(session):
             return None
         return Scored(
-            logprobs=tuple(self._logprobs),
-            greedy=tuple(self._greedy),
+            continuations=tuple(
+                ContinuationScored(
+                    logprobs=tuple(chance.logprob for chance in scored),
+                    greedy=tuple(chance.greedy for chance in scored),
+                )
+                for scored in self._scored
+            ),
             pruning=session.figures(self._decoder.spec.ff_width),
         )
+
+    def counted_to_its_end(self, session: Session, s2: Tensor, experts: ExpertSet) -> None:
+        """The statistic has come to the tail's last token, and has chosen."""
+        self._dense_tail = None
+        session.chosen(s2, experts)
+
+    def flush(self, session: Session) -> None:
+        """A score is whole or none."""
+
+    @property
+    def _tail(self) -> Sequence[int]:
+        return (self._task.prompt[-1], *self._task.continuations[self._index][:-1])
+
+    @staticmethod
+    def _density(session: Session, stage: Stage) -> float:
+        if stage is Stage.CHOSEN:
+            assert session.experts is not None
+            return session.experts.density
+        return 1.0 if stage is Stage.COUNTED else session.density
+
+    def _go_on(self, session: Session) -> bool:
+        """Goes back to the context if a continuation has come to its end. True if all have."""
+        while not self._left:
+            assert session.cache is not None
+            session.cache.rewind(session.prompt_tokens)
+            if self._index + 1 == len(self._scored):
+                return True
+            self._index += 1
+            if self._context_choice is not None:
+                session.chosen(*self._context_choice)
+        return False
+
+
+def choice_bytes(decoder: Decoder) -> int:
+    """Most bytes that a session holds whose continuations choose experts of their own: the
+    statistic [L, F] float32 of one, and what lets one token run zeroed."""
+    return 4 * len(decoder.layers) * decoder.spec.ff_width + zeroed_bytes(decoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What a step does for one session.
+
+    Args:
+        rows: rows of logits.
+    """
+
+    session: Session
+    work: Scoring
+    stage: Stage
+    rows: int
+
+
+def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
+    """What a step does for sessions that score, in their order, up to STEP_TOKENS rows in all: the
+    pieces that run together, stage by stage."""
+    together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
+    room = STEP_TOKENS
+    for session in sessions:
+        work = session.work
+        assert isinstance(work, Scoring)
+        stage = work.stage
+        most = MAX_TOGETHER if stage is Stage.COUNTED else STEP_TOKENS
+        if room and len(together[stage]) < most:
+            rows = work.rows_of_step(room)
+            together[stage].append(Piece(session=session, work=work, stage=stage, rows=rows))
+            room -= rows
+    return [pieces for pieces in together.values() if pieces]
+
+
+def look_up(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
+    """Runs pieces of one stage, in one batch, and looks up what follows their tokens. If it raises,
+    no session has moved on, and the same pieces may be run again.
+
+    Returns:
+        For each piece the chances of its targets, to be given to ``Scoring.take``.
+    """
+    match pieces[0].stage:
+        case Stage.CONTEXT:
+            hidden = torch.stack([piece.work.context_hidden for piece in pieces])
+            return _chances(pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces)))
+        case Stage.COUNTED:
+            return _look_up_counted(decoder, pieces)
+        case Stage.VIEW | Stage.CHOSEN:
+            return _look_up_on_experts(decoder, pieces)
+
+
+def _look_up_on_experts(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
+    runs = [piece.work.on_experts(piece.session, piece.rows) for piece in pieces]
+    lengths = [run.cache.length for run in runs]
+    try:
+        return _chances(pieces, decode_tokens(decoder, runs))
+    except BaseException:
+        for run, length in zip(runs, lengths, strict=True):
+            run.cache.rewind(length)
+        raise
+
+
+def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
+    parts = [piece.work.counted(piece.session, piece.rows) for piece in pieces]
+    run = launch(decoder, parts)
+    logits = decoder.head(decoder.final_hidden(run.hidden))
+    rows = [piece.rows for piece in pieces]
+    chances = _chances(pieces, torch.split_with_sizes(logits, rows))
+    read = {id(each.prompt): each for each in run.end()}
+    for piece, part in zip(pieces, parts, strict=True):
+        if each := read.get(id(part.prompt)):
+            experts = ExpertSet(ff_width=each.s2.shape[1], indices=each.experts)
+            piece.work.counted_to_its_end(piece.session, each.s2, experts)
+    return chances
+
+
+def _chances(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
+    """What each piece asks for, of its logits [T, V]. The device is waited for once."""
+    columns, counts = [], []
+    for piece, own in zip(pieces, logits, strict=True):
+        targets = torch.tensor(piece.work.targets(piece.rows), device=own.device)
+        rows, tokens = targets.unbind(dim=1)
+        finite = own.sum(dim=1).isfinite()  # NaN and infinite values carry over to the sum
+        logprobs = own.log_softmax(dim=1)
+        chosen = logprobs[rows, tokens]
+        greedy = chosen >= logprobs.amax(dim=1)[rows]
+        columns.append(torch.stack([chosen, greedy.float(), finite[rows].float()], dim=1))
+        counts.append(len(targets))
+    looked_up = iter(torch.cat(columns).tolist())
+    return [
+        [Chance(logprob, bool(greedy), bool(finite)) for logprob, greedy, finite in own]
+        for own in ([next(looked_up) for _ in range(count)] for count in counts)
+    ]

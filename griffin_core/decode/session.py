@@ -146,6 +146,8 @@ class Work(Protocol):
 
     rows: Rows
     """How many tokens it mostly runs at once."""
+    chooses: bool
+    """Whether it sees to its experts itself: ``ExpertGroups`` then has it on all neurons."""
 
     def flush(self, session: Session) -> None:
         """Puts out what it still holds back, for the turn fails."""

@@ -65,7 +65,7 @@ class Seat:
 
     Args:
         zeroed_bytes: what it has taken of the budget to run zeroed.
-        prunes: whether its experts are fewer than all neurons.
+        prunes: whether it runs on fewer experts than all neurons.
     """
 
     def __init__(self, session: Session, zeroed_bytes: int, *, prunes: bool) -> None:
@@ -225,10 +225,10 @@ class ExpertGroups:
         """A session has its statistic and its own experts, and is to run on some from the next step
         on."""
         assert session.experts is not None
-        k = session.experts.indices.shape[1]
-        size = self._views.zeroed_bytes(k)
+        size = session.reservation.zeroed
         self._views.take_zeroed(size)
-        seat = Seat(session, size, prunes=k < session.experts.ff_width)
+        fewer = session.experts.indices.shape[1] < session.experts.ff_width
+        seat = Seat(session, size, prunes=fewer and not session.work.chooses)
         self._seats[session.session_id] = seat
         self._decide(self._step + 1)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 from uuid import uuid4
 
+from griffin_core.choices import ScoreMode
 from griffin_core.decode.session import SHARINGS, Sharing
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection
@@ -14,6 +16,11 @@ from griffin_core.model.spec import ModelSpec
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
+
+SCORE_MODES: tuple[ScoreMode, ...] = get_args(ScoreMode)
+
+MOST_CONTINUATIONS = 256
+"""Of one ScoreTask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,11 @@ class GenerateTask:
     arrived: float = field(default_factory=time.monotonic, compare=False)
     deadline: float | None = None
 
+    @property
+    def prefilled(self) -> tuple[int, ...]:
+        """What the prefill reads."""
+        return self.prompt
+
     def check(self, spec: ModelSpec, prompt_field: str) -> None:
         """Raises InvalidRequest for whatever does not fit the model.
 
@@ -97,42 +109,81 @@ class GenerateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """Log-probabilities of ``continuation`` behind ``prompt``, both at least one token.
+    """Log-probabilities of continuations, each by itself behind ``prompt``, the context. All have
+    at least one token, and in classification the context has two.
 
     Args:
+        continuations: 1 to MOST_CONTINUATIONS.
+        mode: see ``choices.ScoreMode``.
         seed: of the policies that draw.
         turn_id: also the id of its session.
         arrived: when the call came, on ``time.monotonic``.
         deadline: on the same clock, or None: until when the caller waits.
+
+    Raises:
+        InvalidRequest: there is no such mode.
     """
 
     prompt: tuple[int, ...]
-    continuation: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    mode: ScoreMode = "generation"
     pruning: PruningParams = field(default_factory=PruningParams)
     seed: int = 0
     turn_id: str = field(default_factory=lambda: uuid4().hex)
     arrived: float = field(default_factory=time.monotonic, compare=False)
     deadline: float | None = None
 
-    def check(self, spec: ModelSpec, context_field: str, continuation_field: str) -> None:
-        """Raises InvalidRequest for whatever does not fit the model."""
+    def __post_init__(self) -> None:
+        if self.mode not in SCORE_MODES:
+            raise InvalidRequest("mode", self.mode, ", ".join(SCORE_MODES))
+
+    @property
+    def prefilled(self) -> tuple[int, ...]:
+        """What the prefill reads of the context. In classification its last token is the first of
+        what each continuation runs by itself."""
+        return self.prompt if self.mode == "generation" else self.prompt[:-1]
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the context and the longest continuation that are run: the last is not."""
+        return len(self.prompt) + max(map(len, self.continuations)) - 1
+
+    def check(
+        self, spec: ModelSpec, context_field: str, continuation_fields: Sequence[str]
+    ) -> None:
+        """Raises InvalidRequest for whatever does not fit the model.
+
+        Args:
+            context_field, continuation_fields: what the caller calls the context and each of the
+                continuations.
+        """
+        check_continuations(len(self.continuations))
         if not self.prompt:
             raise InvalidRequest(
                 context_field, "no tokens before those of the continuation", "at least one token"
             )
-        if not self.continuation:
+        if self.mode == "classification" and len(self.prompt) == 1:
             raise InvalidRequest(
-                continuation_field, "no tokens behind the context", "at least one token"
+                context_field, "one token", "at least two tokens with mode classification"
             )
         check_token_ids(context_field, self.prompt, spec)
-        check_token_ids(continuation_field, self.continuation, spec)
-        total = len(self.prompt) + len(self.continuation)
-        if total > spec.context_length:
-            raise InvalidRequest(
-                continuation_field,
-                f"{total} tokens with the context",
-                f"at most {spec.context_length}, the context length",
-            )
+        for name, continuation in zip(continuation_fields, self.continuations, strict=True):
+            if not continuation:
+                raise InvalidRequest(name, "no tokens behind the context", "at least one token")
+            check_token_ids(name, continuation, spec)
+            total = len(self.prompt) + len(continuation)
+            if total > spec.context_length:
+                raise InvalidRequest(
+                    name,
+                    f"{total} tokens with the context",
+                    f"at most {spec.context_length}, the context length",
+                )
+
+
+def check_continuations(count: int) -> None:
+    """Raises InvalidRequest unless so many continuations may be scored behind one context."""
+    if not 1 <= count <= MOST_CONTINUATIONS:
+        raise InvalidRequest("continuations", f"{count} of them", f"1 to {MOST_CONTINUATIONS}")
 
 
 def check_token_ids(name: str, ids: Sequence[int], spec: ModelSpec) -> None:

@@ -201,6 +201,48 @@ def prompt_ids(
     return kind, ids
 
 
+def continuations_ids(
+    context: str,
+    continuations: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    names: Sequence[str],
+    special_tokens: bool = True,
+    most: int,
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a context, and of each of the continuations behind it; see
+    ``Tokenizer.encode_pair``.
+
+    Args:
+        names: what the caller calls each continuation.
+        special_tokens, most: see ``text_ids``.
+
+    Raises:
+        InvalidRequest: a text is too long; or a continuation shares a token with the context, so
+            that the context is not the same for all.
+    """
+    prompts, rests = [], []
+    for name, continuation in zip(names, continuations, strict=True):
+        try:
+            prompt, rest = tokenizer.encode_pair(
+                context, continuation, special_tokens=special_tokens, most=most
+            )
+        except InvalidRequest as error:
+            field = name if error.field == "continuation" else error.field
+            raise InvalidRequest(field, error.given, error.allowed) from error
+        prompts.append(prompt)
+        rests.append(rest)
+    usual = max(prompts, key=len)  # what a shared token takes away from the context is missing
+    for name, prompt, continuation in zip(names, prompts, continuations, strict=True):
+        if prompt != usual:
+            raise InvalidRequest(
+                name,
+                f"{continuation!r}, whose first token begins in the context",
+                "texts that share no token with the context; score it alone",
+            )
+    return usual, rests
+
+
 def _message_of(index: int, given: object) -> tuple[str, str]:
     """Role and content of a message of a chat, which is its ``index``-th."""
     if isinstance(given, Mapping):

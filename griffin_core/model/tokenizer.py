@@ -38,6 +38,11 @@ class Tokenizer:
         self._chat = ChatTemplate(tokenizer)
 
     @property
+    def fast(self) -> Any:
+        """The tokenizer of transformers that this one is made of."""
+        return self._tokenizer
+
+    @property
     def eos_id(self) -> int | None:
         eos: int | None = self._tokenizer.eos_token_id
         return eos

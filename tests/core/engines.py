@@ -62,7 +62,7 @@ def hand_over(running: Engine, task: GenerateTask | ScoreTask, inbox: Inbox) -> 
     if admitted.handoff is None:
         return
     prefilled = Inbox()
-    running.prefill(PrefillTask(token_ids=task.prompt, selection=admitted.handoff), prefilled)
+    running.prefill(PrefillTask(token_ids=task.prefilled, selection=admitted.handoff), prefilled)
     while True:
         event = prefilled.get()
         if isinstance(event, PrefillBegun):

@@ -237,16 +237,19 @@ def test_sessions_with_one_view_share_its_products(model: Model) -> None:
 
 def test_scoring_runs_beside_generation(model: Model) -> None:
     generate = random_task(3)
-    score = ScoreTask(prompt=(1, 2, 3), continuation=tuple(range(40, 140)))
+    score = ScoreTask(prompt=(1, 2, 3), continuations=(tuple(range(40, 140)),))
     with engine(model, own_prefill_tokens=None) as running:
-        alone = complete(running, random_task(3))[0], complete(running, score)[1].logprobs
+        alone = (
+            complete(running, random_task(3))[0],
+            complete(running, score)[1].continuations[0].logprobs,
+        )
     with engine(model, own_prefill_tokens=None) as running:
-        again = ScoreTask(prompt=(1, 2, 3), continuation=tuple(range(40, 140)))
+        again = ScoreTask(prompt=(1, 2, 3), continuations=(tuple(range(40, 140)),))
         inboxes = [submit(running, each)[1] for each in (generate, again, score)]
         tokens, first, second = (finish(inbox) for inbox in inboxes)
     assert tokens[0] == alone[0]
-    assert first[1].logprobs == pytest.approx(alone[1], abs=1e-5)
-    assert second[1].logprobs == pytest.approx(alone[1], abs=1e-5)
+    assert first[1].continuations[0].logprobs == pytest.approx(alone[1], abs=1e-5)
+    assert second[1].continuations[0].logprobs == pytest.approx(alone[1], abs=1e-5)
 
 
 # -- prefills between steps ------------------------------------------------------------------------
@@ -338,7 +341,7 @@ def probe(number: int) -> GenerateTask | ScoreTask:
     if number == SCORE:
         return ScoreTask(
             prompt=tuple(range(21)),
-            continuation=tuple(range(90, 130)),
+            continuations=(tuple(range(90, 130)),),
             pruning=PruningParams(density=0.5),
         )
     return GenerateTask(
@@ -369,7 +372,7 @@ def other(number: int) -> GenerateTask | ScoreTask:
     """A neighbour: of any length, density and sharing; some score."""
     task = random_task(number)
     if number % 5 == 4:
-        return ScoreTask(prompt=task.prompt, continuation=task.prompt * 2, pruning=task.pruning)
+        return ScoreTask(prompt=task.prompt, continuations=(task.prompt * 2,), pruning=task.pruning)
     sharing = ("private", "shared", "auto")[number % 3]
     return replace(task, pruning=replace(task.pruning, sharing=sharing))
 
@@ -385,7 +388,7 @@ def made(inbox: Inbox) -> Made:
         tokens += event.ids
         logprobs += event.logprobs
     assert isinstance(event, Finished | Scored), event
-    return tokens, [*event.logprobs] if isinstance(event, Scored) else logprobs
+    return tokens, [*event.continuations[0].logprobs] if isinstance(event, Scored) else logprobs
 
 
 def chosen(logprobs: Any) -> float:

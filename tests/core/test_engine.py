@@ -122,7 +122,9 @@ def test_figures_say_what_the_tokens_ran_on(running: Engine) -> None:
         ran = finished.pruning
         assert ran.dense_tokens == (len(tokens) if density == 1.0 else 1)  # the prompt's
         assert ran.mean_density == pytest.approx((1 + (len(tokens) - 1) * density) / len(tokens))
-    score = ScoreTask(prompt=PROMPT, continuation=(1, 2, 3, 4), pruning=PruningParams(density=0.25))
+    score = ScoreTask(
+        prompt=PROMPT, continuations=((1, 2, 3, 4),), pruning=PruningParams(density=0.25)
+    )
     ran = complete(running, score)[1].pruning
     assert (ran.mean_density, ran.dense_tokens) == (pytest.approx(1.75 / 4), 1)
 
@@ -190,11 +192,11 @@ def test_scoring_equals_generating(running: Engine) -> None:
     while isinstance(event := inbox.until(TokensMade, Finished), TokensMade):
         events.append(event)
     tokens = tuple(event.ids[0] for event in events)
-    score = ScoreTask(prompt=PROMPT, continuation=tokens, pruning=PruningParams(density=0.5))
+    score = ScoreTask(prompt=PROMPT, continuations=(tokens,), pruning=PruningParams(density=0.5))
     _, scored = complete(running, score)
-    assert scored.greedy == (True,) * 20
+    assert scored.continuations[0].greedy == (True,) * 20
     expected = [event.logprobs[0].chosen for event in events]
-    assert scored.logprobs == pytest.approx(expected, abs=1e-4)
+    assert scored.continuations[0].logprobs == pytest.approx(expected, abs=1e-4)
 
 
 # -- later turns -----------------------------------------------------------------------------------

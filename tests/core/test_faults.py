@@ -121,7 +121,7 @@ def test_a_turn_that_cannot_be_ended_has_failed_and_nothing_else(
     """Its sink is not told before that it has finished, nor that it was kept."""
     once = Once(monkeypatch, owner, name, lambda *_: True)
     pruning = PruningParams(density=0.5)
-    score = ScoreTask(prompt=(1, 2, 3), continuation=(4, 5, 6), pruning=pruning)
+    score = ScoreTask(prompt=(1, 2, 3), continuations=((4, 5, 6),), pruning=pruning)
     given = score if what == "score" else task(4, keep=what == "kept turn")
     turn_id, inbox = submit(running, given)
     last = inbox.until(Finished, Scored)
@@ -251,7 +251,7 @@ def test_a_session_whose_logits_are_not_finite_ends_alone(
 def test_a_score_of_logits_that_are_not_finite_is_an_error(
     value: float, at: int, running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scoring = partial(ScoreTask, prompt=(1, 2, 3), continuation=tuple(range(40, 48)))
+    scoring = partial(ScoreTask, prompt=(1, 2, 3), continuations=(tuple(range(40, 48)),))
     whole, rows = Decoder.head, []
 
     def head(self: Decoder, *arguments: object, **named: object) -> torch.Tensor:
@@ -268,7 +268,7 @@ def test_a_score_of_logits_that_are_not_finite_is_an_error(
     assert f"position {3 + at};" in str(error)
     monkeypatch.undo()
     eventually(lambda: at_baseline(running))
-    assert submit(running, scoring())[1].until(Scored).logprobs
+    assert submit(running, scoring())[1].until(Scored).continuations
 
 
 @pytest.mark.parametrize("method", ["head", "final_hidden", "layer"])
@@ -352,6 +352,6 @@ def test_densities_that_came_once_are_forgotten(running: Engine) -> None:
 
 
 def test_scores_show_how_long_turns_take(running: Engine) -> None:
-    complete(running, ScoreTask(prompt=(1, 2), continuation=(3, 4)))
+    complete(running, ScoreTask(prompt=(1, 2), continuations=((3, 4),)))
     running.sessions().result(10)
     assert running._decoding.scheduler._turn_s is not None

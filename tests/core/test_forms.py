@@ -67,7 +67,7 @@ class House:
         session = Session(f"{seed}")
         session.selection = Selection(density=density)
         session.sharing = how
-        session.work = cast(Any, SimpleNamespace(rows="one"))
+        session.work = cast(Any, SimpleNamespace(rows="one", chooses=False))
         session.clock = Clock()
         if s2 is None:
             s2 = torch.rand((L, F), generator=torch.Generator().manual_seed(seed))
@@ -304,7 +304,7 @@ def test_a_score_is_never_made_dense_by_auto(model: Model) -> None:
     house = House(model)
     session = house.add(1, "auto")
     house.remove(session)
-    session.work = cast(Any, SimpleNamespace(rows="many"))
+    session.work = cast(Any, SimpleNamespace(rows="many", chooses=False))
     house.sessions.append(session)
     house._reserve()
     house.groups.join(session)

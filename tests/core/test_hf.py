@@ -336,7 +336,7 @@ def test_greedy_tokens_and_scores_are_the_engines_by_every_policy(
             )
             score = ScoreTask(
                 prompt=task.prompt,
-                continuation=tuple(continuation.tolist()),
+                continuations=(tuple(continuation.tolist()),),
                 pruning=pruning,
                 seed=11,
             )
@@ -346,7 +346,9 @@ def test_greedy_tokens_and_scores_are_the_engines_by_every_policy(
                 assert greedy(model, prompt[None], 16)[0].tolist() == tokens, policy
                 logprobs = model(whole[None]).logits[0].log_softmax(dim=1)[len(prompt) - 1 : -1]
             expected = logprobs.gather(1, continuation[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(scored.logprobs), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(scored.continuations[0].logprobs), expected, atol=1e-4, rtol=0
+            )
 
 
 @pytest.mark.parametrize("policy", POLICIES)

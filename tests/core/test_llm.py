@@ -274,10 +274,10 @@ def test_scores_are_those_of_an_engine_and_of_transformers(
     assert [token.logprob for token in text.tokens] == pytest.approx(chosen, abs=1e-4)
     assert text.logprob == pytest.approx(sum(chosen), abs=1e-3)
     task = ScoreTask(
-        prompt=tuple(IDS), continuation=(1, 2, 3), pruning=PruningParams(density=0.5), seed=0
+        prompt=tuple(IDS), continuations=((1, 2, 3),), pruning=PruningParams(density=0.5), seed=0
     )
     with engine(model) as running:
-        _, scored = complete(running, task)
+        (scored,) = complete(running, task)[1].continuations
     pairs = [(IDS[:n], [1, 2, 3]) for n in range(1, 21)]
     scores = llm.score_many(pairs, density=0.5)
     assert [score.context_tokens for score in scores] == list(range(1, 21))

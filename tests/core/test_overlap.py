@@ -223,7 +223,7 @@ def test_slots_go_round(model: Model, overlap: bool) -> None:
         inboxes = [submit(running, stopping_task()) for _ in range(12)]
         for turn_id, _ in inboxes[::4]:
             running.cancel(turn_id)
-        score = submit(running, ScoreTask(prompt=(1, 2), continuation=(3, 4, 5)))[1]
+        score = submit(running, ScoreTask(prompt=(1, 2), continuations=((3, 4, 5),)))[1]
         for number, (_, inbox) in enumerate(inboxes):
             if number % 4:
                 assert finish(inbox)[0] == alone

@@ -50,7 +50,8 @@ def test_the_service_generates_and_scores_what_the_cpu_does(name: str, tmp_path:
     on_cpu = load_model(where, dtype=torch.float32, device="cpu")
     expected = by_engine(on_cpu, 0.5)
     with engine(on_cpu) as alone:
-        _, scored = complete(alone, ScoreTask(prompt=tuple(PROMPT), continuation=tuple(range(20))))
+        score = ScoreTask(prompt=tuple(PROMPT), continuations=(tuple(range(20)),))
+        (scored,) = complete(alone, score)[1].continuations
     with running(load_model(where, dtype=torch.float32, device="cuda")) as server:
         assert generate(server.client(), 0.5) == expected
     # In bfloat16 another token wins sooner or later; what it thinks of given ones is close.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from google.protobuf.struct_pb2 import ListValue, Struct
 
 from griffin.v1 import generation_pb2 as pb
+from griffin_core.choices import ScoreMode
 from griffin_core.decode.events import (
     Finished,
     PruningFigures,
@@ -20,7 +21,12 @@ from griffin_core.decode.events import (
     TokensMade,
 )
 from griffin_core.decode.session import SessionInfo, Sharing, State
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.decode.task import (
+    GenerateTask,
+    PruningParams,
+    ScoreTask,
+    check_continuations,
+)
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
@@ -28,6 +34,7 @@ from griffin_core.model.prompt import (
     PromptKind,
     chat_ids,
     check_options,
+    continuations_ids,
     given_ids,
     text_ids,
 )
@@ -55,6 +62,11 @@ _SHARINGS: dict[Sharing, pb.ExpertSharing.ValueType] = {
     "private": pb.EXPERT_SHARING_PRIVATE,
     "shared": pb.EXPERT_SHARING_SHARED,
     "auto": pb.EXPERT_SHARING_AUTO,
+}
+
+_SCORE_MODES: dict[ScoreMode, pb.ScoreMode.ValueType] = {
+    "generation": pb.SCORE_MODE_GENERATION,
+    "classification": pb.SCORE_MODE_CLASSIFICATION,
 }
 
 _REASONS = {
@@ -161,42 +173,80 @@ def score_task(
             "context_token_ids": bool(request.context_token_ids),
         },
     )
-    continuation = _exactly_one(
+    given = _exactly_one(
         "continuation",
         {
             "continuation": request.HasField("continuation"),
             "continuation_token_ids": bool(request.continuation_token_ids),
+            "continuations": bool(request.continuations),
         },
     )
     pruning = pruning_params(request.pruning)
-    if context.endswith("_token_ids") != continuation.endswith("_token_ids"):
-        raise InvalidRequest(
-            "continuation", f"{context} with {continuation}", "both as text or both as token ids"
-        )
-    most = spec.context_length
+    mode = _named(_SCORE_MODES, "mode", request.mode) or "generation"
     special_tokens = _add_special_tokens(request)
     if special_tokens is not None and context != "context":
         raise InvalidRequest("add_special_tokens", f"set with {context}", "with context")
-    if context == "context":
-        prompt, rest = tokenizer.encode_pair(
-            request.context,
-            request.continuation,
-            special_tokens=special_tokens is not False,
-            most=most,
-        )
-    else:
-        prompt = given_ids(context, request.context_token_ids, most=most)
-        rest = given_ids(continuation, request.continuation_token_ids, most=most)
+    prompt, rests, names = _scored_ids(context, given, request, tokenizer, spec)
     task = ScoreTask(
         prompt=tuple(prompt),
-        continuation=tuple(rest),
+        continuations=tuple(map(tuple, rests)),
+        mode=mode,
         pruning=pruning,
         seed=seed_of(request),
         arrived=arrived,
         deadline=None if timeout_s is None else arrived + timeout_s,
     )
-    task.check(spec, context, continuation)
+    task.check(spec, context, names)
     return task
+
+
+def _scored_ids(
+    context: str, given: str, request: pb.ScoreRequest, tokenizer: Tokenizer, spec: ModelSpec
+) -> tuple[list[int], list[list[int]], list[str]]:
+    """Token ids of a request's context and of its continuations, and the names of these.
+
+    Args:
+        context, given: the fields where they are.
+    """
+    names = [given]
+    if given == "continuations":
+        check_continuations(len(request.continuations))
+        names = [f"continuations[{index}]" for index in range(len(request.continuations))]
+        kinds = [
+            _exactly_one(
+                name,
+                {"text": one.HasField("text"), "token_ids": bool(one.token_ids)},
+            )
+            for name, one in zip(names, request.continuations, strict=True)
+        ]
+    else:
+        kinds = ["token_ids" if given.endswith("_token_ids") else "text"]
+    expected = "token_ids" if context.endswith("_token_ids") else "text"
+    for name, kind in zip(names, kinds, strict=True):
+        if kind != expected:
+            shown = f"{name}.{kind}" if given == "continuations" else given
+            raise InvalidRequest(
+                name if given == "continuations" else "continuation",
+                f"{context} with {shown}",
+                "both as text or both as token ids",
+            )
+    most = spec.context_length
+    if expected == "text":
+        prompt, rests = continuations_ids(
+            request.context,
+            [one.text for one in request.continuations] or [request.continuation],
+            tokenizer,
+            names=names,
+            special_tokens=_add_special_tokens(request) is not False,
+            most=most,
+        )
+        return prompt, rests, names
+    if given == "continuations":
+        names = [f"{name}.token_ids" for name in names]
+    ids = [one.token_ids for one in request.continuations] or [request.continuation_token_ids]
+    prompt = given_ids(context, request.context_token_ids, most=most)
+    rests = [given_ids(name, one, most=most) for name, one in zip(names, ids, strict=True)]
+    return prompt, rests, names
 
 
 def input_field(request: pb.GenerateRequest | pb.AnalyzePromptRequest) -> PromptKind:
@@ -425,21 +475,38 @@ def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
     )
 
 
-def scored_to_pb(task: ScoreTask, event: Scored, request_id: str) -> pb.ScoreResponse:
-    tokens = [
-        pb.TokenScore(id=token, logprob=logprob, greedy=greedy)
-        for token, logprob, greedy in zip(
-            task.continuation, event.logprobs, event.greedy, strict=True
+def scored_to_pb(
+    task: ScoreTask, event: Scored, request_id: str, *, several: bool
+) -> pb.ScoreResponse:
+    """
+    Args:
+        several: the request had ``continuations``, so the response has them, too.
+    """
+    scores = [
+        pb.ContinuationScore(
+            logprob=sum(scored.logprobs),
+            greedy=all(scored.greedy),
+            tokens=[
+                pb.TokenScore(id=token, logprob=logprob, greedy=greedy)
+                for token, logprob, greedy in zip(
+                    continuation, scored.logprobs, scored.greedy, strict=True
+                )
+            ],
         )
+        for continuation, scored in zip(task.continuations, event.continuations, strict=True)
     ]
-    return pb.ScoreResponse(
-        logprob=sum(event.logprobs),
-        greedy=all(event.greedy),
-        tokens=tokens,
+    response = pb.ScoreResponse(
         context_tokens=len(task.prompt),
         pruning=figures_to_pb(event.pruning),
         request_id=request_id,
     )
+    if several:
+        response.continuations.extend(scores)
+    else:
+        (score,) = scores
+        response.logprob, response.greedy = score.logprob, score.greedy
+        response.tokens.extend(score.tokens)
+    return response
 
 
 class PageTokens:

@@ -112,7 +112,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                         counted.read(event.prompt_tokens)
                     elif isinstance(event, Scored):
                         counted.finish_reason = "SCORED"
-                        return convert.scored_to_pb(task, event, request_id_var.get())
+                        return convert.scored_to_pb(
+                            task,
+                            event,
+                            request_id_var.get(),
+                            several=bool(request.continuations),
+                        )
             raise EngineFault("scoring ended without a result")
 
     async def AnalyzePrompt(
@@ -182,7 +187,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     case Failed():
                         raise event.error
                     case Admitted(handoff=selection) if selection is not None:
-                        prefill = PrefillTask(token_ids=task.prompt, selection=selection)
+                        prefill = PrefillTask(token_ids=task.prefilled, selection=selection)
                         handoff = asyncio.create_task(self._pull(turn_id, prefill, context))
                     case Admitted():
                         pass

@@ -1,0 +1,97 @@
+"""Answers that survive the end of the process: a file of JSON lines that only grows."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from griffin_evals.errors import JournalError
+
+
+class Journal:
+    """Key -> value, kept in a file. Safe to share between threads, not between processes.
+
+    Each line is written and synced before ``put`` returns, so that a process that is killed loses
+    nothing that it has put. A last line that was cut off then is dropped.
+
+    Args:
+        path: of the file, which is made if it is missing, as are its directories.
+
+    Raises:
+        JournalError: a line before the last one is damaged, or another journal has the file open.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._values = self._read()
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise JournalError(f"{self.path}: another process or journal has it open") from error
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def get(self, key: str) -> Any:
+        """The value of a key; None if there is none."""
+        return self._values.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Adds a value, or replaces it.
+
+        Args:
+            value: what JSON can hold, and not None.
+        """
+        line = json.dumps({"key": key, "value": value}).encode() + b"\n"
+        with self._lock:
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
+            os.fdatasync(self._file)
+            self._values[key] = value
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def close(self) -> None:
+        """Closes the file. May be repeated."""
+        with self._lock:
+            if self._file >= 0:
+                os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self) -> dict[str, Any]:
+        """All values. A torn last line is cut off the file, so that the next one starts a line."""
+        values: dict[str, Any] = {}
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                if not line.endswith(b"\n"):
+                    raise ValueError("it was cut off")
+                values[entry["key"]] = entry["value"]
+            except (ValueError, KeyError, TypeError) as error:
+                if number < len(lines):
+                    raise JournalError(f"{self.path}:{number}: is no line of a journal") from error
+                os.ftruncate(self._file, sum(map(len, lines[:-1])))
+        return values

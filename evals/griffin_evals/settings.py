@@ -1,0 +1,78 @@
+"""What an evaluation is run with: how the model is pruned and how continuations are scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from griffin_core.choices import PolicyName, Sharing
+from griffin_core.decode.task import PruningParams
+from griffin_core.errors import InvalidRequest
+from griffin_evals.errors import InvalidSetting
+
+ScoreMode = Literal["generation", "classification"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How requests are answered.
+
+    Args:
+        density, policy, sharing: as ``griffin_core.LLM`` takes them.
+        score_mode: "generation" takes the experts from the context alone and scores all tokens of
+            the continuation but the first on them; "classification" takes them from all tokens but
+            the last and scores the last one alone on them.
+        seed: of the policies that draw, and of sampled completions.
+
+    Raises:
+        InvalidSetting: a value is out of range.
+    """
+
+    density: float = 1.0
+    policy: PolicyName = "topk"
+    sharing: Sharing = "private"
+    score_mode: ScoreMode = "generation"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.density, int | float):
+            raise InvalidSetting("density", self.density, "a number in (0, 1]")
+        try:
+            PruningParams(density=self.density, policy=self.policy, sharing=self.sharing)
+        except InvalidRequest as error:
+            name = error.field.removeprefix("pruning.")
+            raise InvalidSetting(name, error.given, error.allowed) from error
+        if self.score_mode not in get_args(ScoreMode):
+            raise InvalidSetting("score_mode", self.score_mode, ", ".join(get_args(ScoreMode)))
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 64):
+            raise InvalidSetting("seed", self.seed, "[0, 2^64)")
+
+    @property
+    def draws(self) -> bool:
+        """Whether the experts depend on the seed."""
+        return self.density < 1 and self.policy in ("sampled", "topk_sampled", "random")
+
+    def seed_of(self, *request: Any) -> int:
+        """The seed of one request: of what it asks, not of its place among others, so that a run
+        that resumes draws what it would have drawn."""
+        return int.from_bytes(_digest([self.seed, *request])[:8], "little")
+
+    def key_of(self, fingerprint: str, kind: str, *request: Any) -> str:
+        """Names the answer to a request in a journal.
+
+        At density 1 neither policy, sharing nor mode make a difference: one answer serves all.
+
+        Args:
+            fingerprint: of the model.
+            kind: of the request.
+            request: all that its answer depends on, seeds included.
+        """
+        dense = self.density == 1
+        pruning = None if dense else [self.density, self.policy, self.sharing, self.score_mode]
+        return _digest([fingerprint, pruning, kind, *request]).hex()
+
+
+def _digest(content: list[Any]) -> bytes:
+    return hashlib.sha256(json.dumps(content).encode()).digest()
