@@ -117,7 +117,7 @@ class Bar:
         self.done += 1
         self._progress.update(self._row, completed=self.done)
         if words:
-            self._console.print(words, markup=False)
+            self._console.print(words, markup=False, soft_wrap=True)
 
 
 def run(plan: Plan, bar: Bar, say: Say) -> None:
@@ -141,6 +141,7 @@ def run(plan: Plan, bar: Bar, say: Say) -> None:
             bar.expect(1 + beside if plan.speed else 0)
         for source in plan.sources:
             with _opened(plan, source, say) as (lm, model):
+                say(f"{source.model or source.target}: {source.way}, {lm.figures()['dtype']}")
                 one = _OneModel(plan, source, lm, cells, journal, bar)
                 for runnable, setting in of_one:
                     one.task(runnable, setting)
@@ -242,11 +243,12 @@ class _OneModel:
         if self._cells.get(identity) is not None:
             self._bar.finish()
             return
-        self._bar.begin(words(self._name, runnable.name, setting))
+        self._bar.begin(words(runnable.name, setting))
         lm = self._with(setting, self._journal)
-        results = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[runnable.task],
+        # simple_evaluate would describe this machine for seconds, each time.
+        results = lm_eval.evaluate(
+            lm=lm,
+            task_dict={"tasks": {runnable.task.task_name: runnable.task}, "groups": {}},
             limit=self._plan.limit,
             bootstrap_iters=BOOTSTRAPS,
             log_samples=True,
@@ -269,7 +271,7 @@ class _OneModel:
             self._bar.finish()
         if not missing:
             return
-        self._bar.begin(f"{self._name} · KL on {len(windows)} windows · {len(missing)} settings")
+        self._bar.begin(f"KL, {len(windows)} windows, {len(missing)} settings")
         for number, window in enumerate(windows):
             left = [s for s in missing if self._journal.get(self._key(identities[s], number)) is None]
             if not left:
@@ -301,7 +303,7 @@ class _OneModel:
         if self._cells.get(identity) is not None:
             self._bar.finish()
             return
-        self._bar.begin(words(self._name, "tokens a second", setting))
+        self._bar.begin(words("tokens a second", setting))
         rates = tokens_per_second(self._with(setting, None))
         if not rates:
             self._bar.finish("no rate: the completions ended at once")
@@ -316,8 +318,8 @@ class _OneModel:
         self._cells.put(cell)
         name, first = next(iter(measures.items()))
         error = "" if first.stderr is None else f" ± {first.stderr:.4f}"
-        setting = words(self._name, identity.task, identity.setting)
-        self._bar.finish(f"{setting}: {name} {first.value:.4f}{error}, n {cell.n}")
+        cell_words = words(identity.task, identity.setting)
+        self._bar.finish(f"{cell_words}: {name} {first.value:.4f}{error}, n {cell.n}")
 
 
 def _mean(items: Sequence[float], *, higher_is_better: bool) -> Measured:
@@ -327,8 +329,9 @@ def _mean(items: Sequence[float], *, higher_is_better: bool) -> Measured:
     )
 
 
-def words(model: str, task: str, setting: Setting) -> str:
+def words(task: str, setting: Setting) -> str:
     """A cell, for people."""
     if setting.dense:
-        return f"{model} · {task} · dense"
-    return f"{model} · {task} · {setting.policy} {setting.density:g} {setting.mode}"
+        return f"{task} dense"
+    mode = "" if setting.mode == "generation" else f" {setting.mode}"
+    return f"{task} {setting.policy} {setting.density:g}{mode}"

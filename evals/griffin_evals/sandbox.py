@@ -35,7 +35,7 @@ class ProgramLimits:
     """
 
     cpu_s: int = 5
-    wall_s: float = 10.0
+    wall_s: float = 30.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
 

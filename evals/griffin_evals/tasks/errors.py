@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from griffin_evals.errors import EvalError
 
-class EvaluationError(Exception):
+
+class EvaluationError(EvalError):
     """An evaluation cannot go on: it says what was given and what is allowed."""
 
 

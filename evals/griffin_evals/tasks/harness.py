@@ -23,6 +23,9 @@ from griffin_evals.tasks.errors import EvaluationError
 
 OUR_SPLIT = "test"
 
+FEWSHOT_SEED = 1234
+"""lm-eval's default, which draws the examples of its own tasks."""
+
 Values = Callable[[Mapping[str, Any], Sequence[Any]], Mapping[str, float]]
 
 
@@ -179,6 +182,9 @@ def hub_runnable(name: str, manager: TaskManager) -> Runnable:
         )
     if getattr(task, "UNSAFE_CODE", False):
         raise EvaluationError(f"{name}: lm-eval would run programs without a sandbox{here}")
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return Runnable(
         name=name,
         content=f"{theirs}:{task.VERSION}:{getattr(documents, '_fingerprint', len(documents))}",
