@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 
 import griffin_evals.registration  # noqa: F401  # also for programs that start without the .pth
-from griffin_core.choices import PolicyName, Sharing
+from griffin_core.choices import PolicyName, ScoreMode, Sharing
+from griffin_core.decode.task import MOST_CONTINUATIONS
 from griffin_core.model.load import Model
 from griffin_evals.answers import Answers
 from griffin_evals.backend import Backend, Generated, GenerateItem, Scored, ScoreItem, Tokens
@@ -23,7 +25,7 @@ from griffin_evals.journal import Journal
 from griffin_evals.local import LocalBackend
 from griffin_evals.remote import RemoteBackend
 from griffin_evals.requests import Pair, Reader
-from griffin_evals.settings import ScoreMode, Settings
+from griffin_evals.settings import Settings
 from griffin_evals.tokens import HfTokens, tokenizer_of
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,9 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         tokenizer: with ``target``, the model's tokenizer: a name as ``pretrained``. It is held
             against the server's on a short text.
         density, policy, sharing, score_mode, seed: see ``Settings``.
-        dtype, threads, device: in process, as ``griffin_core.LLM`` takes them.
+        dtype, threads: in process, as ``griffin_core.LLM`` takes them.
+        device: in process, likewise. lm-eval passes "cuda:0" unless told otherwise, so where there
+            is no GPU that is the CPU, as with ``hf``.
         max_length: most tokens of a context and its continuation, but for the last one; None for
             the model's context length. Over a server with ``tokenizer`` only.
         max_gen_toks: most tokens of a completion where the task says nothing.
@@ -132,7 +136,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             self._backend = local = LocalBackend(
                 pretrained,
                 dtype=None if isinstance(pretrained, Model) else dtype,
-                device=device or "auto",
+                device=_device(device),
                 threads=threads,
                 max_sessions=concurrency,
             )
@@ -249,7 +253,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             (prompts, Settings(), Answers(self._journal)),
             (windows, self.settings, self._answers),
         ):
-            pairs = [pair for _, pair in parts]
+            if not (pairs := [pair for _, pair in parts]):
+                continue
             scores = self._score(pairs, settings, answers, "loglikelihood_rolling", disable_tqdm)
             for (place, _), score in zip(parts, scores, strict=True):
                 totals[place] += score.logprob
@@ -397,7 +402,12 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             groups: defaultdict[tuple[Tokens, int], list[int]] = defaultdict(list)
             for place in places:
                 groups[pairs[place].context, pairs[place].seed].append(place)
-            grouped = sorted(groups.values(), key=lambda group: -len(pairs[group[0]].context))
+            grouped = [
+                group[first : first + MOST_CONTINUATIONS]
+                for group in groups.values()
+                for first in range(0, len(group), MOST_CONTINUATIONS)
+            ]
+            grouped.sort(key=lambda group: -len(pairs[group[0]].context))
 
             def hand_over(index: int, scores: list[Scored]) -> None:
                 for place, score in zip(grouped[index], scores, strict=True):
@@ -458,6 +468,11 @@ def _check_tokenizer(backend: RemoteBackend, tokens: HfTokens, name: str) -> Non
             f"that of the server's model, {backend.facts.name}; of {continuation!r} it makes "
             f"{theirs}, this one {ours}",
         )
+
+
+def _device(given: str | None) -> str:
+    no_gpu = given is not None and given.startswith("cuda") and not torch.cuda.is_available()
+    return "auto" if given is None or no_gpu else given
 
 
 def _journal(given: Journal | str | None) -> Journal | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from griffin_core.errors import GriffinError
+from griffin_core.errors import GriffinError, InvalidRequest
 from griffin_core.llm import LLM
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
@@ -70,16 +70,21 @@ class LocalBackend:
         settings: Settings,
         answered: Callable[[int, Generated], None],
     ) -> None:
+        sampling, stopping = [], []
+        for item in items:
+            try:
+                sampling.append(SamplingParams(**item.sampling))  # type: ignore[arg-type]  # by name
+                stopping.append(StoppingParams(max_tokens=item.max_tokens, stop=item.stop))
+            except InvalidRequest as error:
+                raise RequestRefused(f"{item.name}: {error}") from error
         with _naming(items):
             pieces = self._llm.generate(
                 [item.prompt for item in items],
                 density=settings.density,
                 policy=settings.policy,
                 sharing=settings.sharing,
-                sampling=[SamplingParams(**item.sampling) for item in items],  # type: ignore[arg-type]  # by name
-                stopping=[
-                    StoppingParams(max_tokens=item.max_tokens, stop=item.stop) for item in items
-                ],
+                sampling=sampling,
+                stopping=stopping,
                 seed=[item.seed for item in items],
                 stream=True,
             )

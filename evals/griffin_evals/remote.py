@@ -27,12 +27,16 @@ from griffin_client import (
     Unavailable,
 )
 from griffin_client.client import channel_options
-from griffin_evals.backend import Generated, GenerateItem, ModelFacts, Scored, ScoreItem
+from griffin_evals.backend import (
+    Generated,
+    GenerateItem,
+    ModelFacts,
+    Scored,
+    ScoreItem,
+    Tokens,
+)
 from griffin_evals.errors import OtherModel, RequestRefused, ServerGone
 from griffin_evals.settings import Settings
-
-MOST_CONTINUATIONS = 256
-"""Of one Score call."""
 
 LOOK_S = 1.0
 """From one look whether a server is back to the next."""
@@ -98,10 +102,6 @@ class RemoteBackend:
         answered: Callable[[int, list[Scored]], None],
     ) -> None:
         def ask(item: ScoreItem) -> list[Scored]:
-            scores: list[Score] = []
-            for first in range(0, len(item.continuations), MOST_CONTINUATIONS):
-                part = item.continuations[first : first + MOST_CONTINUATIONS]
-                scores += self._scores(item, part, settings)
             return [
                 Scored(
                     logprob=score.logprob,
@@ -109,7 +109,7 @@ class RemoteBackend:
                     tokens=len(score.tokens),
                     norm_mass=score.pruning.mean_norm_mass,
                 )
-                for score in scores
+                for score in self._scores(item, settings)
             ]
 
         self._run(items, ask, answered)
@@ -151,48 +151,29 @@ class RemoteBackend:
     def close(self) -> None:
         self._channel.close()
 
-    def _scores(
-        self, item: ScoreItem, continuations: Sequence[str | tuple[int, ...]], settings: Settings
-    ) -> Sequence[Score]:
+    def _scores(self, item: ScoreItem, settings: Settings) -> Sequence[Score]:
         """In one call, or in one for each continuation: a text that shares a token with the context
         can only be scored alone."""
+        options: dict[str, Any] = {
+            "mode": settings.score_mode,
+            "density": settings.density,
+            "policy": settings.policy,
+            "sharing": settings.sharing,
+            "seed": item.seed,
+            "add_special_tokens": item.special_tokens,
+        }
+        texts: Any = item.continuations
+        if len(texts) > 1:
+            try:
+                return self._ask(lambda: self._client.score_choices(item.context, texts, **options))
+            except InvalidArgument:
+                if not isinstance(item.context, str):
+                    raise
 
-        def ask(part: Sequence[str | tuple[int, ...]]) -> Sequence[Score]:
-            return self._ask(
-                lambda: self._client.score_choices(
-                    item.context,
-                    part,
-                    mode=settings.score_mode,
-                    density=settings.density,
-                    policy=settings.policy,
-                    sharing=settings.sharing,
-                    seed=item.seed,
-                    add_special_tokens=item.special_tokens,
-                )
-            )
+        def ask_alone(continuation: Tokens) -> Score:
+            return self._ask(lambda: self._client.score(item.context, continuation, **options))
 
-        def ask_alone(continuation: str | tuple[int, ...]) -> Score:
-            return self._ask(
-                lambda: self._client.score(
-                    item.context,
-                    continuation,
-                    mode=settings.score_mode,
-                    density=settings.density,
-                    policy=settings.policy,
-                    sharing=settings.sharing,
-                    seed=item.seed,
-                    add_special_tokens=item.special_tokens,
-                )
-            )
-
-        if len(continuations) == 1:
-            return [ask_alone(continuations[0])]
-        try:
-            return ask(continuations)
-        except InvalidArgument:
-            if not isinstance(item.context, str):
-                raise
-            return [ask_alone(continuation) for continuation in continuations]
+        return [ask_alone(continuation) for continuation in texts]
 
     def _run(
         self,
@@ -205,15 +186,17 @@ class RemoteBackend:
         self._failed.clear()
         self._ask(self._look)  # it may have been started again while nothing was asked
         handing_over = threading.Lock()
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
 
         def work(index: int) -> None:
             try:
                 with _naming(items[index]):
                     answer = ask(items[index])
+                    # It may be another server's: gRPC connects again without a word.
+                    self._ask(self._look)
                 with handing_over:
                     answered(index, answer)
-            except Exception as error:
+            except BaseException as error:
                 errors.append(error)
                 self._failed.set()
                 raise

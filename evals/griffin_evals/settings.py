@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-from griffin_core.choices import PolicyName, Sharing
-from griffin_core.decode.task import PruningParams
+from griffin_core.choices import PolicyName, ScoreMode, Sharing
+from griffin_core.decode.task import SCORE_MODES, PruningParams
 from griffin_core.errors import InvalidRequest
 from griffin_evals.errors import InvalidSetting
-
-ScoreMode = Literal["generation", "classification"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +19,7 @@ class Settings:
 
     Args:
         density, policy, sharing: as ``griffin_core.LLM`` takes them.
-        score_mode: "generation" takes the experts from the context alone and scores all tokens of
-            the continuation but the first on them; "classification" takes them from all tokens but
-            the last and scores the last one alone on them.
+        score_mode: "generation" or "classification"; see ``mode`` of ``griffin_core.LLM.score``.
         seed: of the policies that draw, and of sampled completions.
 
     Raises:
@@ -44,8 +40,8 @@ class Settings:
         except InvalidRequest as error:
             name = error.field.removeprefix("pruning.")
             raise InvalidSetting(name, error.given, error.allowed) from error
-        if self.score_mode not in get_args(ScoreMode):
-            raise InvalidSetting("score_mode", self.score_mode, ", ".join(get_args(ScoreMode)))
+        if self.score_mode not in SCORE_MODES:
+            raise InvalidSetting("score_mode", self.score_mode, ", ".join(SCORE_MODES))
         if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 64):
             raise InvalidSetting("seed", self.seed, "[0, 2^64)")
 

@@ -537,14 +537,14 @@ class Decoding:
             work = Generation(self._model, task, self._pace)
             keep = task.keep
         length = len(session.tokens) + len(task.prefilled)
-        if length >= spec.context_length:
+        if isinstance(task, ScoreTask):
+            capacity = task.run_tokens
+        elif length >= spec.context_length:
             raise InvalidRequest(
                 "session_id",
                 f"{length} tokens with the turns before",
                 f"at most {spec.context_length - 1}, one less than the context length",
             )
-        if isinstance(task, ScoreTask):
-            capacity = task.run_tokens
         else:
             capacity = min(length + task.stopping.max_tokens, spec.context_length)
         sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)

@@ -172,11 +172,11 @@ class ScoreTask:
                 raise InvalidRequest(name, "no tokens behind the context", "at least one token")
             check_token_ids(name, continuation, spec)
             total = len(self.prompt) + len(continuation)
-            if total > spec.context_length:
+            if total - 1 > spec.context_length:  # the last is only looked up
                 raise InvalidRequest(
                     name,
                     f"{total} tokens with the context",
-                    f"at most {spec.context_length}, the context length",
+                    f"at most {spec.context_length + 1}, one more than the context length",
                 )
 
 

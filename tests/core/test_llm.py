@@ -287,6 +287,69 @@ def test_scores_are_those_of_an_engine_and_of_transformers(
     assert last.pruning.density == 0.5 and last.logprob == pytest.approx(sum(scored.logprobs))
 
 
+def test_choices_are_scored_behind_one_context_in_either_mode(llm: LLM) -> None:
+    items: list[Any] = [(IDS[:n], [[1, 2, 3], [4], IDS[:n]]) for n in range(2, 12)]
+    items.append(("The quick", [" brown fox", " red", " brown"]))
+    for mode in ("generation", "classification"):
+        options: Any = {"mode": mode, "density": 0.5, "policy": "sampled"}
+        scores = llm.score_choices(items, seed=7, **options)
+        pairs = [(context, one) for context, choices in items for one in choices]
+        seeds = [7 + index for index, (_, choices) in enumerate(items) for _ in choices]
+        alone = llm.score_many(pairs, seed=seeds, **options)
+        assert [len(each) for each in scores] == [3] * 11
+        together = [score for each in scores for score in each]
+        for one, other in zip(together, alone, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert one.greedy == other.greedy and one.context_tokens == other.context_tokens
+            assert [t.id for t in one.tokens] == [t.id for t in other.tokens]
+        single = llm.score(*pairs[4], seed=8, **options)
+        assert single.logprob == pytest.approx(alone[4].logprob, abs=1e-4)
+    assert llm.score_choices([]) == []
+
+
+def test_choices_come_as_they_are_scored_and_may_be_left(llm: LLM, model: Model) -> None:
+    items = [(IDS, [[1] * 30, [2] * 20])] * 30
+    whole = llm.score_choices(items, mode="classification")
+    stream = llm.score_choices(items, mode="classification", stream=True)
+    come = dict(stream)
+    assert sorted(come) == list(range(30))
+    for index, scores in come.items():
+        assert [score.logprob for score in scores] == pytest.approx(
+            [score.logprob for score in whole[index]], abs=1e-4
+        )
+    stream = llm.score_choices(items * 10, stream=True)
+    next(stream)
+    stream.close()
+    eventually(lambda: at_baseline(llm._engine))
+
+
+@pytest.mark.parametrize(
+    ("item", "options", "words"),
+    [
+        (("a", "b"), {}, r"items\[1\]\.continuations: got b; allowed: a list of texts or of"),
+        (([1], [2, 3]), {}, r"items\[1\]\.continuations: got \[2, 3\]; allowed: a list of"),
+        (("a", 5), {}, r"items\[1\]\.continuations: got 5; allowed: a list of texts or of"),
+        (("a", []), {}, r"items\[1\]\.continuations: got 0 of them; allowed: 1 to 256"),
+        (("a", ["b"] * 257), {}, r"items\[1\]\.continuations: got 257 of them; allowed: 1 to"),
+        (("a", ["b", [1]]), {}, r"items\[1\]\.continuations\[1\]: got str with list; allowed"),
+        (("a", ["b", ""]), {}, r"items\[1\]\.continuations\[1\]: got no tokens"),
+        (([1], [[1], []]), {}, r"items\[1\]\.continuations\[1\]: got a prompt of no tokens"),
+        (([1], [[1], [260]]), {}, r"items\[1\]\.continuations\[1\]\[0\]: got 260"),
+        (("a", ["b"]), {"mode": "classification"}, r"items\[1\]\.context: got one token"),
+        (("a", ["b"]), {"mode": "paper"}, r"mode: got paper; allowed: generation, classif"),
+        (("a", ["b"]), {"seed": [1]}, r"seed: got 1 for 2 prompts"),
+        (("a", ["b"]), {"density": 0}, r"pruning\.density: got 0"),
+    ],
+)
+def test_bad_choices_are_refused_before_anything_runs(
+    item: Any, options: Any, words: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "submit", lambda *_: pytest.fail("work was begun"))
+    for stream in (False, True):
+        with pytest.raises(InvalidRequest, match=f"^{words}"):
+            llm.score_choices([("good", ["a", "b"]), item], stream=stream, **options)
+
+
 GOOD = "a good prompt"
 
 

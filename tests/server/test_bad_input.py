@@ -147,6 +147,85 @@ def test_a_value_out_of_range_is_refused_by_name(
         ),
         (pb.ScoreRequest(context="a" * 200, continuation="b" * 57), "continuation", "at most 256"),
         (
+            pb.ScoreRequest(
+                context="a", continuation="b", continuations=[pb.Continuation(text="c")]
+            ),
+            "continuation",
+            "exactly one of continuation, continuation_token_ids, continuations",
+        ),
+        (
+            pb.ScoreRequest(context="a", continuations=[pb.Continuation(text="b")] * 257),
+            "continuations",
+            "1 to 256",
+        ),
+        (
+            pb.ScoreRequest(
+                context="a", continuations=[pb.Continuation(text="b"), pb.Continuation()]
+            ),
+            "continuations[1]",
+            "exactly one of text, token_ids",
+        ),
+        (
+            pb.ScoreRequest(context="a", continuations=[pb.Continuation(text="b", token_ids=[1])]),
+            "continuations[0]",
+            "exactly one of text, token_ids",
+        ),
+        (
+            pb.ScoreRequest(
+                context="a",
+                continuations=[pb.Continuation(text="b"), pb.Continuation(token_ids=[1])],
+            ),
+            "continuations[1]",
+            "both as text or both as token ids",
+        ),
+        (
+            pb.ScoreRequest(context_token_ids=[1], continuations=[pb.Continuation(text="b")]),
+            "continuations[0]",
+            "both as text or both as token ids",
+        ),
+        (
+            pb.ScoreRequest(
+                context="a", continuations=[pb.Continuation(text="b"), pb.Continuation(text="")]
+            ),
+            "continuations[1]",
+            "at least one token",
+        ),
+        (
+            pb.ScoreRequest(
+                context_token_ids=[1],
+                continuations=[pb.Continuation(token_ids=[1]), pb.Continuation(token_ids=[2, 300])],
+            ),
+            "continuations[1].token_ids[1]",
+            "[0, 260)",
+        ),
+        (
+            pb.ScoreRequest(
+                context="a" * 200,
+                continuations=[pb.Continuation(text="b"), pb.Continuation(text="b" * 57)],
+            ),
+            "continuations[1]",
+            "at most 256",
+        ),
+        (
+            pb.ScoreRequest(
+                context_token_ids=[1],
+                continuations=[pb.Continuation(token_ids=[2])],
+                add_special_tokens=True,
+            ),
+            "add_special_tokens",
+            "with context",
+        ),
+        (
+            pb.ScoreRequest(context="a", continuation="b", mode=pb.SCORE_MODE_CLASSIFICATION),
+            "context",
+            "at least two tokens with mode classification",
+        ),
+        (
+            pb.ScoreRequest(context="a", continuation="b", mode=3),  # type: ignore[arg-type]
+            "mode",
+            "1 (generation), 2 (classification)",
+        ),
+        (
             # Another client's number, which ours would not send.
             pb.ScoreRequest(context="a", continuation="b", pruning=pb.Pruning(policy=9)),  # type: ignore[arg-type]
             "pruning.policy",

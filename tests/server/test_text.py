@@ -253,6 +253,26 @@ def test_a_score_covers_the_continuation_whose_token_reaches_into_the_context(
     assert "".join(model.tokenizer.decode_one(token.id) for token in scored.tokens) == "of"
 
 
+def test_a_choice_that_changes_the_others_context_is_refused_by_name(
+    llama2: tuple[Model, Stub],
+) -> None:
+    stub = llama2[1]
+
+    def request(*texts: str) -> pb.ScoreRequest:
+        choices = [pb.Continuation(text=text) for text in texts]
+        return pb.ScoreRequest(context="the capital o", continuations=choices)
+
+    for texts, place in (((" x", "f"), 1), (("f", " x", " y"), 0)):
+        words = refused(lambda texts=texts: stub.Score(request(*texts)))  # type: ignore[misc]
+        assert words.startswith(f"continuations[{place}]: got 'f', whose first token begins in")
+        assert words.endswith("score it alone")
+    alike = stub.Score(request("f", "f"))  # the context is the same for both
+    alone = stub.Score(pb.ScoreRequest(context="the capital o", continuation="f"))
+    for one in alike.continuations:
+        assert one.logprob == pytest.approx(alone.logprob, abs=1e-5)
+    assert alike.context_tokens == alone.context_tokens
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
