@@ -14,7 +14,7 @@ from griffin_core.choices import DEFAULT_MODEL, PolicyName
 from griffin_core.errors import GriffinError
 from griffin_evals.cells import Setting
 from griffin_evals.errors import EvalError
-from griffin_evals.tasks import TASKS, Task, local_task
+from griffin_evals.tasks import TASKS, Task, hub_name, local_task
 from griffin_evals.tasks.columns import Row
 from griffin_evals.tasks.data import LocalData, file_of, read
 from griffin_evals.tasks.errors import BadDataFile, EvaluationError
@@ -113,9 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     several("--target", _listed_one, metavar="HOST:PORT", help="running servers")
     several("--tasks", _listed, help="names; with --data, all that it has files for if not given")
     several("--density", _densities, help="0.75 0.5 if not given; 1 is always run")
-    several(
-        "--policy", _one_of(POLICIES), help=f"{', '.join(POLICIES)}; topk if not given"
-    )
+    several("--policy", _one_of(POLICIES), help=f"{', '.join(POLICIES)}; topk if not given")
     several(
         "--mode",
         _one_of(MODES),
@@ -130,7 +128,10 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_number(0, 2**64 - 1), default=0, help="of policies that draw (0)"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of --model (float32); servers have theirs"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of --model (float32)",
     )
     parser.add_argument("--device", help="of --model: cpu, cuda or cuda:N; the first GPU if any")
     parser.add_argument("--threads", type=_number(1), help="of --model on a CPU")
@@ -230,6 +231,8 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Call
         tasks = list(data)
     else:
         tasks = list(dict.fromkeys(given.tasks))
+        for name in tasks:
+            hub_name(name)  # raises
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.model and not given.target:
         given.model = [DEFAULT_MODEL]
@@ -308,7 +311,10 @@ def _has_file(task: Task, directory: Path) -> bool:
 
 def task_table() -> str:
     """The tasks, as a table in Markdown."""
-    lines = ["| task | file | columns of a line | measures | lm-eval's own |", "|---|---|---|---|---|"]
+    lines = [
+        "| task | file | columns of a line | measures | lm-eval's own |",
+        "|---|---|---|---|---|",
+    ]
     for task in TASKS:
         layouts = "; or ".join(_columns(row) for row in task.rows) or "a text, UTF-8"
         measures = ", ".join(metric.name for metric in task.metrics)

@@ -7,9 +7,11 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 from griffin_evals.cells import DENSE_SETTING, DIVERGENCE, SPEED, Cell, Setting
@@ -30,7 +32,9 @@ COLOURS = {
 }
 MARKS = {"topk": "o", "topk_sampled": "s", "sampled": "^", "magnitude": "D", "random": "v"}
 
-FONT = {"font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11, "legend.fontsize": 11}
+FONT: Any = {"font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11, "legend.fontsize": 11}
+
+BANDS = f"bands: ± {ERRORS_NEEDED:g} standard errors; of scores, those of the difference to dense"
 
 Points = Mapping[Setting, Estimate]
 
@@ -123,12 +127,11 @@ def _figure(group: Group, panels: list[Panel], path: Path) -> Path:
             _draw_panel(each, panel)
         for spare in axes[len(panels) :]:
             spare.remove()
-        handles = {}
+        handles: dict[str, Artist] = {}
         for each in axes[: len(panels)]:
             handles |= {str(h.get_label()): h for h in each.get_legend_handles_labels()[0]}
-        bands = f"bands: ± {ERRORS_NEEDED:g} standard errors (of scores: of the difference to dense)"
-        figure.suptitle(f"{group.title}\n{bands}", fontsize=10)
-        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, frameon=False)
+        figure.suptitle(f"{group.title}\n{BANDS}", fontsize=10)
+        figure.legend(handles.values(), list(handles), loc="lower center", ncols=6, frameon=False)
         figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
@@ -148,9 +151,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         ys = [estimate.mean for _, estimate in curve]
         errors = [ERRORS_NEEDED * (estimate.stderr or 0.0) for _, estimate in curve]
         colour = COLOURS.get(policy, "black")
-        axes.plot(
-            xs, ys, color=colour, marker=MARKS.get(policy, "o"), markersize=4.5, label=policy
-        )
+        axes.plot(xs, ys, color=colour, marker=MARKS.get(policy, "o"), markersize=4.5, label=policy)
         low = [y - error for y, error in zip(ys, errors, strict=True)]
         high = [y + error for y, error in zip(ys, errors, strict=True)]
         axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -171,5 +172,3 @@ def _spread(points: Points) -> float:
     """How many times the least value the greatest is; 0 where a logarithm makes no sense."""
     values = [estimate.mean for estimate in points.values()]
     return max(values) / min(values) if values and min(values) > 0 else 0.0
-
-

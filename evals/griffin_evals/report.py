@@ -13,9 +13,9 @@ from griffin_evals.results import KL, Group, as_json, groups_of
 from griffin_evals.tasks.errors import EvaluationError
 
 LEGEND = """\
-± is one standard error. Differences to dense are paired by document and in the score's own unit, \
-but for perplexities, where they are nats (the logarithm of the ratio). **Bold** are differences of \
-more than two standard errors; of the others nothing is claimed. Norm mass is the share of the \
+± is one standard error. Differences to dense are paired by document and in the score's own unit,
+but for perplexities, where they are nats (the logarithm of the ratio). **Bold** are differences of
+more than two standard errors; of the others nothing is claimed. Norm mass is the share of the
 activation norm that the experts hold.
 """
 
@@ -98,14 +98,10 @@ def _beside(group: Group) -> list[str]:
     for what, title in titles.items():
         if cells := group.beside(what):
             first = next(iter(cells.values()))
-            rows = [
-                [
-                    *_setting(setting),
-                    str(cell.n),
-                    *(_figure(Estimate(mean=m.value, stderr=m.stderr)) for m in cell.measures.values()),
-                ]
-                for setting, cell in cells.items()
-            ]
+            rows = []
+            for setting, cell in cells.items():
+                values = [Estimate(mean=m.value, stderr=m.stderr) for m in cell.measures.values()]
+                rows.append([*_setting(setting), str(cell.n), *map(_figure, values)])
             heads = ["density", "policy", "n", *(name.replace("_", " ") for name in first.measures)]
             parts += [f"### {title}\n"]
             if "what" in first.figures:

@@ -104,7 +104,11 @@ class Group:
     def scored(self) -> list[dict[Setting, Cell]]:
         """The tasks whose score is a share of documents, which a mean over tasks is made of: the
         perplexities are none."""
-        return [cells for cells in self.tasks.values() if not _score(next(iter(cells.values()))).perplexity]
+        return [
+            cells
+            for cells in self.tasks.values()
+            if not _score(next(iter(cells.values()))).perplexity
+        ]
 
     def means(self, mode: str) -> list[Mean]:
         """The means over the tasks that were run in a mode, dense first; only of settings in which

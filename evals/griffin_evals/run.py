@@ -31,6 +31,7 @@ from griffin_evals.cells import (
     Measured,
     Setting,
 )
+from griffin_evals.errors import RequestRefused
 from griffin_evals.journal import Journal
 from griffin_evals.kl import PROMPT_TOKENS, divergences, token_windows
 from griffin_evals.lm import GriffinLM
@@ -133,7 +134,7 @@ def run(plan: Plan, bar: Bar, say: Say) -> None:
         runnables = _runnables(plan, journal)
         text = _text(plan)
         of_one = [(r, s) for r in runnables for s in _settings(plan, r)]
-        beside = len(_speeds(plan))
+        beside = len(_generating(plan))
         for source in plan.sources:
             here = source.target is None
             bar.expect(len(of_one))
@@ -148,7 +149,7 @@ def run(plan: Plan, bar: Bar, say: Say) -> None:
                 if model is not None and text:
                     one.divergence(model, text)
                 if plan.speed:
-                    for setting in [DENSE_SETTING, *_speeds(plan)]:
+                    for setting in [DENSE_SETTING, *_generating(plan)]:
                         one.speed(setting)
 
 
@@ -168,13 +169,12 @@ def _text(plan: Plan) -> str:
 
 def _settings(plan: Plan, runnable: Runnable) -> list[Setting]:
     """Dense first. Where the classification mode means nothing, the generation mode is run."""
-    settings = plan.settings
-    if not runnable.choices_only:
-        settings = [Setting(mode="generation", density=s.density, policy=s.policy) for s in settings]
+    settings = plan.settings if runnable.choices_only else _generating(plan)
     return [DENSE_SETTING, *dict.fromkeys(settings)]
 
 
-def _speeds(plan: Plan) -> list[Setting]:
+def _generating(plan: Plan) -> list[Setting]:
+    """The settings in generation mode, each once."""
     return list(
         dict.fromkeys(
             Setting(mode="generation", density=s.density, policy=s.policy) for s in plan.settings
@@ -264,7 +264,7 @@ class _OneModel:
         if not windows:
             raise EvaluationError("wikitext: the file is shorter than a window; see evaluation.md")
         content = hashlib.sha256(json.dumps(windows).encode()).hexdigest()
-        settings = _speeds(self._plan)
+        settings = _generating(self._plan)
         identities = {s: self._identity(DIVERGENCE, content, s) for s in settings}
         missing = [s for s in settings if self._cells.get(identities[s]) is None]
         for _ in range(len(settings) - len(missing)):
@@ -273,16 +273,17 @@ class _OneModel:
             return
         self._bar.begin(f"KL, {len(windows)} windows, {len(missing)} settings")
         for number, window in enumerate(windows):
-            left = [s for s in missing if self._journal.get(self._key(identities[s], number)) is None]
+            keys = {s: self._key(identities[s], number) for s in missing}
+            left = [s for s in missing if self._journal.get(keys[s]) is None]
             if not left:
                 continue
             selections = [self._selection(s, number) for s in left]
             made = divergences(model, window, PROMPT_TOKENS, selections)
             for setting, each in zip(left, made, strict=True):
-                key = self._key(identities[setting], number)
-                self._journal.put(key, [each.kl, each.agreement])
+                self._journal.put(keys[setting], [each.kl, each.agreement])
         for setting in missing:
-            kept = [self._journal.get(self._key(identities[setting], n)) for n in range(len(windows))]
+            every = [self._key(identities[setting], number) for number in range(len(windows))]
+            kept = [self._journal.get(key) for key in every]
             measures = {
                 "kl": _mean([kl for kl, _ in kept], higher_is_better=False),
                 "agreement": _mean([agreement for _, agreement in kept], higher_is_better=True),
@@ -304,9 +305,13 @@ class _OneModel:
             self._bar.finish()
             return
         self._bar.begin(words("tokens a second", setting))
-        rates = tokens_per_second(self._with(setting, None))
+        try:
+            rates = tokens_per_second(self._with(setting, None))
+        except RequestRefused as error:  # a context length below what is measured, say
+            self._bar.finish(f"tokens a second are not measured: {error}")
+            return
         if not rates:
-            self._bar.finish("no rate: the completions ended at once")
+            self._bar.finish("tokens a second are not measured: the completions ended at once")
             return
         measure = _mean(rates, higher_is_better=True)
         self._put(identity, {"tokens_per_second": measure}, {"what": WHAT})

@@ -2,9 +2,9 @@
 process of its own, and writes one JSON object: the token if the program ran to its end, and why not
 otherwise. Uses the standard library alone: it is started without site packages.
 
-What confines the program, each as far as the kernel has it: namespaces (no network, no sight of other
-processes), Landlock (no writing outside its directory), seccomp (no process of its own, no signals
-to others) and resource limits.
+What confines the program, each as far as the kernel has it: namespaces (no network, no sight of
+other processes), Landlock (no writing outside its directory), seccomp (no process of its own, no
+signals to others) and resource limits.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def run(task: dict[str, Any], told: int) -> None:
 
 
 def end_descendants() -> None:
-    """Ends what is left of the program. What has lost its parent has become this process's child."""
+    """Ends what is left of the program. Whatever has lost its parent is by then a child of this."""
     while True:
         with suppress(ProcessLookupError):
             for child in children():

@@ -19,13 +19,13 @@ WHAT = (
     f"{TOKENS} tokens after a prompt of some 150, {REPEATS} prompts after one to warm up)"
 )
 
-PARAGRAPH = """The lighthouse on the northern cape was built when ships still carried coal, and its \
-keepers wrote down the weather four times a day. Entry {number} of their book tells of a storm that \
-lasted three nights. The wind came from the west, the lamp was kept burning with oil from the cellar, \
-and on the second morning a boat with five fishermen reached the small harbour below the rocks. They \
-were given soup and dry clothes, and they stayed until the sea was calm. Years later one of them, who \
-had become a teacher in the town, told his pupils what he had seen from the boat that night. "We had \
-lost our bearings," he said, "and nobody spoke any more. Then"""
+PARAGRAPH = """The lighthouse on the northern cape was built when ships still carried coal, and
+its keepers wrote down the weather four times a day. Entry {number} of their book tells of a storm
+that lasted three nights. The wind came from the west, the lamp was kept burning with oil from the
+cellar, and on the second morning a boat with five fishermen reached the small harbour below the
+rocks. They were given soup and dry clothes, and they stayed until the sea was calm. Years later one
+of them, who had become a teacher in the town, told his pupils what he had seen from the boat that
+night. "We had lost our bearings," he said, "and nobody spoke any more. Then""".replace("\n", " ")
 
 
 def tokens_per_second(lm: GriffinLM) -> list[float]:

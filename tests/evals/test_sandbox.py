@@ -45,7 +45,9 @@ def test_whatever_else_it_does_it_has_not_passed(program: str, reason: str) -> N
 
 
 def test_writing_the_word_is_not_passing() -> None:
-    tell = "import os\nfor fd in range(3, 64):\n try: os.write(fd, b'passed')\n except OSError: pass\n"
+    tell = (
+        "import os\nfor fd in range(3, 64):\n try: os.write(fd, b'passed')\n except OSError: pass\n"
+    )
     assert not run_program(tell + "os._exit(0)").passed
 
 
@@ -109,7 +111,9 @@ def test_it_has_no_network() -> None:
 
 def test_it_writes_in_its_own_directory_alone_which_is_removed(tmp_path: Path) -> None:
     own = "import os\nos.mkdir('a'); open('a/b', 'w').write('c')\n"
-    assert run_program(f"{own}assert os.listdir('.') == ['a']\nos.remove('a/b'); os.rmdir('a')").passed
+    assert run_program(
+        f"{own}assert os.listdir('.') == ['a']\nos.remove('a/b'); os.rmdir('a')"
+    ).passed
     (tmp_path / "kept").write_text("kept")
     for attempt in (
         f"open({str(tmp_path / 'new')!r}, 'w')",

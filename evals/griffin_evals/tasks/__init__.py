@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_evals.tasks.errors import EvaluationError
 from griffin_evals.tasks import columns, metrics
 from griffin_evals.tasks.columns import Row
+from griffin_evals.tasks.errors import EvaluationError
 
 Kind = Literal["choices", "continuation", "generation", "program", "text"]
 
@@ -68,9 +68,7 @@ _ROUGE = tuple(Metric(name=name) for name in ("rougeL", "rouge1", "rouge2"))
 
 
 def _choices(name: str, hub: str, *rows: type[Row], aliases: tuple[str, ...] = ()) -> Task:
-    return Task(
-        name=name, kind="choices", hub=hub, rows=rows, metrics=_ACCURACIES, aliases=aliases
-    )
+    return Task(name=name, kind="choices", hub=hub, rows=rows, metrics=_ACCURACIES, aliases=aliases)
 
 
 TASKS: tuple[Task, ...] = (
@@ -194,3 +192,20 @@ def local_task(name: str) -> Task:
         return task
     allowed = ", ".join(task.name for task in TASKS)
     raise EvaluationError(f"tasks: got {name!r}; allowed with --data: {allowed}")
+
+
+def hub_name(name: str) -> str:
+    """What lm-eval calls a task.
+
+    Raises:
+        EvaluationError: it has none of that name.
+    """
+    task = task_named(name)
+    if task is not None and task.hub is None:
+        raise EvaluationError(f"tasks: got {name!r}: lm-eval has no such task{give_data(task)}")
+    return (task and task.hub) or name
+
+
+def give_data(task: Task | None) -> str:
+    """What helps where the hub does not."""
+    return f"; give --data DIR with a file {task.name}*{task.suffix}" if task else ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,6 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from typing_extensions import Self
 
 Document = dict[str, Any]
 
@@ -171,7 +170,7 @@ class _ArcChoices(BaseModel):
 class Arc(Row):
     question: Text
     choices: _ArcChoices
-    answerKey: Text  # noqa: N815  # the hub's name
+    answerKey: Text  # the hub's name
 
     @field_validator("answerKey")
     @classmethod

@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from griffin_core.errors import shortened
-from griffin_evals.tasks.errors import BadDataFile
 from griffin_evals.tasks import Task, squeezed
 from griffin_evals.tasks.columns import Document, Row
+from griffin_evals.tasks.errors import BadDataFile
 from griffin_evals.tasks.windows import CONTEXT_WORDS, SCORED_WORDS, plain, windows
 
 MOST_SHOWN = 80
@@ -52,8 +52,7 @@ def file_of(task: Task, directory: Path) -> Path:
     if len(found) != 1:
         got = ", ".join(path.name for path in found) or "none"
         raise BadDataFile(
-            f"{task.name}: found {got} in {directory}; "
-            f"allowed: one file {task.name}*{task.suffix}"
+            f"{task.name}: found {got} in {directory}; allowed: one file {task.name}*{task.suffix}"
         )
     return found[0]
 

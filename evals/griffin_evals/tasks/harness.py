@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from datasets import Dataset
@@ -17,7 +17,7 @@ from griffin_evals.cells import Measured
 from griffin_evals.journal import Journal
 from griffin_evals.paired import mean_of
 from griffin_evals.sandbox import ProgramLimits, run_program
-from griffin_evals.tasks import Metric, Task, metrics, task_named
+from griffin_evals.tasks import Metric, Task, give_data, hub_name, metrics, task_named
 from griffin_evals.tasks.data import LocalData
 from griffin_evals.tasks.errors import EvaluationError
 
@@ -124,8 +124,8 @@ def local_runnable(task: Task, data: LocalData, *, verdicts: Journal | None = No
                 "do_sample": False,
             },
         }
-    described = [list(data.documents), config.get("generation_kwargs"), config["metric_list"]]
-    content = hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()
+    described = [list(data.documents), config.get("generation_kwargs"), task.metrics]
+    content = hashlib.sha256(json.dumps(described, default=asdict).encode()).hexdigest()
     return Runnable(
         name=task.name,
         content=content,
@@ -166,20 +166,17 @@ def hub_runnable(name: str, manager: TaskManager) -> Runnable:
     Raises:
         EvaluationError: there is none of that name, its data cannot be had, or it runs programs.
     """
-    ours = task_named(name)
-    theirs = (ours.hub if ours else name) or ""
-    here = f"; give --data DIR with a file {ours.name}*{ours.suffix}" if ours else ""
+    theirs, here = hub_name(name), give_data(task_named(name))
     if theirs not in manager.all_subtasks:
-        lacking = "lm-eval has no task of that name"
-        raise EvaluationError(f"tasks: got {name!r}: {lacking}{here or '; see lm_eval ls tasks'}")
+        raise EvaluationError(f"tasks: got {name!r}; allowed: what lm_eval ls tasks lists")
     try:
         task = manager.load([theirs])["tasks"][theirs]
         documents = task.eval_docs
     except Exception as error:  # whatever datasets and the hub raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise EvaluationError(f"{name}: its data cannot be had from the hub ({reason}){here}") from (
-            error
-        )
+        raise EvaluationError(
+            f"{name}: its data cannot be had from the hub ({reason}){here}"
+        ) from (error)
     if getattr(task, "UNSAFE_CODE", False):
         raise EvaluationError(f"{name}: lm-eval would run programs without a sandbox{here}")
     if task.get_config("num_fewshot") is None:
