@@ -110,6 +110,7 @@ bench: $(STAMP)  ## the other benchmarks; each ends in one line of JSON
 	@$(BIN)/python -m benchmarks.streaming
 	@$(BIN)/python -m benchmarks.metrics
 	@$(BIN)/python -m benchmarks.kept
+	@$(BIN)/python -m benchmarks.scoring
 
 # Each pins torch to a version of its own. llama-cpp-python is compiled: about ten minutes.
 .venv-llama-cpp:

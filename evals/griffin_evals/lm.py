@@ -48,8 +48,9 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     left. Over a server without ``tokenizer``, texts go as they are and the server splits them. That
     is the same as long as the context's own tokens are the first of both texts together, as they
     are where a continuation begins with a space; elsewhere a token that holds characters of both
-    counts as the continuation's. Without ``tokenizer`` an empty context, rolling log-likelihoods,
-    chat templates and texts longer than the context length are refused.
+    counts as the continuation's, and a text that begins with a BOS token as it is gets another one
+    unless ``add_bos_token`` is False. Without ``tokenizer`` an empty context, rolling
+    log-likelihoods, chat templates and texts longer than the context length are refused.
 
     **Pruning.** The experts of a ``loglikelihood`` come from its context, those of a completion
     from its prompt (see ``score_mode``). ``loglikelihood_rolling`` at density 1 uses the windows of
@@ -125,7 +126,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             concurrency=concurrency,
             wait_s=wait_s,
         )
-        self._journal = _journal(journal)
+        self._owned: list[Journal] = []
+        self._journal = self._opened(journal)
         self._answers = Answers(self._journal)
         self._backend: Backend
         if target is not None:
@@ -191,15 +193,17 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         other.settings = replace(self.settings, **changed)
         other._reader = replace(self._reader, settings=other.settings)
         if journal is not None:
-            other._journal = _journal(journal)
+            other._journal = self._opened(journal)
         other._answers = Answers(other._journal)
         other.cache_hook = CacheHook(None)
         return other
 
     def close(self) -> None:
-        """Ends the model's thread, or the connection. The journal stays open if it was given as
-        one. May be repeated."""
+        """Ends the model's thread, or the connection, and closes journals that were given by their
+        paths. May be repeated."""
         self._backend.close()
+        for journal in self._owned:
+            journal.close()
 
     # -- what lm-eval asks for -------------------------------------------------------------------
 
@@ -438,6 +442,12 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             )
         return cast(str, postprocess_generated_text(done.text, until, None))
 
+    def _opened(self, journal: Journal | str | None) -> Journal | None:
+        if isinstance(journal, str):
+            journal = Journal(journal)
+            self._owned.append(journal)
+        return journal
+
     @property
     def _fingerprint(self) -> str:
         return self._backend.facts.fingerprint
@@ -475,10 +485,6 @@ def _device(given: str | None) -> str:
     return "auto" if given is None or no_gpu else given
 
 
-def _journal(given: Journal | str | None) -> Journal | None:
-    return Journal(given) if isinstance(given, str) else given
-
-
 def _check_arguments(
     *,
     target: str | None,
@@ -495,6 +501,8 @@ def _check_arguments(
     if (target is None) == (pretrained is None):
         given = "neither" if target is None else "both"
         raise InvalidSetting("target, pretrained", given, "exactly one of them")
+    if target is not None and not isinstance(target, str):
+        raise InvalidSetting("target", target, "host:port, or another gRPC name")
     if target is None and tokenizer is not None:
         raise InvalidSetting("tokenizer", tokenizer, "with target; pretrained has its own")
     if target is not None:
@@ -504,10 +512,12 @@ def _check_arguments(
             raise InvalidSetting("threads", threads, "with pretrained; a server has its own")
         if max_length is not None and tokenizer is None:
             raise InvalidSetting("max_length", max_length, "with pretrained or tokenizer")
-    if max_length is not None and max_length < 2:
-        raise InvalidSetting("max_length", max_length, ">= 2")
-    for name, value in (("max_gen_toks", max_gen_toks), ("concurrency", concurrency)):
-        if not isinstance(value, int) or value < 1:
-            raise InvalidSetting(name, value, "a whole number >= 1")
-    if not wait_s >= 0:
-        raise InvalidSetting("wait_s", wait_s, ">= 0")
+    for name, value, least in (
+        ("max_length", 2 if max_length is None else max_length, 2),
+        ("max_gen_toks", max_gen_toks, 1),
+        ("concurrency", concurrency, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise InvalidSetting(name, value, f"a whole number >= {least}")
+    if not isinstance(wait_s, int | float) or not wait_s >= 0:
+        raise InvalidSetting("wait_s", wait_s, "seconds, >= 0")

@@ -255,7 +255,8 @@ class Piece:
 
 def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
     """What a step does for sessions that score, in their order, up to STEP_TOKENS rows in all: the
-    pieces that run together, stage by stage."""
+    pieces that run together, stage by stage. Those that are counted are one pass, so they are no
+    more than a pass takes."""
     together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
     room = STEP_TOKENS
     for session in sessions:

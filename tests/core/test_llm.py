@@ -430,7 +430,7 @@ def test_what_is_no_chat_is_refused_by_chat_and_bad_pairs_by_score(llm: LLM) -> 
         (("", "a"), r"^pairs\[0\]\.context: got no tokens"),
         (([], [1]), r"^pairs\[0\]\.context: got a prompt of no tokens"),
         (([1], [260]), r"^pairs\[0\]\.continuation\[0\]: got 260"),
-        (([1], [2] * CONTEXT), rf"^pairs\[0\]\.continuation: got {CONTEXT + 1} tokens"),
+        (([1, 1], [2] * CONTEXT), rf"^pairs\[0\]\.continuation: got {CONTEXT + 2} tokens"),
     ):
         with pytest.raises(InvalidRequest, match=words):
             llm.score(*pair)  # type: ignore[arg-type]

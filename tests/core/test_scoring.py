@@ -421,7 +421,7 @@ def test_what_a_classification_holds_is_what_it_reserves(model: Model) -> None:
         ({"continuations": ((1,),) * 257}, "continuations: got 257 of them; allowed: 1 to 256"),
         ({"continuations": ((1,), ())}, "b: got no tokens behind the context"),
         ({"continuations": ((1,), (2, 260))}, r"b\[1\]: got 260; allowed: \[0, 260\)"),
-        ({"continuations": ((1,), (2,) * 240)}, "b: got 257 tokens with the context; allowed: at"),
+        ({"continuations": ((1,), (2,) * 241)}, "b: got 258 tokens with the context; allowed: at"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(

@@ -339,7 +339,10 @@ def test_a_request_that_cannot_be_answered_in_process_is_refused_by_name(lm: Gri
         ({"target": "a:1", "concurrency": 0}, "concurrency: got 0; allowed: a whole number"),
         ({"target": "a:1", "wait_s": -1}, "wait_s: got -1"),
         ({"pretrained": "b", "tokenizer": "c"}, "tokenizer: got c; allowed: with target"),
-        ({"pretrained": "b", "max_length": 1}, "max_length: got 1; allowed: >= 2"),
+        ({"pretrained": "b", "max_length": 1}, "max_length: got 1; allowed: a whole number >= 2"),
+        ({"pretrained": "b", "max_length": "x"}, "max_length: got x; allowed: a whole number"),
+        ({"target": 50051}, "target: got 50051; allowed: host:port"),
+        ({"target": "a:1", "wait_s": "long"}, "wait_s: got long; allowed: seconds"),
         ({"pretrained": "b", "max_gen_toks": 0}, "max_gen_toks: got 0"),
     ],
 )

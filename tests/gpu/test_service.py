@@ -63,6 +63,30 @@ def test_the_service_generates_and_scores_what_the_cpu_does(name: str, tmp_path:
         assert (got - exact).abs().mean() < 0.15 * exact.std()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_modes_score_choices_as_the_cpu_does(name: str, tmp_path: Path) -> None:
+    where = str(make_tiny(name, tmp_path / name))
+    choices = [[1, 2, 3], [4], list(range(20))]
+
+    def scores(device: str, dtype: torch.dtype, density: float) -> list[torch.Tensor]:
+        with running(load_model(where, dtype=dtype, device=device)) as server:
+            scored = [
+                score
+                for mode in ("generation", "classification")
+                for score in server.client().score_choices(
+                    PROMPT, choices, mode=mode, density=density
+                )
+            ]
+        return [torch.tensor([token.logprob for token in score.tokens]) for score in scored]
+
+    expected = scores("cpu", torch.float32, 0.5)
+    for ours, theirs in zip(scores("cuda", torch.float32, 0.5), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    exact = torch.cat(scores("cpu", torch.float32, 1.0))
+    got = torch.cat(scores("cuda", torch.bfloat16, 1.0))
+    assert (got - exact).abs().mean() < 0.15 * exact.std()
+
+
 @pytest.fixture
 def half(tmp_path: Path) -> Path:
     return make_tiny("llama", tmp_path / "llama")
