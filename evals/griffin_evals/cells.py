@@ -8,11 +8,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from griffin_core.choices import ScoreMode
 from griffin_evals.tasks.errors import EvaluationError
-
-Mode = Literal["generation", "classification"]
 
 DENSE = "dense"
 """Where a policy is named: the run at density 1, which has none."""
@@ -29,7 +28,7 @@ class Setting:
         policy: ``DENSE`` at density 1 and only there, whose mode is "generation".
     """
 
-    mode: Mode
+    mode: ScoreMode
     density: float
     policy: str
 
@@ -131,7 +130,30 @@ class Cells:
         write_whole(self.path(cell.identity), json.dumps(asdict(cell), indent=1))
 
     def all(self) -> list[Cell]:
-        return [read_cell(path) for path in sorted(self.directory.glob("*.json"))]
+        """All cells but those of documents that a task has no more: see ``report_on``."""
+        cells = [read_cell(path) for path in sorted(self.directory.glob("*.json"))]
+        contents = self._contents()
+        return [
+            cell
+            for cell in cells
+            if contents.get(cell.identity.task, cell.identity.content) == cell.identity.content
+        ]
+
+    def report_on(self, contents: Mapping[str, str]) -> None:
+        """Remembers which content of a task counts: a file may have changed since."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self._contents_path, json.dumps({**self._contents(), **contents}, indent=1))
+
+    @property
+    def _contents_path(self) -> Path:
+        return self.directory.with_name("contents.json")
+
+    def _contents(self) -> dict[str, str]:
+        path = self._contents_path
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise EvaluationError(f"{path}: is damaged ({error}); remove it") from error
 
 
 def write_whole(path: Path, text: str) -> None:

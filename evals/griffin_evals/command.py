@@ -10,17 +10,19 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from griffin_core.choices import DEFAULT_MODEL, PolicyName
+from griffin_core.choices import DEFAULT_MODEL, PolicyName, ScoreMode
 from griffin_core.errors import GriffinError
+from griffin_evals.bar import Bar
 from griffin_evals.cells import Setting
 from griffin_evals.errors import EvalError
+from griffin_evals.plan import Plan, Source
 from griffin_evals.tasks import TASKS, Task, hub_name, local_task
 from griffin_evals.tasks.columns import Row
 from griffin_evals.tasks.data import LocalData, file_of, read
 from griffin_evals.tasks.errors import BadDataFile, EvaluationError
 
 POLICIES = get_args(PolicyName)
-MODES = ("generation", "classification")
+MODES = get_args(ScoreMode)
 DTYPES = ("float32", "bfloat16", "float16")
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -169,6 +171,8 @@ def main(arguments: Sequence[str]) -> int:
     for Ctrl-C."""
     parser = _parser()
     err = Console(stderr=True, highlight=False)
+    bar = Bar(err)
+    kept = ""
     try:
         given = parser.parse_args(arguments)
         if given.list:
@@ -176,35 +180,26 @@ def main(arguments: Sequence[str]) -> int:
             return DONE
         if given.report:
             return _report(given.report)
-        plan_of = _checked(parser, given)
-    except SystemExit as end:
-        return int(end.code or 0)
-    except (EvalError, OSError) as error:
-        return _failed(err, str(error))
-    bar = None
-    try:
-        # Imported here because they bring torch and lm-eval: a wrong file is found before.
-        from griffin_evals.run import Bar, run  # noqa: PLC0415
+        plan = _checked(parser, given)
+        kept = f"; what is done is kept in {plan.out}"
+        # Imported here because it brings torch and lm-eval: a wrong file is found before.
+        from griffin_evals.run import run  # noqa: PLC0415
 
-        bar = Bar(err)
-        plan = plan_of()
         run(plan, bar, lambda text: err.print(text, markup=False, soft_wrap=True))
-        return _report(given.out)
+        return _report(plan.out)
+    except SystemExit as end:  # of the parser, which has said why
+        return int(end.code or 0)
     except KeyboardInterrupt:
-        done = f"{bar.done} of {bar.total} cells are done" if bar else "nothing is done yet"
-        err.print(
-            f"griffin: stopped: {done} in {given.out}; the same command goes on from there",
-            markup=False,
-            soft_wrap=True,
-        )
+        done = f"{bar.done} of {bar.total} cells are done" if bar.total else "nothing was run"
+        _say(err, f"stopped: {done}; the same command goes on from there")
         return INTERRUPTED
     except (EvalError, GriffinError, OSError) as error:
-        return _failed(err, f"{error}; what is done is kept in {given.out}")
+        _say(err, f"{error}{kept}")
+        return FAILED
 
 
-def _failed(err: Console, message: str) -> int:
+def _say(err: Console, message: str) -> None:
     err.print(f"griffin: {message}", markup=False, soft_wrap=True)
-    return FAILED
 
 
 def _report(out: Path) -> int:
@@ -215,8 +210,8 @@ def _report(out: Path) -> int:
     return DONE
 
 
-def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Callable[[], Any]:
-    """Everything that can be wrong without a model; files are read. Gives what makes the plan."""
+def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
+    """Everything that can be wrong without a model; files are read."""
     if given.out is None:
         parser.error("--out: got none; allowed: a directory for results")
     if given.data is None and not given.tasks:
@@ -237,30 +232,25 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Call
     if not given.model and not given.target:
         given.model = [DEFAULT_MODEL]
 
-    def plan() -> Any:
-        from griffin_evals.run import Plan, Source  # noqa: PLC0415
-
-        return Plan(
-            sources=[
-                *(Source(model=name) for name in dict.fromkeys(given.model or [])),
-                *(Source(target=target) for target in dict.fromkeys(given.target or [])),
-            ],
-            tasks=tasks,
-            data=data,
-            settings=_settings(given),
-            out=given.out,
-            limit=given.limit,
-            seed=given.seed,
-            dtype=given.dtype,
-            speed=not given.no_speed,
-            tokenizer=given.tokenizer,
-            concurrency=given.concurrency,
-            wait_s=given.wait_s,
-            threads=given.threads,
-            device=given.device,
-        )
-
-    return plan
+    return Plan(
+        sources=[
+            *(Source(model=name) for name in dict.fromkeys(given.model or [])),
+            *(Source(target=target) for target in dict.fromkeys(given.target or [])),
+        ],
+        tasks=tasks,
+        data=data,
+        settings=_settings(given),
+        out=given.out,
+        limit=given.limit,
+        seed=given.seed,
+        dtype=given.dtype,
+        speed=not given.no_speed,
+        tokenizer=given.tokenizer,
+        concurrency=given.concurrency,
+        wait_s=given.wait_s,
+        threads=given.threads,
+        device=given.device,
+    )
 
 
 def _settings(given: argparse.Namespace) -> list[Setting]:

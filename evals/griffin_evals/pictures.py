@@ -100,7 +100,7 @@ def _value(cell: Cell) -> Estimate:
 
 def _task_panels(group: Group, mode: str) -> list[Panel]:
     panels: list[Panel] = []
-    for (task, _), cells in group.tasks.items():
+    for task, cells in group.tasks.items():
         name, measured = next(iter(next(iter(cells.values())).measures.items()))
         points: dict[Setting, Estimate] = {}
         for setting, cell in cells.items():

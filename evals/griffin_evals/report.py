@@ -45,7 +45,7 @@ def markdown(groups: Sequence[Group], pictures: dict[str, list[Path]]) -> str:
         for mode in group.modes:
             parts += _means(group, mode)
         parts += _comparisons(group)
-        for (task, _), cells in group.tasks.items():
+        for task, cells in group.tasks.items():
             parts += [f"### {task}\n", _task(group, list(cells.values()))]
         parts += _beside(group)
     return "\n".join(parts)

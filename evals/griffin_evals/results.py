@@ -74,13 +74,12 @@ class Group:
         return f"{identity.model}, {identity.way}, {identity.dtype}, {limit}, seed {identity.seed}"
 
     @cached_property
-    def tasks(self) -> dict[tuple[str, str], dict[Setting, Cell]]:
-        """(name, content) of each task -> its cells."""
-        tasks: defaultdict[tuple[str, str], dict[Setting, Cell]] = defaultdict(dict)
+    def tasks(self) -> dict[str, dict[Setting, Cell]]:
+        """The cells of each task, by name."""
+        tasks: defaultdict[str, dict[Setting, Cell]] = defaultdict(dict)
         for cell in self.cells:
             if cell.identity.task not in (DIVERGENCE, SPEED):
-                key = cell.identity.task, cell.identity.content
-                tasks[key][cell.identity.setting] = cell
+                tasks[cell.identity.task][cell.identity.setting] = cell
         return dict(sorted(tasks.items()))
 
     def beside(self, what: str) -> dict[Setting, Cell]:
@@ -95,7 +94,7 @@ class Group:
 
     def difference(self, cell: Cell, name: str) -> Estimate | None:
         """A measure's mean difference to dense; None for dense, or where dense is not done."""
-        dense = self.tasks[cell.identity.task, cell.identity.content].get(DENSE_SETTING)
+        dense = self.tasks[cell.identity.task].get(DENSE_SETTING)
         if dense is None or cell is dense or name not in dense.measures:
             return None
         return paired(cell.measures[name].items, dense.measures[name].items)

@@ -184,11 +184,19 @@ def test_other_settings_are_other_cells_and_are_never_compared(
     assert len(groups_of(cells.all())) == 2
 
 
-def test_the_same_task_on_another_file_is_another_table(tmp_path: Path) -> None:
-    cells = [cell("piqa", DENSE_SETTING, ONES), cell("piqa", half("topk"), FEW, content="d")]
-    group = only(cells)
-    assert len(group.tasks) == 2
-    assert group.difference(cells[1], "acc") is None
+def test_a_report_is_on_the_documents_that_were_last_asked_for(tmp_path: Path) -> None:
+    cells = Cells(tmp_path / "cells")
+    old, new = (cell("piqa", half("topk"), FEW, content=content) for content in ("c", "d"))
+    other = cell("boolq", half("topk"), FEW)
+    for each in (old, new, other):
+        cells.put(each)
+    cells.report_on({"piqa": "d"})
+    assert sorted(map(repr, cells.all())) == sorted(map(repr, [new, other]))
+    cells.report_on({"piqa": "c", "copa": "e"})
+    assert sorted(map(repr, cells.all())) == sorted(map(repr, [old, other]))
+    (tmp_path / "contents.json").write_text("[")
+    with pytest.raises(EvaluationError, match=r"contents.json: is damaged"):
+        cells.all()
 
 
 def test_cells_come_back_as_they_went(tmp_path: Path) -> None:
