@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from griffin_evals.tasks.harness import hub_runnable
 from tests.evals.files import PEOPLE, write, write_text
 from tests.servers import Process
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 HOUSES = 50
 
@@ -34,6 +35,16 @@ def command(where: Sequence[object], data: Path, out: Path, *more: str) -> list[
         *(sys.executable, "-m", "griffin_server", "eval", *map(str, where)),
         *("--data", str(data), "--out", str(out), "--density", "0.5", "--no-speed", *more),
     ]
+
+
+@contextmanager
+def started(asking: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process, ended with the test whatever happens."""
+    with subprocess.Popen(asking, **OPTIONS) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -72,7 +83,7 @@ def cells(out: Path) -> dict[str, bytes]:
 
 def until_lines(process: subprocess.Popen[str], out: Path, count: int) -> None:
     """Waits until the journal has that many lines."""
-    until = time.monotonic() + 100
+    until = time.monotonic() + 200
     while len(lines(out)) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
@@ -84,7 +95,7 @@ def test_killed_and_interrupted_it_goes_on_and_asks_nothing_twice(
 ) -> None:
     out = tmp_path / "out"
     asking = command(["--model", model], data, out, "--policy", "topk,random")
-    with subprocess.Popen(asking, **OPTIONS) as killed:
+    with started(asking) as killed:
         until_lines(killed, out, 900)  # dense is done, and part of topk
         killed.kill()
         killed.communicate()
@@ -93,7 +104,7 @@ def test_killed_and_interrupted_it_goes_on_and_asks_nothing_twice(
     assert len(after_kill) < 1600  # in the middle
     assert len(cells_after_kill) == 1
 
-    with subprocess.Popen(asking, **OPTIONS) as interrupted:
+    with started(asking) as interrupted:
         until_lines(interrupted, out, len(after_kill) + 100)
         interrupted.send_signal(signal.SIGINT)
         _, said = interrupted.communicate()
@@ -133,7 +144,7 @@ def test_a_server_that_is_gone_for_good_is_named_and_what_is_done_stays(
     with server:
         target = server.target()
         asking = command(["--target", target], data, out, "--tasks", "piqa", "--wait-s", "2")
-        with subprocess.Popen(asking, **OPTIONS) as left_alone:
+        with started(asking) as left_alone:
             until_lines(left_alone, out, 900)
             server.kill()
             _, said = left_alone.communicate()
@@ -154,6 +165,8 @@ def test_a_server_that_is_gone_for_good_is_named_and_what_is_done_stays(
     assert len(cells(out)) == 2
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # lm-eval's
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_the_hub_a_task_says_what_to_give() -> None:
     manager = TaskManager()
     with pytest.raises(EvaluationError, match=r"^piqa: its data .* --data DIR with a file piqa\*"):
