@@ -126,40 +126,34 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             concurrency=concurrency,
             wait_s=wait_s,
         )
-        self._owned: list[Journal] = []
+        self._owned: list[Journal | Backend] = []
         self._journal = self._opened(journal)
         self._answers = Answers(self._journal)
         self._backend: Backend
-        if target is not None:
-            self._backend = RemoteBackend(target, concurrency=concurrency, wait_s=wait_s)
-            self.tokenizer = None if tokenizer is None else tokenizer_of(tokenizer)
-        else:
-            assert pretrained is not None
-            self._backend = local = LocalBackend(
-                pretrained,
-                dtype=None if isinstance(pretrained, Model) else dtype,
-                device=_device(device),
-                threads=threads,
-                max_sessions=concurrency,
-            )
-            self.tokenizer = local.model.tokenizer.fast
-        tokens = None
-        if self.tokenizer is not None:
-            tokens = HfTokens(
-                self.tokenizer,
-                add_bos_token=add_bos_token,
-                chat_template_args=chat_template_args or {},
-            )
-        most = self._backend.facts.context_length
-        self._reader = Reader(
-            settings=self.settings,
-            tokens=tokens,
-            max_length=max_length or most,
-            max_gen_toks=max_gen_toks,
-            add_bos_token=add_bos_token,
-        )
         try:
-            if self.max_length > most:
+            if target is not None:
+                self.tokenizer = None if tokenizer is None else tokenizer_of(tokenizer)
+                self._backend = RemoteBackend(target, concurrency=concurrency, wait_s=wait_s)
+            else:
+                assert pretrained is not None
+                self._backend = local = LocalBackend(
+                    pretrained,
+                    dtype=None if isinstance(pretrained, Model) else dtype,
+                    device=_device(device),
+                    threads=threads,
+                    max_sessions=concurrency,
+                )
+                self.tokenizer = local.model.tokenizer.fast
+            self._owned.append(self._backend)
+            tokens = None
+            if self.tokenizer is not None:
+                tokens = HfTokens(
+                    self.tokenizer,
+                    add_bos_token=add_bos_token,
+                    chat_template_args=chat_template_args or {},
+                )
+            most = self._backend.facts.context_length
+            if max_length is not None and max_length > most:
                 raise InvalidSetting(
                     "max_length", max_length, f"at most {most}, the context length"
                 )
@@ -168,6 +162,13 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         except BaseException:
             self.close()
             raise
+        self._reader = Reader(
+            settings=self.settings,
+            tokens=tokens,
+            max_length=max_length or most,
+            max_gen_toks=max_gen_toks,
+            add_bos_token=add_bos_token,
+        )
 
     def with_settings(
         self,
@@ -201,9 +202,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def close(self) -> None:
         """Ends the model's thread, or the connection, and closes journals that were given by their
         paths. May be repeated."""
-        self._backend.close()
-        for journal in self._owned:
-            journal.close()
+        for owned in self._owned:
+            owned.close()
 
     # -- what lm-eval asks for -------------------------------------------------------------------
 

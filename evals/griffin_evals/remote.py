@@ -87,7 +87,11 @@ class RemoteBackend:
         self._said = float("-inf")
         self._failed = threading.Event()
         self._info: ModelInfo | None = None
-        self._info = self._ask(self._look)
+        try:
+            self._info = self._ask(self._look)
+        except BaseException:
+            self.close()
+            raise
         self.facts = ModelFacts(
             name=self._info.model,
             fingerprint=self._info.fingerprint,
@@ -229,7 +233,7 @@ class RemoteBackend:
             except ResourceExhausted as error:
                 if error.retry_after_s is None or self._failed.wait(error.retry_after_s):
                     raise
-            except (Unavailable, Cancelled) as error:
+            except (Unavailable, Cancelled, DeadlineExceeded) as error:
                 gone_since = gone_since or time.monotonic()
                 self._await_return(returns, gone_since, error)
 

@@ -138,10 +138,13 @@ def test_a_server_that_returns_with_another_model_ends_the_run_with_both_names(
         lm.close()
 
 
-def test_nothing_there_at_first_is_waited_for_too() -> None:
-    target = f"127.0.0.1:{free_port()}"
+def test_nothing_there_at_first_is_waited_for_too_and_the_journal_is_free_afterwards(
+    tmp_path: Path,
+) -> None:
+    target, path = f"127.0.0.1:{free_port()}", str(tmp_path / "run.jsonl")
     with pytest.raises(ServerGone, match=f"{target} cannot be reached; waited 0 s"):
-        GriffinLM(target=target, wait_s=0.1)
+        GriffinLM(target=target, wait_s=0.1, journal=path)
+    Journal(path).close()
 
 
 def test_a_busy_server_is_asked_again_when_it_says(tiny: Callable[[str], Model]) -> None:
