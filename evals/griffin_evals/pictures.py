@@ -32,6 +32,9 @@ COLOURS = {
 }
 MARKS = {"topk": "o", "topk_sampled": "s", "sampled": "^", "magnitude": "D", "random": "v"}
 
+DODGE = 0.009
+"""Of densities, between two policies, so that their error bars do not cover one another."""
+
 FONT: Any = {"font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11, "legend.fontsize": 11}
 
 BANDS = f"bands: ± {ERRORS_NEEDED:g} standard errors; of scores, those of the difference to dense"
@@ -147,14 +150,15 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         if dense is not None:
             curve.append((1.0, dense))
         curve.sort(key=lambda point: point[0])
-        xs = [density for density, _ in curve]
+        aside = DODGE * (list(COLOURS).index(policy) - 2) if policy in COLOURS else 0.0
+        xs = [density + aside * (density < 1) for density, _ in curve]
         ys = [estimate.mean for _, estimate in curve]
         errors = [ERRORS_NEEDED * (estimate.stderr or 0.0) for _, estimate in curve]
         colour = COLOURS.get(policy, "black")
         axes.plot(xs, ys, color=colour, marker=MARKS.get(policy, "o"), markersize=4.5, label=policy)
         low = [y - error for y, error in zip(ys, errors, strict=True)]
         high = [y + error for y, error in zip(ys, errors, strict=True)]
-        axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.errorbar(xs, ys, yerr=errors, color=colour, capsize=2.5, linestyle="none", alpha=0.7)
     if dense is not None:
         axes.axhline(dense.mean, color="black", linestyle="--", linewidth=1.2, label="dense")
