@@ -161,6 +161,27 @@ def test_tokens_a_second_are_measured_for_each_setting(
     assert "one request at a time" in (out / "results.md").read_text()
 
 
+def test_models_stand_one_after_the_other_each_with_its_pictures(
+    data: Path, tmp_path: Path, tiny_directory: Callable[[str], Path]
+) -> None:
+    out = tmp_path / "out"
+    models = [tiny_directory("llama"), tiny_directory("opt")]
+    given = [word for model in models for word in ("--model", model)]
+    status, printed, err = run(
+        *given, "--data", data, "--out", out, "--tasks", "copa,arc-c", "--no-speed"
+    )
+    assert status == 0, err
+    groups = json.loads((out / "results.json").read_text())["groups"]
+    assert [group["title"].split(",")[0] for group in groups] == [str(model) for model in models]
+    pictures = [Path(line).name for line in printed.split() if line.endswith(".png")]
+    assert pictures == [
+        f"{name}-generation{tasks}.png" for name in ("llama-0", "opt-1") for tasks in ("", "-tasks")
+    ]
+    for group in groups:
+        assert {mean["density"] for mean in group["means"]} == {1.0, 0.75, 0.5}
+        assert group["means"][0]["tasks"] == ["arc_challenge", "copa"]
+
+
 def test_a_report_is_made_again_from_the_cells_alone(
     data: Path, tmp_path: Path, tiny_directory: Callable[[str], Path]
 ) -> None:
