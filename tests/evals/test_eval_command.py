@@ -55,7 +55,7 @@ def test_every_task_is_run_with_every_setting(
     out = tmp_path / "out"
     model = tiny_directory("llama-long")
     status, printed, err = run(
-        *("--model", model, "--data", data, "--out", out, "--run-code", "--limit", 2),
+        *("--model", model, "--data", data, "--out", out, "--run-code", "--limit", 1),
         *("--density", "1", "0.5", "--no-speed"),
         *("--mode", "generation", "classification"),
     )
@@ -68,7 +68,7 @@ def test_every_task_is_run_with_every_setting(
         assert {each for each in made if each[0] == task.name} == expected
     assert ("divergence", "topk", "generation") in made
     for cell in cells(out):
-        assert 1 <= cell["n"] <= 2
+        assert cell["n"] == 1
         assert next(iter(cell["measures"]))
     piqa = next(c for c in cells(out) if (c["task"], c["setting"]["policy"]) == ("piqa", "topk"))
     assert 0 < piqa["figures"]["mean_norm_mass"] < 1
