@@ -1,8 +1,9 @@
 """Items a second of multiple choice: ``LLM.score_choices`` in process, ``score_choices`` of a
 running server, and lm-eval's own ``hf`` model on the same weights, all in float32 at density 1.
 
-The three take turns, each in a process of its own, hf at its best batch size. Their
-log-probabilities are compared. Further lines give what the engine makes at other densities.
+The three take turns, each in a process of its own, hf at its best batch size and with OpenMP's
+threads waiting as Griffin has them wait, which is as fast on an idle machine and faster on a busy
+one. Their log-probabilities are compared. Further lines give what the engine makes at density 0.5.
 
     python -m benchmarks.scoring                         # items made up here
     python -m benchmarks.scoring --data FILE --items 200  # JSON lines with query, choices, gold

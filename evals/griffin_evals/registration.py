@@ -2,7 +2,7 @@
 
 lm-eval looks for no entry points of others, so this adds the name when its models are imported. A
 ``.pth`` file has every interpreter import this module at its start. It imports nothing, and does
-nothing more until then. See ADR 23.
+nothing more until then. See ADR 24.
 """
 
 import sys

@@ -18,15 +18,9 @@ from griffin_core.decode.caches import Caches
 from griffin_core.decode.events import Admitted, Event, Failed, Finished, Scored, Sink, Started
 from griffin_core.decode.generation import Generation, Pace
 from griffin_core.decode.intake import Intake
+from griffin_core.decode.look_up import Piece, look_up, pieces_of_step
 from griffin_core.decode.scheduler import Limits, Scheduler
-from griffin_core.decode.scoring import (
-    Chance,
-    Piece,
-    Scoring,
-    choice_bytes,
-    look_up,
-    pieces_of_step,
-)
+from griffin_core.decode.scoring import Chance, Scoring, choice_bytes
 from griffin_core.decode.session import (
     Holdings,
     Reservation,

@@ -10,32 +10,29 @@ runs on:
   that chooses is what the last one runs on. The context is read but for its last token.
 
 At density 1 classification needs no statistic: the whole tail runs on all neurons.
+
+A session here says what comes next; ``look_up`` runs that for many sessions in one batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from griffin_core.decode.events import ContinuationScored, Scored
 from griffin_core.decode.session import Session
-from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.decode.step import StepTokens
 from griffin_core.decode.task import ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
-from griffin_core.prefill import MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.prefill import Part, Prompt
 from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
-
-STEP_TOKENS = 256
-"""Tokens of all sessions that score in a step: bounds the logits held at once to this times V."""
 
 
 class Stage(Enum):
@@ -234,99 +231,8 @@ class Scoring:
 
 
 def choice_bytes(decoder: Decoder) -> int:
-    """Most bytes that a session holds whose continuations choose experts of their own: the
-    statistic [L, F] float32 of one, and what lets one token run zeroed."""
-    return 4 * len(decoder.layers) * decoder.spec.ff_width + zeroed_bytes(decoder)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What a step does for one session.
-
-    Args:
-        rows: rows of logits.
-    """
-
-    session: Session
-    work: Scoring
-    stage: Stage
-    rows: int
-
-
-def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
-    """What a step does for sessions that score, in their order, up to STEP_TOKENS rows in all: the
-    pieces that run together, stage by stage. Those that are counted are one pass, so they are no
-    more than a pass takes."""
-    together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
-    room = STEP_TOKENS
-    for session in sessions:
-        work = session.work
-        assert isinstance(work, Scoring)
-        stage = work.stage
-        most = MAX_TOGETHER if stage is Stage.COUNTED else STEP_TOKENS
-        if room and len(together[stage]) < most:
-            rows = work.rows_of_step(room)
-            together[stage].append(Piece(session=session, work=work, stage=stage, rows=rows))
-            room -= rows
-    return [pieces for pieces in together.values() if pieces]
-
-
-def look_up(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
-    """Runs pieces of one stage, in one batch, and looks up what follows their tokens. If it raises,
-    no session has moved on, and the same pieces may be run again.
-
-    Returns:
-        For each piece the chances of its targets, to be given to ``Scoring.take``.
-    """
-    match pieces[0].stage:
-        case Stage.CONTEXT:
-            hidden = torch.stack([piece.work.context_hidden for piece in pieces])
-            return _chances(pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces)))
-        case Stage.COUNTED:
-            return _look_up_counted(decoder, pieces)
-        case Stage.VIEW | Stage.CHOSEN:
-            return _look_up_on_experts(decoder, pieces)
-
-
-def _look_up_on_experts(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
-    runs = [piece.work.on_experts(piece.session, piece.rows) for piece in pieces]
-    lengths = [run.cache.length for run in runs]
-    try:
-        return _chances(pieces, decode_tokens(decoder, runs))
-    except BaseException:
-        for run, length in zip(runs, lengths, strict=True):
-            run.cache.rewind(length)
-        raise
-
-
-def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
-    parts = [piece.work.counted(piece.session, piece.rows) for piece in pieces]
-    run = launch(decoder, parts)
-    logits = decoder.head(decoder.final_hidden(run.hidden))
-    rows = [piece.rows for piece in pieces]
-    chances = _chances(pieces, torch.split_with_sizes(logits, rows))
-    read = {id(each.prompt): each for each in run.end()}
-    for piece, part in zip(pieces, parts, strict=True):
-        if each := read.get(id(part.prompt)):
-            experts = ExpertSet(ff_width=each.s2.shape[1], indices=each.experts)
-            piece.work.counted_to_its_end(piece.session, each.s2, experts)
-    return chances
-
-
-def _chances(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
-    """What each piece asks for, of its logits [T, V]. The device is waited for once."""
-    columns, counts = [], []
-    for piece, own in zip(pieces, logits, strict=True):
-        targets = torch.tensor(piece.work.targets(piece.rows), device=own.device)
-        rows, tokens = targets.unbind(dim=1)
-        finite = own.sum(dim=1).isfinite()  # NaN and infinite values carry over to the sum
-        logprobs = own.log_softmax(dim=1)
-        chosen = logprobs[rows, tokens]
-        greedy = chosen >= logprobs.amax(dim=1)[rows]
-        columns.append(torch.stack([chosen, greedy.float(), finite[rows].float()], dim=1))
-        counts.append(len(targets))
-    looked_up = iter(torch.cat(columns).tolist())
-    return [
-        [Chance(logprob, bool(greedy), bool(finite)) for logprob, greedy, finite in own]
-        for own in ([next(looked_up) for _ in range(count)] for count in counts)
-    ]
+    """Most bytes that a session holds whose continuations choose experts of their own: what lets
+    one token run zeroed; and three statistics [L, F] float32, of a pass, of the tail with it, and
+    as rounded for a handoff."""
+    statistic = 4 * len(decoder.layers) * decoder.spec.ff_width
+    return 3 * statistic + zeroed_bytes(decoder)

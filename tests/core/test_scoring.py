@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_core import sparsify
 from griffin_core.choices import ScoreMode
-from griffin_core.decode import scoring
+from griffin_core.decode import look_up
 from griffin_core.decode.events import Failed, Finished, Scored, TokensMade
 from griffin_core.decode.scheduler import Limits
 from griffin_core.decode.scoring import choice_bytes
@@ -129,7 +129,7 @@ def test_scores_are_those_of_sparsify_in_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By every policy; scored together, and cut into pieces by small steps and passes."""
-    monkeypatch.setattr(scoring, "STEP_TOKENS", 29)
+    monkeypatch.setattr(look_up, "STEP_TOKENS", 29)
     settings = [(density, policy) for density in (0.25, 0.5) for policy in POLICIES]
     tasks = [task(density, mode=mode, policy=policy) for density, policy in settings]
     tasks.append(task(1.0, mode=mode))
@@ -231,9 +231,9 @@ def many(number: int) -> ScoreTask:
 def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [logprobs(complete(running, many(number))[1]) for number in range(24)]
     rows: list[int] = []
-    whole = scoring.look_up
+    whole = look_up.look_up
 
-    def noted(decoder: Decoder, pieces: Sequence[scoring.Piece]) -> Any:
+    def noted(decoder: Decoder, pieces: Sequence[look_up.Piece]) -> Any:
         rows.append(len(pieces))
         return whole(decoder, pieces)
 
@@ -251,7 +251,7 @@ def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) 
 def test_a_step_holds_a_bounded_number_of_logits(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "STEP_TOKENS", 16)
+    monkeypatch.setattr(look_up, "STEP_TOKENS", 16)
     rows: list[int] = []
     whole = Decoder.head
 
@@ -348,7 +348,7 @@ def test_one_that_fails_ends_alone(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("owner", "name"), [(scoring, "_chances"), (Pass, "end"), (Decoder, "head")]
+    ("owner", "name"), [(look_up, "_chances"), (Pass, "end"), (Decoder, "head")]
 )
 def test_a_step_that_fails_once_is_run_again_from_where_it_was(
     owner: Any, name: str, mode: ScoreMode, running: Engine, monkeypatch: pytest.MonkeyPatch
@@ -377,10 +377,10 @@ def test_a_score_that_is_cancelled_midway_leaves_nothing(
     mode: ScoreMode, running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also amid its tail, between two steps."""
-    monkeypatch.setattr(scoring, "STEP_TOKENS", 3)
-    whole, seen = scoring.look_up, []
+    monkeypatch.setattr(look_up, "STEP_TOKENS", 3)
+    whole, seen = look_up.look_up, []
 
-    def noted(decoder: Decoder, pieces: Sequence[scoring.Piece]) -> Any:
+    def noted(decoder: Decoder, pieces: Sequence[look_up.Piece]) -> Any:
         seen.append(pieces)
         return whole(decoder, pieces)
 
