@@ -35,6 +35,9 @@ MARKS = {"topk": "o", "topk_sampled": "s", "sampled": "^", "magnitude": "D", "ra
 DODGE = 0.009
 """Of densities, between two policies, so that their error bars do not cover one another."""
 
+LOGARITHMIC = 30
+"""Times the least value that the greatest is, from which on an axis is logarithmic."""
+
 FONT: Any = {"font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11, "legend.fontsize": 11}
 
 BANDS = f"bands: ± {ERRORS_NEEDED:g} standard errors; of scores, those of the difference to dense"
@@ -127,7 +130,7 @@ def _figure(group: Group, panels: list[Panel], path: Path) -> Path:
         figure, grid = plt.subplots(down, across, figsize=size, squeeze=False)
         axes = list(grid.flat)
         for each, panel in zip(axes, panels, strict=False):
-            _draw_panel(each, panel)
+            draw_panel(each, panel)
         for spare in axes[len(panels) :]:
             spare.remove()
         handles: dict[str, Artist] = {}
@@ -141,11 +144,16 @@ def _figure(group: Group, panels: list[Panel], path: Path) -> Path:
     return path
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> None:
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """One curve for each policy, with bands and bars of ``ERRORS_NEEDED`` standard errors."""
     title, label, points, dense = panel
     curves: defaultdict[str, list[tuple[float, Estimate]]] = defaultdict(list)
     for setting, estimate in points.items():
         curves[setting.policy].append((setting.density, estimate))
+    if _spread(points) > LOGARITHMIC:
+        axes.set_yscale("log")
+        if dense is not None and dense.mean <= 0:
+            dense = None  # it has no place there
     for policy, curve in curves.items():
         if dense is not None:
             curve.append((1.0, dense))
@@ -162,8 +170,6 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.errorbar(xs, ys, yerr=errors, color=colour, capsize=2.5, linestyle="none", alpha=0.7)
     if dense is not None:
         axes.axhline(dense.mean, color="black", linestyle="--", linewidth=1.2, label="dense")
-    if _spread(points) > 30:
-        axes.set_yscale("log")
     axes.set_xlim(0, 1.03)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_title(title)

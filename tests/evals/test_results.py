@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image
+from matplotlib import pyplot as plt
 
 from griffin_evals.cells import (
     DENSE_SETTING,
@@ -21,6 +22,7 @@ from griffin_evals.cells import (
     Setting,
 )
 from griffin_evals.paired import Estimate, mean_of, mean_over_tasks, paired
+from griffin_evals.pictures import draw_panel
 from griffin_evals.report import write_report
 from griffin_evals.results import KL, TASKS, Group, groups_of
 from griffin_evals.tasks import metrics
@@ -252,6 +254,17 @@ def test_pictures_are_readable_at_the_width_of_a_page(tmp_path: Path) -> None:
         pixels = image.imread(path)
         assert 1200 <= pixels.shape[1] <= 1400  # 11 points are then 11 pixels at 800
         assert pixels[..., :3].std() > 0.05
+
+
+def test_a_logarithmic_axis_shows_its_values_and_not_the_zero_of_dense() -> None:
+    _, axes = plt.subplots()
+    points = {half("topk"): mean_of([0.4, 0.5]), half("random"): mean_of([20.0, 21.0])}
+    draw_panel(axes, ("KL from dense", "KL, nats a token", points, mean_of([0.0])))
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    assert 0.1 < low < 0.45
+    assert 20 < high < 100
+    plt.close()
 
 
 def test_an_empty_directory_is_no_report(tmp_path: Path) -> None:
