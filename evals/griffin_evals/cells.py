@@ -1,0 +1,184 @@
+"""Cells: what one model scored on one task with one setting, a JSON file each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from griffin_core.choices import ScoreMode
+from griffin_evals.tasks.errors import EvaluationError
+
+DENSE = "dense"
+"""Where a policy is named: the run at density 1, which has none."""
+
+DIVERGENCE, SPEED = "divergence", "speed"
+"""What is measured beside tasks: KL and agreement with dense, and tokens a second."""
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Setting:
+    """What a task is run with.
+
+    Args:
+        policy: ``DENSE`` at density 1 and only there, whose mode is "generation".
+    """
+
+    mode: ScoreMode
+    density: float
+    policy: str
+
+    @property
+    def dense(self) -> bool:
+        return self.policy == DENSE
+
+
+DENSE_SETTING = Setting(mode="generation", density=1.0, policy=DENSE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """All that a cell's figures depend on. Equal identities are not measured again.
+
+    Args:
+        model: as the command named it; a server's own name with ``target``.
+        way: "in process" or "server".
+        content: digest of the documents, prompts and limits of the task; "hub" for lm-eval's own.
+        limit: most documents; None for all.
+    """
+
+    model: str
+    fingerprint: str
+    way: str
+    dtype: str
+    task: str
+    content: str
+    limit: int | None
+    seed: int
+    setting: Setting
+    lm_eval: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def run(self) -> tuple[Any, ...]:
+        """What two cells must have in common to be compared, task and setting aside."""
+        return (self.model, self.fingerprint, self.way, self.dtype, self.limit, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One measure of a cell.
+
+    Args:
+        value: over all documents.
+        stderr: standard error of ``value``; None if there is none.
+        higher_is_better: whether more of it is better.
+        perplexity: ``value`` is exp of the mean of ``items``, which are nats.
+        items: of each document, in the file's order.
+    """
+
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    perplexity: bool = False
+    items: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A finished measurement.
+
+    Args:
+        measures: by name; the first is the task's score.
+        figures: what else is known of the run, such as its norm mass and tokens a second.
+    """
+
+    identity: Identity
+    measures: Mapping[str, Measured]
+    figures: Mapping[str, Any]
+
+    @property
+    def n(self) -> int:
+        return len(next(iter(self.measures.values())).items)
+
+
+class Cells:
+    """A directory of cells. Each is written whole or not at all."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, identity: Identity) -> Path:
+        setting = identity.setting
+        words = [identity.task, setting.policy, f"{setting.density:g}", setting.mode]
+        return self.directory / f"{'-'.join(words)}-{identity.digest[:12]}.json"
+
+    def get(self, identity: Identity) -> Cell | None:
+        """The cell of that identity, if it is finished."""
+        path = self.path(identity)
+        return read_cell(path) if path.exists() else None
+
+    def put(self, cell: Cell) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path(cell.identity), json.dumps(asdict(cell), indent=1))
+
+    def all(self) -> list[Cell]:
+        """All cells but those of documents that a task has no more: see ``report_on``."""
+        cells = [read_cell(path) for path in sorted(self.directory.glob("*.json"))]
+        contents = self._contents()
+        return [
+            cell
+            for cell in cells
+            if contents.get(cell.identity.task, cell.identity.content) == cell.identity.content
+        ]
+
+    def report_on(self, contents: Mapping[str, str]) -> None:
+        """Remembers which content of a task counts: a file may have changed since."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self._contents_path, json.dumps({**self._contents(), **contents}, indent=1))
+
+    @property
+    def _contents_path(self) -> Path:
+        return self.directory.with_name("contents.json")
+
+    def _contents(self) -> dict[str, str]:
+        path = self._contents_path
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise EvaluationError(f"{path}: is damaged ({error}); remove it") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that after a crash it is the old one or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_cell(path: Path) -> Cell:
+    """A cell from its file.
+
+    Raises:
+        EvaluationError: the file is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        identity = content["identity"]
+        identity = Identity(**{**identity, "setting": Setting(**identity["setting"])})
+        measures = {name: Measured(**each) for name, each in content["measures"].items()}
+        return Cell(identity=identity, measures=measures, figures=content["figures"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise EvaluationError(
+            f"{path}: is no cell of griffin eval ({error}); remove it to measure it again"
+        ) from error

@@ -1,0 +1,317 @@
+"""``griffin eval``: what pruning costs on tasks, in tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+
+from griffin_core.choices import DEFAULT_MODEL, PolicyName, ScoreMode
+from griffin_core.errors import GriffinError
+from griffin_evals.bar import Bar
+from griffin_evals.cells import Setting
+from griffin_evals.errors import EvalError
+from griffin_evals.plan import Plan, Source
+from griffin_evals.tasks import TASKS, Task, hub_name, local_task
+from griffin_evals.tasks.columns import Row
+from griffin_evals.tasks.data import LocalData, file_of, read
+from griffin_evals.tasks.errors import BadDataFile, EvaluationError
+
+POLICIES = get_args(PolicyName)
+MODES = get_args(ScoreMode)
+DTYPES = ("float32", "bfloat16", "float16")
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses."""
+
+SETTING = argparse.ArgumentTypeError
+
+
+def _one_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        given = _listed(text)
+        if wrong := [each for each in given if each not in allowed]:
+            raise SETTING(f"got {wrong[0]!r}; allowed: {', '.join(allowed)}")
+        return given
+
+    return parse
+
+
+def _listed(text: str) -> list[str]:
+    given = [each.strip() for each in text.split(",") if each.strip()]
+    if not given:
+        raise SETTING(f"got {text!r}; allowed: a name, or several with commas between them")
+    return given
+
+
+def _densities(text: str) -> list[float]:
+    try:
+        given = [float(each) for each in _listed(text)]
+    except ValueError:
+        given = [math.nan]
+    if not all(0 < each <= 1 for each in given):
+        raise SETTING(f"got {text!r}; allowed: numbers in (0, 1]")
+    return given
+
+
+def _number(least: int, most: int | None = None) -> Callable[[str], int]:
+    allowed = f">= {least}" if most is None else f"{least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise SETTING(f"got {text!r}; allowed: a whole number, {allowed}")
+        return value
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise SETTING(f"got {text!r}; allowed: a number >= 0")
+    return value
+
+
+class Flatten(argparse.Action):
+    """Several values, given together, with commas or one after the other."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*before, *(each for value in values for each in value)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="griffin eval",
+        description="Runs tasks with every density and policy, beside the dense model, and writes "
+        "tables with standard errors and pictures. Stopped at any time, the same command goes on.",
+        epilog="Tasks are lm-eval's own from the hub or, with --data, local files: see --list.",
+        allow_abbrev=False,
+    )
+
+    def several(name: str, of: Callable[[str], Any], **options: Any) -> None:
+        parser.add_argument(name, nargs="+", type=of, action=Flatten, **options)
+
+    several(
+        "--model",
+        _listed_one,
+        metavar="NAME",
+        help="models to run in this process: a directory, a .gguf file or a hub id; "
+        f"{DEFAULT_MODEL} if neither --model nor --target is given",
+    )
+    several("--target", _listed_one, metavar="HOST:PORT", help="running servers")
+    several("--tasks", _listed, help="names; with --data, all that it has files for if not given")
+    several("--density", _densities, help="0.75 0.5 if not given; 1 is always run")
+    several("--policy", _one_of(POLICIES), help=f"{', '.join(POLICIES)}; topk if not given")
+    several(
+        "--mode",
+        _one_of(MODES),
+        help="for multiple choice: generation (the default) chooses experts from the question and "
+        "runs the whole answer on them; classification chooses them from all tokens but the last "
+        "and runs that one on them, as in the paper's tables",
+    )
+    parser.add_argument("--limit", type=_number(1), help="most documents of each task")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="local files, one for each task")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of results, and to go on from")
+    parser.add_argument(
+        "--seed", type=_number(0, 2**64 - 1), default=0, help="of policies that draw (0)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of --model (float32)",
+    )
+    parser.add_argument("--device", help="of --model: cpu, cuda or cuda:N; the first GPU if any")
+    parser.add_argument("--threads", type=_number(1), help="of --model on a CPU")
+    parser.add_argument(
+        "--tokenizer",
+        help="of the --target's model: cuts what is too long, and lets lm-eval's own wikitext run",
+    )
+    parser.add_argument("--concurrency", type=_number(1), default=32, help="requests at once (32)")
+    parser.add_argument(
+        "--wait-s", type=_seconds, default=300.0, help="for a server that is gone, seconds (300)"
+    )
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="allow human_eval, which runs programs that the model writes, in a sandbox",
+    )
+    parser.add_argument("--no-speed", action="store_true", help="do not measure tokens a second")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="make tables and pictures of DIR again, and end"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="say which tasks there are and what their files hold"
+    )
+    return parser
+
+
+def _listed_one(text: str) -> list[str]:
+    if not text:
+        raise SETTING("got an empty text; allowed: a name")
+    return [text]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command. Returns its exit status: 0, 1 for what stopped it, 2 for wrong options, 130
+    for Ctrl-C."""
+    parser = _parser()
+    err = Console(stderr=True, highlight=False)
+    bar = Bar(err)
+    kept = ""
+    try:
+        given = parser.parse_args(arguments)
+        if given.list:
+            print(task_table())
+            return DONE
+        if given.report:
+            return _report(given.report)
+        plan = _checked(parser, given)
+        kept = f"; what is done is kept in {plan.out}"
+        # Imported here because it brings torch and lm-eval: a wrong file is found before.
+        from griffin_evals.run import run  # noqa: PLC0415
+
+        run(plan, bar, lambda text: err.print(text, markup=False, soft_wrap=True))
+        return _report(plan.out)
+    except SystemExit as end:  # of the parser, which has said why
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        done = f"{bar.done} of {bar.total} cells are done" if bar.total else "nothing was run"
+        _say(err, f"stopped: {done}; the same command goes on from there")
+        return INTERRUPTED
+    except (EvalError, GriffinError, OSError) as error:
+        _say(err, f"{error}{kept}")
+        return FAILED
+
+
+def _say(err: Console, message: str) -> None:
+    err.print(f"griffin: {message}", markup=False, soft_wrap=True)
+
+
+def _report(out: Path) -> int:
+    from griffin_evals.report import write_report  # noqa: PLC0415  # brings matplotlib
+
+    for path in write_report(out):
+        print(path)
+    return DONE
+
+
+def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
+    """Everything that can be wrong without a model; files are read."""
+    if given.out is None:
+        parser.error("--out: got none; allowed: a directory for results")
+    if given.data is None and not given.tasks:
+        parser.error("--tasks: got none; allowed: lm-eval's names, or none with --data DIR")
+    if given.data is not None and not given.data.is_dir():
+        parser.error(f"--data: got {given.data}; allowed: a directory")
+    if given.tokenizer and not given.target:
+        parser.error("--tokenizer: got one without --target; allowed: for servers")
+    data: dict[str, LocalData] | None = None
+    if given.data is not None:
+        data = _local_data(given.data, given.tasks, given.run_code)
+        tasks = list(data)
+    else:
+        tasks = list(dict.fromkeys(given.tasks))
+        for name in tasks:
+            hub_name(name)  # raises
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not given.model and not given.target:
+        given.model = [DEFAULT_MODEL]
+
+    return Plan(
+        sources=[
+            *(Source(model=name) for name in dict.fromkeys(given.model or [])),
+            *(Source(target=target) for target in dict.fromkeys(given.target or [])),
+        ],
+        tasks=tasks,
+        data=data,
+        settings=_settings(given),
+        out=given.out,
+        limit=given.limit,
+        seed=given.seed,
+        dtype=given.dtype,
+        speed=not given.no_speed,
+        tokenizer=given.tokenizer,
+        concurrency=given.concurrency,
+        wait_s=given.wait_s,
+        threads=given.threads,
+        device=given.device,
+    )
+
+
+def _settings(given: argparse.Namespace) -> list[Setting]:
+    """Modes × densities × policies, but for density 1, which is always run."""
+    densities = sorted(set(given.density or [0.75, 0.5]), reverse=True)
+    return [
+        Setting(mode=mode, density=density, policy=policy)
+        for mode in dict.fromkeys(given.mode or ["generation"])
+        for density in densities
+        for policy in dict.fromkeys(given.policy or ["topk"])
+        if density < 1
+    ]
+
+
+def _local_data(
+    directory: Path, names: Sequence[str] | None, run_code: bool
+) -> dict[str, LocalData]:
+    """The files of tasks, checked line by line.
+
+    Raises:
+        EvaluationError: a task is unknown, has no file or a wrong one, or needs --run-code.
+    """
+    if names:
+        tasks = list(dict.fromkeys(local_task(name) for name in names))
+    else:
+        tasks = [task for task in TASKS if _has_file(task, directory)]
+        tasks = [task for task in tasks if run_code or task.kind != "program"]
+        if not tasks:
+            allowed = ", ".join(f"{task.name}*{task.suffix}" for task in TASKS)
+            raise BadDataFile(f"{directory}: found no file of a task; allowed: {allowed}")
+    for task in tasks:
+        if task.kind == "program" and not run_code:
+            raise EvaluationError(
+                f"{task.name}: it runs programs that the model writes; allowed with --run-code"
+            )
+    paths = [(task, file_of(task, directory)) for task in tasks]
+    return {task.name: read(task, path) for task, path in paths}
+
+
+def _has_file(task: Task, directory: Path) -> bool:
+    """Whether a directory has one file or more of a task."""
+    try:
+        file_of(task, directory)
+    except BadDataFile as error:
+        return "found none" not in str(error)
+    return True
+
+
+def task_table() -> str:
+    """The tasks, as a table in Markdown."""
+    lines = [
+        "| task | file | columns of a line | measures | lm-eval's own |",
+        "|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        layouts = "; or ".join(_columns(row) for row in task.rows) or "a text, UTF-8"
+        measures = ", ".join(metric.name for metric in task.metrics)
+        file = f"`{task.name}*{task.suffix}`"
+        lines.append(f"| {task.name} | {file} | {layouts} | {measures} | {task.hub or 'none'} |")
+    return "\n".join(lines)
+
+
+def _columns(row: type[Row]) -> str:
+    return ", ".join(f"`{name}`" for name in row.columns())

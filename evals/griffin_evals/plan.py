@@ -1,0 +1,67 @@
+"""What ``griffin eval`` is asked to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from griffin_evals.cells import Setting
+from griffin_evals.tasks.data import LocalData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model is: in this process by ``model``, or behind a server at ``target``."""
+
+    model: str | None = None
+    target: str | None = None
+
+    @property
+    def way(self) -> str:
+        return "in process" if self.target is None else "server"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be run, all of it checked.
+
+    Args:
+        tasks: names, in order.
+        data: the local files of these tasks; None for lm-eval's own from the hub.
+        settings: without the dense one, which is always run.
+        limit: most documents of a task, and windows of a text; None for all.
+        seed: of the policies that draw.
+        speed: whether tokens a second are measured.
+        tokenizer, concurrency, wait_s, threads, device: as ``GriffinLM`` takes them.
+    """
+
+    sources: Sequence[Source]
+    tasks: Sequence[str]
+    data: Mapping[str, LocalData] | None
+    settings: Sequence[Setting]
+    out: Path
+    limit: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    speed: bool = True
+    tokenizer: str | None = None
+    concurrency: int = 32
+    wait_s: float = 300
+    threads: int | None = None
+    device: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What KL is measured on: the local text file, if it is among the tasks."""
+        return next((data.text for data in (self.data or {}).values() if data.text), "")
+
+    @property
+    def generating(self) -> list[Setting]:
+        """The settings in generation mode, each once."""
+        return list(
+            dict.fromkeys(
+                Setting(mode="generation", density=each.density, policy=each.policy)
+                for each in self.settings
+            )
+        )

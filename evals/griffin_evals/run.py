@@ -1,0 +1,91 @@
+"""Runs tasks × settings × models, each cell once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+
+from griffin_core.model.load import DTYPES, Model, load_model
+from griffin_evals.bar import Bar
+from griffin_evals.cells import DENSE_SETTING, DIVERGENCE, Cells, Setting
+from griffin_evals.journal import Journal
+from griffin_evals.lm import GriffinLM
+from griffin_evals.measure import OneModel, content_of
+from griffin_evals.plan import Plan, Source
+from griffin_evals.tasks import local_task
+from griffin_evals.tasks.harness import Runnable, hub_runnable, local_runnable, quiet
+
+Say = Callable[[str], None]
+
+
+def run(plan: Plan, bar: Bar, say: Say) -> None:
+    """Measures every cell that is not there yet.
+
+    Raises:
+        EvalError: see ``errors`` and ``tasks.errors``. What is done stays.
+        GriffinError: a model cannot be loaded or run.
+    """
+    quiet()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would fork this process, with its threads
+    cells = Cells(plan.out / "cells")
+    with Journal(plan.out / "journal" / "answers.jsonl") as journal:
+        runnables = _runnables(plan, journal)
+        cells.report_on({each.name: each.content for each in runnables})
+        if plan.text:
+            cells.report_on({DIVERGENCE: content_of(plan.text)})
+        of_one = [(r, s) for r in runnables for s in _settings(plan, r)]
+        beside = len(plan.generating)
+        for source in plan.sources:
+            here = source.target is None
+            bar.expect(len(of_one))
+            bar.expect(beside if here and plan.text else 0)
+            bar.expect(1 + beside if plan.speed else 0)
+        for source in plan.sources:
+            with _opened(plan, source, say) as (lm, model):
+                say(f"{source.model or source.target}: {source.way}, {lm.figures()['dtype']}")
+                one = OneModel(plan, source, lm, cells, journal, bar)
+                for runnable, setting in of_one:
+                    one.task(runnable, setting)
+                if model is not None and plan.text:
+                    one.divergence(model, plan.text)
+                if plan.speed:
+                    for setting in [DENSE_SETTING, *plan.generating]:
+                        one.speed(setting)
+
+
+def _runnables(plan: Plan, journal: Journal) -> list[Runnable]:
+    if plan.data is None:
+        manager = TaskManager()
+        return [hub_runnable(name, manager) for name in plan.tasks]
+    return [
+        local_runnable(local_task(name), plan.data[name], verdicts=journal) for name in plan.tasks
+    ]
+
+
+def _settings(plan: Plan, runnable: Runnable) -> list[Setting]:
+    """Dense first. Where the classification mode means nothing, the generation mode is run."""
+    return [DENSE_SETTING, *(plan.settings if runnable.choices_only else plan.generating)]
+
+
+@contextmanager
+def _opened(plan: Plan, source: Source, say: Say) -> Iterator[tuple[GriffinLM, Model | None]]:
+    """A model, with the model itself where it is in this process."""
+    options: dict[str, Any] = {"concurrency": plan.concurrency, "seed": plan.seed}
+    model: Model | None = None
+    if source.target is not None:
+        lm = GriffinLM(
+            source.target, wait_s=plan.wait_s, tokenizer=plan.tokenizer, dtype=None, **options
+        )
+    else:
+        assert source.model is not None
+        dtype, device = DTYPES[plan.dtype], plan.device or "auto"
+        model = load_model(source.model, dtype=dtype, device=device, progress=say)
+        lm = GriffinLM(pretrained=model, threads=plan.threads, **options)
+    try:
+        yield lm, model
+    finally:
+        lm.close()

@@ -1,0 +1,87 @@
+"""Runs a program that a model wrote, in a process of its own with limits.
+
+Two processes are started for each program. The first (``sandbox_child``) sets itself apart from the
+network and from other processes where the kernel lets it, starts the program, and ends it with
+everything it has started. The program starts in an empty directory, which is removed afterwards; it
+may read what the user may, and write only there. This keeps a model's mistakes from doing harm; it
+is no protection against programs that are written to do harm.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+
+GRACE_S = 10.0
+"""What the first process has beside the program's own time, to start and to clean up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramLimits:
+    """What a program may take.
+
+    Args:
+        cpu_s: seconds of one CPU.
+        wall_s: seconds by the clock, for programs that sleep.
+        memory_bytes: of address space.
+        file_bytes: of the largest file that it writes.
+    """
+
+    cpu_s: int = 5
+    wall_s: float = 30.0
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How a program ended.
+
+    Args:
+        passed: it ran to its end.
+        reason: in a few words, why it did not; "passed" if it did.
+        isolated: it had no network.
+    """
+
+    passed: bool
+    reason: str
+    isolated: bool
+
+
+def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
+    """Runs Python source to its end. An exception, an exit, whatever its status, and anything above
+    the limits mean that it did not pass."""
+    limits = limits or ProgramLimits()
+    token = secrets.token_hex(16)  # only a program that ran to its end makes the child say it
+    task = json.dumps({"program": program, "token": token, **asdict(limits)})
+    with TemporaryDirectory(prefix="griffin-eval-") as directory:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=directory,
+            env={"PATH": "/usr/bin:/bin", "HOME": directory, "TMPDIR": directory},
+            start_new_session=True,  # Ctrl-C is for the evaluation, which then ends this
+        )
+        try:
+            answer, _ = child.communicate(task.encode(), timeout=limits.wall_s + GRACE_S)
+        except subprocess.TimeoutExpired:
+            answer = b""
+        finally:
+            child.kill()
+            child.wait()
+    try:
+        said = json.loads(answer)
+    except ValueError:
+        return Verdict(passed=False, reason="the sandbox was ended", isolated=False)
+    passed = said["token"] == token
+    reason = "passed" if passed else said["reason"]
+    return Verdict(passed=passed, reason=reason, isolated=said["isolated"])

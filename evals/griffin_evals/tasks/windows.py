@@ -1,0 +1,30 @@
+"""A text as windows: a first part that chooses the experts, and a second part that is scored."""
+
+from __future__ import annotations
+
+import re
+
+CONTEXT_WORDS, SCORED_WORDS = 256, 128
+"""Of a window; some 350 and 170 tokens of WikiText-2."""
+
+
+def plain(text: str) -> str:
+    """A text without WikiText's marks of spaces and numbers, as lm-eval writes it."""
+    # Imported here because lm-eval takes seconds.
+    from lm_eval.tasks.wikitext import preprocess_wikitext  # noqa: PLC0415
+
+    return str(preprocess_wikitext.wikitext_detokenizer({"page": text}))
+
+
+def windows(text: str) -> list[tuple[str, str]]:
+    """Windows of a plain text, one after the other without overlap; the text's end that fills none
+    is left out. The second part begins with the space between the two."""
+    words = re.findall(r"\s*\S+", text)
+    step = CONTEXT_WORDS + SCORED_WORDS
+    return [
+        (
+            "".join(words[at : at + CONTEXT_WORDS]).lstrip(),
+            "".join(words[at + CONTEXT_WORDS : at + step]),
+        )
+        for at in range(0, len(words) - step + 1, step)
+    ]
