@@ -282,6 +282,16 @@ def test_greedy_completions_are_the_likeliest_tokens_that_end_nothing(
     assert logprobs[2:-1].argmax(dim=1).tolist() == made
 
 
+def test_draws_follow_the_probabilities_at_their_temperature() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.1, 0.2, 0.7, 0.0]).log() * 0.5
+    drawn = [reading.draw(logits, 0.5, generator) for _ in range(3000)]
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    assert shares.tolist() == pytest.approx([0.1, 0.2, 0.7, 0], abs=0.03)
+    assert shares[3] == 0
+    assert reading.draw(logits, 0.0, generator) == 2
+
+
 def test_a_draw_is_repeated_by_its_seed(tiny: Callable[[str], Model]) -> None:
     one, same, other = reading.generate(tiny("llama"), [[1, 2]] * 3, 12, 1.3, [5, 5, 6])
     assert one == same != other

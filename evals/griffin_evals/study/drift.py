@@ -12,7 +12,7 @@ from griffin_evals.study.measures import distinct_share, divergence, members, ov
 from griffin_evals.study.reading import advance, choose, generate, logprobs_of, on_experts, read
 
 TEMPERATURE = 0.7
-AT_ONCE = 16
+AT_ONCE = 32
 """Completions that are generated together: each holds a KV cache."""
 
 

@@ -95,6 +95,7 @@ def _summary(models: Sequence[Figures]) -> Values:
                 "than the whole prompt, by KL",
                 between="the experts of a quarter of the prompt and of all of it",
             ),
+            _domain_claim(parts["domains"]),
             claim(
                 of(parts["drift"]["generated"]["overlap_change"]),
                 more="The prompt's experts fit a generated text better the longer it gets",
@@ -168,6 +169,7 @@ def _flocking(models: Sequence[Figures]) -> Values:
     head = ["", "agreement", "norm mass", "steady"]
     return {
         "steady": f"{STEADY:.0%}",
+        "most_steady": f"{0.5 / STEADY:.0%}",
         "flocking_table": _table(head, rows),
         "flocking_lines": _lines(lines),
     }
@@ -276,15 +278,7 @@ def _domains(models: Sequence[Figures]) -> Values:
                 *(cell(own) for own in diagonal),
             ]
         )
-        if domains["within_above_across"] is None:
-            lines.append(f"- **{model['label']}**: with one text a domain nothing can be said.")
-            continue
-        fact = claim(
-            of(domains["within_above_across"]),
-            more="texts of one domain share more experts than texts of two",
-            less="texts of one domain share fewer experts than texts of two",
-            between="pairs within a domain and across domains",
-        )
+        fact = _domain_claim(domains)
         across = of(domains["across"])
         above = Estimate(mean=across.mean - domains["random"], se=across.se, n=across.n)
         floor = claim(
@@ -297,6 +291,17 @@ def _domains(models: Sequence[Figures]) -> Values:
     names = models[0]["parts"]["domains"]["domains"]
     head = ["model", "within", "across", "random", *names]
     return {"domains_table": _table(head, rows), "domains_lines": _lines(lines)}
+
+
+def _domain_claim(domains: Figures) -> str:
+    if domains["within_above_across"] is None:
+        return "with one text a domain, pairs within and across domains cannot be compared."
+    return claim(
+        of(domains["within_above_across"]),
+        more="texts of one domain share more experts than texts of two",
+        less="texts of one domain share fewer experts than texts of two",
+        between="pairs of texts within a domain and across domains",
+    )
 
 
 def _temperature(models: Sequence[Figures]) -> Values:
