@@ -234,6 +234,11 @@ def test_sizes_below_one_are_refused() -> None:
         Sizes(texts=0)
 
 
+def test_a_large_vocabulary_halves_the_texts() -> None:
+    assert Sizes(texts=5, long_texts=10).for_vocabulary(262_144) == Sizes(texts=3, long_texts=5)
+    assert Sizes(texts=5).for_vocabulary(49_152) == Sizes(texts=5)
+
+
 def test_reading_gives_the_statistic_and_experts_of_a_prefill(
     tiny: Callable[[str], Model],
 ) -> None:

@@ -123,6 +123,7 @@ def _lab(
     named: Named, corpus: Corpus, long: dict[str, str], sizes: Sizes, progress: Progress
 ) -> Lab:
     model = load_model(named.source, dtype=torch.float32, progress=progress)
+    sizes = sizes.for_vocabulary(model.decoder.spec.vocabulary)
     room = model.decoder.spec.context_length - sizes.follow_tokens - 1
     long_tokens = min(sizes.long_tokens, room)
     needed = long_tokens + sizes.follow_tokens + 1

@@ -12,6 +12,7 @@ from griffin_evals.study.drift import TEMPERATURE
 from griffin_evals.study.estimates import Estimate, unpaired
 from griffin_evals.study.measures import STEADY
 from griffin_evals.study.pictures import draw
+from griffin_evals.study.sizes import LARGE_VOCABULARY
 from griffin_evals.study.store import Figures
 from griffin_evals.study.temperature import TEMPERATURES, TEXT
 from griffin_evals.study.tradeoff import POINTS, POLICY_DENSITIES, operating_point
@@ -61,7 +62,8 @@ def _head(figures: Figures) -> Values:
         "models_table": _table(head, rows),
         "domains": ", ".join(figures["texts"]),
         "domain_count": str(len(figures["texts"])),
-        "text_count": str(models[0]["texts"]),
+        "text_counts": " or ".join(dict.fromkeys(str(model["texts"]) for model in models)),
+        "large_vocabulary": f"{LARGE_VOCABULARY:,}",
         "long_texts": long,
         "minutes": f"{seconds / 60:.0f}",
     }

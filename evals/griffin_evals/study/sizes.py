@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DENSITY = 0.5
 """Where a part needs one density, it is the paper's."""
+
+
+LARGE_VOCABULARY = 100_000
+"""Above it a model's head takes longer than its layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,14 @@ class Sizes:
         for name, value in vars(self).items():
             if value < 1:
                 raise ValueError(f"{name}: got {value}; allowed: 1 or more")
+
+    def for_vocabulary(self, vocabulary: int) -> Sizes:
+        """Half of the texts for a model of a large vocabulary, so that it takes as long as others
+        of its size."""
+        if vocabulary <= LARGE_VOCABULARY:
+            return self
+        texts, long_texts = ((number + 1) // 2 for number in (self.texts, self.long_texts))
+        return replace(self, texts=texts, long_texts=long_texts)
 
     @property
     def text_tokens(self) -> int:
