@@ -142,6 +142,13 @@ def test_nothing_is_claimed_of_a_single_text() -> None:
     assert shown(alone, 1) == "100.0 (error not known)"
 
 
+def test_a_small_error_is_shown_with_a_digit_that_is_not_zero() -> None:
+    assert shown(Estimate(mean=0.5053, se=0.0001, n=9)) == "0.5053 ± 0.0001"
+    assert shown(Estimate(mean=0.6, se=0.004, n=9)) == "0.600 ± 0.004"
+    assert shown(Estimate(mean=0.6, se=0.04, n=9)) == "0.60 ± 0.04"
+    assert shown(Estimate(mean=1.0, se=0.0, n=9)) == "1.00 ± 0.00"
+
+
 def test_within_and_across_domains_by_hand() -> None:
     # Texts 0 and 1 of one domain, 2 and 3 of another; pairs of a text with itself do not count.
     same = [[1, 0.8, 0.2, 0.2], [0.8, 1, 0.2, 0.2], [0.2, 0.2, 1, 0.6], [0.2, 0.2, 0.6, 1]]

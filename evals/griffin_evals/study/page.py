@@ -233,12 +233,11 @@ def _drift(models: Sequence[Figures]) -> Values:
             if kind not in drift:
                 continue
             of_kind = drift[kind]
-            kls = {at: index for index, at in enumerate(of_kind.get("kl_distance", ()))}
-            for index in _spread(len(of_kind["distance"])):
-                distance = of_kind["distance"][index]
-                near = _nearest(list(kls), distance)
-                kl = "–" if near is None else f"{shown(_point(of_kind['kl'], kls[near]))} at {near}"
-                overlap = shown(_point(of_kind["overlap"], index))
+            windows = of_kind["distance"]
+            shown_at = of_kind.get("kl_distance") or [windows[i] for i in _spread(len(windows))]
+            for index, distance in enumerate(shown_at):
+                overlap = shown(_point(of_kind["overlap"], windows.index(distance)))
+                kl = shown(_point(of_kind["kl"], index)) if "kl" in of_kind else "–"
                 rows.append([model["label"], name, str(distance), overlap, kl])
             last = of_kind["distance"][-1]
             fact = claim(
@@ -390,10 +389,6 @@ SECTIONS: tuple[Callable[[Sequence[Figures]], Values], ...] = (
     _temperature,
     _tradeoff,
 )
-
-
-def _nearest(distances: Sequence[int], wanted: int) -> int | None:
-    return min(distances, key=lambda distance: abs(distance - wanted), default=None)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from griffin_evals.study.estimates import Estimate
 from griffin_evals.study.store import Figures
 
@@ -12,7 +14,13 @@ def of(figures: Figures) -> Estimate:
 
 
 def shown(estimate: Estimate, digits: int = 2) -> str:
-    """ "0.57 ± 0.01": the mean and one standard error, or the mean alone if that is not known."""
+    """The mean and one standard error, "0.57 ± 0.01"; the mean alone if the error is not known.
+
+    Args:
+        digits: after the point; up to two more where the error would be shown as zero.
+    """
+    if estimate.se:
+        digits = min(max(digits, math.ceil(-math.log10(2 * estimate.se))), digits + 2)
     if estimate.se is None:
         return f"{estimate.mean:.{digits}f} (error not known)"
     return f"{estimate.mean:.{digits}f} ± {estimate.se:.{digits}f}"
