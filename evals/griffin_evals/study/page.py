@@ -238,7 +238,10 @@ def _drift(models: Sequence[Figures]) -> Values:
             for index, distance in enumerate(shown_at):
                 overlap = shown(_point(of_kind["overlap"], windows.index(distance)))
                 kl = shown(_point(of_kind["kl"], index)) if "kl" in of_kind else "–"
-                rows.append([model["label"], name, str(distance), overlap, kl])
+                distinct = "–"
+                if "distinct" in of_kind:
+                    distinct = shown(_point(of_kind["distinct"], windows.index(distance)))
+                rows.append([model["label"], name, str(distance), overlap, kl, distinct])
             last = of_kind["distance"][-1]
             fact = claim(
                 of(of_kind["overlap_change"]),
@@ -257,7 +260,7 @@ def _drift(models: Sequence[Figures]) -> Values:
                     between=f"the KL right after the prompt and {last} tokens later",
                 )
                 lines.append(f"- **{model['label']}**, {name}: {fact}")
-    head = ["model", "windows of", "after tokens", "shared experts", "KL"]
+    head = ["model", "windows of", "after tokens", "shared experts", "KL", "distinct"]
     return {
         "drift_temperature": f"{TEMPERATURE:g}",
         "drift_table": _table(head, rows),
