@@ -199,6 +199,7 @@ def _domain_layers(models: Sequence[Figures]) -> Figure:
                 _line(each, range(model["layers"]), values, label, f"C{number + 2}")
         each.axhline(domains["random"], color="grey", linestyle=":", label="random sets")
         each.set_xlabel("layer")
+        each.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         each.set_ylim(0.2, 1)
         each.legend()
     axes[0].set_ylabel("Jaccard similarity of two texts' experts")
