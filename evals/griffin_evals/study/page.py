@@ -110,7 +110,7 @@ def _summary(models: Sequence[Figures]) -> Values:
                 _gain(speed),
                 more=f"a decode step at density {HALF:g} is faster than dense, by this share",
                 less=f"a decode step at density {HALF:g} is slower than dense, by this share",
-                between=f"a decode step at density {HALF:g} and a dense one, as a share of its speed",
+                between=f"a decode step at density {HALF:g} and a dense one, by this share",
             ).replace("n = ", "rounds = "),
         ]
         lines.append(f"- **{model['label']}**: {' '.join(_sentence(fact) for fact in facts)}")
