@@ -148,7 +148,7 @@ def _points(models: Sequence[Figures]) -> Values:
         verdict = (
             f"a gain was seen at density {' and '.join(gains)}, at the price in the table."
             if gains
-            else "no gain was seen at any of these points: run it dense for a single stream."
+            else "no gain was seen at any of these points, for a single stream."
         )
         lines.append(f"- **{model['label']}**: {verdict}")
     head = ["model", "point", "allowed rise", "density", "perplexity", "KL", "same first choice"]
