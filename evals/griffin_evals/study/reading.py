@@ -1,0 +1,147 @@
+"""Running a model for the study: read dense with the statistic, run on experts, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.kv_cache import KvCache
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.load import Model
+from griffin_core.prefill import LayerActivations, LayerKv, Part, Prompt, launch
+from griffin_core.slim.base import SlimFF
+from griffin_core.slim.zeroed import ZeroedLayers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A run of T tokens that was read dense.
+
+    Args:
+        s2: [L, F] float32, the statistic of these tokens alone.
+        hidden: [T, D], output of the last layer.
+        activations: L relative activations [T, F] float32, if they were asked for.
+    """
+
+    s2: Tensor
+    hidden: Tensor
+    activations: tuple[Tensor, ...] = ()
+
+
+@torch.inference_mode()
+def read(
+    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, *, watch: bool = False
+) -> Span:
+    """Reads tokens dense after those in the cache, and moves the cache on.
+
+    Args:
+        watch: keep the relative activations of all layers.
+    """
+    layers = range(len(decoder.layers)) if watch else ()
+    prompt = Prompt(decoder, token_ids, Selection(density=1.0), cache=cache, watch=layers)
+    kept: list[Tensor] = []
+
+    def tell(_: Prompt, event: LayerKv | LayerActivations) -> None:
+        if isinstance(event, LayerActivations):
+            kept.append(event.values)
+
+    done = launch(decoder, [Part(prompt=prompt, tokens=len(token_ids))], tell)
+    done.end()
+    return Span(s2=done.s2[0], hidden=done.hidden, activations=tuple(kept))
+
+
+@torch.inference_mode()
+def logprobs_of(decoder: Decoder, hidden: Tensor) -> Tensor:
+    """Output of the last layer [T, D] -> log-probabilities [T, V] of the token after each."""
+    return decoder.head(decoder.final_hidden(hidden)).log_softmax(dim=1)
+
+
+def choose(decoder: Decoder, s2: Tensor, selection: Selection) -> Tensor:
+    """The experts [L, K] int32 that a statistic [L, F] gives."""
+    return select_experts(s2, selection, magnitude=decoder.magnitudes)
+
+
+def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[SlimFF]:
+    """The FF block of each layer on experts [L, K]. Activations outside are zeroed, which gives
+    what copies of the experts give without the time to make them."""
+    return ZeroedLayers(decoder, ExpertSet(ff_width=decoder.spec.ff_width, indices=experts))
+
+
+@torch.inference_mode()
+def forced(
+    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[SlimFF]
+) -> Tensor:
+    """Teacher-forces tokens after those in the cache: log-probabilities [T, V] of the token after
+    each. The cache is left as it was."""
+    before = cache.length
+    logits = decode_tokens(decoder, [StepTokens(cache=cache, view=view, token_ids=token_ids)])[0]
+    cache.rewind(before)
+    return logits.log_softmax(dim=1)
+
+
+@torch.inference_mode()
+def advance(
+    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[SlimFF]
+) -> Tensor:
+    """Runs tokens on a view and moves the cache on, without the head: hidden [T, D]."""
+    ids = torch.tensor(list(token_ids), device=decoder.device)
+    hidden, batch = decoder.begin(ids, [(cache, len(token_ids))])
+    for layer in range(len(decoder.layers)):
+        hidden = decoder.layer(layer, hidden, batch, view[layer])
+    cache.advance(len(token_ids))
+    return hidden
+
+
+@torch.inference_mode()
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    temperature: float,
+    seeds: Sequence[int],
+) -> list[list[int]]:
+    """Completes prompts dense, all at once, each by exactly ``tokens`` tokens: tokens that end a
+    completion are never drawn.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        seeds: of each prompt's draws.
+    """
+    decoder = model.decoder
+    dense = [layer.ff for layer in decoder.layers]
+    ends = torch.tensor(sorted(model.eos_ids), dtype=torch.int64, device=decoder.device)
+    caches = [decoder.new_cache(len(prompt) + tokens) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    made: list[list[int]] = [[] for _ in prompts]
+    hidden = [
+        read(decoder, prompt, cache).hidden[-1:]
+        for prompt, cache in zip(prompts, caches, strict=True)
+    ]
+    logits = decoder.head(decoder.final_hidden(torch.cat(hidden)))
+    while True:
+        logits[:, ends] = -torch.inf
+        for row, (own, generator) in enumerate(zip(made, generators, strict=True)):
+            own.append(draw(logits[row], temperature, generator))
+        if len(made[0]) == tokens:
+            return made
+        step = [
+            StepTokens(cache=cache, view=dense, token_ids=own[-1:])
+            for cache, own in zip(caches, made, strict=True)
+        ]
+        logits = torch.cat(decode_tokens(decoder, step))
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """A token of logits [V]; the likeliest at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    # By the cumulated weights: multinomial takes ten times as long over a large vocabulary.
+    cumulated = (logits / temperature).softmax(dim=0).double().cumsum(dim=0)
+    drawn = torch.rand(1, generator=generator, dtype=torch.float64) * cumulated[-1]
+    return int(torch.searchsorted(cumulated, drawn, right=True).clamp_(max=len(cumulated) - 1))

@@ -1,0 +1,80 @@
+"""Figures on disk: a part that is done is not measured again."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from griffin_evals.study.lab import Lab
+
+Figures = dict[str, Any]
+
+
+class Store:
+    """The figures of a model's parts in a folder, a JSON file each.
+
+    Args:
+        folder: made if need be.
+        settings: what the figures depend on; those of other settings count as missing.
+    """
+
+    def __init__(self, folder: Path, settings: Figures) -> None:
+        self._folder = folder
+        self._settings = settings
+
+    def load(self, part: str) -> Figures | None:
+        """The figures of a part; None if they are missing, torn or of other settings."""
+        try:
+            kept = json.loads((self._folder / f"{part}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if kept.get("settings") != self._settings:
+            return None
+        figures: Figures = kept["figures"]
+        return figures
+
+    def save(self, part: str, figures: Figures) -> None:
+        """Keeps a part's figures; whole or not at all."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        target = self._folder / f"{part}.json"
+        partial = target.with_suffix(".partial")
+        write_json(partial, {"settings": self._settings, "figures": figures})
+        os.replace(partial, target)
+
+
+def settings_of(lab: Lab) -> Figures:
+    """What the figures of a lab depend on, but for the code that makes them."""
+    texts = [(text.domain, text.name, text.token_ids) for text in (*lab.texts, *lab.long_texts)]
+    return {
+        "model": lab.model.fingerprint,
+        "sizes": asdict(lab.sizes),
+        "texts": blake2b(repr(texts).encode(), digest_size=16).hexdigest(),
+    }
+
+
+def write_json(path: Path, figures: Figures) -> None:
+    """Writes figures one key a line, lists of numbers on one, so that changes can be read.
+
+    Raises:
+        ValueError: a number that JSON does not have.
+    """
+    path.write_text(_lines(figures, 0) + "\n", encoding="utf-8")
+
+
+def _lines(value: Any, depth: int) -> str:
+    inner = [*value.values()] if isinstance(value, dict) else value
+    if isinstance(value, (dict, list)) and any(isinstance(each, (dict, list)) for each in inner):
+        indent = " " * (depth + 1)
+        if isinstance(value, dict):
+            rows = [f"{json.dumps(key)}: {_lines(own, depth + 1)}" for key, own in value.items()]
+            brackets = "{}"
+        else:
+            rows = [_lines(own, depth + 1) for own in value]
+            brackets = "[]"
+        body = ",\n".join(f"{indent}{row}" for row in rows)
+        return f"{brackets[0]}\n{body}\n{' ' * depth}{brackets[1]}"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
