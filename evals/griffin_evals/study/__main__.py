@@ -123,13 +123,14 @@ def _lab(
     named: Named, corpus: Corpus, long: dict[str, str], sizes: Sizes, progress: Progress
 ) -> Lab:
     model = load_model(named.source, dtype=torch.float32, progress=progress)
-    sizes = sizes.for_vocabulary(model.decoder.spec.vocabulary)
+    whole, sizes = sizes, sizes.for_vocabulary(model.decoder.spec.vocabulary)
     room = model.decoder.spec.context_length - sizes.follow_tokens - 1
     long_tokens = min(sizes.long_tokens, room)
     needed = long_tokens + sizes.follow_tokens + 1
     return Lab(
         model=model,
         texts=cut_texts(corpus, model.tokenizer, sizes),
+        domain_texts=cut_texts(corpus, model.tokenizer, whole),
         long_texts=cut_long(long, model.tokenizer, needed, sizes.long_texts),
         long_tokens=long_tokens,
         sizes=sizes,

@@ -19,12 +19,12 @@ def measure(lab: Lab) -> dict[str, Any]:
     of a bootstrap over texts, since the pairs of a text are not independent."""
     decoder = lab.model.decoder
     sets = []
-    for text in lab.each_text("domains"):
+    for text in lab.each_text("domains", lab.domain_texts):
         prompt = lab.prompt(text)
         s2 = read(decoder, prompt, decoder.new_cache(len(prompt))).s2
         sets.append(members(choose(decoder, s2, lab.selection), decoder.spec.ff_width))
-    names = list(dict.fromkeys(text.domain for text in lab.texts))
-    groups = [names.index(text.domain) for text in lab.texts]
+    names = list(dict.fromkeys(text.domain for text in lab.domain_texts))
+    groups = [names.index(text.domain) for text in lab.domain_texts]
     pairs = torch.stack([torch.stack([jaccard(one, other) for other in sets]) for one in sets])
     return {
         "domains": names,

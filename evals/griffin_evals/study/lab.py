@@ -34,6 +34,8 @@ class Lab:
     Args:
         model: in float32.
         texts: as many of each domain, each of ``sizes.text_tokens`` tokens.
+        domain_texts: these, and what a model of a large vocabulary is spared elsewhere: the domains
+            part takes little time and needs several texts of each.
         long_texts: each of ``long_tokens`` + ``sizes.follow_tokens`` + 1 tokens.
         long_tokens: of the longest prefix, as ``sizes`` say or as the model's context allows.
         timed: gives the model in the dtype that is served, for the timing.
@@ -42,6 +44,7 @@ class Lab:
 
     model: Model
     texts: Sequence[Text]
+    domain_texts: Sequence[Text]
     long_texts: Sequence[Text]
     long_tokens: int
     sizes: Sizes
