@@ -48,7 +48,8 @@ class Store:
 
 def settings_of(lab: Lab) -> Figures:
     """What the figures of a lab depend on, but for the code that makes them."""
-    texts = [(text.domain, text.name, text.token_ids) for text in (*lab.domain_texts, *lab.long_texts)]
+    every = (*lab.domain_texts, *lab.long_texts)
+    texts = [(text.domain, text.name, text.token_ids) for text in every]
     return {
         "model": lab.model.fingerprint,
         "sizes": asdict(lab.sizes),
