@@ -10,6 +10,7 @@ from typing import Any
 
 from griffin_evals.cells import DENSE_SETTING, DIVERGENCE, SPEED, Cell, Measured, Setting
 from griffin_evals.paired import Estimate, mean_of, mean_over_tasks, paired
+from griffin_evals.tasks.metrics import BITS
 
 COMPARED = (
     ("topk", ("topk_sampled", "sampled", "magnitude", "random")),
@@ -19,6 +20,7 @@ COMPARED = (
 """Which policies the paper expects to be better than which."""
 
 TASKS, KL = "mean over tasks", "KL"
+RIGHT = "bits a byte of the right choice, mean over tasks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Comparison:
     """Two policies at one density, paired by document.
 
     Args:
-        by: ``TASKS`` or ``KL``.
+        by: ``TASKS``, ``RIGHT`` or ``KL``.
         advantage: of the first policy over the second; positive if the first is better.
     """
 
@@ -139,12 +141,18 @@ class Group:
         found = []
         for mode in self.modes:
             taken = [c for c in self.scored if any(s.mode == mode and not s.dense for s in c)]
-            for by, sets in ((TASKS, taken), (KL, [self.beside(DIVERGENCE)])):
-                found += _compared(mode, by, [cells for cells in sets if cells])
+            choices = [c for c in taken if BITS in next(iter(c.values())).measures]
+            found += _compared(mode, TASKS, taken)
+            found += _compared(mode, RIGHT, choices, BITS)
+            if beside := self.beside(DIVERGENCE):
+                found += _compared(mode, KL, [beside])
         return found
 
 
-def _compared(mode: str, by: str, sets: Sequence[Mapping[Setting, Cell]]) -> list[Comparison]:
+def _compared(
+    mode: str, by: str, sets: Sequence[Mapping[Setting, Cell]], measure: str | None = None
+) -> list[Comparison]:
+    """By a measure, or by the tasks' scores."""
     if not sets:
         return []
     comparisons = []
@@ -152,9 +160,13 @@ def _compared(mode: str, by: str, sets: Sequence[Mapping[Setting, Cell]]) -> lis
     for density in densities:
         for one, others in COMPARED:
             for other in others:
-                pair = [Setting(mode=mode, density=density, policy=p) for p in (one, other)]  # type: ignore[arg-type]
-                if all(setting in cells for cells in sets for setting in pair):
-                    estimates = [_better(*(cells[setting] for setting in pair)) for cells in sets]
+                first, second = (
+                    Setting(mode=mode, density=density, policy=policy)  # type: ignore[arg-type]
+                    for policy in (one, other)
+                )
+                if all(first in cells and second in cells for cells in sets):
+                    pairs = [(cells[first], cells[second]) for cells in sets]
+                    estimates = [_better(*pair, measure) for pair in pairs]
                     comparisons.append(
                         Comparison(
                             mode=mode,
@@ -167,9 +179,11 @@ def _compared(mode: str, by: str, sets: Sequence[Mapping[Setting, Cell]]) -> lis
     return comparisons
 
 
-def _better(one: Cell, other: Cell) -> Estimate:
-    """By how much the first cell's score is better."""
-    first, second = _score(one), _score(other)
+def _better(one: Cell, other: Cell, measure: str | None = None) -> Estimate:
+    """By how much the first cell's measure, or else its score, is better."""
+    first, second = (
+        _score(cell) if measure is None else cell.measures[measure] for cell in (one, other)
+    )
     items = (first.items, second.items) if first.higher_is_better else (second.items, first.items)
     return paired(*items)
 

@@ -38,7 +38,7 @@ class Task:
         rows: the layouts of a line that are understood.
         metrics: the first is the task's score.
         hub: lm-eval's own task, for runs without a local file.
-        values: makes a document's values of the model's answers; None for lm-eval's of choices.
+        values: makes a document's values of the model's answers; None for those of a program.
         until: ends a generated answer, beside the end token.
         max_tokens: most tokens of a generated answer.
     """
@@ -63,12 +63,24 @@ class Task:
         return self.kind == "choices"
 
 
-_ACCURACIES = (Metric(name="acc"), Metric(name="acc_norm"))
+_OF_CHOICES = (
+    Metric(name="acc"),
+    Metric(name="acc_norm"),
+    Metric(name=metrics.BITS, higher_is_better=False),
+)
 _ROUGE = tuple(Metric(name=name) for name in ("rougeL", "rouge1", "rouge2"))
 
 
 def _choices(name: str, hub: str, *rows: type[Row], aliases: tuple[str, ...] = ()) -> Task:
-    return Task(name=name, kind="choices", hub=hub, rows=rows, metrics=_ACCURACIES, aliases=aliases)
+    return Task(
+        name=name,
+        kind="choices",
+        hub=hub,
+        rows=rows,
+        metrics=_OF_CHOICES,
+        aliases=aliases,
+        values=metrics.choice,
+    )
 
 
 TASKS: tuple[Task, ...] = (

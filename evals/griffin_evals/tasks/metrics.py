@@ -11,10 +11,32 @@ from griffin_evals.tasks.columns import number
 
 Values = dict[str, float]
 
+BITS = "bits_per_byte"
+"""Of the right choice."""
+
 
 def exp_of_mean(values: Sequence[float]) -> float:
     """Perplexity, from nats."""
     return math.exp(sum(values) / len(values))
+
+
+def choice(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> Values:
+    """Multiple choice: whether the likeliest choice is the right one, by its log-probability and by
+    that over its characters, as lm-eval has it; and bits a byte of the right one, which changes
+    with every change of the model, where a choice must tip over."""
+    choices: Sequence[str] = document["choices"]
+    gold: int = document["gold"]
+    logprobs = [logprob for logprob, _ in results]
+    by_length = [logprob / len(text) for logprob, text in zip(logprobs, choices, strict=True)]
+    return {
+        "acc": float(_largest(logprobs) == gold),
+        "acc_norm": float(_largest(by_length) == gold),
+        BITS: -logprobs[gold] / (len(choices[gold].encode()) * math.log(2)),
+    }
+
+
+def _largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
 
 
 def last_word(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> Values:
