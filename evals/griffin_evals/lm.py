@@ -7,6 +7,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -107,7 +108,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         chat_template_args: Mapping[str, Any] | None = None,
         concurrency: int = 32,
         wait_s: float = 300,
-        journal: Journal | str | None = None,
+        journal: Journal | Path | str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
@@ -121,6 +122,9 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             tokenizer=tokenizer,
             dtype=dtype,
             threads=threads,
+            device=device,
+            add_bos_token=add_bos_token,
+            chat_template_args=chat_template_args,
             max_length=max_length,
             max_gen_toks=max_gen_toks,
             concurrency=concurrency,
@@ -177,7 +181,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         policy: PolicyName | None = None,
         score_mode: ScoreMode | None = None,
         seed: int | None = None,
-        journal: Journal | str | None = None,
+        journal: Journal | Path | str | None = None,
     ) -> GriffinLM:
         """The same model with other settings and figures of its own; None keeps what this one has.
 
@@ -442,11 +446,14 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             )
         return cast(str, postprocess_generated_text(done.text, until, None))
 
-    def _opened(self, journal: Journal | str | None) -> Journal | None:
-        if isinstance(journal, str):
-            journal = Journal(journal)
-            self._owned.append(journal)
-        return journal
+    def _opened(self, journal: Journal | Path | str | None) -> Journal | None:
+        if journal is None or isinstance(journal, Journal):
+            return journal
+        if not isinstance(journal, str | Path):
+            raise InvalidSetting("journal", journal, "a path, or a Journal")
+        opened = Journal(journal)
+        self._owned.append(opened)
+        return opened
 
     @property
     def _fingerprint(self) -> str:
@@ -492,6 +499,9 @@ def _check_arguments(
     tokenizer: str | None,
     dtype: str | None,
     threads: int | None,
+    device: str | None,
+    add_bos_token: bool | None,
+    chat_template_args: Mapping[str, Any] | None,
     max_length: int | None,
     max_gen_toks: int,
     concurrency: int,
@@ -499,10 +509,20 @@ def _check_arguments(
 ) -> None:
     """Raises InvalidSetting before anything is loaded."""
     if (target is None) == (pretrained is None):
-        given = "neither" if target is None else "both"
-        raise InvalidSetting("target, pretrained", given, "exactly one of them")
-    if target is not None and not isinstance(target, str):
-        raise InvalidSetting("target", target, "host:port, or another gRPC name")
+        which = "neither" if target is None else "both"
+        raise InvalidSetting("target, pretrained", which, "exactly one of them")
+    kind: Any
+    for name, given, kind, allowed in (
+        ("target", target, str | None, "host:port, or another gRPC name"),
+        ("pretrained", pretrained, str | Model | None, "a name, a path or a Model"),
+        ("tokenizer", tokenizer, str | None, "a name or a path"),
+        ("device", device, str | None, "a device's name, as torch has it"),
+        ("add_bos_token", add_bos_token, bool | None, "True, False, or None"),
+        ("chat_template_args", chat_template_args, Mapping | None, "a mapping"),
+        ("threads", threads, int | None, ">= 1, or None"),
+    ):
+        if not isinstance(given, kind) or given == "":
+            raise InvalidSetting(name, repr(given), allowed)
     if target is None and tokenizer is not None:
         raise InvalidSetting("tokenizer", tokenizer, "with target; pretrained has its own")
     if target is not None:
