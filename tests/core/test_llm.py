@@ -444,7 +444,7 @@ def test_what_is_no_chat_is_refused_by_chat_and_bad_pairs_by_score(llm: LLM) -> 
         llm.score([1], [2], add_special_tokens=True)
     with pytest.raises(InvalidRequest, match=r"^pairs\[0\]: got \(1, 2, 3\); allowed: a pair"):
         llm.score_many([(1, 2, 3)])  # type: ignore[list-item]
-    with pytest.raises(InvalidRequest, match="^pairs: got a text;"):
+    with pytest.raises(InvalidRequest, match=r"^pairs: got a text;"):
         llm.score_many("a text")  # type: ignore[arg-type]
 
 
