@@ -31,6 +31,10 @@ from griffin_evals.tokens import HfTokens, tokenizer_of
 
 log = logging.getLogger(__name__)
 
+MOST_TOGETHER = 4096
+"""Tokens, or characters, of the continuations that are asked for in one request. Its answers are
+kept together, and must fit a message. Windows of all texts may have the same one token before."""
+
 TRUNCATES = "; with tokenizer=NAME it would be cut from the left, as lm-eval's hf does"
 
 
@@ -393,7 +397,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         disable_tqdm: bool,
         each: Callable[[int, Scored], None] = lambda _place, _score: None,
     ) -> list[Scored]:
-        """Scores of pairs. Those of one context go out together, the longest context first."""
+        """Scores of pairs. Those of one context go out together, up to a size; the longest context
+        first."""
         keys = [
             settings.key_of(
                 self._fingerprint,
@@ -410,11 +415,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             groups: defaultdict[tuple[Tokens, int], list[int]] = defaultdict(list)
             for place in places:
                 groups[pairs[place].context, pairs[place].seed].append(place)
-            grouped = [
-                group[first : first + MOST_CONTINUATIONS]
-                for group in groups.values()
-                for first in range(0, len(group), MOST_CONTINUATIONS)
-            ]
+            grouped = [part for group in groups.values() for part in _parts(group, pairs)]
             grouped.sort(key=lambda group: -len(pairs[group[0]].context))
 
             def hand_over(index: int, scores: list[Scored]) -> None:
@@ -458,6 +459,19 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     @property
     def _fingerprint(self) -> str:
         return self._backend.facts.fingerprint
+
+
+def _parts(places: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
+    """Places of pairs of one context, split into what is asked for at once."""
+    parts: list[list[int]] = [[]]
+    length = 0
+    for place in places:
+        length += len(pairs[place].continuation)
+        if parts[-1] and (length > MOST_TOGETHER or len(parts[-1]) == MOST_CONTINUATIONS):
+            parts.append([])
+            length = len(pairs[place].continuation)
+        parts[-1].append(place)
+    return parts
 
 
 def _item(pairs: Sequence[Pair]) -> ScoreItem:

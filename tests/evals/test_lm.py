@@ -265,6 +265,27 @@ def test_choices_of_one_context_are_one_call_and_equal_requests_asked_once(
     assert counting.figures()["requests"] == 5
 
 
+def test_first_windows_of_all_texts_are_not_one_request(
+    lm: GriffinLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all have the same one token as their context."""
+    calls: list[ScoreItem] = []
+    score = lm._backend.score
+
+    def counted(items: Any, *rest: Any) -> None:
+        calls.extend(items)
+        score(items, *rest)
+
+    monkeypatch.setattr(lm._backend, "score", counted)
+    monkeypatch.setattr("griffin_evals.lm.MOST_TOGETHER", 100)
+    texts = [letter * 45 for letter in "abcde"] + ["x" * 200]
+    together = silent(lm.with_settings(), "loglikelihood_rolling", rolling(*texts))
+    assert sorted(len(item.continuations) for item in calls) == [1, 1, 2, 2]
+    for text, total in zip(texts, together, strict=True):
+        (alone,) = silent(lm.with_settings(), "loglikelihood_rolling", rolling(text))
+        assert total == pytest.approx(alone, abs=1e-3)
+
+
 @pytest.mark.parametrize("policy", ["random", "sampled", "topk_sampled"])
 def test_what_is_drawn_depends_on_the_request_and_not_on_its_place(
     policy: Any, lm: GriffinLM
