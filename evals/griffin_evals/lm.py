@@ -252,7 +252,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         read = [self._reader.windows(request) for request in requests]
         prompts = [(place, pair) for place, (pairs, _) in enumerate(read) for pair in pairs]
         windows = [(place, pair) for place, (_, pairs) in enumerate(read) for pair in pairs]
-        if short := sum(not pairs for _, pairs in read):
+        short = sum(not pairs for _, pairs in read)
+        if short and self.settings.density < 1:
             log.warning(
                 "%d of %d documents have no more than %d tokens, half of max_length, and are "
                 "scored dense: give a smaller max_length",
