@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
@@ -402,7 +403,10 @@ class LLM:
         """
         tasks = self._score_tasks(
             "pairs",
-            [(context, [continuation]) for context, continuation in pairs],
+            [
+                (context, [continuation])
+                for context, continuation in _pairs("pairs", pairs, "context and continuation")
+            ],
             lambda _: "continuation",
             **options,
         )
@@ -451,7 +455,8 @@ class LLM:
             For each item, in order, a score for each of its continuations. With ``stream``, pairs
             of an item's index and its scores, as they come.
         """
-        tasks = self._score_tasks("items", list(items), "continuations[{}]".format, **options)
+        read = _pairs("items", items, "context and continuations")
+        tasks = self._score_tasks("items", read, "continuations[{}]".format, **options)
         scores = self._scores(tasks, "items")
         if stream:
             return scores
@@ -645,11 +650,27 @@ def _each(name: str, given: T | Sequence[T], count: int) -> list[T]:
     return list(given)
 
 
+def _pairs(name: str, given: Iterable[Any], words: str) -> list[tuple[Any, Any]]:
+    """What is to be scored, as pairs.
+
+    Args:
+        name: what the caller calls them.
+        words: what is in a pair.
+    """
+    _check(name, given, isinstance(given, Iterable) and not isinstance(given, str), "a list")
+    listed = list(given)
+    for index, pair in enumerate(listed):
+        holds = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        _check(f"{name}[{index}]", pair, holds, f"a pair: {words}")
+    return listed
+
+
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """The seed of each prompt."""
     seeds = _each("seed", seed, count)
     for given in seeds:
-        _check("seed", given, 0 <= given <= LARGEST_SEED, "[0, 2^64)")
+        holds = isinstance(given, Integral) and 0 <= given <= LARGEST_SEED
+        _check("seed", given, holds, "[0, 2^64), a whole number")
     if isinstance(seed, Sequence):
         return seeds
     return [(seed + index) % (LARGEST_SEED + 1) for index in range(count)]

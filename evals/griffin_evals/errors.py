@@ -7,7 +7,7 @@
     ├── RequestRefused      a request of a task that cannot be answered, by its task and document
     ├── ServerGone          a server that did not come back in time
     ├── OtherModel          a server that came back with another model
-    └── JournalError        a journal that cannot be read, or that another process writes
+    └── JournalError        a journal that cannot be opened or read, or that is in use
 """
 
 from __future__ import annotations
@@ -43,4 +43,4 @@ class OtherModel(EvalError):
 
 
 class JournalError(EvalError):
-    """A journal is damaged before its end, or in use."""
+    """A file cannot be opened, is no journal, or is in use."""

@@ -13,6 +13,9 @@ from typing import Any
 
 from griffin_evals.errors import JournalError
 
+LINE_START = b'{"key": "'
+"""What every line begins with; what does not, was not cut off but is another file's."""
+
 
 class Journal:
     """Key -> value, kept in a file. Safe to share between threads, not between processes.
@@ -24,14 +27,18 @@ class Journal:
         path: of the file, which is made if it is missing, as are its directories.
 
     Raises:
-        JournalError: a line before the last one is damaged, or another journal has the file open.
+        JournalError: the file cannot be opened, has a line that is none of a journal, or another
+            journal has it open. The file is left as it was.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise JournalError(f"{self.path}: cannot be opened: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._values = self._read()
@@ -51,10 +58,15 @@ class Journal:
 
         Args:
             value: what JSON can hold, and not None.
+
+        Raises:
+            OSError: the disk is full. What was written of the line is taken back, so that another
+                one may follow.
         """
         line = json.dumps({"key": key, "value": value}).encode() + b"\n"
         with self._lock:
-            if os.write(self._file, line) < len(line):
+            if (written := os.write(self._file, line)) < len(line):
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
                 raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
             os.fdatasync(self._file)
             self._values[key] = value
@@ -85,13 +97,12 @@ class Journal:
         values: dict[str, Any] = {}
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n") and line[: len(LINE_START)] == LINE_START[: len(line)]:
+                os.ftruncate(self._file, sum(map(len, lines[:-1])))
+                break
             try:
                 entry = json.loads(line)
-                if not line.endswith(b"\n"):
-                    raise ValueError("it was cut off")
                 values[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError) as error:
-                if number < len(lines):
-                    raise JournalError(f"{self.path}:{number}: is no line of a journal") from error
-                os.ftruncate(self._file, sum(map(len, lines[:-1])))
+                raise JournalError(f"{self.path}:{number}: is no line of a journal") from error
         return values

@@ -7,6 +7,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,10 @@ from griffin_evals.settings import Settings
 from griffin_evals.tokens import HfTokens, tokenizer_of
 
 log = logging.getLogger(__name__)
+
+MOST_TOGETHER = 4096
+"""Tokens, or characters, of the continuations that are asked for in one request. Its answers are
+kept together, and must fit a message. Windows of all texts may have the same one token before."""
 
 TRUNCATES = "; with tokenizer=NAME it would be cut from the left, as lm-eval's hf does"
 
@@ -107,7 +112,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         chat_template_args: Mapping[str, Any] | None = None,
         concurrency: int = 32,
         wait_s: float = 300,
-        journal: Journal | str | None = None,
+        journal: Journal | Path | str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
@@ -121,6 +126,9 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             tokenizer=tokenizer,
             dtype=dtype,
             threads=threads,
+            device=device,
+            add_bos_token=add_bos_token,
+            chat_template_args=chat_template_args,
             max_length=max_length,
             max_gen_toks=max_gen_toks,
             concurrency=concurrency,
@@ -177,7 +185,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         policy: PolicyName | None = None,
         score_mode: ScoreMode | None = None,
         seed: int | None = None,
-        journal: Journal | str | None = None,
+        journal: Journal | Path | str | None = None,
     ) -> GriffinLM:
         """The same model with other settings and figures of its own; None keeps what this one has.
 
@@ -244,7 +252,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         read = [self._reader.windows(request) for request in requests]
         prompts = [(place, pair) for place, (pairs, _) in enumerate(read) for pair in pairs]
         windows = [(place, pair) for place, (_, pairs) in enumerate(read) for pair in pairs]
-        if short := sum(not pairs for _, pairs in read):
+        short = sum(not pairs for _, pairs in read)
+        if short and self.settings.density < 1:
             log.warning(
                 "%d of %d documents have no more than %d tokens, half of max_length, and are "
                 "scored dense: give a smaller max_length",
@@ -389,7 +398,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         disable_tqdm: bool,
         each: Callable[[int, Scored], None] = lambda _place, _score: None,
     ) -> list[Scored]:
-        """Scores of pairs. Those of one context go out together, the longest context first."""
+        """Scores of pairs. Those of one context go out together, up to a size; the longest context
+        first."""
         keys = [
             settings.key_of(
                 self._fingerprint,
@@ -406,11 +416,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             groups: defaultdict[tuple[Tokens, int], list[int]] = defaultdict(list)
             for place in places:
                 groups[pairs[place].context, pairs[place].seed].append(place)
-            grouped = [
-                group[first : first + MOST_CONTINUATIONS]
-                for group in groups.values()
-                for first in range(0, len(group), MOST_CONTINUATIONS)
-            ]
+            grouped = [part for group in groups.values() for part in _parts(group, pairs)]
             grouped.sort(key=lambda group: -len(pairs[group[0]].context))
 
             def hand_over(index: int, scores: list[Scored]) -> None:
@@ -442,15 +448,31 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             )
         return cast(str, postprocess_generated_text(done.text, until, None))
 
-    def _opened(self, journal: Journal | str | None) -> Journal | None:
-        if isinstance(journal, str):
-            journal = Journal(journal)
-            self._owned.append(journal)
-        return journal
+    def _opened(self, journal: Journal | Path | str | None) -> Journal | None:
+        if journal is None or isinstance(journal, Journal):
+            return journal
+        if not isinstance(journal, str | Path):
+            raise InvalidSetting("journal", journal, "a path, or a Journal")
+        opened = Journal(journal)
+        self._owned.append(opened)
+        return opened
 
     @property
     def _fingerprint(self) -> str:
         return self._backend.facts.fingerprint
+
+
+def _parts(places: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
+    """Places of pairs of one context, split into what is asked for at once."""
+    parts: list[list[int]] = [[]]
+    length = 0
+    for place in places:
+        length += len(pairs[place].continuation)
+        if parts[-1] and (length > MOST_TOGETHER or len(parts[-1]) == MOST_CONTINUATIONS):
+            parts.append([])
+            length = len(pairs[place].continuation)
+        parts[-1].append(place)
+    return parts
 
 
 def _item(pairs: Sequence[Pair]) -> ScoreItem:
@@ -492,6 +514,9 @@ def _check_arguments(
     tokenizer: str | None,
     dtype: str | None,
     threads: int | None,
+    device: str | None,
+    add_bos_token: bool | None,
+    chat_template_args: Mapping[str, Any] | None,
     max_length: int | None,
     max_gen_toks: int,
     concurrency: int,
@@ -499,10 +524,20 @@ def _check_arguments(
 ) -> None:
     """Raises InvalidSetting before anything is loaded."""
     if (target is None) == (pretrained is None):
-        given = "neither" if target is None else "both"
-        raise InvalidSetting("target, pretrained", given, "exactly one of them")
-    if target is not None and not isinstance(target, str):
-        raise InvalidSetting("target", target, "host:port, or another gRPC name")
+        which = "neither" if target is None else "both"
+        raise InvalidSetting("target, pretrained", which, "exactly one of them")
+    kind: Any
+    for name, given, kind, allowed in (
+        ("target", target, str | None, "host:port, or another gRPC name"),
+        ("pretrained", pretrained, str | Model | None, "a name, a path or a Model"),
+        ("tokenizer", tokenizer, str | None, "a name or a path"),
+        ("device", device, str | None, "a device's name, as torch has it"),
+        ("add_bos_token", add_bos_token, bool | None, "True, False, or None"),
+        ("chat_template_args", chat_template_args, Mapping | None, "a mapping"),
+        ("threads", threads, int | None, ">= 1, or None"),
+    ):
+        if not isinstance(given, kind) or given == "":
+            raise InvalidSetting(name, repr(given), allowed)
     if target is None and tokenizer is not None:
         raise InvalidSetting("tokenizer", tokenizer, "with target; pretrained has its own")
     if target is not None:

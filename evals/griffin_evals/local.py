@@ -44,7 +44,7 @@ class LocalBackend:
         with _naming(items):
             for index, scores in self._llm.score_choices(
                 [(item.context, item.continuations) for item in items],
-                mode=settings.score_mode,
+                mode=settings.asked_mode,
                 density=settings.density,
                 policy=settings.policy,
                 sharing=settings.sharing,

@@ -159,7 +159,7 @@ class RemoteBackend:
         """In one call, or in one for each continuation: a text that shares a token with the context
         can only be scored alone."""
         options: dict[str, Any] = {
-            "mode": settings.score_mode,
+            "mode": settings.asked_mode,
             "density": settings.density,
             "policy": settings.policy,
             "sharing": settings.sharing,

@@ -142,9 +142,14 @@ class Reader:
         """
         context, given = request.args
         name = name_of(request)
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        try:
+            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        except (TypeError, ValueError) as error:
+            raise RequestRefused(f"{name}: generation_kwargs: {error}") from error
         eos = None if self.tokens is None else self.tokens.eos_text
         until = handle_stop_sequences(kwargs.pop("until"), eos=eos)
+        if strange := [text for text in until if not isinstance(text, str)]:
+            raise RequestRefused(f"{name}: until: got {strange[0]!r}; allowed: strings")
         max_tokens = kwargs.pop("max_gen_toks")
         kwargs.pop("do_sample")
         if unknown := sorted(kwargs.keys() - set(SAMPLING)):
@@ -152,6 +157,9 @@ class Reader:
                 f"{name}: generation_kwargs: got {', '.join(unknown)}; allowed: until, do_sample, "
                 f"max_gen_toks, {', '.join(SAMPLING)}"
             )
+        for field, value in kwargs.items():
+            if not isinstance(value, int | float):
+                raise RequestRefused(f"{name}: {field}: got {value!r}; allowed: a number")
         room = self.max_length - max_tokens
         if room < 1 or max_tokens < 1:
             raise RequestRefused(

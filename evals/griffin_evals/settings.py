@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from griffin_core.choices import PolicyName, ScoreMode, Sharing
+from griffin_core.decode.session import SHARINGS
 from griffin_core.decode.task import SCORE_MODES, PruningParams
 from griffin_core.errors import InvalidRequest
+from griffin_core.experts.selection import POLICIES
 from griffin_evals.errors import InvalidSetting
 
 
@@ -35,6 +37,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.density, int | float):
             raise InvalidSetting("density", self.density, "a number in (0, 1]")
+        # The core takes its default for None: an answer would then depend on whom it comes from.
+        if self.policy is None:
+            raise InvalidSetting("policy", None, ", ".join(POLICIES))
+        if self.sharing is None:
+            raise InvalidSetting("sharing", None, ", ".join(SHARINGS))
         try:
             PruningParams(density=self.density, policy=self.policy, sharing=self.sharing)
         except InvalidRequest as error:
@@ -49,6 +56,12 @@ class Settings:
     def draws(self) -> bool:
         """Whether the experts depend on the seed."""
         return self.density < 1 and self.policy in ("sampled", "topk_sampled", "random")
+
+    @property
+    def asked_mode(self) -> ScoreMode:
+        """The mode to ask a backend for: at density 1 both give the same, and "generation" also
+        takes contexts of one token, such as those of rolling windows."""
+        return "generation" if self.density == 1 else self.score_mode
 
     def seed_of(self, *request: Any) -> int:
         """The seed of one request: of what it asks, not of its place among others, so that a run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import get_args
 from uuid import uuid4
 
@@ -39,7 +40,8 @@ class PruningParams:
     sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
-        if self.density is not None and not 0 < self.density <= 1:  # NaN fails too
+        density = self.density
+        if density is not None and not (isinstance(density, Real) and 0 < density <= 1):
             raise InvalidRequest("pruning.density", self.density, "(0, 1]")
         if self.policy is not None and self.policy not in POLICIES:
             raise InvalidRequest("pruning.policy", self.policy, ", ".join(POLICIES))

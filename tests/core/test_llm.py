@@ -338,7 +338,13 @@ def test_choices_come_as_they_are_scored_and_may_be_left(llm: LLM, model: Model)
         (("a", ["b"]), {"mode": "classification"}, r"items\[1\]\.context: got one token"),
         (("a", ["b"]), {"mode": "paper"}, r"mode: got paper; allowed: generation, classif"),
         (("a", ["b"]), {"seed": [1]}, r"seed: got 1 for 2 prompts"),
+        (("a", ["b"]), {"seed": "xy"}, r"seed: got x; allowed: \[0, 2\^64\), a whole number"),
+        (("a", ["b"]), {"seed": 1.5}, r"seed: got 1\.5; allowed"),
         (("a", ["b"]), {"density": 0}, r"pruning\.density: got 0"),
+        (("a", ["b"]), {"density": "0.5"}, r"pruning\.density: got 0\.5"),
+        ("ab", {}, r"items\[1\]: got ab; allowed: a pair: context and continuations"),
+        ((1, 2, 3), {}, r"items\[1\]: got \(1, 2, 3\); allowed: a pair"),
+        (5, {}, r"items\[1\]: got 5; allowed: a pair"),
     ],
 )
 def test_bad_choices_are_refused_before_anything_runs(
@@ -436,6 +442,10 @@ def test_what_is_no_chat_is_refused_by_chat_and_bad_pairs_by_score(llm: LLM) -> 
             llm.score(*pair)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="add_special_tokens"):
         llm.score([1], [2], add_special_tokens=True)
+    with pytest.raises(InvalidRequest, match=r"^pairs\[0\]: got \(1, 2, 3\); allowed: a pair"):
+        llm.score_many([(1, 2, 3)])  # type: ignore[list-item]
+    with pytest.raises(InvalidRequest, match=r"^pairs: got a text;"):
+        llm.score_many("a text")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

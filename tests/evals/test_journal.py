@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -61,6 +62,43 @@ def test_a_line_in_the_middle_that_is_none_of_a_journal_is_named(tmp_path: Path)
     path.write_text('{"key": "a", "value": 1}\n{"key": "b"}\n{"key": "c", "value": 3}\n')
     with pytest.raises(JournalError, match=r"run\.jsonl:2: is no line of a journal"):
         Journal(path)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize(
+    "content", ['{"results": {"piqa": 0.7}}', '["key", "value"]', "a note", '{"results": {']
+)
+def test_a_file_that_is_no_journal_is_refused_and_left_as_it_was(
+    content: str, end: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content + end)
+    with pytest.raises(JournalError, match=r"results\.json:1: is no line of a journal"):
+        Journal(path)
+    assert path.read_text() == content + end
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "run.jsonl"):
+        with pytest.raises(JournalError, match=f"{path}: cannot be opened: "):
+            Journal(path)
+
+
+def test_after_a_line_that_the_disk_had_no_room_for_others_may_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    with Journal(tmp_path / "run.jsonl") as journal:
+        journal.put("a", 1)
+        monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:12]))
+        with pytest.raises(OSError, match="written in part"):
+            journal.put("b", 2)
+        assert journal.get("b") is None
+        monkeypatch.undo()
+        journal.put("c", 3)
+    with Journal(tmp_path / "run.jsonl") as journal:
+        assert (journal.get("a"), journal.get("b"), journal.get("c")) == (1, None, 3)
 
 
 def test_a_journal_has_one_writer(tmp_path: Path) -> None:

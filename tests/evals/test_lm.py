@@ -220,11 +220,24 @@ def test_at_half_density_scores_and_windows_are_those_of_sparsify(
     assert total == pytest.approx(of_prompt[0] + sum(parts), abs=1e-3)
 
 
+def test_classification_at_density_1_takes_contexts_of_one_token(lm: GriffinLM) -> None:
+    paper = lm.with_settings(score_mode="classification")
+    requests = rolling("the old bridge " * 30)
+    assert silent(paper, "loglikelihood_rolling", requests) == silent(
+        lm, "loglikelihood_rolling", requests
+    )
+    assert silent(paper, "loglikelihood", scoring(("", "ab"))) == silent(
+        lm, "loglikelihood", scoring(("", "ab"))
+    )
+
+
 def test_documents_too_short_for_pruned_windows_are_pointed_out(
     lm: GriffinLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     half = lm.with_settings(density=0.5)
     requests = rolling("short")
+    silent(lm, "loglikelihood_rolling", rolling(""))
+    assert not caplog.text
     assert silent(half, "loglikelihood_rolling", requests) == silent(
         lm, "loglikelihood_rolling", requests
     )
@@ -252,6 +265,27 @@ def test_choices_of_one_context_are_one_call_and_equal_requests_asked_once(
     assert [len(item.continuations) for item in calls] == [2, 1]
     assert answers[0] == answers[3] == answers[4] != answers[2]
     assert counting.figures()["requests"] == 5
+
+
+def test_first_windows_of_all_texts_are_not_one_request(
+    lm: GriffinLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all have the same one token as their context."""
+    calls: list[ScoreItem] = []
+    score = lm._backend.score
+
+    def counted(items: Any, *rest: Any) -> None:
+        calls.extend(items)
+        score(items, *rest)
+
+    monkeypatch.setattr(lm._backend, "score", counted)
+    monkeypatch.setattr("griffin_evals.lm.MOST_TOGETHER", 100)
+    texts = [letter * 45 for letter in "abcde"] + ["x" * 200]
+    together = silent(lm.with_settings(), "loglikelihood_rolling", rolling(*texts))
+    assert sorted(len(item.continuations) for item in calls) == [1, 1, 2, 2]
+    for text, total in zip(texts, together, strict=True):
+        (alone,) = silent(lm.with_settings(), "loglikelihood_rolling", rolling(text))
+        assert total == pytest.approx(alone, abs=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["random", "sampled", "topk_sampled"])
@@ -303,6 +337,9 @@ def test_chats_are_rendered_as_hf_does(
         ("generate_until", ("a", {"num_beams": 2}), "document 7: .*got num_beams; allowed: until"),
         ("generate_until", ("", {"max_gen_toks": 2}), "document 7: the prompt is empty"),
         ("generate_until", ("a", {"max_gen_toks": 2, "top_p": 7}), "document 7: .*top_p"),
+        ("generate_until", ("a", {"top_p": None}), "document 7: top_p: got None; allowed: a num"),
+        ("generate_until", ("a", {"until": None}), "document 7: until: got None; allowed: str"),
+        ("generate_until", ("a", {"max_gen_toks": "x"}), "document 7: generation_kwargs: .*'x'"),
     ],
 )
 def test_what_a_server_without_tokenizer_cannot_answer_is_refused_by_name(
@@ -344,6 +381,15 @@ def test_a_request_that_cannot_be_answered_in_process_is_refused_by_name(lm: Gri
         ({"target": 50051}, "target: got 50051; allowed: host:port"),
         ({"target": "a:1", "wait_s": "long"}, "wait_s: got long; allowed: seconds"),
         ({"pretrained": "b", "max_gen_toks": 0}, "max_gen_toks: got 0"),
+        ({"target": "a:1", "policy": None}, "policy: got None; allowed: topk, "),
+        ({"target": "a:1", "sharing": None}, "sharing: got None; allowed: private, "),
+        ({"target": ""}, "target: got ''; allowed: host:port"),
+        ({"pretrained": 5}, "pretrained: got 5; allowed: a name"),
+        ({"pretrained": "b", "device": 0}, "device: got 0; allowed: a device's name"),
+        ({"pretrained": "b", "threads": 1.5}, "threads: got 1.5; allowed: >= 1, or None"),
+        ({"pretrained": "b", "add_bos_token": "yes"}, "add_bos_token: got 'yes'; allowed: True,"),
+        ({"pretrained": "b", "chat_template_args": "x"}, "chat_template_args: got 'x'"),
+        ({"pretrained": "b", "journal": 5}, "journal: got 5; allowed: a path"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_loaded_or_called(

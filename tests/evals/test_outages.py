@@ -110,7 +110,7 @@ def test_a_server_that_does_not_return_ends_the_run_with_its_name(
         lm.close()
     with running(tiny("llama")) as server:  # elsewhere; the answers there are not asked again
         gate.asked.clear()
-        lm = GriffinLM(target=server.target, journal=str(tmp_path / "run.jsonl"))
+        lm = GriffinLM(target=server.target, journal=tmp_path / "run.jsonl")
         run(lm)
         assert lm.figures()["from_journal"] == 20
         assert len(gate.asked) == COUNT - 20
