@@ -16,9 +16,9 @@ from griffin_evals.bar import Bar
 from griffin_evals.cells import Setting
 from griffin_evals.errors import EvalError
 from griffin_evals.plan import Plan, Source
-from griffin_evals.tasks import TASKS, Task, hub_name, local_task
+from griffin_evals.tasks import TASKS, hub_name, local_task
 from griffin_evals.tasks.columns import Row
-from griffin_evals.tasks.data import LocalData, file_of, read
+from griffin_evals.tasks.data import LocalData, file_of, files_of, read
 from griffin_evals.tasks.errors import BadDataFile, EvaluationError
 
 POLICIES = get_args(PolicyName)
@@ -276,7 +276,7 @@ def _local_data(
     if names:
         tasks = list(dict.fromkeys(local_task(name) for name in names))
     else:
-        tasks = [task for task in TASKS if _has_file(task, directory)]
+        tasks = [task for task in TASKS if files_of(task, directory)]
         tasks = [task for task in tasks if run_code or task.kind != "program"]
         if not tasks:
             allowed = ", ".join(f"{task.name}*{task.suffix}" for task in TASKS)
@@ -288,15 +288,6 @@ def _local_data(
             )
     paths = [(task, file_of(task, directory)) for task in tasks]
     return {task.name: read(task, path) for task, path in paths}
-
-
-def _has_file(task: Task, directory: Path) -> bool:
-    """Whether a directory has one file or more of a task."""
-    try:
-        file_of(task, directory)
-    except BadDataFile as error:
-        return "found none" not in str(error)
-    return True
 
 
 def task_table() -> str:

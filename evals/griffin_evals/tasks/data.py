@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -37,18 +38,23 @@ class LocalData:
     text: str = ""
 
 
-def file_of(task: Task, directory: Path) -> Path:
-    """The file of a directory whose name begins with the task's name or an alias.
-
-    Raises:
-        BadDataFile: there is none, or several.
-    """
+def files_of(task: Task, directory: Path) -> list[Path]:
+    """The files of a directory whose name begins with the task's name or an alias."""
     names = tuple(map(squeezed, (task.name, *task.aliases)))
-    found = sorted(
+    return sorted(
         path
         for path in directory.iterdir()
         if path.suffix == task.suffix and squeezed(path.stem).startswith(names)
     )
+
+
+def file_of(task: Task, directory: Path) -> Path:
+    """The only one of ``files_of``.
+
+    Raises:
+        BadDataFile: there is none, or several.
+    """
+    found = files_of(task, directory)
     if len(found) != 1:
         got = ", ".join(path.name for path in found) or "none"
         raise BadDataFile(
@@ -64,7 +70,7 @@ def read(task: Task, path: Path) -> LocalData:
         BadDataFile: naming file, line and column, what was found and what is allowed.
     """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise BadDataFile(f"{path.name}: {error.strerror or error}") from error
     if task.kind == "text":
@@ -99,7 +105,8 @@ def _rows(task: Task, path: Path, data: bytes) -> list[Row]:
         where = f"{path.name}, line {line_number}"
         try:
             value = json.loads(_decoded(line, where))
-        except json.JSONDecodeError as error:
+            json.dumps(value, ensure_ascii=False).encode()  # no half of a pair, such as \ud800
+        except (ValueError, RecursionError) as error:  # also for numbers of too many digits
             raise BadDataFile(
                 f"{where}: found {_shown(line.decode())}; allowed: one JSON object a line ({error})"
             ) from error
