@@ -13,9 +13,11 @@ import json
 import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
@@ -55,13 +57,24 @@ class Verdict:
     isolated: bool
 
 
+@contextmanager
+def _own_directory() -> Iterator[str]:
+    """An empty directory, removed with all that is in it by then."""
+    directory = mkdtemp(prefix="griffin-eval-")
+    try:
+        yield directory
+    finally:
+        # shutil.rmtree calls itself: a program can nest directories deeper than that goes.
+        subprocess.run(["rm", "-rf", directory], stderr=subprocess.DEVNULL, check=False)
+
+
 def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
     """Runs Python source to its end. An exception, an exit, whatever its status, and anything above
     the limits mean that it did not pass."""
     limits = limits or ProgramLimits()
     token = secrets.token_hex(16)  # only a program that ran to its end makes the child say it
     task = json.dumps({"program": program, "token": token, **asdict(limits)})
-    with TemporaryDirectory(prefix="griffin-eval-") as directory:
+    with _own_directory() as directory:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(CHILD)],
             stdin=subprocess.PIPE,

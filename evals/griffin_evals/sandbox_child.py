@@ -4,7 +4,7 @@ otherwise. Uses the standard library alone: it is started without site packages.
 
 What confines the program, each as far as the kernel has it: namespaces (no network, no sight of
 other processes), Landlock (no writing outside its directory), seccomp (no process of its own, no
-signals to others) and resource limits.
+signals to others, no other modes of files) and resource limits.
 """
 
 from __future__ import annotations
@@ -67,22 +67,28 @@ def keep_writes_here() -> None:
     os.close(rules)
 
 
-# machine -> what the kernel calls it; clone; what is refused: fork, vfork, kill
-CALLS = {"x86_64": (0xC000003E, 56, (57, 58, 62)), "aarch64": (0xC00000B7, 220, (129,))}
+# machine -> what the kernel calls it; clone; what is refused: fork, vfork, kill, and what Landlock
+# has no say in: chmod, fchmod, chown, fchown, lchown, fchownat, fchmodat, utimensat
+CALLS = {
+    "x86_64": (0xC000003E, 56, (57, 58, 62, 90, 91, 92, 93, 94, 260, 268, 280)),
+    "aarch64": (0xC00000B7, 220, (129, 52, 53, 54, 55, 88)),
+}
+PIDFD_SEND_SIGNAL, FCHMODAT2 = 424, 452  # of every machine
 CLONE3, CLONE_THREAD = 435, 0x10000
 LOAD, IF_EQUAL, IF_SET, RETURN = 0x20, 0x15, 0x45, 0x06
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000
 
 
-def start_no_processes() -> None:
-    """Threads may be started from here on, processes may not, and none be sent a signal."""
+def refuse_calls() -> None:
+    """Threads may be started from here on, processes may not, none be sent a signal, and no file's
+    mode, owner or time be changed."""
     if platform.machine() not in CALLS:
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # which root does not heed
         return
     machine, clone, refused = CALLS[platform.machine()]
     refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
     steps = [(LOAD, 0, 0, 4), (IF_EQUAL, 1, 0, machine), refuse, (LOAD, 0, 0, 0)]
-    for call in refused:
+    for call in (*refused, PIDFD_SEND_SIGNAL, FCHMODAT2):
         steps += [(IF_EQUAL, 0, 1, call), refuse]
     # The C library goes on with clone, whose flags a filter can read.
     steps += [(IF_EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
@@ -102,7 +108,7 @@ def run(task: dict[str, Any], told: int) -> None:
         os.dup2(nothing, standard)
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     keep_writes_here()
-    start_no_processes()
+    refuse_calls()
     for kind, most in (
         (resource.RLIMIT_CPU, task["cpu_s"]),
         (resource.RLIMIT_AS, task["memory_bytes"]),
@@ -136,6 +142,10 @@ def children() -> list[int]:
         return [int(number) for number in file.read().split()]
 
 
+MOST_TOLD = 4096
+"""Bytes that are kept of what a program tells."""
+
+
 def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
     """What the program has told by its end or by that time; its wait status, None if it runs on."""
     until = time.monotonic() + wall_s
@@ -143,7 +153,7 @@ def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
     while time.monotonic() < until:
         if listening in select.select([listening], [], [], 0.05)[0]:
             piece = os.read(listening, 4096)
-            told += piece
+            told = (told + piece)[:MOST_TOLD]
             if piece:
                 continue
             time.sleep(0.005)  # it has ended, or closed its end and runs on
