@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -15,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from griffin_evals.cells import Measured
 from griffin_evals.journal import Journal
-from griffin_evals.paired import mean_of
+from griffin_evals.paired import Estimate, mean_of
 from griffin_evals.sandbox import ProgramLimits, run_program
 from griffin_evals.tasks import Metric, Task, give_data, hub_name, metrics, task_named
 from griffin_evals.tasks.data import LocalData
@@ -25,6 +26,9 @@ OUR_SPLIT = "test"
 
 FEWSHOT_SEED = 1234
 """lm-eval's default, which draws the examples of its own tasks."""
+
+PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
+"""Of lm-eval and of ours."""
 
 Values = Callable[[Mapping[str, Any], Sequence[Any]], Mapping[str, float]]
 
@@ -61,12 +65,13 @@ class Runnable:
             if not chosen or metric.endswith("_stderr") or (declared and metric not in declared):
                 continue
             items = [each[metric] for each in samples if each["filter"] == chosen]
-            if not items or not all(isinstance(item, int | float) for item in items):
+            perplexity = metric in PERPLEXITIES
+            if not declared and perplexity:
+                items, mean = _nats(items)
+            elif items and all(isinstance(item, int | float) for item in items):
+                mean = mean_of(items)
+            else:
                 continue  # a measure of all documents together, which cannot be paired
-            perplexity = declared[metric].perplexity if declared else metric == "perplexity"
-            if perplexity and not declared:
-                items = [-item for item in items]  # lm-eval's own are log-likelihoods
-            mean = mean_of(items)
             stderr = found.get(f"{metric}_stderr,{chosen}")
             if perplexity:  # to first order
                 stderr = None if mean.stderr is None else value * mean.stderr
@@ -79,8 +84,25 @@ class Runnable:
                 perplexity=perplexity,
                 items=[float(item) for item in items],
             )
-        order = list(declared) or list(measures)
+        # Of lm-eval's own, what is a share of documents comes first, as it does of ours.
+        order = list(declared) or sorted(measures, key=lambda each: measures[each].perplexity)
         return {name: measures[name] for name in order if name in measures}
+
+
+def _nats(items: Sequence[Any]) -> tuple[list[float], Estimate]:
+    """Nats of documents, whose mean is the logarithm of lm-eval's perplexity, and that mean.
+
+    Args:
+        items: log-likelihoods; or pairs of one and how many words or bytes it is of, and then the
+            perplexity is that of one of these.
+    """
+    pairs = [item if isinstance(item, tuple) else (item, 1) for item in items]
+    share = len(pairs) / sum(weight for _, weight in pairs)
+    nats = [-logprob * share for logprob, _ in pairs]
+    mean = statistics.fmean(nats)
+    # A ratio's error, to first order: a long document has more nats, but not more for each word.
+    rest = [each - mean * weight * share for each, (_, weight) in zip(nats, pairs, strict=True)]
+    return nats, Estimate(mean=mean, stderr=mean_of(rest).stderr)
 
 
 def local_runnable(task: Task, data: LocalData, *, verdicts: Journal | None = None) -> Runnable:
