@@ -16,7 +16,7 @@ from griffin_evals.bar import Bar
 from griffin_evals.cells import Setting
 from griffin_evals.errors import EvalError
 from griffin_evals.plan import Plan, Source
-from griffin_evals.tasks import TASKS, hub_name, local_task
+from griffin_evals.tasks import TASKS, hub_name, local_task, task_named
 from griffin_evals.tasks.columns import Row
 from griffin_evals.tasks.data import LocalData, file_of, files_of, read
 from griffin_evals.tasks.errors import BadDataFile, EvaluationError
@@ -73,6 +73,15 @@ def _number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _limits(text: str) -> list[tuple[str, int]]:
+    """Tasks, "" for all, and their limits."""
+    limits = []
+    for each in _listed(text):
+        task, _, most = each.rpartition("=")
+        limits.append((task.strip(), _number(1)(most)))
+    return limits
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -123,7 +132,12 @@ def _parser() -> argparse.ArgumentParser:
         "runs the whole answer on them; classification chooses them from all tokens but the last "
         "and runs that one on them, as in the paper's tables",
     )
-    parser.add_argument("--limit", type=_number(1), help="most documents of each task")
+    several(
+        "--limit",
+        _limits,
+        metavar="N",
+        help="most documents of each task; TASK=N for one task, beside or without it",
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="local files, one for each task")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of results, and to go on from")
     parser.add_argument(
@@ -228,6 +242,7 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
         tasks = list(dict.fromkeys(given.tasks))
         for name in tasks:
             hub_name(name)  # raises
+    limits = _task_limits(parser, given.limit or [], tasks)
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.model and not given.target:
         given.model = [DEFAULT_MODEL]
@@ -241,7 +256,8 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
         data=data,
         settings=_settings(given),
         out=given.out,
-        limit=given.limit,
+        limit=limits.pop("", None),
+        limits=limits,
         seed=given.seed,
         dtype=given.dtype,
         speed=not given.no_speed,
@@ -251,6 +267,20 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
         threads=given.threads,
         device=given.device,
     )
+
+
+def _task_limits(
+    parser: argparse.ArgumentParser, given: Sequence[tuple[str, int]], tasks: Sequence[str]
+) -> dict[str, int]:
+    """Limits by the names that tasks are run under; by "" that of all others."""
+    limits: dict[str, int] = {}
+    for name, most in given:
+        known = task_named(name)
+        same = [task for task in tasks if task == name or (known and task_named(task) is known)]
+        if name and not same:
+            parser.error(f"--limit: got {name}={most}; allowed: {', '.join(tasks)}")
+        limits |= dict.fromkeys(same or [""], most)
+    return limits
 
 
 def _settings(given: argparse.Namespace) -> list[Setting]:
