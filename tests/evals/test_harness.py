@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,13 @@ from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results
 
+from griffin_evals import sandbox
 from griffin_evals.lm import GriffinLM
-from griffin_evals.tasks.harness import Runnable
+from griffin_evals.tasks import local_task
+from griffin_evals.tasks.data import read
+from griffin_evals.tasks.errors import EvaluationError
+from griffin_evals.tasks.harness import Runnable, local_runnable
+from tests.evals.files import GOOD, write
 
 PAGES = ["one boat", "two boats and a harbour", "three"]
 PER_UNIT = ("bits_per_byte", "word_perplexity", "byte_perplexity")
@@ -78,3 +84,14 @@ def test_a_share_of_documents_is_the_score_before_a_perplexity(lm: GriffinLM) ->
     measured = measures["perplexity"]
     assert measured.value == results["results"]["own"]["perplexity,none"]
     assert math.exp(sum(measured.items) / len(PAGES)) == pytest.approx(measured.value)
+
+
+def test_without_a_sandbox_no_program_is_said_to_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = local_task("human_eval")
+    data = read(task, write(tmp_path, task.name, GOOD[task.name][0]))
+    assert local_runnable(task, data).name == "human_eval"
+    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "none.py")
+    with pytest.raises(EvaluationError, match="human_eval: the sandbox runs no program here"):
+        local_runnable(task, data)

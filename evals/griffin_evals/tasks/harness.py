@@ -110,8 +110,16 @@ def local_runnable(task: Task, data: LocalData, *, verdicts: Journal | None = No
 
     Args:
         verdicts: of programs that were run before, for a task whose answers are programs.
+
+    Raises:
+        EvaluationError: the answers are programs, and none can be run here.
     """
-    values = passes(verdicts) if task.kind == "program" else task.values
+    values = task.values
+    if task.kind == "program":
+        works = run_program("pass")
+        if not works.passed:  # every program would fail
+            raise EvaluationError(f"{task.name}: the sandbox runs no program here: {works.reason}")
+        values = passes(verdicts)
     config: dict[str, Any] = {
         "task": task.name,
         "custom_dataset": lambda **_: {OUR_SPLIT: Dataset.from_list(list(data.documents))},
