@@ -47,7 +47,8 @@ class Identity:
     Args:
         model: as the command named it; a server's own name with ``target``.
         way: "in process" or "server".
-        content: digest of the documents, prompts and limits of the task; "hub" for lm-eval's own.
+        content: what the task's documents, prompts and limits are, as a digest of them, with its
+            name and version in front where it is lm-eval's own, and a limit of its own behind.
         limit: most documents; None for all.
     """
 

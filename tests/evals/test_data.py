@@ -27,7 +27,6 @@ def test_each_layout_becomes_documents(task: str, layout: int, tmp_path: Path) -
     path = write(tmp_path, task, GOOD[task][layout])
     data = read(local_task(task), path)
     assert data.documents
-    assert len(data.digest) == 64
 
 
 def documents(task: str, layout: int, tmp_path: Path) -> list[Mapping[str, Any]]:

@@ -18,7 +18,7 @@ from griffin_evals.lm import GriffinLM
 from griffin_evals.tasks import local_task
 from griffin_evals.tasks.data import read
 from griffin_evals.tasks.errors import EvaluationError
-from griffin_evals.tasks.harness import Runnable, local_runnable
+from griffin_evals.tasks.harness import Runnable, content_of, local_runnable
 from tests.evals.files import GOOD, write
 
 PAGES = ["one boat", "two boats and a harbour", "three"]
@@ -95,3 +95,10 @@ def test_without_a_sandbox_no_program_is_said_to_fail(
     monkeypatch.setattr(sandbox, "CHILD", tmp_path / "none.py")
     with pytest.raises(EvaluationError, match="human_eval: the sandbox runs no program here"):
         local_runnable(task, data)
+
+
+def test_the_documents_of_a_hub_are_told_apart_by_what_they_hold() -> None:
+    one, same = (Dataset.from_list([{"page": page} for page in PAGES]) for _ in range(2))
+    assert content_of(one) == content_of(same) == content_of(list(same))
+    other = Dataset.from_list([{"page": page} for page in reversed(PAGES)])
+    assert content_of(other) != content_of(one)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,10 @@ class LocalData:
     """A file that is read and understood.
 
     Args:
-        digest: SHA-256 of the file's bytes, hexadecimal.
         documents: at least one; see ``columns``.
         text: of a text file, all of it, plain.
     """
 
-    path: Path
-    digest: str
     documents: Sequence[Document]
     text: str = ""
 
@@ -83,8 +79,7 @@ def read(task: Task, path: Path) -> LocalData:
     else:
         text = ""
         documents = _documents(task, _rows(task, path, data), path)
-    digest = hashlib.sha256(data).hexdigest()
-    return LocalData(path=path, digest=digest, documents=documents, text=text)
+    return LocalData(documents=documents, text=text)
 
 
 def _documents(task: Task, rows: Sequence[Row], path: Path) -> list[Document]:

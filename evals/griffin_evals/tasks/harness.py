@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -214,11 +214,20 @@ def hub_runnable(name: str, manager: TaskManager) -> Runnable:
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return Runnable(
         name=name,
-        content=f"{theirs}:{task.VERSION}:{getattr(documents, '_fingerprint', len(documents))}",
+        content=f"{theirs}:{task.VERSION}:{content_of(documents)}",
         task=task,
         metrics=(),
         choices_only=task.OUTPUT_TYPE == "multiple_choice",
     )
+
+
+def content_of(documents: Iterable[Any]) -> str:
+    """A digest of documents, which is the same in every process: the fingerprint that ``datasets``
+    gives them is drawn anew where it cannot hash the function that made them."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document, default=repr).encode())
+    return digest.hexdigest()
 
 
 def quiet() -> None:
