@@ -77,8 +77,10 @@ def _limits(text: str) -> list[tuple[str, int]]:
     """Tasks, "" for all, and their limits."""
     limits = []
     for each in _listed(text):
-        task, _, most = each.rpartition("=")
-        limits.append((task.strip(), _number(1)(most)))
+        task, sign, most = (part.strip() for part in each.rpartition("="))
+        if sign and not task:
+            raise SETTING(f"got {each!r}; allowed: N or TASK=N")
+        limits.append((task, _number(1)(most)))
     return limits
 
 

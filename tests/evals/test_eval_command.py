@@ -225,6 +225,7 @@ def test_a_report_is_made_again_from_the_cells_alone(
         (["--out", "OUT", "--policy", "best"], 2, "got 'best'; allowed: topk, sampled"),
         (["--out", "OUT", "--mode", "both"], 2, "got 'both'; allowed: generation, classification"),
         (["--out", "OUT", "--limit", "0"], 2, "got '0'; allowed: a whole number, >= 1"),
+        (["--out", "OUT", "--limit", "=3"], 2, "got '=3'; allowed: N or TASK=N"),
         (["--out", "OUT", "--limit", "piqa=x"], 2, "got 'x'; allowed: a whole number, >= 1"),
         (
             ["--out", "OUT", "--data", "DATA", "--tasks", "copa,arc-e", "--limit", "piqa=3"],
