@@ -4,7 +4,7 @@ otherwise. Uses the standard library alone: it is started without site packages.
 
 What confines the program, each as far as the kernel has it: namespaces (no network, no sight of
 other processes), Landlock (no writing outside its directory), seccomp (no process of its own, no
-signals to others, no other modes of files) and resource limits.
+signals to others, no sockets, no other modes of files) and resource limits.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def keep_writes_here() -> None:
     os.close(rules)
 
 
-# machine -> what the kernel calls it; clone; what is refused: fork, vfork, kill, and what Landlock
-# has no say in: chmod, fchmod, chown, fchown, lchown, fchownat, fchmodat, utimensat
+# machine -> what the kernel calls it; clone; what is refused: fork, vfork, kill, and what neither
+# namespaces nor Landlock have a say in: socket (of files), chmod, fchmod, chown, fchown, lchown,
+# fchownat, fchmodat, utimensat
 CALLS = {
-    "x86_64": (0xC000003E, 56, (57, 58, 62, 90, 91, 92, 93, 94, 260, 268, 280)),
-    "aarch64": (0xC00000B7, 220, (129, 52, 53, 54, 55, 88)),
+    "x86_64": (0xC000003E, 56, (57, 58, 62, 41, 90, 91, 92, 93, 94, 260, 268, 280)),
+    "aarch64": (0xC00000B7, 220, (129, 198, 52, 53, 54, 55, 88)),
 }
 PIDFD_SEND_SIGNAL, FCHMODAT2 = 424, 452  # of every machine
 CLONE3, CLONE_THREAD = 435, 0x10000
@@ -80,8 +81,8 @@ ALLOW, REFUSE = 0x7FFF0000, 0x00050000
 
 
 def refuse_calls() -> None:
-    """Threads may be started from here on, processes may not, none be sent a signal, and no file's
-    mode, owner or time be changed."""
+    """Threads may be started from here on, processes may not, none be sent a signal, no socket be
+    opened, and no file's mode, owner or time be changed."""
     if platform.machine() not in CALLS:
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # which root does not heed
         return
