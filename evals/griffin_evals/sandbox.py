@@ -49,12 +49,10 @@ class Verdict:
     Args:
         passed: it ran to its end.
         reason: in a few words, why it did not; "passed" if it did.
-        isolated: it had no network.
     """
 
     passed: bool
     reason: str
-    isolated: bool
 
 
 @contextmanager
@@ -94,7 +92,7 @@ def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
     try:
         said = json.loads(answer)
     except ValueError:
-        return Verdict(passed=False, reason="the sandbox was ended", isolated=False)
+        return Verdict(passed=False, reason="the sandbox was ended")
     passed = said["token"] == token
     reason = "passed" if passed else said["reason"]
-    return Verdict(passed=passed, reason=reason, isolated=said["isolated"])
+    return Verdict(passed=passed, reason=reason)

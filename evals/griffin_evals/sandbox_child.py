@@ -29,22 +29,21 @@ SET_DEATH_SIGNAL, SET_SUBREAPER, NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 1, 36,
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def leave_network() -> bool:
-    """Leaves the network and the sight of other processes; whether the kernel let it.
+def leave_network() -> None:
+    """Leaves the network and the sight of other processes, if the kernel lets it.
 
     The next process that is started is the first of a new process namespace: when it ends, the
     kernel ends all others in there.
     """
     apart = NEW_NETWORK | NEW_PROCESSES | NEW_IPC
     if os.geteuid() == 0 and libc.unshare(apart) == 0:
-        return True
+        return
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(NEW_USER | apart) != 0:
-        return False
+        return
     for name, mapped in (("uid_map", user), ("setgroups", None), ("gid_map", group)):
         with suppress(OSError), open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write("deny" if mapped is None else f"{mapped} {mapped} 1")
-    return True
 
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF, VERSION = 444, 445, 446, 1
@@ -100,9 +99,18 @@ def refuse_calls() -> None:
     libc.prctl(SET_SECCOMP, FILTER, program)
 
 
+def end_with_reader(pipe: int) -> None:
+    """Ends this process with its parent, which reads the pipe; now, if it has ended before."""
+    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(pipe, 0)  # an error, which is that nobody reads, is told all the same
+    if poll.poll(0):
+        os._exit(1)
+
+
 def run(task: dict[str, Any], told: int) -> None:
     """Runs the program in this process, and tells the token when it has run to its end."""
-    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_reader(told)
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -166,9 +174,9 @@ def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
 
 def main() -> None:
     task = json.loads(sys.stdin.buffer.read())
-    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_reader(sys.stdout.fileno())
     libc.prctl(SET_SUBREAPER, 1)
-    isolated = leave_network()
+    leave_network()
     listening, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -186,7 +194,7 @@ def main() -> None:
     else:
         reason = said or f"exit status {os.WEXITSTATUS(status)} before its end"
     token = said if said == task["token"] else ""
-    print(json.dumps({"token": token, "reason": reason, "isolated": isolated}))
+    print(json.dumps({"token": token, "reason": reason}))
 
 
 if __name__ == "__main__":
