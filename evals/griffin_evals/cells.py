@@ -47,7 +47,8 @@ class Identity:
     Args:
         model: as the command named it; a server's own name with ``target``.
         way: "in process" or "server".
-        content: digest of the documents, prompts and limits of the task; "hub" for lm-eval's own.
+        content: what the task's documents, prompts and limits are, as a digest of them, with its
+            name and version in front where it is lm-eval's own, and a limit of its own behind.
         limit: most documents; None for all.
     """
 
@@ -69,7 +70,8 @@ class Identity:
     @property
     def run(self) -> tuple[Any, ...]:
         """What two cells must have in common to be compared, task and setting aside."""
-        return (self.model, self.fingerprint, self.way, self.dtype, self.limit, self.seed)
+        of_model = (self.model, self.fingerprint, self.way, self.dtype)
+        return (*of_model, self.limit, self.seed, self.lm_eval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +161,14 @@ class Cells:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that after a crash it is the old one or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_cell(path: Path) -> Cell:
@@ -178,7 +183,7 @@ def read_cell(path: Path) -> Cell:
         identity = Identity(**{**identity, "setting": Setting(**identity["setting"])})
         measures = {name: Measured(**each) for name, each in content["measures"].items()}
         return Cell(identity=identity, measures=measures, figures=content["figures"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise EvaluationError(
             f"{path}: is no cell of griffin eval ({error}); remove it to measure it again"
         ) from error

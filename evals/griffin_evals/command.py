@@ -16,9 +16,9 @@ from griffin_evals.bar import Bar
 from griffin_evals.cells import Setting
 from griffin_evals.errors import EvalError
 from griffin_evals.plan import Plan, Source
-from griffin_evals.tasks import TASKS, Task, hub_name, local_task
+from griffin_evals.tasks import TASKS, hub_name, local_task, task_named
 from griffin_evals.tasks.columns import Row
-from griffin_evals.tasks.data import LocalData, file_of, read
+from griffin_evals.tasks.data import LocalData, file_of, files_of, read
 from griffin_evals.tasks.errors import BadDataFile, EvaluationError
 
 POLICIES = get_args(PolicyName)
@@ -73,6 +73,17 @@ def _number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _limits(text: str) -> list[tuple[str, int]]:
+    """Tasks, "" for all, and their limits."""
+    limits = []
+    for each in _listed(text):
+        task, sign, most = (part.strip() for part in each.rpartition("="))
+        if sign and not task:
+            raise SETTING(f"got {each!r}; allowed: N or TASK=N")
+        limits.append((task, _number(1)(most)))
+    return limits
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -123,7 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         "runs the whole answer on them; classification chooses them from all tokens but the last "
         "and runs that one on them, as in the paper's tables",
     )
-    parser.add_argument("--limit", type=_number(1), help="most documents of each task")
+    several(
+        "--limit",
+        _limits,
+        metavar="N",
+        help="most documents of each task; TASK=N for one task, beside or without it",
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="local files, one for each task")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of results, and to go on from")
     parser.add_argument(
@@ -228,6 +244,7 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
         tasks = list(dict.fromkeys(given.tasks))
         for name in tasks:
             hub_name(name)  # raises
+    limits = _task_limits(parser, given.limit or [], tasks)
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.model and not given.target:
         given.model = [DEFAULT_MODEL]
@@ -241,7 +258,8 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
         data=data,
         settings=_settings(given),
         out=given.out,
-        limit=given.limit,
+        limit=limits.pop("", None),
+        limits=limits,
         seed=given.seed,
         dtype=given.dtype,
         speed=not given.no_speed,
@@ -251,6 +269,20 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
         threads=given.threads,
         device=given.device,
     )
+
+
+def _task_limits(
+    parser: argparse.ArgumentParser, given: Sequence[tuple[str, int]], tasks: Sequence[str]
+) -> dict[str, int]:
+    """Limits by the names that tasks are run under; by "" that of all others."""
+    limits: dict[str, int] = {}
+    for name, most in given:
+        known = task_named(name)
+        same = [task for task in tasks if task == name or (known and task_named(task) is known)]
+        if name and not same:
+            parser.error(f"--limit: got {name}={most}; allowed: {', '.join(tasks)}")
+        limits |= dict.fromkeys(same or [""], most)
+    return limits
 
 
 def _settings(given: argparse.Namespace) -> list[Setting]:
@@ -276,7 +308,7 @@ def _local_data(
     if names:
         tasks = list(dict.fromkeys(local_task(name) for name in names))
     else:
-        tasks = [task for task in TASKS if _has_file(task, directory)]
+        tasks = [task for task in TASKS if files_of(task, directory)]
         tasks = [task for task in tasks if run_code or task.kind != "program"]
         if not tasks:
             allowed = ", ".join(f"{task.name}*{task.suffix}" for task in TASKS)
@@ -288,15 +320,6 @@ def _local_data(
             )
     paths = [(task, file_of(task, directory)) for task in tasks]
     return {task.name: read(task, path) for task, path in paths}
-
-
-def _has_file(task: Task, directory: Path) -> bool:
-    """Whether a directory has one file or more of a task."""
-    try:
-        file_of(task, directory)
-    except BadDataFile as error:
-        return "found none" not in str(error)
-    return True
 
 
 def task_table() -> str:

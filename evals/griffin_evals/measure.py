@@ -28,13 +28,16 @@ from griffin_evals.tasks.harness import Runnable
 BOOTSTRAPS = 1000
 """Resamplings for a standard error, where lm-eval has no formula."""
 
+TEXT_TASK = "wikitext"
+"""Whose text KL is measured on."""
+
 VERSIONS = {name: version(name) for name in ("griffin-serving", "lm-eval", "torch", "transformers")}
 
 
-def content_of(text: str) -> str:
-    """What the KL on a text depends on."""
-    described = f"{PROMPT_TOKENS} {SCORED_TOKENS} {text}"
-    return hashlib.sha256(described.encode()).hexdigest()
+def text_content(plan: Plan) -> str:
+    """What the KL on a plan's text depends on."""
+    described = f"{PROMPT_TOKENS} {SCORED_TOKENS} {plan.text}"
+    return plan.content_of(TEXT_TASK, hashlib.sha256(described.encode()).hexdigest())
 
 
 class OneModel:
@@ -74,7 +77,8 @@ class OneModel:
         )
 
     def task(self, runnable: Runnable, setting: Setting) -> None:
-        identity = self._identity(runnable.name, runnable.content, setting)
+        content = self._plan.content_of(runnable.name, runnable.content)
+        identity = self._identity(runnable.name, content, setting)
         if self._cells.get(identity) is not None:
             self._bar.finish()
             return
@@ -84,7 +88,7 @@ class OneModel:
         results = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": {runnable.task.task_name: runnable.task}, "groups": {}},
-            limit=self._plan.limit,
+            limit=self._plan.limit_of(runnable.name),
             bootstrap_iters=BOOTSTRAPS,
             log_samples=True,
         )
@@ -93,12 +97,13 @@ class OneModel:
             raise EvaluationError(f"{runnable.name}: has no measure with a value for each document")
         self._put(identity, measures, lm.figures())
 
-    def divergence(self, model: Model, text: str) -> None:
+    def divergence(self, model: Model) -> None:
         """KL and agreement. All settings of a window are run together: its prompt is read once."""
-        windows = token_windows(model.tokenizer.encode(text))[: self._plan.limit]
+        windows = token_windows(model.tokenizer.encode(self._plan.text))
+        windows = windows[: self._plan.limit_of(TEXT_TASK)]
         if not windows:
             raise EvaluationError("wikitext: the file is shorter than a window; see evaluation.md")
-        content = content_of(text)
+        content = text_content(self._plan)
         settings = self._plan.generating
         identities = {s: self._identity(DIVERGENCE, content, s) for s in settings}
         missing = [s for s in settings if self._cells.get(identities[s]) is None]

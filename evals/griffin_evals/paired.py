@@ -20,8 +20,9 @@ class Estimate:
 
     @property
     def claimed(self) -> bool:
-        """Whether it differs from 0 by more than ``ERRORS_NEEDED`` standard errors."""
-        return self.stderr is not None and abs(self.mean) > ERRORS_NEEDED * self.stderr
+        """Whether it differs from 0 by more than ``ERRORS_NEEDED`` standard errors. An error of 0
+        is that of too few values."""
+        return bool(self.stderr) and abs(self.mean) > ERRORS_NEEDED * (self.stderr or 0.0)
 
 
 def mean_of(values: Sequence[float]) -> Estimate:

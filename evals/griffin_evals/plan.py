@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from griffin_evals.cells import Setting
@@ -31,6 +31,7 @@ class Plan:
         data: the local files of these tasks; None for lm-eval's own from the hub.
         settings: without the dense one, which is always run.
         limit: most documents of a task, and windows of a text; None for all.
+        limits: of tasks that have another one of their own; that of wikitext is also of KL.
         seed: of the policies that draw.
         speed: whether tokens a second are measured.
         tokenizer, concurrency, wait_s, threads, device: as ``GriffinLM`` takes them.
@@ -42,6 +43,7 @@ class Plan:
     settings: Sequence[Setting]
     out: Path
     limit: int | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     dtype: str = "float32"
     speed: bool = True
@@ -50,6 +52,15 @@ class Plan:
     wait_s: float = 300
     threads: int | None = None
     device: str | None = None
+
+    def limit_of(self, task: str) -> int | None:
+        """Most documents of a task; None for all."""
+        return self.limits.get(task, self.limit)
+
+    def content_of(self, task: str, content: str) -> str:
+        """A task's content with its own limit, if it has one: its figures depend on it, and whether
+        other tasks stand beside it does not."""
+        return f"{content}, at most {self.limits[task]}" if task in self.limits else content
 
     @property
     def text(self) -> str:

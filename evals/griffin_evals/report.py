@@ -31,17 +31,21 @@ def write_report(out: Path) -> list[Path]:
         raise EvaluationError(f"{out}: holds no cells; allowed: a directory of griffin eval --out")
     written = [out / "results.json", out / "results.md"]
     write_whole(written[0], json.dumps(as_json(groups), indent=1))
-    pictures = {group.title: draw(group, out, number) for number, group in enumerate(groups)}
+    pictures = [draw(group, out, number) for number, group in enumerate(groups)]
     write_whole(written[1], markdown(groups, pictures))
-    return [*written, *(picture for each in pictures.values() for picture in each)]
+    return [*written, *(picture for each in pictures for picture in each)]
 
 
-def markdown(groups: Sequence[Group], pictures: dict[str, list[Path]]) -> str:
-    """All tables of all groups."""
+def markdown(groups: Sequence[Group], pictures: Sequence[Sequence[Path]]) -> str:
+    """All tables of all groups.
+
+    Args:
+        pictures: of each group.
+    """
     parts = ["# Results of griffin eval\n", LEGEND]
-    for group in groups:
+    for group, drawn in zip(groups, pictures, strict=True):
         parts.append(f"## {group.title}\n")
-        parts += [f"![{path.stem}]({path.name})\n" for path in pictures.get(group.title, [])]
+        parts += [f"![{path.stem}]({path.name})\n" for path in drawn]
         for mode in group.modes:
             parts += _means(group, mode)
         parts += _comparisons(group)

@@ -14,7 +14,7 @@ from griffin_evals.bar import Bar
 from griffin_evals.cells import DENSE_SETTING, DIVERGENCE, Cells, Setting
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
-from griffin_evals.measure import OneModel, content_of
+from griffin_evals.measure import OneModel, text_content
 from griffin_evals.plan import Plan, Source
 from griffin_evals.tasks import local_task
 from griffin_evals.tasks.harness import Runnable, hub_runnable, local_runnable, quiet
@@ -34,9 +34,9 @@ def run(plan: Plan, bar: Bar, say: Say) -> None:
     cells = Cells(plan.out / "cells")
     with Journal(plan.out / "journal" / "answers.jsonl") as journal:
         runnables = _runnables(plan, journal)
-        cells.report_on({each.name: each.content for each in runnables})
+        cells.report_on({each.name: plan.content_of(each.name, each.content) for each in runnables})
         if plan.text:
-            cells.report_on({DIVERGENCE: content_of(plan.text)})
+            cells.report_on({DIVERGENCE: text_content(plan)})
         of_one = [(r, s) for r in runnables for s in _settings(plan, r)]
         beside = len(plan.generating)
         for source in plan.sources:
@@ -51,7 +51,7 @@ def run(plan: Plan, bar: Bar, say: Say) -> None:
                 for runnable, setting in of_one:
                     one.task(runnable, setting)
                 if model is not None and plan.text:
-                    one.divergence(model, plan.text)
+                    one.divergence(model)
                 if plan.speed:
                     for setting in [DENSE_SETTING, *plan.generating]:
                         one.speed(setting)

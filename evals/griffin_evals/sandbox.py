@@ -13,9 +13,11 @@ import json
 import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
@@ -47,12 +49,21 @@ class Verdict:
     Args:
         passed: it ran to its end.
         reason: in a few words, why it did not; "passed" if it did.
-        isolated: it had no network.
     """
 
     passed: bool
     reason: str
-    isolated: bool
+
+
+@contextmanager
+def _own_directory() -> Iterator[str]:
+    """An empty directory, removed with all that is in it by then."""
+    directory = mkdtemp(prefix="griffin-eval-")
+    try:
+        yield directory
+    finally:
+        # shutil.rmtree calls itself: a program can nest directories deeper than that goes.
+        subprocess.run(["rm", "-rf", directory], stderr=subprocess.DEVNULL, check=False)
 
 
 def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
@@ -61,7 +72,7 @@ def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
     limits = limits or ProgramLimits()
     token = secrets.token_hex(16)  # only a program that ran to its end makes the child say it
     task = json.dumps({"program": program, "token": token, **asdict(limits)})
-    with TemporaryDirectory(prefix="griffin-eval-") as directory:
+    with _own_directory() as directory:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(CHILD)],
             stdin=subprocess.PIPE,
@@ -81,7 +92,7 @@ def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
     try:
         said = json.loads(answer)
     except ValueError:
-        return Verdict(passed=False, reason="the sandbox was ended", isolated=False)
+        return Verdict(passed=False, reason="the sandbox was ended")
     passed = said["token"] == token
     reason = "passed" if passed else said["reason"]
-    return Verdict(passed=passed, reason=reason, isolated=said["isolated"])
+    return Verdict(passed=passed, reason=reason)

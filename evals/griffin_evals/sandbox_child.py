@@ -4,7 +4,7 @@ otherwise. Uses the standard library alone: it is started without site packages.
 
 What confines the program, each as far as the kernel has it: namespaces (no network, no sight of
 other processes), Landlock (no writing outside its directory), seccomp (no process of its own, no
-signals to others) and resource limits.
+signals to others, no sockets, no other modes of files) and resource limits.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ SET_DEATH_SIGNAL, SET_SUBREAPER, NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 1, 36,
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def leave_network() -> bool:
-    """Leaves the network and the sight of other processes; whether the kernel let it.
+def leave_network() -> None:
+    """Leaves the network and the sight of other processes, if the kernel lets it.
 
     The next process that is started is the first of a new process namespace: when it ends, the
     kernel ends all others in there.
     """
     apart = NEW_NETWORK | NEW_PROCESSES | NEW_IPC
     if os.geteuid() == 0 and libc.unshare(apart) == 0:
-        return True
+        return
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(NEW_USER | apart) != 0:
-        return False
+        return
     for name, mapped in (("uid_map", user), ("setgroups", None), ("gid_map", group)):
         with suppress(OSError), open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write("deny" if mapped is None else f"{mapped} {mapped} 1")
-    return True
 
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF, VERSION = 444, 445, 446, 1
@@ -67,22 +66,29 @@ def keep_writes_here() -> None:
     os.close(rules)
 
 
-# machine -> what the kernel calls it; clone; what is refused: fork, vfork, kill
-CALLS = {"x86_64": (0xC000003E, 56, (57, 58, 62)), "aarch64": (0xC00000B7, 220, (129,))}
+# machine -> what the kernel calls it; clone; what is refused: fork, vfork, kill, and what neither
+# namespaces nor Landlock have a say in: socket (of files), chmod, fchmod, chown, fchown, lchown,
+# fchownat, fchmodat, utimensat
+CALLS = {
+    "x86_64": (0xC000003E, 56, (57, 58, 62, 41, 90, 91, 92, 93, 94, 260, 268, 280)),
+    "aarch64": (0xC00000B7, 220, (129, 198, 52, 53, 54, 55, 88)),
+}
+PIDFD_SEND_SIGNAL, FCHMODAT2 = 424, 452  # of every machine
 CLONE3, CLONE_THREAD = 435, 0x10000
 LOAD, IF_EQUAL, IF_SET, RETURN = 0x20, 0x15, 0x45, 0x06
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000
 
 
-def start_no_processes() -> None:
-    """Threads may be started from here on, processes may not, and none be sent a signal."""
+def refuse_calls() -> None:
+    """Threads may be started from here on, processes may not, none be sent a signal, no socket be
+    opened, and no file's mode, owner or time be changed."""
     if platform.machine() not in CALLS:
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # which root does not heed
         return
     machine, clone, refused = CALLS[platform.machine()]
     refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
     steps = [(LOAD, 0, 0, 4), (IF_EQUAL, 1, 0, machine), refuse, (LOAD, 0, 0, 0)]
-    for call in refused:
+    for call in (*refused, PIDFD_SEND_SIGNAL, FCHMODAT2):
         steps += [(IF_EQUAL, 0, 1, call), refuse]
     # The C library goes on with clone, whose flags a filter can read.
     steps += [(IF_EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
@@ -93,16 +99,25 @@ def start_no_processes() -> None:
     libc.prctl(SET_SECCOMP, FILTER, program)
 
 
+def end_with_reader(pipe: int) -> None:
+    """Ends this process with its parent, which reads the pipe; now, if it has ended before."""
+    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(pipe, 0)  # an error, which is that nobody reads, is told all the same
+    if poll.poll(0):
+        os._exit(1)
+
+
 def run(task: dict[str, Any], told: int) -> None:
     """Runs the program in this process, and tells the token when it has run to its end."""
-    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_reader(told)
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     keep_writes_here()
-    start_no_processes()
+    refuse_calls()
     for kind, most in (
         (resource.RLIMIT_CPU, task["cpu_s"]),
         (resource.RLIMIT_AS, task["memory_bytes"]),
@@ -136,6 +151,10 @@ def children() -> list[int]:
         return [int(number) for number in file.read().split()]
 
 
+MOST_TOLD = 4096
+"""Bytes that are kept of what a program tells."""
+
+
 def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
     """What the program has told by its end or by that time; its wait status, None if it runs on."""
     until = time.monotonic() + wall_s
@@ -143,7 +162,7 @@ def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
     while time.monotonic() < until:
         if listening in select.select([listening], [], [], 0.05)[0]:
             piece = os.read(listening, 4096)
-            told += piece
+            told = (told + piece)[:MOST_TOLD]
             if piece:
                 continue
             time.sleep(0.005)  # it has ended, or closed its end and runs on
@@ -155,9 +174,9 @@ def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
 
 def main() -> None:
     task = json.loads(sys.stdin.buffer.read())
-    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_reader(sys.stdout.fileno())
     libc.prctl(SET_SUBREAPER, 1)
-    isolated = leave_network()
+    leave_network()
     listening, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -175,7 +194,7 @@ def main() -> None:
     else:
         reason = said or f"exit status {os.WEXITSTATUS(status)} before its end"
     token = said if said == task["token"] else ""
-    print(json.dumps({"token": token, "reason": reason, "isolated": isolated}))
+    print(json.dumps({"token": token, "reason": reason}))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,23 @@ def test_cells_of_other_settings_are_not_used(
     assert len(list((out / "cells").iterdir())) == 2 * before
 
 
+def test_a_task_with_a_limit_of_its_own_stands_beside_the_others(
+    data: Path, tmp_path: Path, tiny_directory: Callable[[str], Path]
+) -> None:
+    out = tmp_path / "out"
+    given = ["--model", tiny_directory("llama-long"), "--data", data, "--out", out, "--no-speed"]
+    given += ["--tasks", "piqa,wikitext,boolq", "--density", 0.5]
+    status, _, err = run(*given, "--limit", "6", "wikitext=1,BoolQ=2")
+    assert status == 0, err
+    sizes = {cell["task"]: cell["n"] for cell in cells(out)}
+    assert sizes == {"piqa": 6, "boolq": 2, "wikitext": 1, "divergence": 1}
+    before = journal(out)
+    status, _, err = run(*given, "--limit", "6", "--limit", "wikitext=1", "--limit", "boolq=3")
+    assert status == 0, err
+    assert {cell["task"]: cell["n"] for cell in cells(out)} == {**sizes, "boolq": 3}
+    assert sum((journal(out) - before).values()) == 4  # two choices of one document, dense and not
+
+
 def test_a_running_server_gives_what_the_model_gives_in_process(
     data: Path, tmp_path: Path, tiny_directory: Callable[[str], Path], tiny_server: Running
 ) -> None:
@@ -208,6 +225,13 @@ def test_a_report_is_made_again_from_the_cells_alone(
         (["--out", "OUT", "--policy", "best"], 2, "got 'best'; allowed: topk, sampled"),
         (["--out", "OUT", "--mode", "both"], 2, "got 'both'; allowed: generation, classification"),
         (["--out", "OUT", "--limit", "0"], 2, "got '0'; allowed: a whole number, >= 1"),
+        (["--out", "OUT", "--limit", "=3"], 2, "got '=3'; allowed: N or TASK=N"),
+        (["--out", "OUT", "--limit", "piqa=x"], 2, "got 'x'; allowed: a whole number, >= 1"),
+        (
+            ["--out", "OUT", "--data", "DATA", "--tasks", "copa,arc-e", "--limit", "piqa=3"],
+            2,
+            "--limit: got piqa=3; allowed: copa, arc_easy",
+        ),
         (["--out", "OUT", "--seed", "-1"], 2, "got '-1'"),
         (["--out", "OUT", "--data", "DATA", "--tokenizer", "a"], 2, "without --target"),
         (["--out", "OUT", "--data", "DATA", "--tasks", "sudoku"], 1, "got 'sudoku'; allowed with"),

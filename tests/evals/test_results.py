@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -173,7 +175,14 @@ def test_policies_are_compared_with_the_better_one_first() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 1}, {"limit": 5}, {"fingerprint": "g"}, {"way": "server"}, {"dtype": "bfloat16"}],
+    [
+        {"seed": 1},
+        {"limit": 5},
+        {"fingerprint": "g"},
+        {"way": "server"},
+        {"dtype": "bfloat16"},
+        {"lm_eval": "1"},
+    ],
 )
 def test_other_settings_are_other_cells_and_are_never_compared(
     other: dict[str, object], tmp_path: Path
@@ -209,8 +218,21 @@ def test_cells_come_back_as_they_went(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.json").write_text("{")
+def test_what_could_not_be_written_whole_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        Cells(tmp_path).put(CELLS[0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"identity": {"setting": {}}, "measures": []}'])
+def test_a_damaged_cell_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text(content)
     with pytest.raises(EvaluationError, match=r"broken.json: is no cell"):
         Cells(tmp_path).all()
 
@@ -240,6 +262,16 @@ def test_tables_claim_only_what_is_beyond_two_errors(tmp_path: Path) -> None:
     assert difference == {"mean": -0.875, "stderr": 0.125, "beyond_two_errors": True}
     assert low["n"] == 8
     assert "items" not in low["measures"]["acc"]
+
+
+def test_models_of_one_name_have_their_own_pictures(tmp_path: Path) -> None:
+    for fingerprint in ("f", "g"):
+        for setting in (DENSE_SETTING, half("topk")):
+            one = cell("piqa", setting, MOST, fingerprint=fingerprint)
+            Cells(tmp_path / "cells").put(one)
+    write_report(tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("(boat-0-generation.png)") == text.count("(boat-1-generation.png)") == 1
 
 
 def test_pictures_are_readable_at_the_width_of_a_page(tmp_path: Path) -> None:

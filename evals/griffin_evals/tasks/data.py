@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,29 +26,31 @@ class LocalData:
     """A file that is read and understood.
 
     Args:
-        digest: SHA-256 of the file's bytes, hexadecimal.
         documents: at least one; see ``columns``.
         text: of a text file, all of it, plain.
     """
 
-    path: Path
-    digest: str
     documents: Sequence[Document]
     text: str = ""
 
 
-def file_of(task: Task, directory: Path) -> Path:
-    """The file of a directory whose name begins with the task's name or an alias.
-
-    Raises:
-        BadDataFile: there is none, or several.
-    """
+def files_of(task: Task, directory: Path) -> list[Path]:
+    """The files of a directory whose name begins with the task's name or an alias."""
     names = tuple(map(squeezed, (task.name, *task.aliases)))
-    found = sorted(
+    return sorted(
         path
         for path in directory.iterdir()
         if path.suffix == task.suffix and squeezed(path.stem).startswith(names)
     )
+
+
+def file_of(task: Task, directory: Path) -> Path:
+    """The only one of ``files_of``.
+
+    Raises:
+        BadDataFile: there is none, or several.
+    """
+    found = files_of(task, directory)
     if len(found) != 1:
         got = ", ".join(path.name for path in found) or "none"
         raise BadDataFile(
@@ -64,7 +66,7 @@ def read(task: Task, path: Path) -> LocalData:
         BadDataFile: naming file, line and column, what was found and what is allowed.
     """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise BadDataFile(f"{path.name}: {error.strerror or error}") from error
     if task.kind == "text":
@@ -77,8 +79,7 @@ def read(task: Task, path: Path) -> LocalData:
     else:
         text = ""
         documents = _documents(task, _rows(task, path, data), path)
-    digest = hashlib.sha256(data).hexdigest()
-    return LocalData(path=path, digest=digest, documents=documents, text=text)
+    return LocalData(documents=documents, text=text)
 
 
 def _documents(task: Task, rows: Sequence[Row], path: Path) -> list[Document]:
@@ -99,7 +100,8 @@ def _rows(task: Task, path: Path, data: bytes) -> list[Row]:
         where = f"{path.name}, line {line_number}"
         try:
             value = json.loads(_decoded(line, where))
-        except json.JSONDecodeError as error:
+            json.dumps(value, ensure_ascii=False).encode()  # no half of a pair, such as \ud800
+        except (ValueError, RecursionError) as error:  # also for numbers of too many digits
             raise BadDataFile(
                 f"{where}: found {_shown(line.decode())}; allowed: one JSON object a line ({error})"
             ) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from griffin_evals.cells import Measured
 from griffin_evals.journal import Journal
-from griffin_evals.paired import mean_of
+from griffin_evals.paired import Estimate, mean_of
 from griffin_evals.sandbox import ProgramLimits, run_program
 from griffin_evals.tasks import Metric, Task, give_data, hub_name, metrics, task_named
 from griffin_evals.tasks.data import LocalData
@@ -25,6 +26,9 @@ OUR_SPLIT = "test"
 
 FEWSHOT_SEED = 1234
 """lm-eval's default, which draws the examples of its own tasks."""
+
+PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
+"""Of lm-eval and of ours."""
 
 Values = Callable[[Mapping[str, Any], Sequence[Any]], Mapping[str, float]]
 
@@ -61,12 +65,13 @@ class Runnable:
             if not chosen or metric.endswith("_stderr") or (declared and metric not in declared):
                 continue
             items = [each[metric] for each in samples if each["filter"] == chosen]
-            if not items or not all(isinstance(item, int | float) for item in items):
+            perplexity = metric in PERPLEXITIES
+            if not declared and perplexity:
+                items, mean = _nats(items)
+            elif items and all(isinstance(item, int | float) for item in items):
+                mean = mean_of(items)
+            else:
                 continue  # a measure of all documents together, which cannot be paired
-            perplexity = declared[metric].perplexity if declared else metric == "perplexity"
-            if perplexity and not declared:
-                items = [-item for item in items]  # lm-eval's own are log-likelihoods
-            mean = mean_of(items)
             stderr = found.get(f"{metric}_stderr,{chosen}")
             if perplexity:  # to first order
                 stderr = None if mean.stderr is None else value * mean.stderr
@@ -79,8 +84,25 @@ class Runnable:
                 perplexity=perplexity,
                 items=[float(item) for item in items],
             )
-        order = list(declared) or list(measures)
+        # Of lm-eval's own, what is a share of documents comes first, as it does of ours.
+        order = list(declared) or sorted(measures, key=lambda each: measures[each].perplexity)
         return {name: measures[name] for name in order if name in measures}
+
+
+def _nats(items: Sequence[Any]) -> tuple[list[float], Estimate]:
+    """Nats of documents, whose mean is the logarithm of lm-eval's perplexity, and that mean.
+
+    Args:
+        items: log-likelihoods; or pairs of one and how many words or bytes it is of, and then the
+            perplexity is that of one of these.
+    """
+    pairs = [item if isinstance(item, tuple) else (item, 1) for item in items]
+    share = len(pairs) / sum(weight for _, weight in pairs)
+    nats = [-logprob * share for logprob, _ in pairs]
+    mean = statistics.fmean(nats)
+    # A ratio's error, to first order: a long document has more nats, but not more for each word.
+    rest = [each - mean * weight * share for each, (_, weight) in zip(nats, pairs, strict=True)]
+    return nats, Estimate(mean=mean, stderr=mean_of(rest).stderr)
 
 
 def local_runnable(task: Task, data: LocalData, *, verdicts: Journal | None = None) -> Runnable:
@@ -88,8 +110,16 @@ def local_runnable(task: Task, data: LocalData, *, verdicts: Journal | None = No
 
     Args:
         verdicts: of programs that were run before, for a task whose answers are programs.
+
+    Raises:
+        EvaluationError: the answers are programs, and none can be run here.
     """
-    values = passes(verdicts) if task.kind == "program" else task.values
+    values = task.values
+    if task.kind == "program":
+        works = run_program("pass")
+        if not works.passed:  # every program would fail
+            raise EvaluationError(f"{task.name}: the sandbox runs no program here: {works.reason}")
+        values = passes(verdicts)
     config: dict[str, Any] = {
         "task": task.name,
         "custom_dataset": lambda **_: {OUR_SPLIT: Dataset.from_list(list(data.documents))},
@@ -184,11 +214,20 @@ def hub_runnable(name: str, manager: TaskManager) -> Runnable:
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return Runnable(
         name=name,
-        content=f"{theirs}:{task.VERSION}:{getattr(documents, '_fingerprint', len(documents))}",
+        content=f"{theirs}:{task.VERSION}:{content_of(documents)}",
         task=task,
         metrics=(),
         choices_only=task.OUTPUT_TYPE == "multiple_choice",
     )
+
+
+def content_of(documents: Iterable[Any]) -> str:
+    """A digest of documents, which is the same in every process: the fingerprint that ``datasets``
+    gives them is drawn anew where it cannot hash the function that made them."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document, default=repr).encode())
+    return digest.hexdigest()
 
 
 def quiet() -> None:
