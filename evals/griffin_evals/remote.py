@@ -209,6 +209,10 @@ class RemoteBackend:
             futures = [pool.submit(work, index) for index in range(len(items))]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
+            except BaseException:  # Ctrl-C: a server that hangs would never answer
+                self._failed.set()
+                self._channel.close()
+                raise
             finally:
                 if errors or not all(future.done() for future in futures):
                     self._failed.set()
@@ -231,6 +235,7 @@ class RemoteBackend:
             try:
                 return call()
             except ResourceExhausted as error:
+                self._say(f"{self.target} is busy ({error.message})")
                 if error.retry_after_s is None or self._failed.wait(error.retry_after_s):
                     raise
             except (Unavailable, Cancelled, DeadlineExceeded) as error:
@@ -252,6 +257,8 @@ class RemoteBackend:
         """
         with self._outage:
             while returns == self._returns:
+                if self._failed.is_set():
+                    raise error
                 waited = time.monotonic() - gone_since
                 if waited >= self._wait_s:
                     self._failed.set()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,6 +266,37 @@ def test_a_server_killed_in_mid_run_and_started_again_is_waited_for(
     expected = here.loglikelihood(requests)
     here.close()
     assert [a[0] for a in after] == pytest.approx([e[0] for e in expected], abs=1e-3)
+
+
+HANGS = """
+import sys
+from griffin_evals.lm import GriffinLM
+from tests.evals.requests import scoring
+lm = GriffinLM(target=sys.argv[1], concurrency=4)
+requests = scoring(*((f"On day {n} the council met", " again" * 20) for n in range(20_000)))
+print("asks", flush=True)
+lm.loglikelihood(requests, disable_tqdm=True)
+"""
+
+
+def test_ctrl_c_ends_a_run_whose_server_hangs() -> None:
+    with Process("--threads", "1") as server:
+        client = subprocess.Popen(
+            [sys.executable, "-c", HANGS, server.target()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert client.stdout is not None and client.stdout.readline() == "asks\n"
+        time.sleep(2)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            client.send_signal(signal.SIGINT)
+            _, said = client.communicate(timeout=30)
+        finally:
+            client.kill()
+            os.kill(server.pid, signal.SIGCONT)
+        assert "KeyboardInterrupt" in said
 
 
 def logprob(reference: PreTrainedModel, context: list[int], whole: list[int]) -> float:
