@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -290,3 +291,11 @@ def test_compose_takes_the_file_and_starts_one_profile(arguments: list[str], pro
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert {port["host_ip"] for port in ports} == {"127.0.0.1"}
     assert sorted(port["published"] for port in ports) == ["3000", "50051", "9090"]
+
+
+def test_the_image_is_built_from_all_that_the_package_is_made_of() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]
+    wheel = build["targets"]["wheel"]
+    made_of = {path.partition("/")[0] for path in (*wheel["packages"], *wheel["force-include"])}
+    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert made_of <= {line.removeprefix("!") for line in lines if line.startswith("!")}
