@@ -183,8 +183,8 @@ def _listed_one(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command. Returns its exit status: 0, 1 for what stopped it, 2 for wrong options, 130
-    for Ctrl-C."""
+    """Runs the command. Returns its exit status: 0, 1 for what stopped it or had to be left out, 2
+    for wrong options, 130 for Ctrl-C."""
     parser = _parser()
     err = Console(stderr=True, highlight=False)
     bar = Bar(err)
@@ -201,8 +201,11 @@ def main(arguments: Sequence[str]) -> int:
         # Imported here because it brings torch and lm-eval: a wrong file is found before.
         from griffin_evals.run import run  # noqa: PLC0415
 
-        run(plan, bar, lambda text: err.print(text, markup=False, soft_wrap=True))
-        return _report(plan.out)
+        left_out = run(plan, bar, lambda text: err.print(text, markup=False, soft_wrap=True))
+        status = _report(plan.out)
+        for sentence in left_out:
+            _say(err, f"left out: {sentence}")
+        return FAILED if left_out else status
     except SystemExit as end:  # of the parser, which has said why
         return int(end.code or 0)
     except KeyboardInterrupt:

@@ -12,9 +12,10 @@ from lm_eval.tasks import TaskManager
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_evals.bar import Bar
 from griffin_evals.cells import DENSE_SETTING, DIVERGENCE, Cells, Setting
+from griffin_evals.errors import RequestRefused
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
-from griffin_evals.measure import OneModel, text_content
+from griffin_evals.measure import TEXT_TASK, OneModel, text_content
 from griffin_evals.plan import Plan, Source
 from griffin_evals.tasks import local_task
 from griffin_evals.tasks.harness import Runnable, hub_runnable, local_runnable, quiet
@@ -22,8 +23,12 @@ from griffin_evals.tasks.harness import Runnable, hub_runnable, local_runnable, 
 Say = Callable[[str], None]
 
 
-def run(plan: Plan, bar: Bar, say: Say) -> None:
-    """Measures every cell that is not there yet.
+def run(plan: Plan, bar: Bar, say: Say) -> list[str]:
+    """Measures every cell that is not there yet. A task that a model refuses, as its texts are too
+    long for it say, is left out, and the others go on.
+
+    Returns:
+        What was left out, and why: a sentence each.
 
     Raises:
         EvalError: see ``errors`` and ``tasks.errors``. What is done stays.
@@ -32,6 +37,7 @@ def run(plan: Plan, bar: Bar, say: Say) -> None:
     quiet()
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would fork this process, with its threads
     cells = Cells(plan.out / "cells")
+    left_out: list[str] = []
     with Journal(plan.out / "journal" / "answers.jsonl") as journal:
         runnables = _runnables(plan, journal)
         cells.report_on({each.name: plan.content_of(each.name, each.content) for each in runnables})
@@ -48,13 +54,23 @@ def run(plan: Plan, bar: Bar, say: Say) -> None:
             with _opened(plan, source, say) as (lm, model):
                 say(f"{source.model or source.target}: {source.way}, {lm.figures()['dtype']}")
                 one = OneModel(plan, source, lm, cells, journal, bar)
+                refused: set[str] = set()
                 for runnable, setting in of_one:
-                    one.task(runnable, setting)
-                if model is not None and plan.text:
+                    if runnable.name in refused:
+                        bar.finish()
+                        continue
+                    try:
+                        one.task(runnable, setting)
+                    except RequestRefused as error:
+                        refused.add(runnable.name)
+                        left_out.append(f"{source.model or source.target}: {error}")
+                        bar.finish(f"left out: {error}")
+                if model is not None and plan.text and TEXT_TASK not in refused:
                     one.divergence(model)
                 if plan.speed:
                     for setting in [DENSE_SETTING, *plan.generating]:
                         one.speed(setting)
+    return left_out
 
 
 def _runnables(plan: Plan, journal: Journal) -> list[Runnable]:

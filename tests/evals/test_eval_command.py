@@ -121,6 +121,24 @@ def test_cells_of_other_settings_are_not_used(
     assert len(list((out / "cells").iterdir())) == 2 * before
 
 
+def test_a_task_that_a_model_refuses_is_left_out_and_the_others_go_on(
+    data: Path, tmp_path: Path, tiny_directory: Callable[[str], Path]
+) -> None:
+    """Its windows are longer than the model's context."""
+    out = tmp_path / "out"
+    status, printed, err = run(
+        *("--model", tiny_directory("llama"), "--data", data, "--out", out, "--no-speed"),
+        *("--tasks", "wikitext", "piqa", "--density", 0.5, "--limit", 2),
+    )
+    assert status == 1
+    assert "left out: " in err and "wikitext" in err and "tokens" in err
+    assert {(c["task"], c["setting"]["policy"]) for c in cells(out)} == {
+        ("piqa", "dense"),
+        ("piqa", "topk"),
+    }
+    assert str(out / "results.md") in printed
+
+
 def test_a_task_with_a_limit_of_its_own_stands_beside_the_others(
     data: Path, tmp_path: Path, tiny_directory: Callable[[str], Path]
 ) -> None:
