@@ -22,7 +22,7 @@ HALF = 0.5
 """The density at which single figures are given."""
 
 TEMPLATE = Path(__file__).with_name("page.md")
-"""The prose, with a $name for each figure, table and guarded sentence."""
+"""The prose, with a $name for each figure, table and sentence that ``words.claim`` makes."""
 
 Values = dict[str, str]
 
@@ -79,38 +79,47 @@ def _summary(models: Sequence[Figures]) -> Values:
         facts = [
             claim(
                 of(flocking["above_null"]["agreement"]),
-                more="its tokens flock: they agree on their neurons more than permuted activations",
-                less="its tokens do not flock: they agree less than permuted activations",
+                more="its tokens flock: they agree more with the prompt's experts than permuted "
+                "activations do",
+                less="its tokens do not flock: they agree less with the prompt's experts than "
+                "permuted activations do",
                 between="its tokens and permuted activations",
             ),
             claim(
                 of(causes["shuffled"]),
-                more="Order does not make it: shuffled prompts flock more than natural ones",
-                less="Order takes part in it: shuffled prompts flock less than natural ones",
+                more="The order of tokens does not cause it: shuffled prompts flock more than natural "
+                "ones",
+                less="The order of tokens contributes to it: shuffled prompts flock less than natural "
+                "ones",
                 between="shuffled and natural prompts",
             ),
             claim(
                 of(parts["prefix"]["short"]["quarter_above_whole"]),
-                more=f"The first {parts['prefix']['short']['of_quarter']} tokens choose worse than "
-                "the whole prompt, by KL",
-                less=f"The first {parts['prefix']['short']['of_quarter']} tokens choose better "
+                more=f"The first {parts['prefix']['short']['of_quarter']} tokens choose worse experts "
+                "than the whole prompt, by KL",
+                less=f"The first {parts['prefix']['short']['of_quarter']} tokens choose better experts "
                 "than the whole prompt, by KL",
                 between="the experts of a quarter of the prompt and of all of it",
             ),
             _domain_claim(parts["domains"]),
             claim(
                 of(parts["drift"]["generated"]["overlap_change"]),
-                more="The prompt's experts fit a generated text better the longer it gets",
-                less="The prompt's experts fit a generated text less the longer it gets",
+                more="The last window of a generated text shares more experts with the prompt than "
+                "the first",
+                less="The last window of a generated text shares fewer experts with the prompt than "
+                "the first",
                 between="the first and the last window of a generated text, by shared experts",
             ),
-            f"Density {HALF:g} costs {cell(half['kl'])} nats of KL and keeps the first choice of "
-            f"{cell(half['top1'])} of the tokens.",
+            f"Density {HALF:g} costs {cell(half['kl'])} nats of KL, and the most likely next token "
+            f"stays the same for a share of {cell(half['top1'])} of the tokens.",
             claim(
                 _gain(speed),
-                more=f"a decode step at density {HALF:g} is faster than dense, by this share",
-                less=f"a decode step at density {HALF:g} is slower than dense, by this share",
-                between=f"a decode step at density {HALF:g} and a dense one, by this share",
+                more=f"decode steps at density {HALF:g} make more tokens per second than dense ones, "
+                "as a share of the dense rate",
+                less=f"decode steps at density {HALF:g} make fewer tokens per second than dense ones, "
+                "as a share of the dense rate",
+                between=f"the tokens per second of decode steps at density {HALF:g} and of dense ones, "
+                "as a share of the dense rate",
             ).replace("n = ", "rounds = "),
         ]
         lines.append(f"- **{model['label']}**: {' '.join(_sentence(fact) for fact in facts)}")
@@ -126,7 +135,7 @@ def _points(models: Sequence[Figures]) -> Values:
             allowed = f"{rise:.0%}"
             density = operating_point(tradeoff["quality"], rise)
             if density is None:
-                rows.append([model["label"], name, allowed, "none measured", *["–"] * 4])
+                rows.append([model["label"], name, allowed, "none", *["–"] * 4])
                 continue
             at = _row(tradeoff, "topk", density)
             speed = _speed(tradeoff, density)
@@ -146,7 +155,7 @@ def _points(models: Sequence[Figures]) -> Values:
                 ]
             )
         verdict = (
-            f"a gain was seen at density {' and '.join(gains)}, at the price in the table."
+            f"a gain was seen at density {' and '.join(gains)}, at the cost shown in the table."
             if gains
             else "no gain was seen at any of these points, for a single stream."
         )
@@ -175,7 +184,7 @@ def _flocking(models: Sequence[Figures]) -> Values:
         one, other = models[0], models[1]
         above = [of(m["parts"]["flocking"]["above_null"]["agreement"]) for m in (one, other)]
         lines.append(
-            "- **Between models**, agreement above the null: "
+            "- **Between models**, by agreement above that of permuted activations: "
             + claim(
                 unpaired(*above),
                 more=f"{one['label']} flocks more than {other['label']}",
@@ -317,8 +326,8 @@ def _domain_claim(domains: Figures) -> str:
         return "with one text a domain, pairs within and across domains cannot be compared."
     return claim(
         of(domains["within_above_across"]),
-        more="texts of one domain share more experts than texts of two",
-        less="texts of one domain share fewer experts than texts of two",
+        more="two texts of one domain share more experts than texts of different domains",
+        less="two texts of one domain share fewer experts than texts of different domains",
         between="pairs of texts within a domain and across domains",
     )
 
@@ -436,7 +445,7 @@ def _speed(tradeoff: Figures, density: float) -> Figures:
 
 
 def _gain(speed: Figures) -> Estimate:
-    """By how much a step is faster than a dense one, as a share of it."""
+    """How many more tokens per second than dense, as a share of the dense rate."""
     ratio = of(speed["speedup"])
     return Estimate(mean=ratio.mean - 1, se=ratio.se, n=ratio.n)
 
@@ -457,7 +466,7 @@ def _point(values: Figures, index: int) -> Estimate:
 
 
 def _spread(count: int, most: int = 6) -> list[int]:
-    """Up to ``most`` indices from the first to the last, evenly."""
+    """Up to ``most`` evenly spaced indices, from the first to the last."""
     if count <= most:
         return list(range(count))
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})

@@ -1,4 +1,4 @@
-"""Estimates in words: a difference is claimed only where it exceeds its error."""
+"""Estimates in words: a difference is claimed only beyond two of its standard errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from griffin_evals.study.store import Figures
 
 
 def of(figures: Figures) -> Estimate:
-    """An estimate as the figures keep it."""
+    """The estimate that an entry of figures.json holds."""
     return Estimate.from_json(figures)
 
 
@@ -17,7 +17,7 @@ def shown(estimate: Estimate, digits: int = 2) -> str:
     """The mean and one standard error, "0.57 ± 0.01"; the mean alone if the error is not known.
 
     Args:
-        digits: after the point; up to two more where the error would be shown as zero.
+        digits: after the decimal point; up to two more where the error would be shown as zero.
     """
     if estimate.se:
         digits = min(max(digits, math.ceil(-math.log10(2 * estimate.se))), digits + 2)
@@ -27,7 +27,7 @@ def shown(estimate: Estimate, digits: int = 2) -> str:
 
 
 def cell(figures: Figures | None, digits: int = 2) -> str:
-    """An estimate in a table; a dash where there is none."""
+    """An estimate as a table cell; a dash where there is none."""
     return "–" if figures is None else shown(of(figures), digits)
 
 
@@ -35,7 +35,7 @@ def claim(difference: Estimate, *, more: str, less: str, between: str) -> str:
     """Says in which direction something differs, or that no difference was seen.
 
     Args:
-        difference: what the sentence is about.
+        difference: the estimate that the sentence reports.
         more, less: the sentence for a difference above and below zero, without its full stop.
         between: what was compared, for the sentence that claims nothing.
 
