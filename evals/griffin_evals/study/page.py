@@ -87,18 +87,18 @@ def _summary(models: Sequence[Figures]) -> Values:
             ),
             claim(
                 of(causes["shuffled"]),
-                more="The order of tokens does not cause it: shuffled prompts flock more than natural "
-                "ones",
-                less="The order of tokens contributes to it: shuffled prompts flock less than natural "
-                "ones",
+                more="The order of tokens does not cause it: shuffled prompts flock more than "
+                "natural ones",
+                less="The order of tokens contributes to it: shuffled prompts flock less than "
+                "natural ones",
                 between="shuffled and natural prompts",
             ),
             claim(
                 of(parts["prefix"]["short"]["quarter_above_whole"]),
-                more=f"The first {parts['prefix']['short']['of_quarter']} tokens choose worse experts "
-                "than the whole prompt, by KL",
-                less=f"The first {parts['prefix']['short']['of_quarter']} tokens choose better experts "
-                "than the whole prompt, by KL",
+                more=f"The first {parts['prefix']['short']['of_quarter']} tokens choose worse "
+                "experts than the whole prompt, by KL",
+                less=f"The first {parts['prefix']['short']['of_quarter']} tokens choose better "
+                "experts than the whole prompt, by KL",
                 between="the experts of a quarter of the prompt and of all of it",
             ),
             _domain_claim(parts["domains"]),
@@ -106,20 +106,20 @@ def _summary(models: Sequence[Figures]) -> Values:
                 of(parts["drift"]["generated"]["overlap_change"]),
                 more="The last window of a generated text shares more experts with the prompt than "
                 "the first",
-                less="The last window of a generated text shares fewer experts with the prompt than "
-                "the first",
+                less="The last window of a generated text shares fewer experts with the prompt "
+                "than the first",
                 between="the first and the last window of a generated text, by shared experts",
             ),
             f"Density {HALF:g} costs {cell(half['kl'])} nats of KL, and the most likely next token "
             f"stays the same for a share of {cell(half['top1'])} of the tokens.",
             claim(
                 _gain(speed),
-                more=f"decode steps at density {HALF:g} make more tokens per second than dense ones, "
-                "as a share of the dense rate",
-                less=f"decode steps at density {HALF:g} make fewer tokens per second than dense ones, "
-                "as a share of the dense rate",
-                between=f"the tokens per second of decode steps at density {HALF:g} and of dense ones, "
-                "as a share of the dense rate",
+                more=f"decode steps at density {HALF:g} make more tokens per second than dense "
+                "ones, as a share of the dense rate",
+                less=f"decode steps at density {HALF:g} make fewer tokens per second than dense "
+                "ones, as a share of the dense rate",
+                between=f"the tokens per second of decode steps at density {HALF:g} and of dense "
+                "ones, as a share of the dense rate",
             ).replace("n = ", "rounds = "),
         ]
         lines.append(f"- **{model['label']}**: {' '.join(_sentence(fact) for fact in facts)}")
