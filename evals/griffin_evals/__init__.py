@@ -1,1 +1,1 @@
-"""Quality, measured: how far generation on experts strays from the dense model."""
+"""Measurements of quality: how far pruned generation differs from the dense model."""

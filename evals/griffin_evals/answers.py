@@ -1,4 +1,4 @@
-"""Answers to many requests: each thing asked once, kept in a journal, counted."""
+"""Answers to many requests: each distinct request is asked once, kept in a journal and counted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Answers:
     """Gathers answers and counts them.
 
     Args:
-        journal: where answers are looked for first, and put; None for nowhere.
+        journal: is searched for answers first and receives new ones; None for no journal.
     """
 
     def __init__(self, journal: Journal | None) -> None:
@@ -47,8 +47,8 @@ class Answers:
             keys: one for each request, as ``Settings.key_of`` makes them; requests of one key have
                 one answer.
             ask: called once with indices of requests, to give their answers in any order.
-            words: beside the progress bar.
-            each: told of each request's index and answer as soon as there is one.
+            words: the label of the progress bar.
+            each: is called with each request's index and answer as soon as it is known.
         """
         began = time.monotonic()
         places: defaultdict[str, list[int]] = defaultdict(list)

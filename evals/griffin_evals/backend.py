@@ -14,7 +14,7 @@ Tokens = str | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Which model answers.
+    """The model that answers.
 
     Args:
         fingerprint: of its configuration, data type and weights.

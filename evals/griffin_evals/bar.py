@@ -1,4 +1,4 @@
-"""How far an evaluation is, in the terminal."""
+"""The progress of an evaluation, in the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar:
-    """How many cells are done: one line before each, as each has a bar of its own for requests."""
+    """Progress over cells: one line before each, since each has its own bar for requests."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

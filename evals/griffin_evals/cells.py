@@ -1,4 +1,4 @@
-"""Cells: what one model scored on one task with one setting, a JSON file each."""
+"""Cells: the results of one model on one task with one setting, a JSON file each."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from griffin_core.choices import ScoreMode
 from griffin_evals.tasks.errors import EvaluationError
 
 DENSE = "dense"
-"""Where a policy is named: the run at density 1, which has none."""
+"""The policy of the run at density 1, which has no policy of its own."""
 
 DIVERGENCE, SPEED = "divergence", "speed"
-"""What is measured beside tasks: KL and agreement with dense, and tokens a second."""
+"""Measurements beside tasks: KL and agreement with dense, and tokens per second."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Setting:
-    """What a task is run with.
+    """How a task is run.
 
     Args:
         policy: ``DENSE`` at density 1 and only there, whose mode is "generation".
@@ -47,8 +47,8 @@ class Identity:
     Args:
         model: as the command named it; a server's own name with ``target``.
         way: "in process" or "server".
-        content: what the task's documents, prompts and limits are, as a digest of them, with its
-            name and version in front where it is lm-eval's own, and a limit of its own behind.
+        content: a digest of the task's documents and prompts. The name and version precede it for
+            lm-eval's own tasks, and a limit that only this task has follows it.
         limit: most documents; None for all.
     """
 
@@ -69,7 +69,7 @@ class Identity:
 
     @property
     def run(self) -> tuple[Any, ...]:
-        """What two cells must have in common to be compared, task and setting aside."""
+        """The fields, beside task and setting, that must be equal for two cells to be compared."""
         of_model = (self.model, self.fingerprint, self.way, self.dtype)
         return (*of_model, self.limit, self.seed, self.lm_eval)
 
@@ -132,7 +132,7 @@ class Cells:
         write_whole(self.path(cell.identity), json.dumps(asdict(cell), indent=1))
 
     def all(self) -> list[Cell]:
-        """All cells but those of documents that a task has no more: see ``report_on``."""
+        """All cells, without those of documents that a task no longer has: see ``report_on``."""
         cells = [read_cell(path) for path in sorted(self.directory.glob("*.json"))]
         contents = self._contents()
         return [
@@ -142,7 +142,7 @@ class Cells:
         ]
 
     def report_on(self, contents: Mapping[str, str]) -> None:
-        """Remembers which content of a task counts: a file may have changed since."""
+        """Stores which content of each task is reported, since a file may have changed."""
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self._contents_path, json.dumps({**self._contents(), **contents}, indent=1))
 
@@ -159,7 +159,7 @@ class Cells:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that after a crash it is the old one or the new one."""
+    """Writes a file so that a crash leaves the old content or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "w", encoding="utf-8") as file:
@@ -175,7 +175,7 @@ def read_cell(path: Path) -> Cell:
     """A cell from its file.
 
     Raises:
-        EvaluationError: the file is none.
+        EvaluationError: the file is not a cell.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

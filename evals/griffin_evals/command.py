@@ -1,4 +1,4 @@
-"""``griffin eval``: what pruning costs on tasks, in tables and pictures."""
+"""``griffin eval``: measures what pruning costs on tasks, and writes tables and plots."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def _limits(text: str) -> list[tuple[str, int]]:
-    """Tasks, "" for all, and their limits."""
+    """Pairs of a task and its limit; the task is "" for a limit of all tasks."""
     limits = []
     for each in _listed(text):
         task, sign, most = (part.strip() for part in each.rpartition("="))
@@ -95,7 +95,7 @@ def _seconds(text: str) -> float:
 
 
 class Flatten(argparse.Action):
-    """Several values, given together, with commas or one after the other."""
+    """Collects values from repeated options, several arguments and comma-separated lists."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -107,9 +107,9 @@ class Flatten(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="griffin eval",
-        description="Runs tasks with every density and policy, beside the dense model, and writes "
-        "tables with standard errors and pictures. Stopped at any time, the same command goes on.",
-        epilog="Tasks are lm-eval's own from the hub or, with --data, local files: see --list.",
+        description="Runs tasks with the dense model and with every density and policy, and writes "
+        "plots and tables with standard errors. The same command resumes an interrupted run.",
+        epilog="Tasks are lm-eval's own from the hub or, with --data, local files; see --list.",
         allow_abbrev=False,
     )
 
@@ -124,54 +124,71 @@ def _parser() -> argparse.ArgumentParser:
         f"{DEFAULT_MODEL} if neither --model nor --target is given",
     )
     several("--target", _listed_one, metavar="HOST:PORT", help="running servers")
-    several("--tasks", _listed, help="names; with --data, all that it has files for if not given")
-    several("--density", _densities, help="0.75 0.5 if not given; 1 is always run")
-    several("--policy", _one_of(POLICIES), help=f"{', '.join(POLICIES)}; topk if not given")
+    several(
+        "--tasks", _listed, help="task names; may be left out with --data, for all that have files"
+    )
+    several("--density", _densities, help="default 0.75 0.5; 1 is always run")
+    several("--policy", _one_of(POLICIES), help=f"{', '.join(POLICIES)}; default topk")
     several(
         "--mode",
         _one_of(MODES),
-        help="for multiple choice: generation (the default) chooses experts from the question and "
-        "runs the whole answer on them; classification chooses them from all tokens but the last "
-        "and runs that one on them, as in the paper's tables",
+        help="for multiple choice: in generation (the default) the question chooses the experts "
+        "and the answer runs on them; in classification only the last token that is run runs on "
+        "experts, which all tokens before it choose, as in the paper's tables",
     )
     several(
         "--limit",
         _limits,
         metavar="N",
-        help="most documents of each task; TASK=N for one task, beside or without it",
+        help="most documents of each task; TASK=N sets a limit for one task",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="local files, one for each task")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of results, and to go on from")
     parser.add_argument(
-        "--seed", type=_number(0, 2**64 - 1), default=0, help="of policies that draw (0)"
+        "--data", type=Path, metavar="DIR", help="directory of local files, one for each task"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory of results; a run in it is resumed"
+    )
+    parser.add_argument(
+        "--seed",
+        type=_number(0, 2**64 - 1),
+        default=0,
+        help="seed of the policies that draw at random (0)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of --model (float32)",
+        help="data type of --model (float32)",
     )
-    parser.add_argument("--device", help="of --model: cpu, cuda or cuda:N; the first GPU if any")
-    parser.add_argument("--threads", type=_number(1), help="of --model on a CPU")
+    parser.add_argument(
+        "--device", help="device of --model: cpu, cuda or cuda:N; default: the first GPU if any"
+    )
+    parser.add_argument("--threads", type=_number(1), help="CPU threads of --model")
     parser.add_argument(
         "--tokenizer",
-        help="of the --target's model: cuts what is too long, and lets lm-eval's own wikitext run",
+        help="tokenizer of the --target's model: truncates long texts, and is needed by wikitext",
     )
     parser.add_argument("--concurrency", type=_number(1), default=32, help="requests at once (32)")
     parser.add_argument(
-        "--wait-s", type=_seconds, default=300.0, help="for a server that is gone, seconds (300)"
+        "--wait-s",
+        type=_seconds,
+        default=300.0,
+        help="seconds to wait for a server that is gone (300)",
     )
     parser.add_argument(
         "--run-code",
         action="store_true",
         help="allow human_eval, which runs programs that the model writes, in a sandbox",
     )
-    parser.add_argument("--no-speed", action="store_true", help="do not measure tokens a second")
+    parser.add_argument("--no-speed", action="store_true", help="do not measure tokens per second")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="make tables and pictures of DIR again, and end"
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write the tables and plots of DIR again, and exit",
     )
     parser.add_argument(
-        "--list", action="store_true", help="say which tasks there are and what their files hold"
+        "--list", action="store_true", help="list the tasks and the columns of their files"
     )
     return parser
 
@@ -183,8 +200,8 @@ def _listed_one(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command. Returns its exit status: 0, 1 for what stopped it or had to be left out, 2
-    for wrong options, 130 for Ctrl-C."""
+    """Runs the command. Returns its exit status: 0 for success, 1 if an error ended the run or a
+    task was left out, 2 for wrong options, 130 for Ctrl-C."""
     parser = _parser()
     err = Console(stderr=True, highlight=False)
     bar = Bar(err)
@@ -198,7 +215,7 @@ def main(arguments: Sequence[str]) -> int:
             return _report(given.report)
         plan = _checked(parser, given)
         kept = f"; what is done is kept in {plan.out}"
-        # Imported here because it brings torch and lm-eval: a wrong file is found before.
+        # Imported here since it loads torch and lm-eval, so that a wrong file is reported at once.
         from griffin_evals.run import run  # noqa: PLC0415
 
         left_out = run(plan, bar, lambda text: err.print(text, markup=False, soft_wrap=True))
@@ -230,7 +247,7 @@ def _report(out: Path) -> int:
 
 
 def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
-    """Everything that can be wrong without a model; files are read."""
+    """The plan of these options. Checks all that can be checked without a model, data files too."""
     if given.out is None:
         parser.error("--out: got none; allowed: a directory for results")
     if given.data is None and not given.tasks:
@@ -277,7 +294,7 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
 def _task_limits(
     parser: argparse.ArgumentParser, given: Sequence[tuple[str, int]], tasks: Sequence[str]
 ) -> dict[str, int]:
-    """Limits by the names that tasks are run under; by "" that of all others."""
+    """Limits by the name of the task as it is run; the limit of all other tasks is under ""."""
     limits: dict[str, int] = {}
     for name, most in given:
         known = task_named(name)
@@ -289,7 +306,7 @@ def _task_limits(
 
 
 def _settings(given: argparse.Namespace) -> list[Setting]:
-    """Modes × densities × policies, but for density 1, which is always run."""
+    """All combinations of mode, density and policy, without density 1, which is always run."""
     densities = sorted(set(given.density or [0.75, 0.5]), reverse=True)
     return [
         Setting(mode=mode, density=density, policy=policy)
@@ -303,10 +320,10 @@ def _settings(given: argparse.Namespace) -> list[Setting]:
 def _local_data(
     directory: Path, names: Sequence[str] | None, run_code: bool
 ) -> dict[str, LocalData]:
-    """The files of tasks, checked line by line.
+    """The local data of tasks, checked line by line.
 
     Raises:
-        EvaluationError: a task is unknown, has no file or a wrong one, or needs --run-code.
+        EvaluationError: a task is unknown, has no file or an invalid one, or needs --run-code.
     """
     if names:
         tasks = list(dict.fromkeys(local_task(name) for name in names))

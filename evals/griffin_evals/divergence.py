@@ -1,9 +1,9 @@
-"""KL divergence from the dense model, by policy and density, on a text of your own.
+"""KL divergence from the dense model, by policy and density, on texts (``make eval``).
 
-A text's first tokens are the prompt that chooses the experts; the tokens behind it are
-teacher-forced through the dense and the slim model. Prints a table and one line of JSON.
+A text's first tokens are the prompt that chooses the experts; the tokens after it are
+teacher-forced through the dense and the pruned model. Prints a table and one line of JSON.
 
-    python -m griffin_evals.divergence --text FILE [FILE ...]
+    python -m griffin_evals.divergence [--text FILE ...]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPT_TOKENS, CONTINUATION_TOKENS = 384, 128
 def logprobs(
     model: Model, token_ids: Sequence[int], prompt_tokens: int, selection: Selection
 ) -> Tensor:
-    """[T - prompt_tokens, V]: log-probabilities behind a prompt, on the experts it chose."""
+    """[T - prompt_tokens, V]: log-probabilities after a prompt, on the experts that it chose."""
     decoder = model.decoder
     cache = decoder.new_cache(len(token_ids))
     events = prefill(decoder, token_ids[:prompt_tokens], selection, cache=cache)
@@ -46,7 +46,7 @@ def logprobs(
 def divergence(
     model: Model, token_ids: Sequence[int], prompt_tokens: int, selection: Selection
 ) -> float:
-    """Mean KL(dense || slim) over the tokens behind the prompt, in nats."""
+    """Mean KL(dense || pruned) over the tokens after the prompt, in nats."""
     dense = logprobs(model, token_ids, prompt_tokens, Selection(density=1.0))
     slim = logprobs(model, token_ids, prompt_tokens, selection)
     return float((dense.exp() * (dense - slim)).sum(dim=1).mean())

@@ -1,13 +1,13 @@
-"""What an evaluation can raise.
+"""The errors that an evaluation can raise.
 
 ::
 
     EvalError
-    ├── InvalidSetting      an argument of the model: what was given, and what is allowed
-    ├── RequestRefused      a request of a task that cannot be answered, by its task and document
-    ├── ServerGone          a server that did not come back in time
-    ├── OtherModel          a server that came back with another model
-    └── JournalError        a journal that cannot be opened or read, or that is in use
+    ├── InvalidSetting      an argument is invalid: what was given, and what is allowed
+    ├── RequestRefused      a request of a task cannot be answered; names its task and document
+    ├── ServerGone          a server did not come back in time
+    ├── OtherModel          a server came back with another model
+    └── JournalError        a journal cannot be opened or read, or is in use
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class EvalError(Exception):
 
 
 class InvalidSetting(EvalError, ValueError):
-    """An argument is out of range, or does not go with another one.
+    """An argument is out of range or conflicts with another one.
 
     Args:
         name: of the argument.

@@ -1,4 +1,4 @@
-"""Answers that survive the end of the process: a file of JSON lines that only grows."""
+"""Answers on disk that survive the process: an append-only file of JSON lines."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 from griffin_evals.errors import JournalError
 
 LINE_START = b'{"key": "'
-"""What every line begins with; what does not, was not cut off but is another file's."""
+"""The start of every line. A last line without it was not cut off: the file is no journal."""
 
 
 class Journal:
     """Key -> value, kept in a file. Safe to share between threads, not between processes.
 
     Each line is written and synced before ``put`` returns, so that a process that is killed loses
-    nothing that it has put. A last line that was cut off then is dropped.
+    nothing that it has put. A last line that was cut off by that is dropped.
 
     Args:
         path: of the file, which is made if it is missing, as are its directories.
 
     Raises:
-        JournalError: the file cannot be opened, has a line that is none of a journal, or another
+        JournalError: the file cannot be opened, has a line that is not a journal's, or another
             journal has it open. The file is left as it was.
     """
 

@@ -1,4 +1,4 @@
-"""KL divergence from the dense model, and agreement with it, for many selections of one text."""
+"""KL divergence from the dense model and agreement with it, for many selections on one text."""
 
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ from griffin_evals.tokens import HfTokens, tokenizer_of
 log = logging.getLogger(__name__)
 
 MOST_TOGETHER = 4096
-"""Tokens, or characters, of the continuations that are asked for in one request. Its answers are
-kept together, and must fit a message. Windows of all texts may have the same one token before."""
+"""Most tokens, or characters, of the continuations in one request: the answers to it are stored
+together and must fit a message. The bound is needed since windows of many texts may share a context
+of one token."""
 
 TRUNCATES = "; with tokenizer=NAME it would be cut from the left, as lm-eval's hf does"
 
@@ -69,25 +70,25 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     Args:
         target: host:port of a server in role ``all`` or ``decode``; or
         pretrained: a model to run in this process, as ``griffin_core.LLM`` takes it.
-        tokenizer: with ``target``, the model's tokenizer: a name as ``pretrained``. It is held
-            against the server's on a short text.
+        tokenizer: with ``target``, the model's tokenizer: a name as ``pretrained``. A short
+            text checks that it is the server's.
         density, policy, sharing, score_mode, seed: see ``Settings``.
         dtype, threads: in process, as ``griffin_core.LLM`` takes them.
         device: in process, likewise. lm-eval passes "cuda:0" unless told otherwise, so where there
             is no GPU that is the CPU, as with ``hf``.
-        max_length: most tokens of a context and its continuation, but for the last one; None for
+        max_length: most tokens of a context and its continuation without its last token; None for
             the model's context length. Over a server with ``tokenizer`` only.
-        max_gen_toks: most tokens of a completion where the task says nothing.
+        max_gen_toks: most tokens of a completion for tasks that set no limit.
         add_bos_token: whether texts get the tokenizer's special tokens; None for its default.
         chat_template_args: further variables of the chat template.
         concurrency: requests that run at once.
         wait_s: seconds for which a server that cannot be reached is waited for.
-        journal: answers found there are not asked again, new ones are added.
-        batch_size, max_batch_size: as lm-eval passes them, without effect: what runs together is
-            the engine's choice.
+        journal: a file of answers; those in it are reused, and new ones are added.
+        batch_size, max_batch_size: accepted from lm-eval and ignored, since the engine chooses
+            what runs together.
 
     Raises:
-        InvalidSetting: an argument is out of range or does not go with another one.
+        InvalidSetting: an argument is out of range or conflicts with another one.
         ServerGone: the server did not come within ``wait_s``.
         GriffinError: the model cannot be loaded; see ``griffin_core.errors``.
     """
@@ -463,7 +464,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
 
 def _parts(places: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
-    """Places of pairs of one context, split into what is asked for at once."""
+    """Indices of pairs of one context, split into those of one request each."""
     parts: list[list[int]] = [[]]
     length = 0
     for place in places:
@@ -476,7 +477,7 @@ def _parts(places: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
 
 
 def _item(pairs: Sequence[Pair]) -> ScoreItem:
-    """Pairs of one context."""
+    """One item of pairs that share a context."""
     first = pairs[0]
     return ScoreItem(
         name=first.name,
@@ -488,7 +489,7 @@ def _item(pairs: Sequence[Pair]) -> ScoreItem:
 
 
 def _check_tokenizer(backend: RemoteBackend, tokens: HfTokens, name: str) -> None:
-    """Holds a tokenizer against the server's, by what both make of a short text."""
+    """Checks that a tokenizer and the server's make the same tokens of a short text."""
     context, continuation = "A quick brown fox jumps", " over 27 lazy dogs, naïvely."
     whole = tokens.tokenizer.encode(context + continuation)
     ours = whole[len(tokens.tokenizer.encode(context)) :]

@@ -1,4 +1,4 @@
-"""Answers of a model in this process."""
+"""Answers from a model in this process."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class LocalBackend:
 
 @contextmanager
 def _naming(items: Sequence[ScoreItem] | Sequence[GenerateItem]) -> Iterator[None]:
-    """Has an error name the item that it is about, where the core names its index."""
+    """Makes errors name the item that they are about, where the core names its index."""
     try:
         yield
     except GriffinError as error:

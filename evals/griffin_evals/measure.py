@@ -26,16 +26,16 @@ from griffin_evals.tasks.errors import EvaluationError
 from griffin_evals.tasks.harness import Runnable
 
 BOOTSTRAPS = 1000
-"""Resamplings for a standard error, where lm-eval has no formula."""
+"""Bootstrap resamplings for standard errors for which lm-eval has no formula."""
 
 TEXT_TASK = "wikitext"
-"""Whose text KL is measured on."""
+"""The task on whose text KL is measured."""
 
 VERSIONS = {name: version(name) for name in ("griffin-serving", "lm-eval", "torch", "transformers")}
 
 
 def text_content(plan: Plan) -> str:
-    """What the KL on a plan's text depends on."""
+    """A digest of what the KL on a plan's text depends on."""
     described = f"{PROMPT_TOKENS} {SCORED_TOKENS} {plan.text}"
     return plan.content_of(TEXT_TASK, hashlib.sha256(described.encode()).hexdigest())
 
@@ -147,7 +147,7 @@ class OneModel:
         self._bar.begin(words("tokens a second", setting))
         try:
             rates = tokens_per_second(self._with(setting, None))
-        except RequestRefused as error:  # a context length below what is measured, say
+        except RequestRefused as error:  # for example, the context length is below that of a window
             self._bar.finish(f"tokens a second are not measured: {error}")
             return
         if not rates:
@@ -177,7 +177,7 @@ def _mean(items: Sequence[float], *, higher_is_better: bool) -> Measured:
 
 
 def words(task: str, setting: Setting) -> str:
-    """A cell, for people."""
+    """The name of a cell in progress messages."""
     if setting.dense:
         return f"{task} dense"
     mode = "" if setting.mode == "generation" else f" {setting.mode}"

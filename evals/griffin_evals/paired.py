@@ -21,12 +21,12 @@ class Estimate:
     @property
     def claimed(self) -> bool:
         """Whether it differs from 0 by more than ``ERRORS_NEEDED`` standard errors. An error of 0
-        is that of too few values."""
+        claims nothing, since it comes from too few values."""
         return bool(self.stderr) and abs(self.mean) > ERRORS_NEEDED * (self.stderr or 0.0)
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean of independent values and its standard error: s / √n, s with n - 1."""
+    """The mean of independent values and its standard error: s / √n, where s divides by n - 1."""
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Estimate(mean=statistics.fmean(values), stderr=stderr)
 
@@ -35,7 +35,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Estimate:
     """Mean of the differences values[i] - others[i].
 
     Raises:
-        ValueError: they are not equally many.
+        ValueError: the two have different lengths.
     """
     return mean_of([a - b for a, b in zip(values, others, strict=True)])
 

@@ -1,4 +1,4 @@
-"""Pictures of results: score, KL and tokens a second over density, one curve a policy."""
+"""Plots of results: score, KL and tokens per second over density, one curve for each policy."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ COLOURS = {
 MARKS = {"topk": "o", "topk_sampled": "s", "sampled": "^", "magnitude": "D", "random": "v"}
 
 DODGE = 0.009
-"""Of densities, between two policies, so that their error bars do not cover one another."""
+"""Shift in density between two policies, so that their error bars do not overlap."""
 
 LOGARITHMIC = 30
-"""Times the least value that the greatest is, from which on an axis is logarithmic."""
+"""Ratio of the greatest value to the least from which on an axis is logarithmic."""
 
 FONT: Any = {"font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11, "legend.fontsize": 11}
 
@@ -90,7 +90,7 @@ def _panels(group: Group, mode: str) -> list[Panel]:
 
 
 def _with_error(score: Estimate, difference: Estimate | None) -> Estimate:
-    """A score with the error of its difference to dense, which is what curves are read for."""
+    """A score with the error of its difference to dense, which is what the curves show."""
     return Estimate(mean=score.mean, stderr=None if difference is None else difference.stderr)
 
 
@@ -153,7 +153,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     if _spread(points) > LOGARITHMIC:
         axes.set_yscale("log")
         if dense is not None and dense.mean <= 0:
-            dense = None  # it has no place there
+            dense = None  # a logarithmic axis has no zero
     for policy, curve in curves.items():
         if dense is not None:
             curve.append((1.0, dense))
@@ -179,6 +179,6 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def _spread(points: Points) -> float:
-    """How many times the least value the greatest is; 0 where a logarithm makes no sense."""
+    """Ratio of the greatest value to the least; 0 where a logarithm makes no sense."""
     values = [estimate.mean for estimate in points.values()]
     return max(values) / min(values) if values and min(values) > 0 else 0.0

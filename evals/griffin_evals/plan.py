@@ -1,4 +1,4 @@
-"""What ``griffin eval`` is asked to run."""
+"""The plan of a run of ``griffin eval``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from griffin_evals.tasks.data import LocalData
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model is: in this process by ``model``, or behind a server at ``target``."""
+    """Where a model runs: in this process (``model``), or on a server (``target``)."""
 
     model: str | None = None
     target: str | None = None
@@ -24,14 +24,14 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be run, all of it checked.
+    """What is to be run; all of it has been checked.
 
     Args:
         tasks: names, in order.
         data: the local files of these tasks; None for lm-eval's own from the hub.
         settings: without the dense one, which is always run.
         limit: most documents of a task, and windows of a text; None for all.
-        limits: of tasks that have another one of their own; that of wikitext is also of KL.
+        limits: of tasks that have their own limit; that of wikitext also limits the windows of KL.
         seed: of the policies that draw.
         speed: whether tokens a second are measured.
         tokenizer, concurrency, wait_s, threads, device: as ``GriffinLM`` takes them.
@@ -58,13 +58,12 @@ class Plan:
         return self.limits.get(task, self.limit)
 
     def content_of(self, task: str, content: str) -> str:
-        """A task's content with its own limit, if it has one: its figures depend on it, and whether
-        other tasks stand beside it does not."""
+        """A task's content, with the task's own limit if it has one: its figures depend on it."""
         return f"{content}, at most {self.limits[task]}" if task in self.limits else content
 
     @property
     def text(self) -> str:
-        """What KL is measured on: the local text file, if it is among the tasks."""
+        """The text that KL is measured on: the local text file, if it is among the tasks."""
         return next((data.text for data in (self.data or {}).values() if data.text), "")
 
     @property

@@ -1,8 +1,8 @@
 """Makes ``lm_eval --model griffin`` work after an installation, with no file to copy.
 
-lm-eval looks for no entry points of others, so this adds the name when its models are imported. A
-``.pth`` file has every interpreter import this module at its start. It imports nothing, and does
-nothing more until then. See ADR 24.
+lm-eval reads no entry points of other packages, so this module adds the name when lm-eval's models
+are imported. A ``.pth`` file makes every interpreter import this module at its start. Until lm-eval
+is imported it only imports ``sys`` and installs a finder. See ADR 24.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Answers of a running server, which may go away in between and come back."""
+"""Answers from a running server, which may go away and come back during the run."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from griffin_evals.errors import OtherModel, RequestRefused, ServerGone
 from griffin_evals.settings import Settings
 
 LOOK_S = 1.0
-"""From one look whether a server is back to the next."""
+"""Seconds between two checks whether a server is back."""
 
 SAY_S = 30.0
-"""From one message about waiting to the next."""
+"""Seconds between two messages about waiting."""
 
 INFO_TIMEOUT_S = 10.0
 
 RECONNECT_OPTIONS = [
-    # gRPC would come to try every two minutes only, and fail calls in between at once.
+    # By default gRPC backs off to one try every two minutes, and fails calls in between at once.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -148,7 +148,7 @@ class RemoteBackend:
         self._run(items, ask, answered)
 
     def continuation_ids(self, context: str, continuation: str) -> list[int]:
-        """Token ids that the server makes of a continuation."""
+        """The token ids of a continuation by the server's tokenizer."""
         score = self._ask(lambda: self._client.score(context, continuation, density=1.0))
         return [token.id for token in score.tokens]
 
@@ -185,10 +185,10 @@ class RemoteBackend:
         ask: Callable[[Item], Answer],
         answered: Callable[[int, Answer], None],
     ) -> None:
-        """Asks all, several at once. After an error no more are asked, but those under way are
-        taken."""
+        """Asks all, several at once. After an error no more are asked, but the answers of calls
+        under way are kept."""
         self._failed.clear()
-        self._ask(self._look)  # it may have been started again while nothing was asked
+        self._ask(self._look)  # it may have been restarted while nothing was asked
         handing_over = threading.Lock()
         errors: list[BaseException] = []
 
@@ -196,7 +196,7 @@ class RemoteBackend:
             try:
                 with _naming(items[index]):
                     answer = ask(items[index])
-                    # It may be another server's: gRPC connects again without a word.
+                    # The answer may be another server's, since gRPC reconnects silently.
                     self._ask(self._look)
                 with handing_over:
                     answered(index, answer)
@@ -223,7 +223,7 @@ class RemoteBackend:
     # -- a server that goes away -----------------------------------------------------------------
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """What a call gives, however often it has to be made.
+        """The result of a call, which is repeated while the server is away or busy.
 
         Raises:
             GriffinClientError: a refusal that another try would not change.
@@ -276,7 +276,7 @@ class RemoteBackend:
                     self._returns += 1
 
     def _look(self) -> ModelInfo:
-        """What the server holds.
+        """The server's model.
 
         Raises:
             OtherModel: it is not what it held before.
@@ -291,7 +291,7 @@ class RemoteBackend:
         return info
 
     def _say(self, words: str) -> None:
-        """Writes a line to standard error, at most one each ``SAY_S``, and not into a bar."""
+        """Writes a line to standard error, at most one in ``SAY_S`` seconds, not into a bar."""
         if time.monotonic() - self._said >= SAY_S:
             self._said = time.monotonic()
             tqdm.write(words, file=sys.stderr)
@@ -299,7 +299,7 @@ class RemoteBackend:
 
 @contextmanager
 def _naming(item: ScoreItem | GenerateItem) -> Iterator[None]:
-    """Has a refusal name the item that it is about."""
+    """Makes refusals name the item that they are about."""
     try:
         yield
     except GriffinClientError as error:

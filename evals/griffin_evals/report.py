@@ -1,4 +1,4 @@
-"""Writes results as tables, JSON and pictures."""
+"""Writes results as tables, JSON and plots."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ SAMPLING = (
     "presence_penalty",
     "frequency_penalty",
 )
-"""Generation kwargs of a task that say how tokens are drawn."""
+"""Generation kwargs of a task that set the sampling."""
 
 PLAIN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Sent where a task says nothing, so that results do not depend on a server's defaults."""
+"""Sent where a task sets nothing, so that results do not depend on a server's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Pair:
 
     Args:
         name: what an error calls it.
-        seed: of the policies that draw; that of all continuations of the context.
+        seed: of the policies that draw; the same for all continuations of a context.
         special_tokens: whether a text gets the tokenizer's own; None for True.
     """
 
@@ -55,7 +55,7 @@ class Reader:
     Args:
         tokens: makes token ids of texts; None to leave texts as they are.
         max_length: most tokens that are run at once.
-        max_gen_toks: most tokens of a completion where the task says nothing.
+        max_gen_toks: most tokens of a completion for tasks that set no limit.
         add_bos_token: whether texts get the tokenizer's special tokens; None for its default.
     """
 
@@ -78,7 +78,7 @@ class Reader:
         return self.tokens
 
     def pair(self, request: Instance) -> Pair:
-        """Of a ``loglikelihood`` request: (context, continuation)."""
+        """The pair of a ``loglikelihood`` request: (context, continuation)."""
         context, continuation = request.args
         name, seed = name_of(request), self.settings.seed_of(context)
         bare = context.rstrip()  # white space at its end belongs to the continuation's first token
@@ -104,10 +104,10 @@ class Reader:
         return self.cut(name, before, after, seed)
 
     def windows(self, request: Instance) -> tuple[list[Pair], list[Pair]]:
-        """Of a ``loglikelihood_rolling`` request: (text,).
+        """The windows of a ``loglikelihood_rolling`` request: (text,).
 
         Returns:
-            What is scored dense whatever the density, and what is scored as the settings say.
+            The windows that are always scored dense, and those that the settings apply to.
         """
         name = name_of(request)
         tokens = self.need_tokens(name, "loglikelihood_rolling")
@@ -132,10 +132,10 @@ class Reader:
         return self._windows(name, [(prefix, prompt)]), self._windows(name, [rest, *others])
 
     def prompt(self, request: Instance, repeat: int) -> tuple[GenerateItem, list[str]]:
-        """Of a ``generate_until`` request: (context, generation kwargs).
+        """The prompt of a ``generate_until`` request: (context, generation kwargs).
 
         Args:
-            repeat: how often the same was asked before; matters where tokens are drawn.
+            repeat: how often the same request came before; gives each repeat its own seed.
 
         Returns:
             What to complete, and the strings before which its text ends.

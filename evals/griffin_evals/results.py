@@ -17,7 +17,7 @@ COMPARED = (
     ("topk_sampled", ("magnitude", "random")),
     ("sampled", ("magnitude", "random")),
 )
-"""Which policies the paper expects to be better than which."""
+"""Pairs of policies of which the paper expects the first to be better."""
 
 TASKS, KL = "mean over tasks", "KL"
 RIGHT = "bits a byte of the right choice, mean over tasks"
@@ -28,7 +28,7 @@ class Mean:
     """The mean of tasks' scores with one setting, each task with the same weight.
 
     Args:
-        score: its error is that of other documents of the same tasks.
+        score: its error says how the mean varies with other documents of the same tasks.
         difference: to dense, paired by document; None for dense itself.
     """
 

@@ -24,14 +24,14 @@ Say = Callable[[str], None]
 
 
 def run(plan: Plan, bar: Bar, say: Say) -> list[str]:
-    """Measures every cell that is not there yet. A task that a model refuses, as its texts are too
-    long for it say, is left out, and the others go on.
+    """Measures every cell that is missing. A task that a model refuses, for example because its
+    texts are too long, is left out, and the others are run.
 
     Returns:
         What was left out, and why: a sentence each.
 
     Raises:
-        EvalError: see ``errors`` and ``tasks.errors``. What is done stays.
+        EvalError: see ``errors`` and ``tasks.errors``. Finished cells are kept.
         GriffinError: a model cannot be loaded or run.
     """
     quiet()
@@ -83,13 +83,13 @@ def _runnables(plan: Plan, journal: Journal) -> list[Runnable]:
 
 
 def _settings(plan: Plan, runnable: Runnable) -> list[Setting]:
-    """Dense first. Where the classification mode means nothing, the generation mode is run."""
+    """The settings of a task, dense first. A task that has only one mode runs in generation."""
     return [DENSE_SETTING, *(plan.settings if runnable.choices_only else plan.generating)]
 
 
 @contextmanager
 def _opened(plan: Plan, source: Source, say: Say) -> Iterator[tuple[GriffinLM, Model | None]]:
-    """A model, with the model itself where it is in this process."""
+    """lm-eval's model for a source, and the loaded model if it runs in this process."""
     options: dict[str, Any] = {"concurrency": plan.concurrency, "seed": plan.seed}
     model: Model | None = None
     if source.target is not None:

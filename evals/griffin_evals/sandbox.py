@@ -22,16 +22,16 @@ from tempfile import mkdtemp
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
 GRACE_S = 10.0
-"""What the first process has beside the program's own time, to start and to clean up."""
+"""Seconds that the first process has beside the program's own time, to start and clean up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramLimits:
-    """What a program may take.
+    """The resources that a program may use.
 
     Args:
         cpu_s: seconds of one CPU.
-        wall_s: seconds by the clock, for programs that sleep.
+        wall_s: wall-clock seconds, for programs that sleep.
         memory_bytes: of address space.
         file_bytes: of the largest file that it writes.
     """
@@ -48,7 +48,7 @@ class Verdict:
 
     Args:
         passed: it ran to its end.
-        reason: in a few words, why it did not; "passed" if it did.
+        reason: in a few words, why it did not pass; "passed" if it did.
     """
 
     passed: bool
@@ -57,18 +57,18 @@ class Verdict:
 
 @contextmanager
 def _own_directory() -> Iterator[str]:
-    """An empty directory, removed with all that is in it by then."""
+    """An empty directory, removed afterwards with all that was written into it."""
     directory = mkdtemp(prefix="griffin-eval-")
     try:
         yield directory
     finally:
-        # shutil.rmtree calls itself: a program can nest directories deeper than that goes.
+        # shutil.rmtree is recursive, and a program can nest directories deeper than it can follow.
         subprocess.run(["rm", "-rf", directory], stderr=subprocess.DEVNULL, check=False)
 
 
 def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
-    """Runs Python source to its end. An exception, an exit, whatever its status, and anything above
-    the limits mean that it did not pass."""
+    """Runs Python source. It passes if it runs to its end; an exception, an exit (whatever its
+    status) or anything above the limits means that it does not."""
     limits = limits or ProgramLimits()
     token = secrets.token_hex(16)  # only a program that ran to its end makes the child say it
     task = json.dumps({"program": program, "token": token, **asdict(limits)})

@@ -1,10 +1,10 @@
 """The first process of ``sandbox``: reads a program from standard input, runs it under limits in a
-process of its own, and writes one JSON object: the token if the program ran to its end, and why not
-otherwise. Uses the standard library alone: it is started without site packages.
+process of its own, and writes one JSON object: the token if the program ran to its end, else the
+reason. It uses only the standard library, since it is started without site packages.
 
-What confines the program, each as far as the kernel has it: namespaces (no network, no sight of
-other processes), Landlock (no writing outside its directory), seccomp (no process of its own, no
-signals to others, no sockets, no other modes of files) and resource limits.
+The program is confined, as far as the kernel supports each, by namespaces (no network, other
+processes invisible), Landlock (no writing outside its directory), seccomp (no new processes, no
+signals to others, no sockets, no changes of file modes) and resource limits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def leave_network() -> None:
-    """Leaves the network and the sight of other processes, if the kernel lets it.
+    """Cuts this process off from the network and from seeing others, if the kernel allows it.
 
     The next process that is started is the first of a new process namespace: when it ends, the
     kernel ends all others in there.
@@ -52,7 +52,7 @@ REMOVE_AND_MAKE = sum(1 << bit for bit in range(4, 13))
 
 
 def keep_writes_here() -> None:
-    """No file outside the working directory is written, made or removed from here on."""
+    """Forbids writing, creating or removing files outside the working directory from here on."""
     version = libc.syscall(CREATE_RULESET, None, 0, VERSION)
     if version < 1:
         return
@@ -80,17 +80,17 @@ ALLOW, REFUSE = 0x7FFF0000, 0x00050000
 
 
 def refuse_calls() -> None:
-    """Threads may be started from here on, processes may not, none be sent a signal, no socket be
-    opened, and no file's mode, owner or time be changed."""
+    """Forbids, from here on, new processes (threads are allowed), signals to others, sockets, and
+    changes of a file's mode, owner or times."""
     if platform.machine() not in CALLS:
-        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # which root does not heed
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # which does not limit root
         return
     machine, clone, refused = CALLS[platform.machine()]
     refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
     steps = [(LOAD, 0, 0, 4), (IF_EQUAL, 1, 0, machine), refuse, (LOAD, 0, 0, 0)]
     for call in (*refused, PIDFD_SEND_SIGNAL, FCHMODAT2):
         steps += [(IF_EQUAL, 0, 1, call), refuse]
-    # The C library goes on with clone, whose flags a filter can read.
+    # The C library then falls back to clone, whose flags a filter can read.
     steps += [(IF_EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
     steps += [(IF_EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (IF_SET, 1, 0, CLONE_THREAD), refuse]
     steps += [(RETURN, 0, 0, ALLOW)]
@@ -109,7 +109,7 @@ def end_with_reader(pipe: int) -> None:
 
 
 def run(task: dict[str, Any], told: int) -> None:
-    """Runs the program in this process, and tells the token when it has run to its end."""
+    """Runs the program in this process, and writes the token once it has run to its end."""
     end_with_reader(told)
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -135,7 +135,7 @@ def run(task: dict[str, Any], told: int) -> None:
 
 
 def end_descendants() -> None:
-    """Ends what is left of the program. Whatever has lost its parent is by then a child of this."""
+    """Ends all processes that the program left. Orphans are children of this process by then."""
     while True:
         with suppress(ProcessLookupError):
             for child in children():
@@ -152,11 +152,12 @@ def children() -> list[int]:
 
 
 MOST_TOLD = 4096
-"""Bytes that are kept of what a program tells."""
+"""Bytes that are kept of the report of a program's process."""
 
 
 def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
-    """What the program has told by its end or by that time; its wait status, None if it runs on."""
+    """The report of the program's process by its end or by ``wall_s``; its wait status, None if it
+    still runs."""
     until = time.monotonic() + wall_s
     told = b""
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""What an evaluation is run with: how the model is pruned and how continuations are scored."""
+"""Settings of an evaluation: how the model is pruned and how continuations are scored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.density, int | float):
             raise InvalidSetting("density", self.density, "a number in (0, 1]")
-        # The core takes its default for None: an answer would then depend on whom it comes from.
+        # None would take the default of core or server, so answers would depend on the backend.
         if self.policy is None:
             raise InvalidSetting("policy", None, ", ".join(POLICIES))
         if self.sharing is None:
@@ -59,19 +59,19 @@ class Settings:
 
     @property
     def asked_mode(self) -> ScoreMode:
-        """The mode to ask a backend for: at density 1 both give the same, and "generation" also
-        takes contexts of one token, such as those of rolling windows."""
+        """The mode to request. At density 1 both modes give the same, so it is "generation", which
+        also takes contexts of one token, such as those of rolling windows."""
         return "generation" if self.density == 1 else self.score_mode
 
     def seed_of(self, *request: Any) -> int:
-        """The seed of one request: of what it asks, not of its place among others, so that a run
-        that resumes draws what it would have drawn."""
+        """The seed of one request. It depends on the content of the request and not on its
+        position, so that a resumed run draws what it would have drawn."""
         return int.from_bytes(_digest([self.seed, *request])[:8], "little")
 
     def key_of(self, fingerprint: str, kind: str, *request: Any) -> str:
         """Names the answer to a request in a journal.
 
-        At density 1 neither policy, sharing nor mode make a difference: one answer serves all.
+        At density 1 policy, sharing and mode make no difference, so one answer serves all.
 
         Args:
             fingerprint: of the model.

@@ -1,10 +1,10 @@
-"""What it costs in quality that a shared group keeps its set for a while.
+"""Measures the cost in quality of keeping the expert set of a shared group for several steps.
 
 Sessions of different texts join a group one after the other and leave it when their text ends, so
-that up to 16 run at once. Each step is run densely, on the set that would be chosen again at every
-change, and on sets that stay still: chosen at most every 16 steps, and kept in layers where a new
-choice would change no more than a share of the neurons. Texts are teacher-forced. Prints the mean
-KL divergence from the dense model for each, and one line of JSON.
+that up to 16 run at once. Each step is run dense, on a set that is chosen again at every
+change of the group, and on sets that are kept: chosen at most every 16 steps, and left unchanged in
+layers where a new choice would change no more than a share of the neurons. Texts are
+teacher-forced. Prints the mean KL divergence from the dense model for each, and one line of JSON.
 
     python -m griffin_evals.shared_sets --text FILE [FILE ...]
 """
@@ -40,7 +40,7 @@ class Group:
     """A shared group under one rule.
 
     Args:
-        held: steps that a set is kept at least.
+        held: least number of steps for which a set is kept.
         share: of a layer's neurons, that a new choice must change for the layer to follow it.
     """
 
@@ -56,7 +56,7 @@ class Group:
     tokens: int = 0
 
     def advance(self, model: Model, members: Sequence[Session], step: int) -> None:
-        """Chooses before a step, if it is due."""
+        """Chooses the set again before a step, if that is due."""
         if not self.stale or step - self.chosen < self.held:
             return
         new = select_group(model.decoder, members)

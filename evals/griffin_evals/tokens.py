@@ -47,7 +47,7 @@ class HfTokens:
 
     @property
     def eos_text(self) -> str:
-        """What ends a completion besides the strings of a task."""
+        """The text of the EOS token, which ends a completion besides the strings of a task."""
         text: str = self.tokenizer.decode(self.tokenizer.eos_token_id, skip_special_tokens=False)
         return text
 
@@ -55,8 +55,8 @@ class HfTokens:
         """Token ids of a context, or of a context and its continuation.
 
         Args:
-            add_special_tokens: None for ``add_bos_token``, and for none if the text begins with
-                such a token as it is.
+            add_special_tokens: None for ``add_bos_token``; no special tokens are added if the text
+                already begins with one.
         """
         return self._encode(text, add_special_tokens, self._prefix_text)
 

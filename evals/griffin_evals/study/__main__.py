@@ -2,8 +2,8 @@
 
     python -m griffin_evals.study [--texts N] [--only PART ...] [--model NAME ...] [--data DIR]
 
-Each part's figures are kept in the folder --out, so that a study that was stopped goes on where it
-was. The page is written once all parts of all models are there.
+Each part's figures are kept in the folder --out, so that an interrupted study is
+resumed. The page is written once all parts of all models are there.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run(
     docs: Path,
     progress: Progress,
 ) -> None:
-    """Measures the parts that are missing, then writes the page if none is.
+    """Measures the parts that are missing, then writes the page once none is.
 
     Args:
         parts: of ``PARTS``.
@@ -154,7 +154,7 @@ def _described(named: Named, lab: Lab) -> Figures:
 
 
 def _print(line: str) -> None:
-    """Progress: over the line before on a terminal, else a line each."""
+    """Shows progress: overwrites the line before on a terminal, else prints a line each time."""
     if sys.stdout.isatty() and ": text" in line:
         print(f"\r\033[K{line}", end="", flush=True)
     elif ": text" not in line:

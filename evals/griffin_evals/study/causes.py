@@ -1,4 +1,4 @@
-"""What makes flocking: prompts whose order, words or positions are changed."""
+"""What causes flocking: prompts whose order, tokens or positions are changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def _partner(texts: Sequence[Text], number: int) -> Text:
-    """A text of another domain, another one for each text; with one domain, another text."""
+    """A text of another domain, a different one for each text; with one domain, another text."""
     others = [text for text in texts if text.domain != texts[number].domain] or list(texts)
     return others[(number * 7 + 1) % len(others)]
 
@@ -54,7 +54,7 @@ def _partner(texts: Sequence[Text], number: int) -> Text:
 def _prompt(
     lab: Lab, kind: str, text: Text, partner: Text, seed: int
 ) -> tuple[Sequence[int], list[int]]:
-    """What stands before the prompt, and its tokens."""
+    """The token ids before the prompt, and those of the prompt."""
     natural = list(lab.prompt(text))
     bos = list(leading_ids(lab.model.tokenizer))
     body = natural[len(bos) :]

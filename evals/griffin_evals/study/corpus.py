@@ -8,10 +8,10 @@ from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "texts"
 ROOT = Path(__file__).parents[3]
-"""Of the repository, whose documents serve as long texts where the package runs from one."""
+"""The repository, whose documents serve as long texts if the package runs from a checkout."""
 
 WRITTEN = "STUDY.md"
-"""What the study writes itself is no text of it."""
+"""The page that the study writes is not one of its texts."""
 
 Corpus = dict[str, dict[str, str]]
 """Domain -> name of a text -> the text."""
@@ -29,7 +29,7 @@ def load_corpus(data: Path | None = None) -> Corpus:
             ``DOMAIN.jsonl``; every line of those is an object with the string "text".
 
     Raises:
-        BadText: naming the folder, the file or the line.
+        BadText: names the folder, the file or the line.
     """
     corpus = _domains(SHIPPED)
     if data is None:
@@ -43,8 +43,8 @@ def load_corpus(data: Path | None = None) -> Corpus:
 
 
 def load_long(corpus: Corpus) -> dict[str, str]:
-    """Long texts by name: documents of the repository, where there is one, and the texts of each
-    domain one after the other."""
+    """Long texts by name: documents of the repository, if there is one, and all texts of
+    each domain joined."""
     paths = [ROOT / "LICENSE", ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
     documents = {
         path.name: path.read_text(encoding="utf-8")

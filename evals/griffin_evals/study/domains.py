@@ -15,8 +15,8 @@ from griffin_evals.study.reading import choose, read
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """The Jaccard similarity of the experts of pairs of texts, by domain and by layer. Errors are
-    of a bootstrap over texts, since the pairs of a text are not independent."""
+    """The Jaccard similarity of the experts of pairs of texts, by domain and by layer. Errors come
+    from a bootstrap over texts, since pairs that share a text are not independent."""
     decoder = lab.model.decoder
     sets = []
     for text in lab.each_text("domains", lab.domain_texts):

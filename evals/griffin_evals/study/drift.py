@@ -1,4 +1,4 @@
-"""How a prompt's experts age: windows of text further and further behind it."""
+"""How well a prompt's experts fit later text: windows at growing distances after it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ AT_ONCE = 32
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """The share of a prompt's experts among those of each window after it, in long texts and in
-    texts that the model generates; in long texts also the KL to dense on the prompt's experts, each
-    with the keys and values that it made itself."""
+    """The share of each later window's experts that are the prompt's, in long texts and in texts
+    that the model generates. In long texts also the KL to dense on the prompt's experts, where
+    each of the two models computes its own keys and values."""
     figures: dict[str, Any] = {"generated": _generated(lab)}
     if lab.long_texts:
         figures["long"] = _long(lab)
@@ -68,8 +68,8 @@ def _windows(lab: Lab, text: Text) -> tuple[list[float], list[float]]:
 
 
 def judged(windows: int) -> list[int]:
-    """The windows whose KL is measured: the first, then each at twice the distance, and the last.
-    The head of a large vocabulary takes longer than the layers."""
+    """The windows whose KL is measured: the first, then each at twice the distance, and the last,
+    since the head of a large vocabulary takes longer than the layers."""
     return sorted({0, windows - 1, *(2**i for i in range(windows.bit_length()) if 2**i < windows)})
 
 
@@ -108,5 +108,5 @@ def _generated(lab: Lab) -> dict[str, Any]:
 
 
 def _last_less_first(rows: list[list[float]]) -> dict[str, Any]:
-    """The last window less the first."""
+    """The last window minus the first."""
     return paired([row[-1] for row in rows], [row[0] for row in rows]).to_json()

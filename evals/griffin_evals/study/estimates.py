@@ -15,7 +15,7 @@ ERRORS = 2.0
 """A difference is claimed only if it exceeds this many standard errors."""
 
 RESAMPLES = 400
-"""Of a bootstrap: its standard error is then known to within some 4 %."""
+"""Resamples of a bootstrap, which give its standard error to within about 4 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Estimate:
 
     @property
     def differs(self) -> bool:
-        """Whether the mean is further from zero than chance explains (``ERRORS``)."""
+        """Whether the mean is more than ``ERRORS`` standard errors from zero."""
         return self.se is not None and abs(self.mean) > ERRORS * self.se
 
     def upper(self) -> float:
@@ -61,7 +61,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """The mean of one value per text.
 
     Raises:
-        ValueError: no value.
+        ValueError: there is no value.
     """
     if not values:
         raise ValueError("an estimate needs at least one value")
@@ -81,7 +81,7 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Estimate:
 
 
 def unpaired(one: Estimate, other: Estimate) -> Estimate:
-    """one - other, of independent groups of texts."""
+    """one - other, for estimates from independent groups of texts."""
     known = one.se is not None and other.se is not None
     se = float(np.hypot(one.se or 0.0, other.se or 0.0)) if known else None
     return Estimate(mean=one.mean - other.mean, se=se, n=min(one.n, other.n))

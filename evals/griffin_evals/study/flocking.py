@@ -1,4 +1,4 @@
-"""Flocking by layer: do a prompt's tokens fire the same neurons?"""
+"""Flocking by layer: how far a prompt's tokens activate the same neurons."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MEASURES = ("agreement", "norm_mass", "steady")
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Agreement, norm mass and steady share of every layer, beside activations that are dealt out
-    anew among the neurons of each token (``null``)."""
+    """Agreement, norm mass and steady share of every layer, and the same of activations that are
+    shuffled among the neurons for each token (``null``)."""
     found: dict[str, dict[str, list[list[float]]]] = {
         kind: {name: [] for name in MEASURES} for kind in ("texts", "null")
     }
@@ -60,7 +60,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def _thirds(rows: list[list[float]]) -> dict[str, Any]:
-    """The agreement of the last third of the layers less that of the first."""
+    """The agreement of the last third of the layers minus that of the first."""
     third = max(1, len(rows[0]) // 3)
     late, early = [_mean(row[-third:]) for row in rows], [_mean(row[:third]) for row in rows]
     return paired(late, early).to_json()

@@ -33,13 +33,13 @@ class Lab:
 
     Args:
         model: in float32.
-        texts: as many of each domain, each of ``sizes.text_tokens`` tokens.
-        domain_texts: these, and what a model of a large vocabulary is spared elsewhere: the domains
-            part takes little time and needs several texts of each.
+        texts: the same number from each domain, each of ``sizes.text_tokens`` tokens.
+        domain_texts: ``texts``, and for a model of a large vocabulary those that other parts leave
+            out: the domains part takes little time and needs several texts of each.
         long_texts: each of ``long_tokens`` + ``sizes.follow_tokens`` + 1 tokens.
         long_tokens: of the longest prefix, as ``sizes`` say or as the model's context allows.
-        timed: gives the model in the dtype that is served, for the timing.
-        progress: is told in a line what goes on.
+        timed: returns the model in the dtype that a server uses, for the timing.
+        progress: is called with lines that report progress.
     """
 
     model: Model
@@ -53,7 +53,7 @@ class Lab:
 
     @property
     def selection(self) -> Selection:
-        """The paper's: topk at half of the neurons."""
+        """The paper's selection: topk at half of the neurons."""
         return Selection(density=DENSITY)
 
     @property
@@ -62,7 +62,7 @@ class Lab:
         return self.selection.experts_of(self.model.decoder.spec.ff_width)
 
     def prompt(self, text: Text) -> tuple[int, ...]:
-        """The tokens that choose."""
+        """The tokens that choose the experts."""
         return text.token_ids[: self.sizes.prompt_tokens]
 
     def continuation(self, text: Text) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class Lab:
         return text.token_ids[self.sizes.prompt_tokens : -1]
 
     def each_text(self, part: str, texts: Sequence[Text] | None = None) -> Iterator[Text]:
-        """The texts, all or those given, telling which is under way."""
+        """The texts, all or those given; reports progress before each."""
         listed = self.texts if texts is None else texts
         for number, text in enumerate(listed, start=1):
             self.progress(f"{part}: text {number} of {len(listed)}")
@@ -78,7 +78,7 @@ class Lab:
 
 
 def leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What the tokenizer puts before every text."""
+    """The token ids that the tokenizer puts before every text."""
     return tuple(tokenizer.encode(""))
 
 
@@ -86,7 +86,7 @@ def cut_texts(corpus: Corpus, tokenizer: Tokenizer, sizes: Sizes) -> list[Text]:
     """The first ``sizes.texts`` texts of each domain that are long enough, cut to equal length.
 
     Raises:
-        BadText: a domain has too few.
+        BadText: a domain has too few long enough texts.
     """
     chosen: list[Text] = []
     for domain, texts in corpus.items():

@@ -1,4 +1,4 @@
-"""What a study ran on, for its page."""
+"""The machine that a study ran on, for its page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The model's name where Linux says it."""
+    """The processor's name, if Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

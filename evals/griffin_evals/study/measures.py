@@ -1,4 +1,4 @@
-"""What is measured of activations, expert sets and log-probabilities. Pure functions on tensors."""
+"""Measures of activations, expert sets and log-probabilities, as pure functions on tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ STEADY = 0.75
 
 
 def strongest(values: Tensor, k: int) -> Tensor:
-    """Each token's k strongest neurons: relative activations [T, F] -> bool [T, F]. Neurons that do
-    not fire are never among them, and equals of the last are all among them."""
+    """Each token's k strongest neurons: relative activations [T, F] -> bool [T, F]. Neurons with
+    activation 0 are never among them; all neurons equal to the k-th are."""
     # numpy selects in linear time; topk sorts, which took longer than reading the prompt.
     weakest = values.shape[1] - k
     least = np.partition(values.numpy(), weakest, axis=1)[:, weakest : weakest + 1]
@@ -22,8 +22,8 @@ def strongest(values: Tensor, k: int) -> Tensor:
 
 
 def permuted(values: Tensor, seed: int) -> Tensor:
-    """The null without flocking: each token's activations [T, F] dealt out anew to the neurons,
-    independently of the other tokens."""
+    """The null hypothesis without flocking: each token's activations [T, F] shuffled among the
+    neurons, independently of the other tokens."""
     return torch.from_numpy(np.random.default_rng(seed).permuted(values.numpy(), axis=1))
 
 
@@ -56,7 +56,7 @@ def members(experts: Tensor, ff_width: int) -> Tensor:
 
 
 def overlap(one: Tensor, other: Tensor) -> float:
-    """Share of the experts of one set that the other holds too, mean of layers.
+    """Share of the experts of one set that the other holds too, mean over layers.
 
     Args:
         one, other: bool [L, F] with equally many members in each layer.
@@ -70,19 +70,19 @@ def jaccard(one: Tensor, other: Tensor) -> Tensor:
 
 
 def jaccard_of_random_sets(k: int, ff_width: int) -> float:
-    """Two random sets of k out of F neurons share k²/F of them on average: k / (2F - k)."""
+    """k / (2F - k), since two random sets of k out of F neurons share k²/F on average."""
     return k / (2 * ff_width - k)
 
 
 def divergence(dense: Tensor, slim: Tensor) -> Tensor:
     """KL(dense || slim) of log-probabilities [T, V], in nats: [T]."""
-    # Row by row, so that what is made on the way stays in the CPU's cache.
+    # Row by row, so that intermediate values stay in the CPU's cache.
     rows = zip(dense, slim, strict=True)
     return torch.stack([torch.dot(one.exp(), one - other) for one, other in rows])
 
 
 def same_first_choice(dense: Tensor, slim: Tensor) -> Tensor:
-    """Whether both prefer the same token, for log-probabilities [T, V]: float [T]."""
+    """1 where both have the same most likely token, for log-probabilities [T, V]: float [T]."""
     return (dense.argmax(dim=1) == slim.argmax(dim=1)).float()
 
 

@@ -1,4 +1,4 @@
-"""The models that the study measures by itself."""
+"""The models that the study measures by default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Named:
 
     Args:
         source: as ``load_model`` takes it.
-        label: what tables and pictures call it.
+        label: its name in tables and plots.
     """
 
     source: str

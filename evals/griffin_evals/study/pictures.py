@@ -1,4 +1,4 @@
-"""The pictures of docs/STUDY.md, from its figures."""
+"""The plots of docs/STUDY.md, from its figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BAND = "bands and bars: ± 2 standard errors"
 
 
 def draw(figures: Figures, folder: Path) -> list[Path]:
-    """Draws all pictures into a folder, over those of an earlier time.
+    """Draws all plots into a folder, and overwrites earlier ones.
 
     Raises:
         OSError: the folder cannot be written.
@@ -65,7 +65,7 @@ def _panels(titles: Sequence[str], height: float = HEIGHT) -> tuple[Figure, list
 def _line(
     axes: Axes, x: Sequence[float], values: Figures, label: str, colour: str, style: str = "-"
 ) -> None:
-    """A curve with its band."""
+    """A curve with its error band."""
     mean = np.array(values["mean"], dtype=float)
     error = 2 * np.array([0.0 if se is None else se for se in values["se"]])
     axes.plot(x, mean, style, color=colour, marker="o", markersize=3, label=label)
@@ -108,7 +108,7 @@ def _causes(models: Sequence[Figures]) -> Figure:
 
 
 def _marks(axes: Axes, x: Any, values: Sequence[Figures], label: str, number: int) -> None:
-    """A mark with its error for each kind."""
+    """A marker with its error bar for each kind."""
     error = [2 * (value["se"] or 0.0) for value in values]
     mean = [value["mean"] for value in values]
     axes.errorbar(x, mean, yerr=error, fmt="o", color=f"C{number}", label=label, capsize=3)

@@ -1,4 +1,4 @@
-"""How well experts that the first n tokens choose serve what follows."""
+"""How well experts chosen from the first n tokens fit the text that follows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from griffin_evals.study.reading import choose, forced, logprobs_of, on_experts,
 
 def measure(lab: Lab) -> dict[str, Any]:
     """For short and long texts: KL to dense of the continuation, and the share of the
-    continuation's own experts that the first n tokens found."""
+    continuation's own experts that the first n tokens choose."""
     figures = {"short": _of_texts(lab, lab.texts, lab.sizes.prompt_tokens, "prefix")}
     if lab.long_texts:
         figures["long"] = _of_texts(lab, lab.long_texts, lab.long_tokens, "prefix, long")
@@ -53,8 +53,8 @@ def _of_texts(lab: Lab, texts: Sequence[Text], prompt_tokens: int, name: str) ->
 
 
 def _of_text(lab: Lab, text: Text, lengths: Sequence[int]) -> list[tuple[float, float]]:
-    """Overlap and KL for each length. The whole prompt is read dense in each case, so its keys and
-    values are the same, and only the choice of experts differs."""
+    """Overlap and KL for each length. The whole prompt runs dense each time, so its keys and values
+    are the same, and only the choice of experts differs."""
     decoder = lab.model.decoder
     prompt, rest = text.token_ids[: lengths[-1]], text.token_ids[lengths[-1] : -1]
     cache = decoder.new_cache(len(text.token_ids))

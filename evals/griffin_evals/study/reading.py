@@ -1,4 +1,4 @@
-"""Running a model for the study: read dense with the statistic, run on experts, generate."""
+"""Runs a model for the study: reads dense with the statistic, runs on experts, generates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Span:
 def read(
     decoder: Decoder, token_ids: Sequence[int], cache: KvCache, *, watch: bool = False
 ) -> Span:
-    """Reads tokens dense after those in the cache, and moves the cache on.
+    """Reads tokens dense after those in the cache, and appends them to it.
 
     Args:
         watch: keep the relative activations of all layers.
@@ -63,13 +63,13 @@ def logprobs_of(decoder: Decoder, hidden: Tensor) -> Tensor:
 
 
 def choose(decoder: Decoder, s2: Tensor, selection: Selection) -> Tensor:
-    """The experts [L, K] int32 that a statistic [L, F] gives."""
+    """The experts [L, K] int32 that a selection chooses from a statistic [L, F]."""
     return select_experts(s2, selection, magnitude=decoder.magnitudes)
 
 
 def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[SlimFF]:
     """The FF block of each layer on experts [L, K]. Activations outside are zeroed, which gives
-    what copies of the experts give without the time to make them."""
+    the results of packed copies without the time to make them."""
     return ZeroedLayers(decoder, ExpertSet(ff_width=decoder.spec.ff_width, indices=experts))
 
 
@@ -89,7 +89,7 @@ def forced(
 def advance(
     decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[SlimFF]
 ) -> Tensor:
-    """Runs tokens on a view and moves the cache on, without the head: hidden [T, D]."""
+    """Runs tokens on a view without the head, and appends them to the cache: hidden [T, D]."""
     ids = torch.tensor(list(token_ids), device=decoder.device)
     hidden, batch = decoder.begin(ids, [(cache, len(token_ids))])
     for layer in range(len(decoder.layers)):
@@ -110,8 +110,8 @@ def generate(
     completion are never drawn.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        seeds: of each prompt's draws.
+        temperature: 0 takes the most likely token.
+        seeds: one for each prompt's draws.
     """
     decoder = model.decoder
     dense = [layer.ff for layer in decoder.layers]
@@ -138,10 +138,10 @@ def generate(
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """A token of logits [V]; the likeliest at temperature 0."""
+    """A token drawn from logits [V]; the most likely one at temperature 0."""
     if temperature == 0:
         return int(logits.argmax())
-    # By the cumulated weights: multinomial takes ten times as long over a large vocabulary.
+    # By cumulative weights, since multinomial takes ten times as long for a large vocabulary.
     cumulated = (logits / temperature).softmax(dim=0).double().cumsum(dim=0)
     drawn = torch.rand(1, generator=generator, dtype=torch.float64) * cumulated[-1]
     return int(torch.searchsorted(cumulated, drawn, right=True).clamp_(max=len(cumulated) - 1))

@@ -1,15 +1,15 @@
-"""How much a study measures: one number, the texts of a domain, and constants beside it."""
+"""How much a study measures: the number of texts of a domain, and constants."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 DENSITY = 0.5
-"""Where a part needs one density, it is the paper's."""
+"""The paper's density, for parts that measure a single one."""
 
 
 LARGE_VOCABULARY = 100_000
-"""Above it a model's head takes longer than its layers."""
+"""Vocabulary size above which a model's head takes longer than its layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class Sizes:
 
     Args:
         texts: of each domain.
-        prompt_tokens: of a text, that choose the experts.
-        continuation_tokens: after the prompt, that are teacher-forced.
+        prompt_tokens: tokens of a text that choose the experts.
+        continuation_tokens: tokens after the prompt that are teacher-forced.
         long_texts: most long texts.
         long_tokens: of the longest prefix of a long text.
         follow_tokens: after that prefix, and the window of the drift part.
@@ -28,7 +28,7 @@ class Sizes:
         speed_steps: decode steps of each repetition.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number is below 1.
     """
 
     texts: int = 4
@@ -47,8 +47,8 @@ class Sizes:
                 raise ValueError(f"{name}: got {value}; allowed: 1 or more")
 
     def for_vocabulary(self, vocabulary: int) -> Sizes:
-        """Half of the texts for a model of a large vocabulary, so that it takes as long as others
-        of its size."""
+        """Half of the texts for a model of a large vocabulary, so that it takes about as long as
+        others of its size."""
         if vocabulary <= LARGE_VOCABULARY:
             return self
         texts, long_texts = ((number + 1) // 2 for number in (self.texts, self.long_texts))
@@ -56,5 +56,5 @@ class Sizes:
 
     @property
     def text_tokens(self) -> int:
-        """Tokens that a text must have: one more, which the last row predicts."""
+        """Tokens that a text must have: prompt, continuation and one that the last row predicts."""
         return self.prompt_tokens + self.continuation_tokens + 1

@@ -1,4 +1,4 @@
-"""What a decode step takes by density: one session, on copies of its experts."""
+"""Times decode steps by density: one session, on packed copies of its experts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from griffin_evals.study.reading import choose, read
 def time_steps(
     model: Model, prompt: Sequence[int], densities: Sequence[float], rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Tokens a second of decode steps after a prompt, dense and by density, all in every round, so
-    that another load of the machine meets all alike. The error is over rounds.
+    """Tokens per second of decode steps after a prompt, dense and by density. Every round times
+    all of them, so that other load on the machine affects all alike. The error is over rounds.
 
     Args:
-        densities: beside 1.0.
-        steps: of each round; its median counts.
+        densities: those to time beside 1.0.
+        steps: decode steps of each round, of which the median counts.
     """
     decoder = model.decoder
     cache = decoder.new_cache(len(prompt) + steps)
@@ -62,7 +62,7 @@ def time_steps(
 def _median_step(
     model: Model, cache: KvCache, view: Sequence[SlimFF], prompt: Sequence[int], steps: int
 ) -> float:
-    """Seconds of a step, its token's choice included."""
+    """Median seconds of a step, including the choice of its token."""
     took = []
     token = prompt[-1]
     for _ in range(steps):

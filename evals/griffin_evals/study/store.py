@@ -1,4 +1,4 @@
-"""Figures on disk: a part that is done is not measured again."""
+"""Figures on disk, so that a finished part is not measured again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Store:
         return figures
 
     def save(self, part: str, figures: Figures) -> None:
-        """Keeps a part's figures; whole or not at all."""
+        """Writes a part's figures, whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
         target = self._folder / f"{part}.json"
         partial = target.with_suffix(".partial")
@@ -47,7 +47,7 @@ class Store:
 
 
 def settings_of(lab: Lab) -> Figures:
-    """What the figures of a lab depend on, but for the code that makes them."""
+    """What the figures of a lab depend on, except the code that makes them."""
     every = (*lab.domain_texts, *lab.long_texts)
     texts = [(text.domain, text.name, text.token_ids) for text in every]
     return {
@@ -58,10 +58,10 @@ def settings_of(lab: Lab) -> Figures:
 
 
 def write_json(path: Path, figures: Figures) -> None:
-    """Writes figures one key a line, lists of numbers on one, so that changes can be read.
+    """Writes figures with one key or list of numbers on each line, for readable diffs.
 
     Raises:
-        ValueError: a number that JSON does not have.
+        ValueError: a number is NaN or infinite.
     """
     path.write_text(_lines(figures, 0) + "\n", encoding="utf-8")
 

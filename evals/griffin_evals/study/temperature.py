@@ -1,4 +1,4 @@
-"""Whether completions that are drawn hotter use other neurons than the prompt's."""
+"""Whether completions at higher temperatures use other neurons than the prompt's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from griffin_evals.study.reading import choose, forced, generate, logprobs_of, o
 TEMPERATURES = (0.0, 0.7, 1.0, 1.3)
 MEASURES = ("overlap", "norm_mass", "kl", "distinct")
 TEXT = "text"
-"""The text's own continuation, of the same length."""
+"""The kind of the text's own continuation, of the same length."""
 
 
 def measure(lab: Lab) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 def _of(
     lab: Lab, prompt: Sequence[int], completions: dict[str, Sequence[int]]
 ) -> dict[str, dict[str, float]]:
-    """What is measured of each completion of one prompt."""
+    """The measures of each completion of one prompt."""
     decoder = lab.model.decoder
     width = decoder.spec.ff_width
     cache = decoder.new_cache(len(prompt) + max(len(ids) for ids in completions.values()))

@@ -1,4 +1,4 @@
-"""What density costs and gains: KL, first choices, perplexity and the time of a step."""
+"""Costs and gains by density: KL, top-1 agreement, perplexity and the time of a step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from griffin_evals.study.speed import time_steps
 
 DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 POLICY_DENSITIES = (0.7, 0.5, 0.3)
-"""At which policies other than topk are measured too."""
+"""The densities at which policies other than topk are measured too."""
 
 POINTS = {"careful": 0.10, "balanced": 0.25, "fast": 0.50}
-"""Operating points: the rise of the perplexity that they allow."""
+"""Operating points, and the rise of the perplexity that each allows."""
 
 
 def settings() -> list[tuple[str, float]]:
-    """Policy and density of everything that is measured beside dense."""
+    """Policy and density of each setting that is measured beside dense."""
     others = [p for p in POLICIES if p != "topk"]
     return [("topk", d) for d in DENSITIES] + [(p, d) for p in others for d in POLICY_DENSITIES]
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """KL to dense, share of equal first choices and rise of the negative log-likelihood of texts'
-    continuations by policy and density, and what a decode step takes by density."""
+    """KL to dense, top-1 agreement and rise of the negative log-likelihood of texts'
+    continuations by policy and density, and tokens per second by density."""
     nll: list[float] = []
     found: dict[tuple[str, float], dict[str, list[float]]] = {
         setting: {"kl": [], "top1": [], "nll": []} for setting in settings()
@@ -68,8 +68,8 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def operating_point(quality: list[dict[str, Any]], rise: float) -> float | None:
-    """The lowest density, with all measured ones above it, at which topk raises the perplexity by
-    no more than a share, two standard errors included; None if none does.
+    """The lowest density at which, and at all measured ones above it, topk raises the perplexity
+    by no more than a share, with two standard errors added; None if there is none.
 
     Args:
         quality: as ``measure`` gives it.

@@ -59,7 +59,7 @@ class Task:
 
     @property
     def choices_only(self) -> bool:
-        """Whether the classification mode means something for it."""
+        """Whether it can run in classification mode."""
         return self.kind == "choices"
 
 
@@ -181,7 +181,7 @@ TASKS: tuple[Task, ...] = (
 
 
 def squeezed(name: str) -> str:
-    """A name as names are compared: without case and signs."""
+    """A name in the form in which names are compared: lower case, without punctuation."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
@@ -195,7 +195,7 @@ def task_named(name: str) -> Task | None:
 
 
 def local_task(name: str) -> Task:
-    """As ``task_named``.
+    """As ``task_named``, but raises.
 
     Raises:
         EvaluationError: there is none.
@@ -219,5 +219,5 @@ def hub_name(name: str) -> str:
 
 
 def give_data(task: Task | None) -> str:
-    """What helps where the hub does not."""
+    """Advice for an error of the hub: to give a local file."""
     return f"; give --data DIR with a file {task.name}*{task.suffix}" if task else ""

@@ -1,6 +1,6 @@
-"""The columns of data files: one class a layout, which checks a line and makes a document of it.
+"""The columns of data files: a class for each layout checks a line and makes a document of it.
 
-A document is what a task is run on, whatever the layout of its file:
+A task runs on documents, which do not depend on the layout of the file:
 
 =============  ====================================================================
 kind           fields
@@ -37,7 +37,7 @@ def _not_blank(text: str) -> str:
 
 
 def _whole_number(value: object) -> object:
-    """Hubs give some labels as digits."""
+    """A label as an integer: some data sets have strings of digits."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+", value) else value
 
 
@@ -99,7 +99,7 @@ class Choices(Row):
 
 
 class QuestionChoices(Choices):
-    """As ``Choices``; the answer is asked for."""
+    """As ``Choices``, with ``Answer:`` after the query."""
 
     ending: ClassVar[str] = "\nAnswer:"
 
@@ -119,7 +119,7 @@ class Piqa(Row):
 
 
 class HellaSwag(Row):
-    """As lm-eval writes it: the activity, then the context, without the marks of WikiHow."""
+    """The prompt as lm-eval makes it: the activity, then the context, without WikiHow's markup."""
 
     ctx: Text
     endings: Texts
@@ -223,7 +223,7 @@ class SummaryPrompt(Row):
 
 
 def _summaries(articles: Sequence[str], summaries: Sequence[str], length: str) -> str:
-    """Articles, each with its summary but for the last."""
+    """Articles with their summaries; the last article has none yet."""
     asked = f"\n\nSummarize the above article in {length}.\n"
     parts = [f"###\nArticle: {article}{asked}" for article in articles]
     solved = [f"{part}{text}\n\n" for part, text in zip(parts, summaries, strict=False)]
@@ -347,7 +347,7 @@ class _QasperQuestions(BaseModel):
 
 
 class QasperPaper(Row):
-    """A paper with all its questions; those that nobody could answer are left out."""
+    """A paper with all its questions; unanswerable ones are left out."""
 
     title: Text
     abstract: Text
@@ -378,7 +378,7 @@ class Lambada(Row):
 
 
 ANSWER = re.compile(r"####\s*(-?[0-9][0-9,.]*)")
-"""How a solution of GSM8K ends."""
+"""The final answer at the end of a GSM8K solution."""
 
 
 def number(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Local files: which one is which task's, and their lines, all checked before anything is run."""
+"""Local files: finds the file of each task, and checks all lines before anything is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_SHOWN = 80
 
 @dataclass(frozen=True, kw_only=True)
 class LocalData:
-    """A file that is read and understood.
+    """A file that has been read and checked.
 
     Args:
         documents: at least one; see ``columns``.
@@ -45,7 +45,7 @@ def files_of(task: Task, directory: Path) -> list[Path]:
 
 
 def file_of(task: Task, directory: Path) -> Path:
-    """The only one of ``files_of``.
+    """The only file of ``files_of``.
 
     Raises:
         BadDataFile: there is none, or several.
@@ -60,10 +60,10 @@ def file_of(task: Task, directory: Path) -> Path:
 
 
 def read(task: Task, path: Path) -> LocalData:
-    """A task's file.
+    """Reads and checks a task's file.
 
     Raises:
-        BadDataFile: naming file, line and column, what was found and what is allowed.
+        BadDataFile: names file, line and column, what was found and what is allowed.
     """
     try:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -100,7 +100,9 @@ def _rows(task: Task, path: Path, data: bytes) -> list[Row]:
         where = f"{path.name}, line {line_number}"
         try:
             value = json.loads(_decoded(line, where))
-            json.dumps(value, ensure_ascii=False).encode()  # no half of a pair, such as \ud800
+            json.dumps(
+                value, ensure_ascii=False
+            ).encode()  # refuses lone surrogates, such as \ud800
         except (ValueError, RecursionError) as error:  # also for numbers of too many digits
             raise BadDataFile(
                 f"{where}: found {_shown(line.decode())}; allowed: one JSON object a line ({error})"

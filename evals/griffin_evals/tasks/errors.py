@@ -1,4 +1,4 @@
-"""What tasks raise on purpose; each message is one sentence for the person at the terminal."""
+"""Errors of tasks and their data; each message is one sentence for the user."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ class EvaluationError(EvalError):
 
 
 class BadDataFile(EvaluationError):
-    """A data file is missing, ambiguous or has a wrong line: it names file, line and column."""
+    """A data file is missing, ambiguous or has an invalid line: names file, line and column."""

@@ -25,10 +25,10 @@ from griffin_evals.tasks.errors import EvaluationError
 OUR_SPLIT = "test"
 
 FEWSHOT_SEED = 1234
-"""lm-eval's default, which draws the examples of its own tasks."""
+"""lm-eval's default seed, which chooses the few-shot examples of its own tasks."""
 
 PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
-"""Of lm-eval and of ours."""
+"""Measures of lm-eval's tasks and of ours that are perplexities."""
 
 Values = Callable[[Mapping[str, Any], Sequence[Any]], Mapping[str, float]]
 
@@ -38,11 +38,11 @@ class Runnable:
     """A task that lm-eval can run.
 
     Args:
-        name: in cells and tables.
+        name: as in cells and tables.
         content: digest of everything that its figures depend on, the model aside.
         task: lm-eval's object.
-        metrics: what is taken from its results; empty for all that are there.
-        choices_only: whether the classification mode means something for it.
+        metrics: the measures taken from its results; empty for all of them.
+        choices_only: whether it can run in classification mode.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Runnable:
             elif items and all(isinstance(item, int | float) for item in items):
                 mean = mean_of(items)
             else:
-                continue  # a measure of all documents together, which cannot be paired
+                continue  # a measure over all documents, which cannot be paired
             stderr = found.get(f"{metric}_stderr,{chosen}")
             if perplexity:  # to first order
                 stderr = None if mean.stderr is None else value * mean.stderr
@@ -84,7 +84,7 @@ class Runnable:
                 perplexity=perplexity,
                 items=[float(item) for item in items],
             )
-        # Of lm-eval's own, what is a share of documents comes first, as it does of ours.
+        # In lm-eval's own tasks too, measures that are shares of documents come first.
         order = list(declared) or sorted(measures, key=lambda each: measures[each].perplexity)
         return {name: measures[name] for name in order if name in measures}
 
@@ -93,8 +93,8 @@ def _nats(items: Sequence[Any]) -> tuple[list[float], Estimate]:
     """Nats of documents, whose mean is the logarithm of lm-eval's perplexity, and that mean.
 
     Args:
-        items: log-likelihoods; or pairs of one and how many words or bytes it is of, and then the
-            perplexity is that of one of these.
+        items: log-likelihoods; or pairs of a log-likelihood and its number of words or bytes, for
+            a perplexity per word or byte.
     """
     pairs = [item if isinstance(item, tuple) else (item, 1) for item in items]
     share = len(pairs) / sum(weight for _, weight in pairs)
@@ -231,5 +231,5 @@ def content_of(documents: Iterable[Any]) -> str:
 
 
 def quiet() -> None:
-    """lm-eval speaks of what we set on purpose; its errors are kept."""
+    """Silences lm-eval's warnings about settings that we set on purpose; errors are still shown."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""From a model's answer to the values of a document: one function a kind of task."""
+"""From a model's answer to the values of a document: one function for each kind of task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from griffin_evals.tasks.columns import number
 Values = dict[str, float]
 
 BITS = "bits_per_byte"
-"""Of the right choice."""
+"""Bits per byte of the right choice."""
 
 
 def exp_of_mean(values: Sequence[float]) -> float:
@@ -21,9 +21,9 @@ def exp_of_mean(values: Sequence[float]) -> float:
 
 
 def choice(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> Values:
-    """Multiple choice: whether the likeliest choice is the right one, by its log-probability and by
-    that over its characters, as lm-eval has it; and bits a byte of the right one, which changes
-    with every change of the model, where a choice must tip over."""
+    """Multiple choice: whether the right choice has the largest log-probability, and the largest
+    one per character, as in lm-eval; and the bits per byte of the right choice, which change with
+    every change of the model, while an accuracy changes only where another choice wins."""
     choices: Sequence[str] = document["choices"]
     gold: int = document["gold"]
     logprobs = [logprob for logprob, _ in results]
@@ -40,7 +40,7 @@ def _largest(values: Sequence[float]) -> int:
 
 
 def last_word(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> Values:
-    """LAMBADA: whether the last word is the most likely one; nats of it."""
+    """LAMBADA: whether the last word is the most likely one, and its nats."""
     ((logprob, greedy),) = results
     return {"acc": float(greedy), "perplexity": -logprob}
 
@@ -83,8 +83,8 @@ def exact(reference: str, answer: str) -> float:
 
 
 def conversation(document: Mapping[str, Any], results: Sequence[str]) -> Values:
-    """CoQA's own measure: with several references each is left out once, the best of the others
-    counts, and the mean of that is taken."""
+    """CoQA's own measure: with several references each is left out once, and the mean of the best
+    scores against the others is taken."""
     references, answer = document["references"], first_line(results[0])
     without = [references[:i] + references[i + 1 :] for i in range(len(references))]
     groups = without if len(references) > 1 else [references]

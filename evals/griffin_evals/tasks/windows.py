@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 CONTEXT_WORDS, SCORED_WORDS = 256, 128
-"""Of a window; some 350 and 170 tokens of WikiText-2."""
+"""Words of a window; about 350 and 170 tokens of WikiText-2."""
 
 
 def plain(text: str) -> str:
-    """A text without WikiText's marks of spaces and numbers, as lm-eval writes it."""
+    """A text without WikiText's markup of spaces and numbers, as in lm-eval."""
     # Imported here because lm-eval takes seconds.
     from lm_eval.tasks.wikitext import preprocess_wikitext  # noqa: PLC0415
 
@@ -17,8 +17,8 @@ def plain(text: str) -> str:
 
 
 def windows(text: str) -> list[tuple[str, str]]:
-    """Windows of a plain text, one after the other without overlap; the text's end that fills none
-    is left out. The second part begins with the space between the two."""
+    """Windows of a plain text, one after the other without overlap; the end of the
+    text that does not fill one is left out. The second part begins with the space between both."""
     words = re.findall(r"\s*\S+", text)
     step = CONTEXT_WORDS + SCORED_WORDS
     return [
