@@ -439,7 +439,7 @@ class LLM:
         **options: Unpack[ScoreOptions],
     ) -> list[list[Score]] | Generator[tuple[int, list[Score]], None, None]:
         """As ``score``, of many contexts with several continuations each, such as the choices of a
-        question. A context is read once, and each continuation scored by itself behind it. All are
+        question. A context is read once, and each continuation scored by itself after it. All are
         checked before any is run.
 
         Args:

@@ -213,7 +213,7 @@ class GriffinClient:
         timeout_s: float | None = None,
     ) -> tuple[Score, ...]:
         """Log-probabilities of several continuations, such as the choices of a question, each by
-        itself behind the same context, which is read once. It is one call.
+        itself after the same context, which is read once. It is one call.
 
         Args:
             context, continuations: all text, or all token ids; 1 to 256 continuations.

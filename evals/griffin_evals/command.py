@@ -166,7 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_number(1), help="CPU threads of --model")
     parser.add_argument(
         "--tokenizer",
-        help="tokenizer of the --target's model: truncates long texts, and is needed by wikitext",
+        help="tokenizer of the --target's model: truncates long texts, and lets lm-eval's own "
+        "wikitext run",
     )
     parser.add_argument("--concurrency", type=_number(1), default=32, help="requests at once (32)")
     parser.add_argument(

@@ -13,10 +13,10 @@ from griffin_evals.results import KL, Group, as_json, groups_of
 from griffin_evals.tasks.errors import EvaluationError
 
 LEGEND = """\
-± is one standard error. Differences to dense are paired by document and in the score's own unit,
-but for perplexities, where they are nats (the logarithm of the ratio). **Bold** are differences of
-more than two standard errors; of the others nothing is claimed. Norm mass is the share of the
-activation norm that the experts hold.
+± is one standard error. Differences to dense are paired by document. They have the unit of the
+score, except for perplexities, where they are in nats (the logarithm of the ratio). **Bold** marks
+differences of more than two standard errors; smaller ones claim nothing. Norm mass is the share of
+the activation norm that the experts hold.
 """
 
 

@@ -43,7 +43,7 @@ FFMode = Literal["dense", "shared", "private", "zeroed"]
 MODES: tuple[FFMode, ...] = ("dense", "shared", "private", "zeroed")
 
 PROGRAMS = 2
-"""Of attention, that a multiprocessor runs at once."""
+"""Attention programs resident per streaming multiprocessor."""
 
 MOST_PRIVATE, ROUNDS = 8, 5
 """Most sessions that may run on a set each, and how often steps are timed. At density 0.25 sets of
@@ -179,8 +179,8 @@ class CudaStep:
         max_tokens: most sessions of a step. Graphs are captured for up to ``MAX_SHARED_TOKENS``;
             a larger step runs as several.
         graphs: capture them at all.
-        apart: no row's result depends on the others, as in ``decode.apart``: every step has
-            ``ROWS`` rows, or is several of them, and runs zeroed.
+        apart: makes each row's result independent of the other rows, as in ``decode.apart``: a
+            step has ``ROWS`` rows and runs zeroed; more sessions run as several such steps.
     """
 
     def __init__(
@@ -307,8 +307,8 @@ class CudaStep:
 
     @torch.inference_mode()
     def rows_stay_apart(self) -> bool:
-        """Whether no row's result depends on the others, by trial: as
-        ``apart.rows_stay_apart``. Before the first session."""
+        """Tests whether each row's result is independent of the other rows, as
+        ``apart.rows_stay_apart`` does. To be called before the first session."""
         draw, most = random.Random(0), min(ROWS, self.sampler.padding)
         token, *others = (draw.randrange(self._spec.vocabulary) for _ in range(most))
         alone = self._trial([token])[0]
@@ -318,7 +318,7 @@ class CudaStep:
         return all(torch.equal(alone, own) for own in beside)
 
     def _trial(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [N, V] after each token alone."""
+        """Logits [N, V] of one step that runs each token after an empty context."""
         dense = [layer.ff for layer in self._decoder.layers]
         rows = []
         for slot, token in enumerate(tokens):

@@ -1,6 +1,6 @@
-"""Runs what sessions that score ask for, many in one batch, and looks up the chances.
+"""Runs the next tokens of sessions that score, many in one batch, and looks up log-probabilities.
 
-If a batch fails, no session has moved on.
+If a batch fails, all sessions are as they were before it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.prefill import launch
 
 STEP_TOKENS = 256
-"""Tokens of all sessions that score in a step: bounds the logits held at once to this times V."""
+"""Most rows of logits in a step, over all sessions that score: bounds the logits to this × V."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What a step does for one session.
+    """The part of a step for one session.
 
     Args:
-        rows: rows of logits.
+        rows: number of rows of logits.
     """
 
     session: Session
@@ -37,8 +37,8 @@ class Piece:
 
 
 def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
-    """What a step does for sessions that score, in their order, up to STEP_TOKENS rows in all: the
-    pieces that run together, stage by stage."""
+    """The pieces of a step, for sessions in the given order and up to STEP_TOKENS rows in all,
+    grouped by stage: those of one stage run together."""
     together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
     room = STEP_TOKENS
     for session in sessions:
@@ -54,11 +54,11 @@ def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
 
 
 def look_up(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
-    """Runs pieces of one stage, in one batch, and looks up what follows their tokens. If it raises,
-    no session has moved on, and the same pieces may be run again.
+    """Runs pieces of one stage in one batch, and looks up the tokens that follow. If it raises, all
+    sessions are as they were before, and the same pieces may be run again.
 
     Returns:
-        For each piece the chances of its targets, to be given to ``Scoring.take``.
+        For each piece the scores of its targets, for ``Scoring.take``.
     """
     match pieces[0].stage:
         case Stage.CONTEXT:
@@ -96,7 +96,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
 
 
 def _chances(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
-    """What each piece asks for, of its logits [T, V]. The device is waited for once."""
+    """The scores of each piece's targets from its logits [T, V]. Waits for the device once."""
     columns, counts = [], []
     for piece, own in zip(pieces, logits, strict=True):
         targets = torch.tensor(piece.work.targets(piece.rows), device=own.device)

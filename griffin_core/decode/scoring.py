@@ -1,17 +1,18 @@
-"""What scoring sessions do: look up the chances of given continuations, each behind the context.
+"""Sessions that score: the log-probabilities of given continuations after a context.
 
-The *tail* of a continuation c is the context's last token and c without its last token: what the
-model expects after token i of the tail is the chance of c[i]. The two modes differ in what the tail
-runs on:
+The *tail* of a continuation c is the context's last token, then c without its last token: the
+logits after token i of the tail give the log-probability of c[i]. The two modes differ in what the
+tail runs on:
 
-* *generation*: its first token was read with the context, dense. The others run on the experts that
-  the context chose.
-* *classification*: all its tokens but the last run dense and add to the context's statistic. What
-  that chooses is what the last one runs on. The context is read but for its last token.
+* *generation*: the tail's first token was read with the context, dense. The others run on the
+  experts that the context chose.
+* *classification*: the context is read without its last token. All tokens of the tail except its
+  last run dense and add to the context's statistic, which then chooses the experts that the last
+  token runs on.
 
 At density 1 classification needs no statistic: the whole tail runs on all neurons.
 
-A session here says what comes next; ``look_up`` runs that for many sessions in one batch.
+A ``Scoring`` says what its session runs next; ``look_up`` runs that for many sessions in one batch.
 """
 
 from __future__ import annotations
@@ -36,25 +37,25 @@ from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
 
 
 class Stage(Enum):
-    """What a session's next chances are looked up after."""
+    """What a session runs next, to look up the log-probabilities after it."""
 
     CONTEXT = "context"
-    """The context, which has been read: all continuations have their first token there."""
+    """Nothing: the last logits of the context score the first token of every continuation."""
     VIEW = "view"
-    """Tokens of the tail that run on what the session runs on."""
+    """Tokens of the tail that run on the session's view."""
     COUNTED = "counted"
     """Tokens of the tail that run dense and add to the statistic."""
     CHOSEN = "chosen"
-    """The tail's last token, which runs on the experts that the statistic chooses."""
+    """The tail's last token, which runs on the experts that the statistic chose."""
 
 
 class Chance(NamedTuple):
-    """Of a continuation's token.
+    """The score of one token of a continuation.
 
     Args:
-        logprob: its natural logarithm.
-        greedy: no other token is more likely here.
-        finite: whether all logits here are.
+        logprob: natural logarithm of its probability.
+        greedy: no other token is more likely at its position.
+        finite: whether all logits at its position are finite.
     """
 
     logprob: float
@@ -74,7 +75,7 @@ class Scoring:
     def __init__(self, decoder: Decoder, task: ScoreTask, selection: Selection) -> None:
         neurons = decoder.spec.ff_width
         self.chooses = task.mode == "classification" and selection.experts_of(neurons) < neurons
-        """Whether each continuation chooses experts of its own, for one token."""
+        """Whether each continuation chooses experts of its own, on which one token runs."""
         self._decoder = decoder
         self._task = task
         self._scored: list[list[Chance]] = [[] for _ in task.continuations]
@@ -84,10 +85,10 @@ class Scoring:
         self._dense_tail: Prompt | None = None
 
     def begin(self, session: Session, hidden: Tensor) -> None:
-        """The context is read.
+        """Called once the context has been read.
 
         Args:
-            hidden: [D], what the head reads after the last token that was read.
+            hidden: [D], the input of the head after the last token that was read.
         """
         if self._task.mode == "generation":
             self._context_hidden = hidden
@@ -97,17 +98,17 @@ class Scoring:
 
     @property
     def runs_tokens(self) -> bool:
-        """Whether tokens are left to run when the context is read."""
+        """Whether tokens have to run after the context has been read."""
         return any(len(c) > 1 for c in self._task.continuations) or self._context_hidden is None
 
     @property
     def needs_view(self) -> bool:
-        """Whether what comes next runs on the session's view."""
+        """Whether the next tokens run on the session's view."""
         return self.stage is Stage.VIEW
 
     @property
     def stage(self) -> Stage:
-        """What comes next."""
+        """What the session runs next."""
         if self._context_hidden is not None:
             return Stage.CONTEXT
         if not self.chooses:
@@ -119,7 +120,7 @@ class Scoring:
         return len(self._task.continuations[self._index]) - len(self._scored[self._index])
 
     def rows_of_step(self, room: int) -> int:
-        """Tokens of the tail that run next, up to ``room``; or 1, for the context's last."""
+        """Rows of logits that the next step needs, at most ``room``."""
         match self.stage:
             case Stage.CONTEXT | Stage.CHOSEN:
                 return 1
@@ -130,7 +131,7 @@ class Scoring:
 
     @property
     def context_hidden(self) -> Tensor:
-        """In stage CONTEXT: [D], what the head reads."""
+        """In stage CONTEXT: [D], the input of the head."""
         assert self._context_hidden is not None
         return self._context_hidden
 
@@ -159,7 +160,7 @@ class Scoring:
         return Part(prompt=self._dense_tail, tokens=rows)
 
     def targets(self, rows: int) -> list[tuple[int, int]]:
-        """What is looked up after the next rows: pairs of a row and a token."""
+        """Pairs of a row and the token whose log-probability is looked up in it."""
         if self.stage is Stage.CONTEXT:
             return [(0, continuation[0]) for continuation in self._task.continuations]
         begin = len(self._scored[self._index])
@@ -167,7 +168,7 @@ class Scoring:
         return list(enumerate(tokens))
 
     def take(self, session: Session, chances: Sequence[Chance]) -> Scored | None:
-        """Takes what was looked up. Returns the turn's last event when nothing is left to do.
+        """Stores scores that were looked up. Returns the turn's last event once all are there.
 
         Raises:
             NonFiniteLogits: a row has a value that is NaN or infinite.
@@ -199,12 +200,12 @@ class Scoring:
         )
 
     def counted_to_its_end(self, session: Session, s2: Tensor, experts: ExpertSet) -> None:
-        """The statistic has come to the tail's last token, and has chosen."""
+        """Called once the statistic covers all of the tail but its last token, with its choice."""
         self._dense_tail = None
         session.chosen(s2, experts)
 
     def flush(self, session: Session) -> None:
-        """A score is whole or none."""
+        """Does nothing: a score is returned whole or not at all."""
 
     @property
     def _tail(self) -> Sequence[int]:
@@ -218,7 +219,7 @@ class Scoring:
         return 1.0 if stage is Stage.COUNTED else session.density
 
     def _go_on(self, session: Session) -> bool:
-        """Goes back to the context if a continuation has come to its end. True if all have."""
+        """Rewinds to the context at the end of a continuation. True if all have been scored."""
         while not self._left:
             assert session.cache is not None
             session.cache.rewind(session.prompt_tokens)
@@ -231,8 +232,8 @@ class Scoring:
 
 
 def choice_bytes(decoder: Decoder) -> int:
-    """Most bytes that a session holds whose continuations choose experts of their own: what lets
-    one token run zeroed; and three statistics [L, F] float32, of a pass, of the tail with it, and
-    as rounded for a handoff."""
+    """Most bytes of a session whose continuations choose experts of their own: those of the masks
+    with which one token runs zeroed, and of three statistics [L, F] float32: of a pass, of the tail
+    with that pass, and as rounded for a handoff."""
     statistic = 4 * len(decoder.layers) * decoder.spec.ff_width
     return 3 * statistic + zeroed_bytes(decoder)

@@ -88,7 +88,8 @@ class _ExpertSharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertS
     """Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
     unless pruning gains at least 5 % of a step's time; then PRIVATE while that is at most 3 %
     slower than SHARED, else SHARED. A choice is kept for 16 steps, and while it gains 3 %; until a
-    session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
+    session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a
+    ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
     """
 
 class ExpertSharing(_ExpertSharing, metaclass=_ExpertSharingEnumTypeWrapper):
@@ -114,7 +115,8 @@ EXPERT_SHARING_AUTO: ExpertSharing.ValueType  # 3
 """Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
 unless pruning gains at least 5 % of a step's time; then PRIVATE while that is at most 3 %
 slower than SHARED, else SHARED. A choice is kept for 16 steps, and while it gains 3 %; until a
-session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
+session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a
+ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
 """
 Global___ExpertSharing: _TypeAlias = ExpertSharing  # noqa: Y015
 
@@ -154,15 +156,15 @@ class _ScoreModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScoreMode.V
     SCORE_MODE_UNSPECIFIED: _ScoreMode.ValueType  # 0
     """GENERATION."""
     SCORE_MODE_GENERATION: _ScoreMode.ValueType  # 1
-    """The experts come from the context alone, and every token of the continuation runs on them but
-    for the first, whose chances the dense pass over the context gives: what generation would do.
+    """The experts come from the context alone, and every token of the continuation runs on them. The
+    first token's log-probability comes from the dense pass over the context, as in generation.
     """
     SCORE_MODE_CLASSIFICATION: _ScoreMode.ValueType  # 2
-    """Every token that is run (context and continuation but for its last, which is only looked up)
-    runs dense and chooses the experts, but for the very last of them, which runs on the experts.
-    Only the continuation's last log-probability is then of the pruned model: what the paper's
-    tables of multiple choice simulate (arXiv 2404.01365, section 5). The context is at least two
-    tokens.
+    """All tokens of context and continuation are run except the continuation's last, which is only
+    looked up. The last of these runs on the experts; those before it run dense and choose them. So
+    only the continuation's last log-probability is that of the pruned model, which is what the
+    paper's tables of multiple choice simulate (arXiv 2404.01365, section 5). The context has at
+    least two tokens. Experts are never shared in this mode.
     """
 
 class ScoreMode(_ScoreMode, metaclass=_ScoreModeEnumTypeWrapper):
@@ -173,15 +175,15 @@ class ScoreMode(_ScoreMode, metaclass=_ScoreModeEnumTypeWrapper):
 SCORE_MODE_UNSPECIFIED: ScoreMode.ValueType  # 0
 """GENERATION."""
 SCORE_MODE_GENERATION: ScoreMode.ValueType  # 1
-"""The experts come from the context alone, and every token of the continuation runs on them but
-for the first, whose chances the dense pass over the context gives: what generation would do.
+"""The experts come from the context alone, and every token of the continuation runs on them. The
+first token's log-probability comes from the dense pass over the context, as in generation.
 """
 SCORE_MODE_CLASSIFICATION: ScoreMode.ValueType  # 2
-"""Every token that is run (context and continuation but for its last, which is only looked up)
-runs dense and chooses the experts, but for the very last of them, which runs on the experts.
-Only the continuation's last log-probability is then of the pruned model: what the paper's
-tables of multiple choice simulate (arXiv 2404.01365, section 5). The context is at least two
-tokens.
+"""All tokens of context and continuation are run except the continuation's last, which is only
+looked up. The last of these runs on the experts; those before it run dense and choose them. So
+only the continuation's last log-probability is that of the pruned model, which is what the
+paper's tables of multiple choice simulate (arXiv 2404.01365, section 5). The context has at
+least two tokens. Experts are never shared in this mode.
 """
 Global___ScoreMode: _TypeAlias = ScoreMode  # noqa: Y015
 
@@ -932,7 +934,7 @@ Global___PruningFigures: _TypeAlias = PruningFigures  # noqa: Y015
 
 @_typing.final
 class Continuation(_message.Message):
-    """A text to score behind a context."""
+    """A text to score after a context."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -977,7 +979,8 @@ class ScoreRequest(_message.Message):
     an EOS that it would put after a text, which is not scored.
     """
     continuation: _builtins.str
-    """Exactly one of these two and of `continuations`, of the same kind as the context; not empty.
+    """Exactly one of `continuation`, `continuation_token_ids` and `continuations`, of the same kind as
+    the context; not empty.
     Text is tokenized together with the context and split where its own tokens begin. A token that
     holds characters of both is the continuation's first.
     """
@@ -997,8 +1000,9 @@ class ScoreRequest(_message.Message):
     @_builtins.property
     def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Continuation]:
         """Instead of `continuation`: up to 256 of them, such as the choices of a question, each scored by
-        itself behind the same context, which is read once. INVALID_ARGUMENT if a text among them shares
-        a token with the context, so that the context would not be the same for all: score that alone.
+        itself after the same context, which is read once. INVALID_ARGUMENT if a text among them shares
+        a token with the context, since the context would then differ between texts: score that text by
+        itself.
         """
 
     def __init__(
@@ -1050,7 +1054,7 @@ class ScoreResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
-    """With `continuations`, these three are not set: see `continuations`.
+    """When the request sets `continuations`, `logprob`, `greedy` and `tokens` are not set.
 
     Sum of `tokens[].logprob`.
     """
@@ -1064,7 +1068,9 @@ class ScoreResponse(_message.Message):
 
     @_builtins.property
     def pruning(self) -> Global___PruningFigures:
-        """Of the last continuation's experts; in GENERATION mode they are those of all."""
+        """Describes the experts of the last continuation; in GENERATION mode all continuations use the
+        same.
+        """
 
     @_builtins.property
     def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContinuationScore]:
