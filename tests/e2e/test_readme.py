@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -103,12 +104,15 @@ def test_a_command_of_the_readme_runs_as_typed(command: str, directory: Path, ta
 def test_the_python_example_gives_a_sensible_answer(directory: Path, target: str) -> None:
     script = PYTHON.replace("localhost:50051", target)
     assert script != PYTHON
-    answer, score = run([sys.executable, "-c", script], directory, target).strip().splitlines()
+    said = run([sys.executable, "-c", script], directory, target)
+    answer, score, choices = said.strip().splitlines()
     # Greedy in bfloat16: how a sentence goes on depends on how many threads there are.
     assert any(word in answer for word in ("light", "energy", "carbon dioxide", "plants"))
     assert not loops(answer)
     logprob, greedy = score.split()
     assert -5 < float(logprob) < 0 and greedy in ("True", "False")
+    blue, green = json.loads(choices)
+    assert blue > green
 
 
 def test_the_example_without_a_server_runs_on_half_of_the_neurons(directory: Path) -> None:
