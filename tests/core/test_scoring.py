@@ -4,6 +4,7 @@ that they leave nothing behind."""
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -355,18 +356,28 @@ def test_a_step_that_fails_once_is_run_again_from_where_it_was(
 ) -> None:
     tasks = [task(mode=mode, prompt=tuple(IDS[n : n + 9])) for n in range(4)]
     expected = [logprobs(complete(running, each)[1]) for each in tasks]
-    whole, calls = getattr(owner, name), 0
+    whole, calls, together = getattr(owner, name), 0, 0
+    run = look_up.look_up
+
+    def noted(decoder: Decoder, pieces: Sequence[look_up.Piece]) -> Any:
+        nonlocal together
+        together = len(pieces)
+        return run(decoder, pieces)
 
     def sometimes(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
-        of = arguments[0].parts if name == "end" else arguments[0 if name == "_chances" else 1]
-        calls += len(of) > 1
-        if len(of) > 1 and calls in (2, 3):
+        shared = len(arguments[0].parts) if name == "end" else together
+        calls += shared > 1
+        if shared > 1 and calls in (2, 3):
             raise MemoryError("no memory, this once")
         return whole(*arguments, **named)
 
+    monkeypatch.setattr("griffin_core.decode.decoding.look_up", noted)
     monkeypatch.setattr(owner, name, sometimes)
+    all_there = threading.Event()
+    running._post(lambda: all_there.wait(10))  # so that they run together
     inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for each in tasks]
+    all_there.set()
     for inbox, each in zip(inboxes, expected, strict=True):
         close(logprobs(finish(inbox)[1]), each)
     assert calls >= (1 if (name, mode) == ("end", "generation") else 3)
