@@ -74,7 +74,7 @@ class Score:
     """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely.
 
     Args:
-        pruning: its experts are those of the last continuation that was scored behind the same
+        pruning: its experts are those of the last continuation that was scored after the same
             context. In mode "generation" that is no difference.
     """
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from griffin_client import Score as ClientScore
+from griffin_core.completion import Score
 from griffin_evals.settings import Settings
 
 Tokens = str | tuple[int, ...]
@@ -61,6 +63,16 @@ class Scored:
     greedy: bool
     tokens: int
     norm_mass: float
+
+
+def scored_of(score: Score | ClientScore) -> Scored:
+    """What is kept of a score of the core or the SDK."""
+    return Scored(
+        logprob=score.logprob,
+        greedy=score.greedy,
+        tokens=len(score.tokens),
+        norm_mass=score.pruning.mean_norm_mass,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache as once
 
 import torch
-from torch import Tensor
 
-from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.kv_cache import KvCache
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerExperts, prefill
-from griffin_core.slim.packed import Packed
+from griffin_evals.study.measures import divergence, same_first_choice
+from griffin_evals.study.reading import forced, on_experts, read
 
 PROMPT_TOKENS, SCORED_TOKENS = 384, 128
 """Of a window."""
@@ -46,29 +43,15 @@ def divergences(
     """One for each selection. The prompt is read once, dense; its statistic chooses the experts of
     each selection, on which the other tokens are teacher-forced."""
     decoder = model.decoder
-    kv = decoder.new_cache(len(window))
-    events = prefill(decoder, window[:prompt_tokens], Selection(density=1.0), cache=kv)
-    s2 = torch.stack([event.s.square() for event in events if isinstance(event, LayerExperts)])
+    cache = decoder.new_cache(len(window))
+    s2 = read(decoder, window[:prompt_tokens], cache).s2
     rest = window[prompt_tokens:]
-    magnitude = cache(decoder.magnitudes)
-    dense = _logprobs(model, kv, prompt_tokens, [layer.ff for layer in decoder.layers], rest)
-    chances, likeliest = dense.exp(), dense.argmax(dim=1)
+    magnitude = once(decoder.magnitudes)
+    dense = forced(decoder, rest, cache, [layer.ff for layer in decoder.layers])
     for selection in selections:
         experts = select_experts(s2, selection, magnitude=magnitude)
-        layers = zip(decoder.layers, experts, strict=True)
-        view = [Packed().build(layer, kept, "many") for layer, kept in layers]
-        pruned = _logprobs(model, kv, prompt_tokens, view, rest)
+        pruned = forced(decoder, rest, cache, on_experts(decoder, experts))
         yield Divergence(
-            kl=float((chances * (dense - pruned)).sum(dim=1).mean()),
-            agreement=float((pruned.argmax(dim=1) == likeliest).double().mean()),
+            kl=float(divergence(dense, pruned).mean()),
+            agreement=float(same_first_choice(dense, pruned).mean()),
         )
-
-
-def _logprobs(
-    model: Model, kv: KvCache, start: int, view: Sequence[object], token_ids: Sequence[int]
-) -> Tensor:
-    """[T, V] float32: log-probabilities after each token, on a view, after the first ``start``
-    tokens of the cache, which are all that it keeps."""
-    kv.rewind(start)
-    step = StepTokens(cache=kv, view=view, token_ids=token_ids)  # type: ignore[arg-type]
-    return decode_tokens(model.decoder, [step])[0].float().log_softmax(dim=1)

@@ -12,7 +12,14 @@ from griffin_core.llm import LLM
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
-from griffin_evals.backend import Generated, GenerateItem, ModelFacts, Scored, ScoreItem
+from griffin_evals.backend import (
+    Generated,
+    GenerateItem,
+    ModelFacts,
+    Scored,
+    ScoreItem,
+    scored_of,
+)
 from griffin_evals.errors import RequestRefused
 from griffin_evals.settings import Settings
 
@@ -51,18 +58,7 @@ class LocalBackend:
                 seed=[item.seed for item in items],
                 stream=True,
             ):
-                answered(
-                    index,
-                    [
-                        Scored(
-                            logprob=score.logprob,
-                            greedy=score.greedy,
-                            tokens=len(score.tokens),
-                            norm_mass=score.pruning.mean_norm_mass,
-                        )
-                        for score in scores
-                    ],
-                )
+                answered(index, [scored_of(score) for score in scores])
 
     def generate(
         self,

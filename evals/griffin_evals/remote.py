@@ -34,6 +34,7 @@ from griffin_evals.backend import (
     Scored,
     ScoreItem,
     Tokens,
+    scored_of,
 )
 from griffin_evals.errors import OtherModel, RequestRefused, ServerGone
 from griffin_evals.settings import Settings
@@ -106,15 +107,7 @@ class RemoteBackend:
         answered: Callable[[int, list[Scored]], None],
     ) -> None:
         def ask(item: ScoreItem) -> list[Scored]:
-            return [
-                Scored(
-                    logprob=score.logprob,
-                    greedy=score.greedy,
-                    tokens=len(score.tokens),
-                    norm_mass=score.pruning.mean_norm_mass,
-                )
-                for score in self._scores(item, settings)
-            ]
+            return [scored_of(score) for score in self._scores(item, settings)]
 
         self._run(items, ask, answered)
 

@@ -103,7 +103,7 @@ def end_with_reader(pipe: int) -> None:
     """Ends this process with its parent, which reads the pipe; now, if it has ended before."""
     libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
     poll = select.poll()
-    poll.register(pipe, 0)  # an error, which is that nobody reads, is told all the same
+    poll.register(pipe, 0)  # errors are reported anyway: one means that nobody reads
     if poll.poll(0):
         os._exit(1)
 

@@ -111,8 +111,8 @@ class GenerateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """Log-probabilities of continuations, each by itself behind ``prompt``, the context. All have
-    at least one token, and in classification the context has two.
+    """Log-probabilities of continuations, each scored by itself after ``prompt``, the context. All
+    have at least one token, and in classification the context has at least two.
 
     Args:
         continuations: 1 to MOST_CONTINUATIONS.
@@ -183,7 +183,7 @@ class ScoreTask:
 
 
 def check_continuations(count: int) -> None:
-    """Raises InvalidRequest unless so many continuations may be scored behind one context."""
+    """Raises InvalidRequest if one context may not have that many continuations."""
     if not 1 <= count <= MOST_CONTINUATIONS:
         raise InvalidRequest("continuations", f"{count} of them", f"1 to {MOST_CONTINUATIONS}")
 

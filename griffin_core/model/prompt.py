@@ -210,7 +210,7 @@ def continuations_ids(
     special_tokens: bool = True,
     most: int,
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a context, and of each of the continuations behind it; see
+    """Token ids of a context, and of each of the continuations after it; see
     ``Tokenizer.encode_pair``.
 
     Args:

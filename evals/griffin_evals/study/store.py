@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from griffin_evals.cells import write_whole
 from griffin_evals.study.lab import Lab
 
 Figures = dict[str, Any]
@@ -40,10 +40,7 @@ class Store:
     def save(self, part: str, figures: Figures) -> None:
         """Writes a part's figures, whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        target = self._folder / f"{part}.json"
-        partial = target.with_suffix(".partial")
-        write_json(partial, {"settings": self._settings, "figures": figures})
-        os.replace(partial, target)
+        write_json(self._folder / f"{part}.json", {"settings": self._settings, "figures": figures})
 
 
 def settings_of(lab: Lab) -> Figures:
@@ -63,7 +60,7 @@ def write_json(path: Path, figures: Figures) -> None:
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    path.write_text(_lines(figures, 0) + "\n", encoding="utf-8")
+    write_whole(path, _lines(figures, 0) + "\n")
 
 
 def _lines(value: Any, depth: int) -> str:
