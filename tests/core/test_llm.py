@@ -17,12 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import griffin_core
 from griffin_core import LLM, SamplingParams, StoppingParams
-from griffin_core.batch import run_tasks
-from griffin_core.completion import Piece
-from griffin_core.decode.events import Finished, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Finished, TokensMade
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
@@ -32,6 +30,8 @@ from griffin_core.errors import (
 )
 from griffin_core.llm import SUBMITTED_AHEAD
 from griffin_core.model.load import Model
+from griffin_core.offline.batch import run_tasks
+from griffin_core.offline.completion import Piece
 from tests.core.engines import at_baseline, complete, engine
 from tests.servers import eventually
 from tests.tiny import CONTEXT
@@ -595,7 +595,7 @@ def test_a_stream_nobody_reads_does_not_keep_others_from_their_turn(llm: LLM) ->
 def test_an_error_of_one_prompt_ends_the_call_and_names_it(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from griffin_core.decode.generation import Generation  # noqa: PLC0415
+    from griffin_core.engine.generation import Generation  # noqa: PLC0415
 
     take = Generation.take
 

@@ -422,7 +422,7 @@ async def test_threads_that_cannot_be_had_are_a_fault_and_no_wait(
     def fail(threads: int) -> None:
         raise ValueError("Overflow")
 
-    monkeypatch.setattr("griffin_core.engine.torch.set_num_threads", fail)
+    monkeypatch.setattr("griffin_core.engine.engine.torch.set_num_threads", fail)
     app = App(Settings(port=0, threads=1), tiny("llama"))
     with pytest.raises(EngineFault, match="did not start: Overflow"):
         await app.start()
