@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from griffin_core import check
 from griffin_server.cli import app
 from tests.gguf_files import contents_of, tiny_model
 
