@@ -211,7 +211,7 @@ class Engine:
 
     def snapshot(self, *, contents: bool = False) -> Future[EngineSnapshot]:
         """Everything that is held, at one moment between two steps, for diagnosis. Decoding stands
-        still meanwhile, longer the more sessions there are.
+        still meanwhile, longer the more sessions there are; on a GPU it waits for the device.
 
         Args:
             contents: whether to include each session's tokens and a copy of its statistic.
