@@ -25,7 +25,7 @@ from griffin_core.model.load import Model
 from griffin_core.prefill_queue import PrefillQueue, PrefillRun
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.packed import Packed
-from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
+from tests.core.engines import Busy, Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 
 
@@ -175,11 +175,13 @@ def test_a_prompt_that_is_cancelled_holds_no_cache_that_is_counted_as_free(
         freed.append(run not in queue)
 
     monkeypatch.setattr(PrefillQueue, "drop", noted)
-    long = GenerateTask(prompt=tuple(range(200)) * 2, stopping=StoppingParams(max_tokens=1))
+    long = GenerateTask(prompt=tuple(range(200)), stopping=StoppingParams(max_tokens=1))
+    busy = Busy(running)  # so that the prompt waits in the queue when it is cancelled
     turn_id, _ = submit(running, long)
     running.cancel(turn_id)
+    busy.release()
     eventually(lambda: at_baseline(running))
-    assert all(freed)
+    assert freed == [True]
 
 
 def test_a_cache_that_cannot_be_made_holds_nothing(
