@@ -21,7 +21,7 @@ from benchmarks.load import prompt
 from benchmarks.processes import serving
 from benchmarks.report import finish
 from griffin_client import AsyncGriffinClient, Stopping, Tokens
-from griffin_core.choices import DEFAULT_MODEL
+from griffin_core.spec.choices import DEFAULT_MODEL
 
 PROMPT = 64
 CASES = ((1, 1.0), (4, 1.0), (16, 1.0), (1, 0.5), (4, 0.5))

@@ -30,7 +30,7 @@ from benchmarks.load import prompt
 from benchmarks.processes import serving
 from benchmarks.report import finish
 from griffin_client import AsyncGriffinClient, Stopping, Tokens
-from griffin_core.openmp import SETTINGS
+from griffin_core.engine.openmp import SETTINGS
 
 CPUS = 2
 PROMPT = 64

@@ -16,9 +16,9 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 
 import griffin_evals.registration  # noqa: F401  # also for programs that start without the .pth
-from griffin_core.choices import PolicyName, ScoreMode, Sharing
-from griffin_core.decode.task import MOST_CONTINUATIONS
+from griffin_core.engine.task import MOST_CONTINUATIONS
 from griffin_core.model.load import Model
+from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
 from griffin_evals.answers import Answers
 from griffin_evals.backend import Backend, Generated, GenerateItem, Scored, ScoreItem, Tokens
 from griffin_evals.errors import InvalidSetting, RequestRefused

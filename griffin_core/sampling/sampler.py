@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from griffin_core.kernels.sampling import CpuSlots
+from griffin_core.backends.cpu.sampling import CpuSlots
 from griffin_core.sampling.params import SamplingParams
 
 
@@ -54,7 +54,7 @@ class Sampler:
         """The slot of rows that belong to no session."""
         self._slots: Slots
         if device.type == "cuda":
-            from griffin_core.cuda.sampling import CudaSlots  # noqa: PLC0415 - needs triton
+            from griffin_core.backends.cuda.sampling import CudaSlots  # noqa: PLC0415 - needs triton
 
             self._slots = CudaSlots(slots=slots, vocabulary=vocabulary, device=device)
         else:

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from griffin_core.decode.events import Admitted, Failed, Finished, Scored, TokensMade
-from griffin_core.decode.task import GenerateTask, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Admitted, Failed, Finished, Scored, TokensMade
+from griffin_core.engine.prefill_queue import PrefillBegun, PrefillTask
+from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.model.load import Model
-from griffin_core.prefill_queue import PrefillBegun, PrefillTask
 
 
 class Inbox:

@@ -8,11 +8,11 @@ import pytest
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model
-from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.bans import Bans
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.text.tokenizer import Tokenizer
 from tests.core.pieces import Pieces, llama2_tokenizer
 
 EOS = frozenset([8, 9])

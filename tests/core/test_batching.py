@@ -15,22 +15,22 @@ from weakref import ref
 import pytest
 import torch
 
-from griffin_core.decode.apart import RowsApart, rows_stay_apart
-from griffin_core.decode.events import Failed, Finished, Scored, Started, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.step import StepTokens, decode_tokens
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed, Finished, Scored, Started, TokensMade
+from griffin_core.engine.observer import Observer
+from griffin_core.engine.prefill_queue import PrefillQueue, PrefillRun
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.invariant import RowsApart, rows_stay_apart
+from griffin_core.forward.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.source import DEFAULT_MODEL
-from griffin_core.observer import Observer
-from griffin_core.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
-from griffin_core.prefill_queue import PrefillQueue, PrefillRun
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
@@ -547,7 +547,7 @@ def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_on
 def test_batch_invariant_is_refused_where_it_does_not_hold(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_core.engine.rows_stay_apart", lambda decoder: False)
+    monkeypatch.setattr("griffin_core.engine.engine.rows_stay_apart", lambda decoder: False)
     running = Engine(model, batch_invariant=True)
     running.start()
     with pytest.raises(InvalidRequest, match=r"batch_invariant: got true with .*float32"):

@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 from griffin_core.errors import BadModelFile, CacheUnusable
-from griffin_core.model import source
-from griffin_core.model.cache import cache_directory, cached
-from griffin_core.model.source import resolve
+from griffin_core.model import hub as source
+from griffin_core.model.conversion_cache import cache_directory, cached
+from griffin_core.model.hub import resolve
 from tests.gguf_files import contents_of, tiny_model
 
 
@@ -215,7 +215,7 @@ def test_names_of_any_length_are_cached(home: Path, gguf: Path) -> None:
 
 _MAKER = """
 import sys, time
-from griffin_core.model.cache import cached
+from griffin_core.model.conversion_cache import cached
 
 def fill(target):
     (target / "big").write_text("half")

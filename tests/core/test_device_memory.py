@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_core import device_memory
-from griffin_core.budget import Budget
-from griffin_core.decode.events import Finished
-from griffin_core.decode.scheduler import Limits
-from griffin_core.device_memory import (
+from griffin_core.engine import device_memory
+from griffin_core.engine.device_memory import (
     ASSUMED_BYTES,
     DeviceShare,
     Room,
@@ -22,9 +19,12 @@ from griffin_core.device_memory import (
     fraction_of,
     said_size,
 )
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Finished
+from griffin_core.engine.scheduler import Limits
 from griffin_core.errors import DeviceMemoryExhausted
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.kv.budget import Budget
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.load import Model, decoder_on_device
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
@@ -108,7 +108,7 @@ def test_the_start_says_how_many_tokens_there_is_room_for(
     for tokens, warned in ((1234, True), (context, False), (context - 1, True)):
         caplog.clear()
         with (
-            caplog.at_level(logging.INFO, "griffin_core.engine"),
+            caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
             engine(model, limits=Limits(session_bytes=tokens * one)) as running,
         ):
             running.ready.result(30)
@@ -123,7 +123,7 @@ def test_an_engine_for_the_prompts_of_others_alone_holds_no_sessions(
     model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        caplog.at_level(logging.INFO, "griffin_core.engine"),
+        caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
         engine(model, limits=Limits(session_bytes=0)) as running,
     ):
         running.ready.result(30)

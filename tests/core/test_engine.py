@@ -9,12 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from griffin_core.decode.decoding import Decoding
-from griffin_core.decode.events import Admitted, Failed, Finished, Started, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import State
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Admitted, Failed, Finished, Started, TokensMade
+from griffin_core.engine.loop import Decoding
+from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillTask
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.sessions import State
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
@@ -26,10 +27,9 @@ from griffin_core.errors import (
     SessionNotFound,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.forward.prefill import LayerExperts, PrefillFinished
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerExperts, PrefillFinished
-from griffin_core.prefill_queue import MAX_BEGUN_PREFILLS, PrefillTask
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.slim.masked import Masked
@@ -449,7 +449,7 @@ def test_no_token_is_drawn_from_a_handoff_that_did_not_come_whole(running: Engin
 def test_a_fault_in_one_session_leaves_the_others_running(
     running: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from griffin_core.decode.generation import Generation  # noqa: PLC0415
+    from griffin_core.engine.generation import Generation  # noqa: PLC0415
 
     healthy, sick = task(40), task(40)
     take = Generation.take
@@ -509,7 +509,7 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(
 def test_an_engine_that_does_not_come_up_says_so(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_core.engine.measure_costs", lambda *_: 1 // 0)
+    monkeypatch.setattr("griffin_core.engine.engine.measure_costs", lambda *_: 1 // 0)
     running = Engine(model, costs=None)
     running.start()
     for future in (running.ready, running.ended):

@@ -11,18 +11,18 @@ from functools import partial
 import pytest
 import torch
 
-from griffin_core.decode import sharing
-from griffin_core.decode.caches import Caches
-from griffin_core.decode.events import Failed, Finished, Scored, Started, TokensMade
-from griffin_core.decode.scheduler import Limits, Scheduler
-from griffin_core.decode.step import Draw
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine import expert_groups as sharing
+from griffin_core.engine.caches import Caches
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed, Finished, Scored, Started, TokensMade
+from griffin_core.engine.prefill_queue import PrefillQueue, PrefillRun
+from griffin_core.engine.scheduler import Limits, Scheduler
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import EngineFault, NonFiniteLogits, SessionNotFound
-from griffin_core.kv_cache import KvCache, kv_bytes
+from griffin_core.forward.decode import Draw
+from griffin_core.kv.cache import KvCache, kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.prefill_queue import PrefillQueue, PrefillRun
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Busy, Inbox, at_baseline, complete, engine, finish, submit

@@ -14,18 +14,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-from griffin_core.budget import Budget
-from griffin_core.decode import sharing
-from griffin_core.decode.session import Clock, Reservation, Session, Sharing
-from griffin_core.decode.sharing import (
+from griffin_core.engine import expert_groups as sharing
+from griffin_core.engine.expert_groups import (
     STEPS_HELD,
     ExpertGroups,
     WholeView,
     kept_where_alike,
     select_group,
 )
+from griffin_core.engine.sessions import Clock, Reservation, Session, Sharing
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.slim.costs import BlockCosts
 from griffin_core.slim.packed import Packed

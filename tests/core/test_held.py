@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from griffin_core.decode.held import MOST_TRIED, held_after_stop
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.engine.held import MOST_TRIED, held_after_stop
 from griffin_core.sampling.stopping import FinishReason, StopChecker, StoppingParams
+from griffin_core.text.tokenizer import Tokenizer
 from tests.core.pieces import Pieces, chunkings, llama2_tokenizer, parts
 from tests.tokenizer_kinds import KINDS
 

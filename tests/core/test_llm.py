@@ -17,13 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import griffin_core
 from griffin_core import LLM, SamplingParams, StoppingParams
-from griffin_core.batch import run_tasks
-from griffin_core.completion import Piece
-from griffin_core.decode.decoding import Decoding
-from griffin_core.decode.events import Finished, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Finished, TokensMade
+from griffin_core.engine.loop import Decoding
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
@@ -34,6 +32,8 @@ from griffin_core.errors import (
 )
 from griffin_core.llm import SUBMITTED_AHEAD
 from griffin_core.model.load import Model
+from griffin_core.offline.batch import run_tasks
+from griffin_core.offline.completion import Piece
 from tests.core.engines import at_baseline, complete, engine
 from tests.servers import eventually
 from tests.tiny import CONTEXT
@@ -598,7 +598,7 @@ def test_a_stream_nobody_reads_does_not_keep_others_from_their_turn(llm: LLM) ->
 def test_an_error_of_one_prompt_ends_the_call_and_names_it(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from griffin_core.decode.generation import Generation  # noqa: PLC0415
+    from griffin_core.engine.generation import Generation  # noqa: PLC0415
 
     take = Generation.take
 
@@ -700,7 +700,7 @@ def test_an_engine_that_does_not_start_leaves_no_thread(
         threads.append(threading.current_thread())
         raise CapacityExhausted("no room", retry_after_s=None)
 
-    monkeypatch.setattr("griffin_core.engine.budget_from_cpu", fails)
+    monkeypatch.setattr("griffin_core.engine.engine.budget_from_cpu", fails)
     with pytest.raises(CapacityExhausted, match="no room"):
         LLM(model, threads=1)
     assert len(threads) == 1 and not threads[0].is_alive()

@@ -13,16 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from griffin_core.decode.events import Finished, Scored, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.step import LayeredStep
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine.events import Finished, Scored, TokensMade
+from griffin_core.engine.observer import Observer
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import LayeredStep
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.observer import Observer
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import FinishReason, StoppingParams

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from griffin_core.budget import Budget
-from griffin_core.decode.events import Failed, Finished, Started
-from griffin_core.decode.scheduler import Limits, Scheduler
-from griffin_core.decode.session import Clock, Reservation, Session, State
-from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed, Finished, Started
+from griffin_core.engine.scheduler import Limits, Scheduler
+from griffin_core.engine.sessions import Clock, Reservation, Session, State
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import CapacityExhausted, SessionNotFound
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.kv.budget import Budget
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox, complete, engine, finish, submit

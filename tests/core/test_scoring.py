@@ -15,20 +15,20 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_core import sparsify
-from griffin_core.choices import ScoreMode
-from griffin_core.decode import look_up
-from griffin_core.decode.events import Failed, Finished, Scored, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.scoring import choice_bytes
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine import look_up
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed, Finished, Scored, TokensMade
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.scoring import choice_bytes
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import CapacityExhausted, EngineFault, InvalidRequest, NonFiniteLogits
 from griffin_core.experts.selection import POLICIES, PolicyName
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.forward.prefill import Pass
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.prefill import Pass
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import ScoreMode
 from tests.core.engines import Busy, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 from tests.tiny import VOCABULARY
@@ -237,7 +237,7 @@ def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) 
         rows.append(len(pieces))
         return whole(decoder, pieces)
 
-    monkeypatch.setattr("griffin_core.decode.decoding.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
     stream = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=40, ignore_eos=True))
     tokens = complete(running, stream)[0]
     beside = submit(running, replace(stream, turn_id=uuid4().hex))[1]
@@ -371,7 +371,7 @@ def test_a_step_that_fails_once_is_run_again_from_where_it_was(
             raise MemoryError("no memory, this once")
         return whole(*arguments, **named)
 
-    monkeypatch.setattr("griffin_core.decode.decoding.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
     monkeypatch.setattr(owner, name, sometimes)
     busy = Busy(running)  # so that they run together
     inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for each in tasks]
@@ -393,7 +393,7 @@ def test_a_score_that_is_cancelled_midway_leaves_nothing(
         seen.append(pieces)
         return whole(decoder, pieces)
 
-    monkeypatch.setattr("griffin_core.decode.decoding.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
     for steps in (1, 2, 9):
         seen.clear()
         each = task(mode=mode, continuations=(tuple(IDS[:100]),) * 50)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from griffin_core.decode import sharing
-from griffin_core.decode.events import Finished, Started
-from griffin_core.decode.session import Sharing
-from griffin_core.decode.snapshot import SessionSnapshot
-from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine
+from griffin_core.engine import expert_groups as sharing
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Finished, Started
+from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.snapshot import SessionSnapshot
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams

@@ -8,16 +8,16 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from griffin_core.decode.events import Finished, Started, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import State
-from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Finished, Started, TokensMade
+from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.sessions import State
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import EngineStopped
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import LayerKv
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerKv
-from griffin_core.prefill_queue import PrefillTask
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Busy, Inbox, complete, engine, submit

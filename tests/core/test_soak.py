@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from griffin_core.decode.decoding import Decoding
-from griffin_core.decode.events import Admitted, Failed, Finished, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import State
-from griffin_core.decode.snapshot import EngineSnapshot
-from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Admitted, Failed, Finished, TokensMade
+from griffin_core.engine.loop import Decoding
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.sessions import State
+from griffin_core.engine.snapshot import EngineSnapshot
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import SessionClosed, SessionNotFound
 from griffin_core.experts.selection import POLICIES, Selection
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_core.errors import BadModelFile, InvalidRequest
 from griffin_core.model.load import Model
-from griffin_core.model.tokenizer import CHARACTERS_PER_TOKEN, Tokenizer, load_tokenizer
+from griffin_core.text.tokenizer import CHARACTERS_PER_TOKEN, Tokenizer, load_tokenizer
 from tests.tiny import byte_tokenizer
 from tests.tokenizer_kinds import KINDS
 
@@ -331,7 +331,7 @@ def test_a_sentencepiece_model_that_cannot_be_read_asks_for_what_helps(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_bytes(b"no sentencepiece model")
-    monkeypatch.setattr("griffin_core.model.tokenizer.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("griffin_core.text.tokenizer.find_spec", lambda name: installed or None)
     with pytest.raises(BadModelFile) as refused:
         load_tokenizer(str(tmp_path))
     assert str(refused.value).startswith("tokenizer.model: ")

@@ -22,9 +22,9 @@ from griffin_client import (
     Tokens,
     Unavailable,
 )
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.prefill import Prompt
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
-from griffin_core.prefill import Prompt
 from griffin_server.handoff.shared_memory import DIRECTORY
 from tests.e2e.texts import LICENCE, cut
 from tests.servers import Process, Running, eventually, running

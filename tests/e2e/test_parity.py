@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_client import GriffinClient, Sampling, Stopping
+from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import Model
-from griffin_core.model.source import DEFAULT_MODEL, resolve
 from tests.e2e.texts import ARTICLE, LICENCE, cut
 from tests.servers import Process, Running
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from griffin_core import sparsify
-from griffin_core.choices import DEFAULT_MODEL
 from griffin_core.model.load import Model
+from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.backend import ScoreItem
 from griffin_evals.errors import InvalidSetting, RequestRefused
 from griffin_evals.lm import GriffinLM

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from griffin_client import Finished, GriffinClient, Stopping, Tokens
-from griffin_core.decode.task import ScoreTask
+from griffin_core.engine.task import ScoreTask
+from griffin_core.forward.prefill import LayerKv
 from griffin_core.model.load import Model, load_model
-from griffin_core.prefill import LayerKv
 from griffin_server.handoff import cuda_memory, transports
 from tests.core.engines import complete, engine
 from tests.gpu.devices import needs_cuda

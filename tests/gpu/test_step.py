@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from griffin_core.decode.step import StepRow, StepTokens, decode_tokens
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import StepRow, StepTokens, decode_tokens
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
 from griffin_core.sampling.params import SamplingParams
@@ -23,7 +23,7 @@ from tests.tiny import MODELS
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
 if torch.cuda.is_available():
-    from griffin_core.cuda.step import CudaStep
+    from griffin_core.backends.cuda.step import CudaStep
     from griffin_core.slim.costs import ASSUMED_COSTS, GraphCosts
     from griffin_core.slim.indexed import Indexed
 

@@ -24,8 +24,8 @@ from griffin_client import (
     Stopping,
 )
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerActivations, LayerExperts, prefill
 from griffin_server.cli import app
 from griffin_server.generation import analysis
 from griffin_server.pictures import jaccard, norm_mass_curve

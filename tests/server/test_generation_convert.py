@@ -10,9 +10,9 @@ from griffin.v1 import generation_pb2 as pb
 from griffin_client import Sampling, Stopping
 from griffin_client import convert as client_convert
 from griffin_client import types as client_types
-from griffin_core.decode import events
-from griffin_core.decode.session import SessionInfo, State
-from griffin_core.decode.task import GenerateTask, PruningParams
+from griffin_core.engine import events
+from griffin_core.engine.sessions import SessionInfo, State
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import POLICIES
 from griffin_core.model.load import Model
 from griffin_core.sampling.bad_words import bad_words_ids

@@ -11,10 +11,10 @@ import grpc
 import pytest
 import torch
 
+from griffin_core.engine.prefill_queue import PrefillRun, PrefillTask
 from griffin_core.errors import DeadlinePassed, EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
-from griffin_core.prefill_queue import PrefillRun, PrefillTask
 from griffin_server.handoff import shared_memory
 from griffin_server.handoff.shape import HandoffShape
 from griffin_server.handoff.shared_memory import DIRECTORY, Segment, SegmentPool

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.text.tokenizer import Tokenizer
 from tests.servers import running
 from tests.tiny import CONTEXT
 from tests.tokenizer_kinds import KINDS, PADDED_VOCABULARY, write_model

@@ -12,16 +12,15 @@ from typing import Any, TypeVar
 from google.protobuf.struct_pb2 import ListValue, Struct
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.choices import ScoreMode
-from griffin_core.decode.events import (
+from griffin_core.engine.events import (
     Finished,
     PruningFigures,
     Scored,
     Started,
     TokensMade,
 )
-from griffin_core.decode.session import SessionInfo, Sharing, State
-from griffin_core.decode.task import (
+from griffin_core.engine.sessions import SessionInfo, Sharing, State
+from griffin_core.engine.task import (
     GenerateTask,
     PruningParams,
     ScoreTask,
@@ -30,7 +29,13 @@ from griffin_core.decode.task import (
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
-from griffin_core.model.prompt import (
+from griffin_core.sampling.bad_words import bad_words_ids
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import FinishReason, StoppingParams
+from griffin_core.spec.choices import ScoreMode
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.prompt import (
     PromptKind,
     chat_ids,
     check_options,
@@ -38,12 +43,7 @@ from griffin_core.model.prompt import (
     given_ids,
     text_ids,
 )
-from griffin_core.model.spec import ModelSpec
-from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.sampling.bad_words import bad_words_ids
-from griffin_core.sampling.logprobs import Logprobs
-from griffin_core.sampling.params import SamplingParams
-from griffin_core.sampling.stopping import FinishReason, StoppingParams
+from griffin_core.text.tokenizer import Tokenizer
 
 MOST_SESSIONS_LISTED = 1000
 """Sessions of a page of ListSessions: some 250 KB."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.errors import CapacityExhausted, FingerprintMismatch, HandoffBroken
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
-from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
+from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
 from griffin_server.handoff.shape import HandoffShape
 from griffin_server.handoff.transports import ChunkReader, KvReader, KvWriter
 

@@ -19,15 +19,15 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from griffin_core.engine.observer import Observer
 from griffin_core.errors import EngineStopped, GriffinError
-from griffin_core.observer import Observer
 from griffin_server.ops.status import CODES, code_of, code_of_cancel
 
 if TYPE_CHECKING:  # they bring torch, and a server answers before that is imported
-    from griffin_core.decode.events import Finished, TokensMade
-    from griffin_core.engine import Engine
+    from griffin_core.engine.engine import Engine
+    from griffin_core.engine.events import Finished, TokensMade
     from griffin_core.experts.expert_set import ExpertSet
-    from griffin_core.prefill import PrefillFinished
+    from griffin_core.forward.prefill import PrefillFinished
     from griffin_server.handoff.shape import HandoffShape
 
 FINE = (*(round(1e-3 * 10 ** (step / 17), 6) for step in range(52)), 2.0, 5.0, 10.0)

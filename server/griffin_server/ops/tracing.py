@@ -19,9 +19,9 @@ import structlog
 from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from griffin_core.decode.events import Admitted, Event, Finished, Started
-from griffin_core.prefill import PrefillFinished
-from griffin_core.prefill_queue import PrefillBegun, PrefillStreamEvent
+from griffin_core.engine.events import Admitted, Event, Finished, Started
+from griffin_core.engine.prefill_queue import PrefillBegun, PrefillStreamEvent
+from griffin_core.forward.prefill import PrefillFinished
 from griffin_server import __version__
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ import grpc
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
-from griffin_core.decode.task import check_token_ids
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun, PrefillTask
+from griffin_core.engine.task import check_token_ids
 from griffin_core.errors import FingerprintMismatch, InvalidRequest
 from griffin_core.experts.selection import Selection
-from griffin_core.model.spec import ModelSpec
-from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished
-from griffin_core.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun, PrefillTask
+from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished
+from griffin_core.spec.model import ModelSpec
 from griffin_server.channel import Mail
 from griffin_server.generation.convert import policy_from_pb
 from griffin_server.handoff.convert import HandoffWriter

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
+from griffin_core.engine.prefill_queue import PrefillTask
 from griffin_core.errors import (
     CapacityExhausted,
     DeadlinePassed,
@@ -25,9 +26,8 @@ from griffin_core.errors import (
     HandoffError,
     PrefillUnavailable,
 )
+from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
 from griffin_core.model.load import Model
-from griffin_core.prefill import PrefillEvent, PrefillRestarted
-from griffin_core.prefill_queue import PrefillTask
 from griffin_server.generation.convert import policy_to_pb
 from griffin_server.handoff.convert import HandoffReader
 from griffin_server.handoff.cuda_memory import can_share
