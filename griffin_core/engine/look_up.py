@@ -63,7 +63,9 @@ def look_up(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
     match pieces[0].stage:
         case Stage.CONTEXT:
             hidden = torch.stack([piece.work.context_hidden for piece in pieces])
-            return _chances(pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces)))
+            return chances_of(
+                pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces))
+            )
         case Stage.COUNTED:
             return _look_up_counted(decoder, pieces)
         case Stage.VIEW | Stage.CHOSEN:
@@ -74,7 +76,7 @@ def _look_up_on_experts(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[
     runs = [piece.work.on_experts(piece.session, piece.rows) for piece in pieces]
     lengths = [run.cache.length for run in runs]
     try:
-        return _chances(pieces, decode_tokens(decoder, runs))
+        return chances_of(pieces, decode_tokens(decoder, runs))
     except BaseException:
         for run, length in zip(runs, lengths, strict=True):
             run.cache.rewind(length)
@@ -86,7 +88,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
     run = launch(decoder, parts)
     logits = decoder.head(decoder.final_hidden(run.hidden))
     rows = [piece.rows for piece in pieces]
-    chances = _chances(pieces, torch.split_with_sizes(logits, rows))
+    chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
     read = {id(each.prompt): each for each in run.end()}
     for piece, part in zip(pieces, parts, strict=True):
         if each := read.get(id(part.prompt)):
@@ -95,7 +97,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
     return chances
 
 
-def _chances(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
+def chances_of(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
     """The scores of each piece's targets from its logits [T, V]. Waits for the device once."""
     columns, counts = [], []
     for piece, own in zip(pieces, logits, strict=True):

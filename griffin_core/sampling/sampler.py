@@ -20,6 +20,9 @@ class Slots(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def in_use(self) -> frozenset[int]: ...
+
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None: ...
 
     def ban(self, slot: int, tokens: Sequence[int]) -> None: ...
@@ -68,6 +71,12 @@ class Sampler:
         """Bytes of all slots: on a GPU about 8 · (slots + 1) · V, from the start; on a CPU what the
         open slots need."""
         return self._slots.nbytes
+
+    @property
+    def in_use(self) -> frozenset[int]:
+        """Slots that hold something of a request. A plain greedy request leaves nothing in its
+        slot. On a GPU this waits for the device."""
+        return self._slots.in_use
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """Gives a slot to a request. In the order of the device's work; nothing waits for it.

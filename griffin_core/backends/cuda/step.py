@@ -14,9 +14,10 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -218,12 +219,17 @@ class CudaStep:
             size: StepInputs(size, padding, spec.ff_width, decoder.device) for size in sizes
         }
         self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, Made]] = {}
-        # By size, the largest mean density at which a set each is no slower than zeroed; until that
-        # is measured, what bytes say.
-        self._private_up_to = {size: 1 / size for size in sizes if size <= MOST_PRIVATE}
+        self.private_up_to = {size: 1 / size for size in sizes if size <= MOST_PRIVATE}
+        """By the size of a step, the largest mean density at which each row runs on a set of its
+        own and not zeroed. Bytes decide until ``measure_costs`` has measured which is slower."""
         with torch.inference_mode():
             if graphs:
                 self._capture(progress)
+
+    @property
+    def graphs(self) -> Mapping[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, Made]]:
+        """The captured graphs and their outputs, by size and mode. Replay none of them."""
+        return MappingProxyType(self._graphs)
 
     def _capture(self, progress: Progress | None) -> None:
         pool = None
@@ -270,7 +276,7 @@ class CudaStep:
             shared=seconds("shared"),
             private=seconds("private"),
         )
-        self._private_up_to = {size: costs.private_up_to(size) for size in self._private_up_to}
+        self.private_up_to = {size: costs.private_up_to(size) for size in self.private_up_to}
         return costs
 
     def _seconds(self, size: int, mode: FFMode, density: float) -> float:
@@ -298,7 +304,7 @@ class CudaStep:
         inputs = self._inputs[size]
         inputs.fill(rows)
         inputs.send()
-        mode = self._mode(rows, size)
+        mode = self.mode(rows, size)
         if (size, mode) in self._graphs:
             graph, made = self._graphs[size, mode]
             graph.replay()
@@ -342,7 +348,7 @@ class CudaStep:
             return ["dense", "private"]
         return [mode for mode in MODES if mode != "private" or size <= MOST_PRIVATE]
 
-    def _mode(self, rows: Sequence[StepRow], size: int) -> FFMode:
+    def mode(self, rows: Sequence[StepRow], size: int) -> FFMode:
         """The cheapest mode in which every session runs on its own set."""
         if self._apart:
             return "zeroed"
@@ -355,7 +361,7 @@ class CudaStep:
             return "shared"
         neurons = sum(counts) + (len(rows) - len(counts)) * self._spec.ff_width
         mean = neurons / (len(rows) * self._spec.ff_width)
-        return "private" if mean <= self._private_up_to.get(size, 0.0) else "zeroed"
+        return "private" if mean <= self.private_up_to.get(size, 0.0) else "zeroed"
 
     def _run(self, inputs: StepInputs, mode: FFMode) -> Made:
         decoder, spec = self._decoder, self._spec
