@@ -28,7 +28,6 @@ from griffin_client import (
     Finished,
     GriffinClient,
     GriffinClientError,
-    Message,
     SamplingDefaults,
     Started,
     Tokens,
@@ -162,45 +161,6 @@ def generate(
             timeout=timeout,
         )
         _show(events, as_json=as_json)
-
-
-@app.command()
-def chat(
-    target: Target = "localhost:50051",
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    density: Density = None,
-    policy: Policy = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    as_json: AsJson = False,
-) -> None:
-    """Talk with the model. An empty line or end of input ends it."""
-    history = [Message(role="system", content=system)] if system else []
-    variables = _json_object("chat-template-kwargs", chat_template_kwargs)
-    with GriffinClient(target) as client, _errors():
-        if not client.model_info().has_chat_template:
-            _fail("this server's model has no chat template; use `griffin generate --raw`")
-        while text := _ask(as_json):
-            history.append(Message(role="user", content=text))
-            events = client.generate(
-                messages=history,
-                density=density,
-                policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                seed=seed,
-                max_tokens=max_tokens,
-                chat_template_kwargs=variables,
-            )
-            reply = _show(events, as_json=as_json)
-            history.append(Message(role="assistant", content=reply))
 
 
 @app.command()
@@ -546,12 +506,6 @@ def _range(name: str, text: str) -> tuple[int, int]:
     return values
 
 
-def _ask(as_json: bool) -> str:
-    if not as_json and sys.stdin.isatty():
-        err.print("[bold]>[/bold] ", end="")
-    return sys.stdin.readline().strip()
-
-
 class _errors:  # reads as a statement
     """Turns a failed call into one line on stderr and exit status 1."""
 
@@ -579,3 +533,9 @@ def _ended_by_signals() -> Iterator[None]:
 def _fail(message: str, *, status: int = 1) -> NoReturn:
     err.print(f"griffin: {message}", markup=False, soft_wrap=True)
     raise typer.Exit(status)
+
+
+# Imported last, since it uses what is above.
+from griffin_server.commands.chat import chat  # noqa: E402
+
+app.command()(chat)
