@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from griffin_client import (
     Unavailable,
 )
 from griffin_client.requests import PARTS
+from griffin_client.retry import Retries
 from griffin_core.model.load import Model
 from tests.servers import Running, running
 
@@ -314,6 +316,28 @@ def test_a_full_queue_says_when_to_come_back(tiny: Callable[[str], Model]) -> No
             client.complete("b")
         assert caught.value.retry_after_s is not None and caught.value.retry_after_s > 0
         assert len(list(holder)) == 251
+
+
+async def test_a_call_is_tried_again_until_there_is_room(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float | None] = []
+    wait_s = Retries.wait_s
+
+    def noted(retries: Retries, error: GriffinClientError) -> float | None:
+        waits.append(wait_s(retries, error))
+        return waits[-1]
+
+    monkeypatch.setattr(Retries, "wait_s", noted)
+    settings = {"max_sessions": 1, "max_queue": 0}
+    with running(tiny("llama"), **settings) as server:
+        async with AsyncGriffinClient(server.target, max_retries=20, timeout=60) as client:
+            holder = client.generate("a", max_tokens=250, ignore_eos=True)
+            await anext(holder)
+            waiting = asyncio.create_task(client.complete("b", **THREE))
+            assert len([event async for event in holder]) == 251
+            assert (await waiting).finished.usage.generated_tokens == 3
+    assert waits and None not in waits
 
 
 def test_what_never_fits_has_no_retry_hint(tiny: Callable[[str], Model]) -> None:
