@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import runpy
 import subprocess
 import sys
@@ -181,3 +182,9 @@ def test_all_that_is_public_has_a_docstring(module: Any) -> None:
             for method, function in vars(item).items():
                 if inspect.isfunction(function) and not method.startswith("_"):
                     assert function.__doc__, f"{name}.{method}"
+
+
+def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
+    drawn = re.findall(r"^    (?:[├└]── )?([A-Z]\w+)  ", errors.__doc__ or "", re.MULTILINE)
+    kinds = [errors.GriffinClientError, *errors.GriffinClientError.__subclasses__()]
+    assert drawn == [kind.__name__ for kind in kinds]
