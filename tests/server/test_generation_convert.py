@@ -9,7 +9,7 @@ import pytest
 from griffin.v1 import generation_pb2 as pb
 from griffin_client import requests, responses
 from griffin_client import types as client_types
-from griffin_core.engine.engine import events
+from griffin_core.engine import events
 from griffin_core.engine.sessions import SessionInfo, State
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import POLICIES
