@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Entry point of the console script."""
     try:
-        from griffin_server.cli import app  # noqa: PLC0415
+        from griffin_server.commands import app  # noqa: PLC0415
     except ModuleNotFoundError as error:
         sys.exit(
             f"griffin: no module {error.name}: the command needs the extra `server`, which is "

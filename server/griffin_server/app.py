@@ -18,15 +18,15 @@ from griffin_core.model.source import Progress
 from griffin_core.prefill import default_chunk_tokens
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.slim.costs import ASSUMED_COSTS
-from griffin_server.channel import Mail
-from griffin_server.generation import convert
-from griffin_server.generation.service import GenerationServicer
-from griffin_server.handoff.shared_memory import remove_stale_segments
 from griffin_server.listener import Listener
-from griffin_server.ops.settings import Settings
-from griffin_server.ops.tracing import Tracing
-from griffin_server.prefill.service import PrefillServicer
-from griffin_server.prefill.source import PrefillServer, PrefillServers
+from griffin_server.prefill_pool.router import PrefillServer, PrefillServers
+from griffin_server.rpc.generation import GenerationServicer
+from griffin_server.rpc.messages import requests as convert
+from griffin_server.rpc.output_queue import Mail
+from griffin_server.rpc.prefill import PrefillServicer
+from griffin_server.settings import Settings
+from griffin_server.telemetry.tracing import Tracing
+from griffin_server.transfer.shared_memory import remove_stale_segments
 
 log = structlog.get_logger("griffin.app")
 

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-from griffin_server.ops.address import (
+from griffin_server.address import (
     Address,
     ListenError,
     TcpAddress,
@@ -24,15 +24,15 @@ from griffin_server.ops.address import (
     listen,
     parse_host,
 )
-from griffin_server.ops.connections import server_options
-from griffin_server.ops.http import HttpServer
-from griffin_server.ops.interceptors import CallInterceptor
-from griffin_server.ops.metrics import Metrics
-from griffin_server.ops.reflection import add_reflection
-from griffin_server.ops.settings import Settings
+from griffin_server.connections import server_options
+from griffin_server.interceptors import CallInterceptor
+from griffin_server.rpc.reflection import add_reflection
+from griffin_server.settings import Settings
+from griffin_server.telemetry.http import HttpServer
+from griffin_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from griffin_server.ops.tracing import Tracing
+    from griffin_server.telemetry.tracing import Tracing
 
 log = structlog.get_logger("griffin.listener")
 

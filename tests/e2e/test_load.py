@@ -23,7 +23,7 @@ from griffin_client import (
     Stopping,
 )
 from griffin_core.model.load import Model
-from griffin_server.handoff.shared_memory import DIRECTORY
+from griffin_server.transfer.shared_memory import DIRECTORY
 from tests.core.engines import at_baseline
 from tests.servers import SMALL_WINDOW, Process, Running, eventually, running
 

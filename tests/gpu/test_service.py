@@ -11,7 +11,8 @@ from griffin_client import Finished, GriffinClient, Stopping, Tokens
 from griffin_core.decode.task import ScoreTask
 from griffin_core.model.load import Model, load_model
 from griffin_core.prefill import LayerKv
-from griffin_server.handoff import cuda_memory, transports
+from griffin_server.transfer import base as transports
+from griffin_server.transfer import cuda_ipc as cuda_memory
 from tests.core.engines import complete, engine
 from tests.gpu.devices import needs_cuda
 from tests.gpu.test_cuda import task

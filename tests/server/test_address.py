@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin_server.ops.address import (
+from griffin_server.address import (
     MOST_PATH_BYTES,
     TcpAddress,
     UnixAddress,

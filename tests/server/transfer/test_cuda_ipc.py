@@ -1,0 +1,102 @@
+"""Lent GPU memory, without a GPU: what is refused before the driver is asked for a copy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from griffin.v1 import prefill_pb2 as pb
+from griffin_server.transfer import cuda_ipc as cuda_memory
+from griffin_server.transfer.cuda_ipc import MappingError, Mappings
+
+BASE, SIZE = 1 << 20, 2048
+CPU = torch.device("cpu")  # stands for a GPU: the driver is not there either
+
+
+class Handle:
+    reserved = b""
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the driver's calls; every handle opens SIZE bytes at BASE."""
+    names: list[str] = []
+    answers = {"cuIpcOpenMemHandle": (BASE,), "cuMemGetAddressRange": (BASE, SIZE)}
+
+    def call(name: str, *arguments: Any) -> tuple[Any, ...]:
+        names.append(name)
+        return answers.get(name, ())
+
+    driver = SimpleNamespace(
+        CUipcMemHandle=Handle,
+        CUipcMem_flags=SimpleNamespace(CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS=SimpleNamespace(value=1)),
+        CUmemorytype=SimpleNamespace(CU_MEMORYTYPE_UNIFIED=4),
+        CUDA_MEMCPY2D=SimpleNamespace,
+    )
+    monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_memory, "_call", call)
+    monkeypatch.setattr(cuda_memory, "_context", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return names
+
+
+def place(offset: int, pitch: int, handle: bytes = bytes(64)) -> pb.CudaPlace:
+    return pb.CudaPlace(handle=handle, offset_bytes=offset, pitch_bytes=pitch)
+
+
+@pytest.mark.parametrize(
+    ("offset", "pitch", "rows"),
+    [(0, 512, 4), (1536, 512, 1), (0, 0, 4), (1024, 1024, 1), (512, 0, 3)],
+)
+def test_rows_inside_the_lent_memory_are_copied(
+    called: list[str], offset: int, pitch: int, rows: int
+) -> None:
+    Mappings(CPU).copy(place(offset, pitch), torch.empty(rows * 512, dtype=torch.uint8), rows=rows)
+    assert called[-2:] == ["cuMemcpy2DAsync", "cuCtxPopCurrent"]
+
+
+@pytest.mark.parametrize(
+    ("offset", "pitch", "rows"),
+    [(0, 512, 5), (1537, 512, 1), (0, 0, 5), (0, 1024, 3), (2048, 0, 1), (1 << 62, 0, 1)],
+)
+def test_rows_outside_it_are_not(called: list[str], offset: int, pitch: int, rows: int) -> None:
+    """A pitch of less than a row would have the driver read rows one behind the other."""
+    out = torch.empty(rows * 512, dtype=torch.uint8)
+    with pytest.raises(MappingError, match="outside 2048 lent bytes"):
+        Mappings(CPU).copy(place(offset, pitch), out, rows=rows)
+    assert "cuMemcpy2DAsync" not in called
+
+
+def test_a_handle_is_opened_once_and_closed_once(called: list[str]) -> None:
+    mappings = Mappings(CPU)
+    for _ in range(3):
+        mappings.copy(place(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
+    assert called.count("cuIpcOpenMemHandle") == 1
+    mappings.close()
+    mappings.close()
+    assert called.count("cuIpcCloseMemHandle") == 1
+
+
+def test_what_was_opened_is_closed_even_if_its_size_is_not_known(
+    called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = cuda_memory._call
+
+    def call(name: str, *arguments: Any) -> tuple[Any, ...]:
+        if name == "cuMemGetAddressRange":
+            raise MappingError("cuMemGetAddressRange: CUDA_ERROR_UNKNOWN")
+        return whole(name, *arguments)
+
+    monkeypatch.setattr(cuda_memory, "_call", call)
+    mappings = Mappings(CPU)
+    with pytest.raises(MappingError, match="UNKNOWN"):
+        mappings.copy(place(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
+    mappings.close()
+    assert "cuIpcCloseMemHandle" in called
+
+
+def test_memory_is_shared_on_no_cpu() -> None:
+    assert not cuda_memory.can_share(torch.device("cpu"))
