@@ -1,4 +1,4 @@
-"""Where a server listens, and where others are: read, resolved and written here and nowhere else.
+"""Addresses of servers: parsing, resolving, formatting and listening.
 
 An address is written as gRPC writes it (github.com/grpc/grpc, doc/naming.md): ``10.0.0.1:50051``,
 ``[::1]:50051``, ``name:50051``, ``unix:/run/griffin.sock``.
@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from griffin_core.errors import GriffinError
 
 MOST_PATH_BYTES = 107
-"""Of a Unix socket's path: ``sun_path`` of unix(7) less its final zero."""
+"""The longest path of a Unix socket: ``sun_path`` of unix(7) without its final zero byte."""
 
 SOCKET_MODE = 0o660
-"""A Unix socket is for its owner and group; who may connect needs the right to write."""
+"""Connecting to a Unix socket takes the permission to write, which its owner and group have."""
 
 LIVE_S = 1.0
-"""How long a socket file's server may take to accept before it counts as live and busy."""
+"""Seconds after which a socket whose server does not accept counts as in use by a busy server."""
 
 HOST_ALLOWED = (
     "a name, an IPv4 or IPv6 address without port (127.0.0.1, ::1, 0.0.0.0), or unix:PATH"
@@ -37,16 +37,16 @@ _GRPC_NAME = re.compile(r"(dns|ipv4|ipv6|unix-abstract|vsock|xds):.+")
 
 
 class ListenError(GriffinError):
-    """An address cannot be listened on.
+    """The server cannot listen on an address.
 
     Args:
-        name: the port's setting.
-        error: an OSError that says why, or gRPC's.
+        name: the setting of the port.
+        error: an OSError with the reason, or an error of gRPC.
     """
 
     def __init__(self, name: str, address: Address, error: Exception) -> None:
         why = error.strerror if isinstance(error, OSError) else None
-        if why is not None:  # socket.create_server adds its arguments, which are said already
+        if why is not None:  # socket.create_server repeats its arguments
             why = why.partition(" (while attempting")[0]
         super().__init__(f"host, {name}: cannot listen on {address} ({why or error})")
 
@@ -57,7 +57,7 @@ class TcpAddress:
 
     Args:
         host: a name, or an IP address without brackets.
-        port: 0 to listen on a free one.
+        port: 0 listens on a free one.
     """
 
     host: str
@@ -68,11 +68,11 @@ class TcpAddress:
         return f"{host}:{self.port}"
 
     def resolved(self) -> list[TcpAddress]:
-        """The IP addresses of the host. One that stands for all of IPv4 stands for all of IPv6 as
-        well where the machine has both, as gRPC reads it.
+        """The host's IP addresses. On a machine that has IPv6, the address for all of IPv4 means
+        all of both, as in gRPC.
 
         Raises:
-            OSError: there is no such name.
+            OSError: the name cannot be resolved.
         """
         if self.host in ("0.0.0.0", "::"):
             return [replace(self, host="::" if socket.has_dualstack_ipv6() else "0.0.0.0")]
@@ -89,7 +89,7 @@ class UnixAddress:
     """A Unix socket.
 
     Args:
-        path: of its file, at most ``MOST_PATH_BYTES`` long.
+        path: the path of its file, at most ``MOST_PATH_BYTES`` long.
     """
 
     path: str
@@ -98,10 +98,10 @@ class UnixAddress:
         return f"unix:{self.path}"
 
     def claim(self) -> None:
-        """Makes room for a socket: removes the file of one whose server has gone.
+        """Prepares for listening: removes the socket's file if its server has ended.
 
         Raises:
-            OSError: somebody listens there, it is no socket, or none can be made.
+            OSError: another server listens there, the file is not a socket, or none can be created.
         """
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
@@ -110,31 +110,31 @@ class UnixAddress:
                 caller.settimeout(LIVE_S)
                 try:
                     caller.connect(self.path)
-                except ConnectionRefusedError:  # nobody listens any more
+                except ConnectionRefusedError:  # its server has ended
                     os.unlink(self.path)
-                except TimeoutError:  # somebody does and is busy
+                except TimeoutError:  # its server is alive and busy
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
                 else:
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        with socket.socket(socket.AF_UNIX) as probe:  # says why not, which gRPC does not
+        with socket.socket(socket.AF_UNIX) as probe:  # its errors say why; gRPC's do not
             probe.bind(self.path)
         os.unlink(self.path)
 
     @property
     def inode(self) -> tuple[int, int] | None:
-        """Device and inode of its file; None if there is none."""
+        """The device and inode of the socket's file; None if the file does not exist."""
         with suppress(FileNotFoundError):
             status = os.lstat(self.path)
             return status.st_dev, status.st_ino
         return None
 
     @contextmanager
-    def spared(self, own: tuple[int, int]) -> Iterator[None]:
-        """Within it the file may be removed by its path, as gRPC does when it stops to listen. If
-        that was another server's file, it is there again afterwards.
+    def other_server_kept(self, own: tuple[int, int]) -> Iterator[None]:
+        """A context in which gRPC may remove the file at this path when it stops listening. If the
+        file belongs to another server, it is restored afterwards.
 
         Args:
-            own: ``inode`` of the file that may go.
+            own: the ``inode`` of this server's own file.
         """
         second = f"{self.path}.{os.getpid()}"
         with ExitStack() as stack:
@@ -150,7 +150,7 @@ class UnixAddress:
             os.link(second, self.path)
 
     def open_to_group(self) -> None:
-        """Gives the file its mode, ``SOCKET_MODE``."""
+        """Sets the file's mode to ``SOCKET_MODE``."""
         os.chmod(self.path, SOCKET_MODE)
 
 
@@ -158,10 +158,10 @@ Address = TcpAddress | UnixAddress
 
 
 def parse_host(host: str, port: int) -> Address:
-    """Where to listen, of the settings ``host`` and ``port``; a Unix socket has no port.
+    """The address of the settings ``host`` and ``port``. A Unix socket has no port.
 
     Raises:
-        ValueError: with what is allowed.
+        ValueError: the host is malformed; the message says what is allowed.
     """
     if host.startswith("unix:"):
         return UnixAddress(path=_unix_path(host))
@@ -172,10 +172,10 @@ def parse_host(host: str, port: int) -> Address:
 
 
 def check_target(target: str) -> str:
-    """The address of another server, if it is one.
+    """Returns the address of another server if it is well-formed.
 
     Raises:
-        ValueError: with what is allowed.
+        ValueError: it is malformed; the message says what is allowed.
     """
     if target.startswith("unix:"):
         _unix_path(target)
@@ -188,12 +188,11 @@ def check_target(target: str) -> str:
 
 
 def listen(address: TcpAddress) -> list[socket.socket]:
-    """Sockets that listen on each IP address of the host, all on one port. An address that this
-    machine does not have, as ::1 of ``localhost`` where IPv6 is off, is left out unless it is the
-    only one.
+    """Sockets that listen on each IP address of the host, all on one port. Addresses that this
+    machine does not have, such as ::1 of ``localhost`` without IPv6, are skipped.
 
     Raises:
-        OSError: the port is taken on one of them, or none of them is this machine's.
+        OSError: the port is in use on one of them, or this machine has none of them.
     """
     sockets: list[socket.socket] = []
     missing: OSError | None = None
@@ -222,7 +221,7 @@ def listen(address: TcpAddress) -> list[socket.socket]:
 
 
 def address_of(listening: socket.socket) -> TcpAddress:
-    """Where a socket listens, by IP address."""
+    """The IP address and port on which a socket listens."""
     host, port = socket.getnameinfo(
         listening.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
     )
@@ -241,7 +240,7 @@ def _unix_path(name: str) -> str:
 
 
 def _without_brackets(host: str) -> str:
-    """[::1] -> ::1; anything else as it is, for brackets are for colons."""
+    """[::1] -> ::1. Brackets without a colon between them stay, since they are no IPv6 address."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") and ":" in host else host
 
 
@@ -254,7 +253,7 @@ def _is_ip(text: str) -> bool:
 
 
 def _is_host(text: str) -> bool:
-    """Whether it is an IP address, or can be a name: numbers and dots alone are no name."""
+    """Whether a text is an IP address or a possible name. Digits and dots alone are not a name."""
     if _is_ip(text):
         return True
     return bool(_NAME.fullmatch(text)) and not re.fullmatch(r"[\d.]+", text) and len(text) <= 253

@@ -1,9 +1,10 @@
-"""How connections are kept: gRPC's options of a server and of a channel to a prefill server.
+"""The gRPC options of a server and of a channel to a prefill server, keepalive above all.
 
-Keepalive needs its options together (github.com/grpc/grpc, doc/keepalive.md): who pings says how
-often, and whether also without a call; who is pinged says how often it may be, and whether also
-without a call. A server that is not told allows an idle client one ping in two hours, and ends the
-connection of one that sends more. The client SDK has its own copy, since it knows no server.
+Keepalive is set on both ends (github.com/grpc/grpc, doc/keepalive.md): the end that pings sets how
+often, and whether also without a call; the end that is pinged sets how often it accepts pings, and
+whether also without a call. By default a server accepts one ping in two hours from an idle client,
+and closes the connection of a client that sends more. The client SDK has its own copy of its
+options, because it does not import the server.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 LEAST_PING_INTERVAL_MS = 5_000
-"""Clients may ping this often, with or without a call: grpc-go allows its users 10 s at least."""
+"""How often clients may ping, with or without a call. The shortest interval of grpc-go is 10 s."""
 
 
 def server_options(max_request_bytes: int) -> list[tuple[str, Any]]:
-    """Options of a server."""
+    """The options of a server."""
     return [
         ("grpc.max_receive_message_length", max_request_bytes),
-        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a friend
+        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
         ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_INTERVAL_MS),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Two pings may come early, as after a pause of the network; the next ends the connection.
+        # Two pings may come early, as after a network pause; the third closes the connection.
         ("grpc.http2.max_ping_strikes", 2),
-        # A client that has vanished without a word gives its session back.
+        # The session of a client that vanished without closing its connection is freed.
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
     ]
@@ -31,16 +32,16 @@ def server_options(max_request_bytes: int) -> list[tuple[str, Any]]:
 
 PREFILL_CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.lb_policy_name", "round_robin"),
-    # A single token's KV in one layer may be larger than a chunk; nothing comes near this.
+    # A message holds at least one token's KV in one layer, which is far smaller than this.
     ("grpc.max_receive_message_length", 64 << 20),
-    # A restarted prefill server is found again within source.CONNECT_S.
+    # A restarted prefill server is found within prefill_pool.client.CONNECT_S.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
-    # A connection that has died between two prompts is noticed before the next one.
+    # A connection that dies between two prompts is noticed before the next one.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Servers of one cluster: a proxy that the environment names is for the world outside.
+    # The servers are in one cluster; a proxy in the environment is for other traffic.
     ("grpc.enable_http_proxy", 0),
 ]

@@ -1,8 +1,8 @@
-"""Environment variables of the name GRIFFIN_* that are no settings, and what is said about them.
+"""Warnings about environment variables that look like settings (GRIFFIN_*) but are not.
 
-The kubelet puts variables into every pod beside a Service, named after it: those of a Service
-``griffin`` look like ours, GRIFFIN_PORT above all (Kubernetes documentation, "Accessing the
-Service", environment variables).
+The kubelet sets variables named after each Service in every pod. Those of a Service ``griffin``
+look like settings, GRIFFIN_PORT above all (Kubernetes documentation, "Accessing the Service",
+environment variables).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 PREFIX = "GRIFFIN_"
 
 OTHERS = ("GRIFFIN_CACHE_DIR", "GRIFFIN_TARGET")
-"""Read elsewhere: where converted models are kept, and what the client's commands call."""
+"""Variables that other modules read: the cache of converted models, and the commands' target."""
 
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+", re.IGNORECASE)
 _LINK_NAME = re.compile(
@@ -24,20 +24,20 @@ _LINK_NAME = re.compile(
 
 
 def is_service_link(name: str, value: str) -> bool:
-    """Whether a variable is one that Kubernetes makes for a Service: by its name, or a port by its
-    value, for a Service ``griffin-metrics`` makes a GRIFFIN_METRICS_PORT."""
+    """Whether Kubernetes sets a variable for a Service. A port is recognized by its value, since a
+    Service ``griffin-metrics`` has the variable GRIFFIN_METRICS_PORT."""
     is_port = name.upper().endswith("_PORT") and _LINK_VALUE.fullmatch(value)
     return bool(is_port or _LINK_NAME.fullmatch(name))
 
 
 def notes(environment: Mapping[str, str], settings: Iterable[str]) -> list[str]:
-    """Sentences on variables that look like settings and are not taken.
+    """Warnings about variables that look like settings and are ignored.
 
     Args:
-        settings: names of settings, as fields.
+        settings: the field names of all settings.
     """
     known = {f"{PREFIX}{name.upper()}" for name in settings}
-    links, said = [], []
+    links, warnings = [], []
     for name, value in sorted(environment.items()):
         if not name.upper().startswith(PREFIX) or name.upper() in OTHERS:
             continue
@@ -47,10 +47,10 @@ def notes(environment: Mapping[str, str], settings: Iterable[str]) -> list[str]:
         elif name.upper() not in known:
             close = get_close_matches(name.upper(), known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            said.append(f"{name} is in the environment, and there is no such setting{hint}")
+            warnings.append(f"{name} in the environment is ignored: there is no such setting{hint}")
     if links:
-        said.append(
-            f"{', '.join(links)} in the environment is of a Kubernetes Service and not a setting: "
-            "left alone"
+        warnings.append(
+            f"{', '.join(links)} in the environment describe a Kubernetes Service and are no "
+            "settings, so they are ignored"
         )
-    return said
+    return warnings

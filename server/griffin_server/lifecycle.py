@@ -1,7 +1,7 @@
-"""`griffin serve`: listens first, then imports and loads the model on a thread, then serves.
+"""A server process from start to end: it listens, loads the model on a thread, serves and drains.
 
-Whoever asks whether the server lives is answered from its first second on. So what this module
-imports is light; torch, transformers and all that needs them comes with the load.
+Health checks must be answered from the first second on, so this module imports neither torch nor
+transformers nor anything that needs them. They are imported by the thread that loads the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = structlog.get_logger("griffin.app")
 
 
 class NotImported(GriffinError):
-    """What the model needs cannot be imported in these surroundings."""
+    """torch cannot be imported in this environment."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(
@@ -37,17 +37,17 @@ class NotImported(GriffinError):
 
 
 async def serve(settings: Settings, progress: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT; a second one ends what still runs. One that comes before the
-    model is loaded ends the process at once, with 128 and its number.
+    """Serves until SIGTERM or SIGINT. A second signal ends the calls that still run. A signal while
+    the model loads ends the process at once, with exit status 128 plus its number.
 
     Args:
-        progress: told about each slow part of loading.
+        progress: called with a message at each slow part of loading.
 
     Raises:
-        ListenError: an address is taken or not this machine's.
-        NotImported: there is no directory for temporary files.
+        ListenError: an address is in use or does not belong to this machine.
+        NotImported: torch found no directory for temporary files.
         ModelError, InvalidRequest: see ``load_model``.
-        EngineFault: a bug has ended the engine; whoever supervises the process starts a new one.
+        EngineFault: a bug ended the engine. The process's supervisor should start a new one.
     """
     signals = _Signals()
     listener = Listener(settings)
@@ -57,20 +57,20 @@ async def serve(settings: Settings, progress: Callable[[str], None]) -> None:
         loading = asyncio.wrap_future(_load(settings, progress))
         if await signals.or_else(loading):
             model = loading.result()
-        else:  # nothing ends a thread that loads
+        else:  # a thread that loads cannot be ended
             await listener.close()
             os._exit(128 + signals.number)
-        from griffin_server.app import App  # noqa: PLC0415  # imported by now
+        from griffin_server.app import App  # noqa: PLC0415  # the loading thread has imported it
 
         app = App(settings, model, listener)
-        signals.again = app.hurry
+        signals.on_second = app.force_stop
         starting = asyncio.create_task(app.start())
         if await signals.or_else(starting):
             starting.result()
     except BaseException:
         await listener.close()
         raise
-    if not starting.done():  # told to stop before it was ready
+    if not starting.done():  # a signal came before the engine was ready
         await app.stop()
         await asyncio.wait((starting,))
         return
@@ -82,14 +82,14 @@ async def serve(settings: Settings, progress: Callable[[str], None]) -> None:
 
 
 def _load(settings: Settings, progress: Callable[[str], None]) -> Future[Model]:
-    """Loads the model on a thread of its own that does not keep the process from ending."""
+    """Loads the model on a daemon thread, which does not keep the process from ending."""
     loaded: Future[Model] = Future()
 
     def work() -> None:
         try:
             try:
-                from griffin_server.app import load  # noqa: PLC0415  # it brings torch
-            except OSError as error:  # torch makes a directory for what it compiles
+                from griffin_server.app import load  # noqa: PLC0415  # imports torch
+            except OSError as error:  # torch creates a directory for compiled code
                 raise NotImported(error) from error
             loaded.set_result(load(settings, progress))
         except BaseException as error:
@@ -100,13 +100,13 @@ def _load(settings: Settings, progress: Callable[[str], None]) -> Future[Model]:
 
 
 class _Signals:
-    """SIGTERM and SIGINT, once they are the loop's."""
+    """SIGTERM and SIGINT, handled by the event loop."""
 
     def __init__(self) -> None:
         self.number = 0
-        """The first that came; 0 if none did."""
-        self.again: Callable[[], None] = lambda: None
-        """Called when another one comes."""
+        """The number of the first signal; 0 before it."""
+        self.on_second: Callable[[], None] = lambda: None
+        """Called at each later signal."""
         self._came = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -114,12 +114,12 @@ class _Signals:
 
     def _take(self, number: int) -> None:
         if self._came.is_set():
-            self.again()
+            self.on_second()
         self.number = self.number or number
         self._came.set()
 
     async def or_else(self, other: asyncio.Future[Any] | Awaitable[Any]) -> bool:
-        """Waits for a signal or for something else. Whether the latter is done."""
+        """Waits for a signal or for ``other``. Returns whether ``other`` is done."""
         signalled = asyncio.ensure_future(self._came.wait())
         waited = asyncio.ensure_future(other)
         await asyncio.wait((signalled, waited), return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Settings of a server: each is a flag, an environment variable and a line of a TOML file."""
+"""The settings of a server: each is a flag, an environment variable and a line of a TOML file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from pydantic_settings import (
 from griffin_core.choices import DEFAULT_MODEL, PolicyName, Sharing
 from griffin_server.address import UnixAddress, check_target, parse_host
 from griffin_server.environment import is_service_link
-from griffin_server.telemetry.logging import LogFormat
 
-HandoffWay = Literal["auto", "shared_memory", "messages"]
+HandoffTransports = Literal["auto", "shared_memory", "messages"]
+"""The transports of KV that a decode server offers to its prefill servers."""
+
+LogFormat = Literal["auto", "json", "console"]
 
 SamplingDefaultsFrom = Literal["greedy", "model"]
-"""Where the sampling comes from that a request does not set."""
+"""The source of the sampling fields that a request does not set."""
 
 _config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
@@ -55,149 +57,170 @@ class Settings(BaseSettings):
 
     config: Path | None = Field(None, description="TOML file with settings.")
     model: str = Field(
-        DEFAULT_MODEL, description="A directory, a .gguf file, a hub id, or the packaged default."
+        DEFAULT_MODEL,
+        description="The model: a directory, a .gguf file, a hub id, or the packaged default.",
     )
     role: Literal["all", "prefill", "decode"] = Field(
-        "all", description="all: one process does both phases; prefill, decode: one each."
+        "all",
+        description="all: this process runs both phases; prefill or decode: only that phase.",
     )
     host: str = Field(
         "127.0.0.1",
-        description="Where to listen: a name, an IPv4 or IPv6 address, 0.0.0.0 or :: for all of "
-        "them, or unix:PATH for a Unix socket, which its owner and group may use.",
+        description="Address to listen on: a name, an IPv4 or IPv6 address, 0.0.0.0 or :: for all "
+        "addresses, or unix:PATH for a Unix socket, which its owner and group may use.",
     )
     port: int = Field(
         50051,
         ge=0,
         le=65535,
-        description="Port to listen on; 0 takes a free one. A Unix socket has none.",
+        description="Port to listen on; 0 takes a free one. A Unix socket ignores it.",
     )
     prefill_target: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="A prefill server: host:port, [IPv6]:port, unix:PATH, or a gRPC name such as "
-        "dns:///prefill:50052. May be repeated, or list several with commas. Needed by, and "
-        "only by, role decode.",
+        "dns:///prefill:50052. Repeat it, or separate several with commas. Role decode needs it; "
+        "other roles refuse it.",
     )
     own_prefill_tokens: int = Field(
-        32, ge=0, description="Role decode runs prompts of up to so many tokens itself."
+        32,
+        ge=0,
+        description="In role decode, prompts of up to this many tokens are not sent to a prefill "
+        "server.",
     )
-    handoff: HandoffWay = Field(
+    handoff: HandoffTransports = Field(
         "auto",
-        description="How KV comes from a prefill server. auto: where both are on one host, from "
-        "its GPU's memory or through shared memory, else in messages; shared_memory: not from its "
-        "GPU's; messages: in messages alone.",
+        description="How KV is transferred from a prefill server. auto: on one host through GPU "
+        "memory or shared memory, else in messages; shared_memory: as auto, but never through GPU "
+        "memory; messages: only in messages.",
     )
-    device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes cuda if there is one.")
+    device: str = Field(
+        "auto", description="cpu, cuda or cuda:N; auto takes cuda if it is available."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Of weights, activations and KV; auto picks the fastest dtype for the device.",
+        description="Type of weights, activations and KV; auto picks the device's fastest type.",
     )
     threads: int = Field(
         0,
         ge=0,
         le=1024,
-        description="CPU threads of the model. 0 is one for each CPU there is to use, by affinity, "
-        "quota and what other programs leave, looked at as it runs; a number stays as it is.",
+        description="CPU threads of the model. 0 uses as many CPUs as affinity, quota and other "
+        "programs leave, and adapts while the server runs; any other number is fixed.",
     )
     batch_invariant: bool = Field(
         False,
-        description="Private sessions generate the same, to the bit, whoever else is there. A step "
-        "takes 1.2 to 1.7 times as long as a dense one on a CPU, and on a GPU as long as a dense "
-        "one for every eight sessions; pruning saves no time, and auto is dense. Without it that "
-        "holds in float32 on a CPU but for rounding, and in 16 bits tokens may differ.",
+        description="A private session's output does not depend, to the bit, on other sessions. A "
+        "step then takes 1.2 to 1.7 times as long as a dense step on a CPU, and on a GPU as long "
+        "as one dense step for every eight sessions; pruning saves no time, and sharing auto runs "
+        "dense. Without it, float32 on a CPU differs only by rounding, and 16-bit types may give "
+        "other tokens.",
     )
     cuda_graphs: bool = Field(
-        True, description="On a GPU, run a decode step as one graph, captured at start."
+        True,
+        description="On a GPU, run each decode step as a CUDA graph, captured at start.",
     )
     density: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Fraction of FF neurons kept, for requests that do not set it. 1, the default, "
-        "is the dense model. Set 0.5 or 0.75 for models of 7B parameters and more and for long "
-        "prompts, and look at the answers: small models on short prompts repeat themselves.",
+        description="Fraction of FF neurons kept, for requests that do not set it. 1 is the dense "
+        "model. Set 0.5 or 0.75 for models of 7B parameters or more and for long prompts, and "
+        "check the answers: small models on short prompts repeat themselves.",
     )
     policy: PolicyName = Field(
         "topk", description="Selection policy, for requests that do not set it."
     )
     sharing: Sharing = Field(
         "auto",
-        description="Default when a request does not set it. auto: the cheapest form, and dense "
-        "unless pruning gains 5 % of a step's time; private: a set of experts for each session; "
-        "shared: one for all of one density and policy.",
+        description="Which experts a session runs on, for requests that do not set it. auto: the "
+        "fastest choice, and dense unless pruning saves 5 % of a step's time; private: a set of "
+        "experts for each session; shared: one set for all sessions with the same density and "
+        "policy.",
     )
     sampling_defaults: SamplingDefaultsFrom = Field(
         "greedy",
-        description="How tokens are drawn, for sampling fields that a request does not set. "
-        "greedy: the likeliest token, no penalties; model: as the model's own "
-        "generation_config.json says, and greedy where it says nothing.",
+        description="Source of the sampling fields that a request does not set. greedy: the most "
+        "likely token, without penalties; model: the model's generation_config.json, and greedy "
+        "for fields that it does not set.",
     )
-    max_sessions: int = Field(64, ge=1, description="Sessions in prefill or decode at once.")
-    max_queue: int = Field(256, ge=0, description="Requests that may wait; more are refused.")
+    max_sessions: int = Field(
+        64, ge=1, description="The most sessions in prefill or decode at once."
+    )
+    max_queue: int = Field(
+        256, ge=0, description="The most requests that wait; further ones are refused."
+    )
     memory_fraction: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Share of the memory that is free once the model is loaded, for KV caches and "
-        "slim views of all sessions: 0.9 on a GPU and 0.5 on a CPU if not given. On a GPU it is "
-        "taken at once, so that a second server divides what is left.",
+        description="Fraction of the memory left free by the model that KV caches and slim views "
+        "may use; by default 0.9 on a GPU and 0.5 on a CPU. A GPU's is reserved at "
+        "start, so that a second server divides the rest.",
     )
     session_memory_gib: float | None = Field(
         None,
         gt=0,
-        description="GiB for them, in place of memory_fraction; on a GPU refused if less is free.",
+        description="GiB for KV caches and slim views, in place of memory_fraction; on a GPU the "
+        "start fails if less is free.",
     )
     idle_memory_gib: float | None = Field(
         None,
         ge=0,
-        description="GiB of it that kept sessions may hold between their turns; a quarter of it "
-        "if not given.",
+        description="GiB of that memory that kept sessions may use between their turns; by default "
+        "a quarter of it.",
     )
-    session_ttl_s: float = Field(600.0, ge=0, description="How long a kept session may be idle.")
+    session_ttl_s: float = Field(
+        600.0, ge=0, description="Seconds that a kept session may be idle."
+    )
     reader_timeout_s: float = Field(
-        60.0, gt=0, description="How long a call's work waits for a client that does not read."
+        60.0, gt=0, description="Seconds after which a call whose client does not read is ended."
     )
     prefill_chunk_tokens: int = Field(
         0,
         ge=0,
         le=32768,
-        description="Prompt tokens, of one prompt or several, that run at once between two decode "
+        description="Prompt tokens, from one or several prompts, in a pass between two decode "
         "steps; 0 is 512 on a CPU and 4096 on a GPU.",
     )
     prefill_share: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Share of the time that prompts get while sessions decode; 1 is one decode "
-        "step between two passes over prompts. 0.5 on a CPU and 1 on a GPU if not given.",
+        description="Fraction of the time given to prompts while sessions decode; 1 means one "
+        "decode step between two passes. By default 0.5 on a CPU and 1 on a GPU.",
     )
     stream_interval: int = Field(
         0,
         ge=0,
-        description="Tokens a message after the first one. More save CPU time, and come later; "
-        "0 is 1 for up to 4 streams, and up to 4 for more of them while no prompt is read.",
+        description="Tokens in a message after the first one. More tokens save CPU time but arrive "
+        "later; 0 is 1 for up to 4 streams, and up to 4 for more streams while no prompt runs.",
     )
     max_request_bytes: int = Field(
         4 << 20,
         ge=1024,
         le=(1 << 31) - 1,
-        description="Largest request message; a protobuf message has no more than 2 GiB.",
+        description="Bytes of the largest request message; protobuf allows no more than 2 GiB.",
     )
     metrics_port: int = Field(
         0,
         ge=0,
         le=65535,
-        description="Port of /metrics, /livez and /readyz over HTTP; 0 for none of them.",
+        description="HTTP port of /metrics, /livez and /readyz; 0 disables them.",
     )
     metrics_host: str | None = Field(
         None,
-        description="Where that port is, as host has it and not a Unix socket; if not given, host, "
-        "and localhost where that is a Unix socket.",
+        description="Address of that port, as host but not a Unix socket; by default the same as "
+        "host, or localhost if that is a Unix socket.",
     )
     shutdown_grace_s: float = Field(
-        30.0, ge=0, description="How long running calls may go on after SIGTERM."
+        30.0, ge=0, description="Seconds that running calls may continue after SIGTERM."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info")
-    log_format: LogFormat = Field("auto", description="auto: console on a terminal, else json.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The lowest level that is logged."
+    )
+    log_format: LogFormat = Field(
+        "auto", description="Form of the logs; auto is console on a terminal, else json."
+    )
 
     @field_validator("prefill_target", mode="before")
     @classmethod
@@ -215,7 +238,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_host(cls, value: str | None) -> str | None:
         if value is not None and isinstance(parse_host(value, 0), UnixAddress):
-            raise ValueError("allowed: a name or an IP address; HTTP has no Unix socket here")
+            raise ValueError("allowed: a name or an IP address, and no Unix socket")
         return value
 
     @field_validator("prefill_target")
@@ -255,7 +278,7 @@ class Settings(BaseSettings):
         env_settings.env_vars = {
             name: value
             for name, value in env_settings.env_vars.items()
-            # "" is how shells and manifests write "not set".
+            # Shells and manifests write "" for "not set".
             if value and not is_service_link(name, value)
         }
         sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
@@ -265,7 +288,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(arguments: Sequence[str]) -> Settings:
-    """Settings from flags, environment and the TOML file either of them names.
+    """Reads the settings from flags, environment and the TOML file that one of them may name.
 
     Raises:
         pydantic.ValidationError: a value is out of range, or a name is unknown.
@@ -276,7 +299,7 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     path = finder.parse_known_args(arguments)[0].config
     if path is not None:
         with Path(path).open("rb") as file:
-            tomllib.load(file)  # a missing or broken file must not pass for an empty one
+            tomllib.load(file)  # pydantic takes a missing or broken file for an empty one
     token = _config_file.set(Path(path) if path else None)
     try:
         return CliApp.run(Settings, cli_args=list(arguments))
@@ -285,7 +308,8 @@ def load_settings(arguments: Sequence[str]) -> Settings:
 
 
 def describe(error: Any) -> str:
-    """A ValidationError in one line for each setting: name, what was given, what is allowed."""
+    """A ValidationError as text, with a line for each setting: its name, its value, and what is
+    allowed."""
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])

@@ -184,7 +184,7 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
         decode.client() as client,
     ):
         processes = [one, other]
-        servers = decode.app._prefill._servers
+        servers = decode.app._prefill.clients
         targets = [server.target for server in servers]
         for _ in range(2):
             made: list[int] = []
@@ -199,11 +199,11 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
             processes[busy].kill()
             thread.join(60)
             assert tuple(made) == expected
-            assert servers[busy].set_aside
+            assert servers[busy].health.ejected
             port = targets[busy].rpartition(":")[2]
             again = Process(*prefill_command(directory), "--port", port)
             processes[busy] = stack.enter_context(again)
             processes[busy].target()
-            eventually(lambda set_aside=servers[busy]: not set_aside.set_aside)
+            eventually(lambda client=servers[busy]: not client.health.ejected)
         eventually(lambda: at_baseline(decode.app.engine))
     assert set(DIRECTORY.glob("griffin-*")) == segments

@@ -272,7 +272,7 @@ def test_reflections_versions_differ_in_their_names_alone() -> None:
 def test_what_listens_first_brings_no_torch() -> None:
     """Or nobody would be answered for seconds."""
     code = (
-        "import sys, griffin_server.commands, griffin_server.lifecycle; "
+        "import sys, griffin_server.commands.serve, griffin_server.lifecycle; "
         "print({'torch', 'transformers', 'numpy', 'numba'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,260 +2,120 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import random
-import statistics
-import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import typer
+import uvloop
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from griffin_client import (
-    AsyncGriffinClient,
-    Finished,
-    GriffinClientError,
-    ModelInfo,
-    Sampling,
-    Sharing,
-    Started,
-    Stopping,
-    Tokens,
-)
+from griffin_client import Sampling
+from griffin_server.commands.arguments import number_range
+from griffin_server.commands.failures import call_errors, err, fail
+from griffin_server.commands.load import Load, Results, read_prompts, run_load
+from griffin_server.commands.options import AsJson, Target
+
+app = typer.Typer()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What to send.
-
-    Args:
-        requests: how many requests in all.
-        concurrency: closed loop: this many requests at once, the next as soon as one ends.
-        rate: open loop: this many requests a second on average, at random moments (Poisson),
-            however many are under way by then. None for a closed loop.
-        prompts: texts to send, in turn; as a chat if the model has a chat template. None for
-            prompts of random tokens.
-        prompt_tokens: (least, most) tokens of a random prompt, drawn uniformly.
-        output_tokens: (least, most) tokens of a completion, drawn uniformly. A completion does not
-            end before it has as many tokens as asked for.
-        sampling: how tokens are drawn; each request gets a seed of its own.
-        densities: taken in turn; None is the server's default.
-        seed: seed of lengths, prompts and moments.
-        timeout_s: deadline of each request, or None.
-    """
-
-    requests: int
-    concurrency: int
-    rate: float | None
-    prompts: Sequence[str] | None
-    prompt_tokens: tuple[int, int]
-    output_tokens: tuple[int, int]
-    sampling: Sampling
-    densities: Sequence[float | None]
-    sharing: Sharing | None
-    seed: int
-    timeout_s: float | None
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Texts from a file: one a line, or one JSON object a line (a file named .jsonl) with the text
-    in "text" or "prompt". Empty lines are left out.
-
-    Raises:
-        OSError, UnicodeDecodeError: the file cannot be read.
-        ValueError: it has no text, or a line of JSON has none.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix == ".jsonl":
-        texts = [_text_of(line, number) for number, line in numbered]
-    else:
-        texts = [line for _, line in numbered]
-    if not texts:
-        raise ValueError(f"{path} has no text; it needs one text a line")
-    return texts
-
-
-def _text_of(line: str, number: int) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number} is not JSON: {error}") from error
-    if isinstance(value, dict):
-        for name in ("text", "prompt"):
-            if isinstance(value.get(name), str) and value[name].strip():
-                return str(value[name])
-    raise ValueError(f'line {number} has no text; it needs an object with "text" or "prompt"')
-
-
-@dataclass
-class Results:
-    """What came back. Times in seconds, on this side's monotonic clock.
-
-    Args:
-        sampling: how tokens were drawn.
-    """
-
-    sampling: Sampling
-    first_token_s: list[float] = field(default_factory=list)
-    stream_token_s: list[float] = field(default_factory=list)
-    """Of each stream: (last token - first token) / (tokens - 1)."""
-    inter_token_s: list[float] = field(default_factory=list)
-    """Of each token: the gap before its message, divided by the tokens of that message."""
-    message_gap_s: list[float] = field(default_factory=list)
-    """Between two messages of a stream."""
-    end_to_end_s: list[float] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)
-    """By status code."""
-    messages: dict[str, str] = field(default_factory=dict)
-    """The first of each code."""
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    wall_s: float = 0.0
-
-    def summary(self) -> dict[str, Any]:
-        """For machines: seconds, counts, tokens a second."""
-        return {
-            "sampling": {
-                "temperature": self.sampling.temperature,
-                "top_p": self.sampling.top_p,
-                "top_k": self.sampling.top_k,
-            },
-            "completed": len(self.end_to_end_s),
-            "errors": dict(self.errors),
-            "error_messages": self.messages,
-            "prompt_tokens": self.prompt_tokens,
-            "generated_tokens": self.generated_tokens,
-            "wall_s": self.wall_s,
-            "tokens_per_s": self.generated_tokens / self.wall_s if self.wall_s else 0.0,
-            "time_to_first_token_s": percentiles(self.first_token_s),
-            "stream_token_s": percentiles(self.stream_token_s),
-            "inter_token_latency_s": percentiles(self.inter_token_s),
-            "message_gap_s": percentiles(self.message_gap_s),
-            "end_to_end_s": percentiles(self.end_to_end_s),
-        }
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """p50, p90 and p99; None of nothing."""
-    if len(values) < 2:
-        return dict.fromkeys(("p50", "p90", "p99"), values[0]) if values else None
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
-
-
-async def run_load(target: str, load: Load, console: Console) -> Results:
-    """Sends a load and gathers what comes back.
-
-    Raises:
-        GriffinClientError: the server does not say what model it holds.
-    """
-    results = Results(sampling=load.sampling)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    async with AsyncGriffinClient(target) as client:
-        model = await client.model_info(timeout_s=10)
-        clock = time.monotonic()
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("requests", total=load.requests, note="")
-
-            async def one(number: int) -> None:
-                await _one(client, load, number, model, results)
-                rate = results.generated_tokens / (time.monotonic() - clock)
-                errors = f" · {results.errors.total()} errors" if results.errors else ""
-                progress.update(bar, advance=1, note=f"{rate:.1f} tokens/s{errors}")
-
-            if load.rate is None:
-                await _closed_loop(load, one)
-            else:
-                await _open_loop(load, load.rate, one)
-        results.wall_s = time.monotonic() - clock
-    return results
-
-
-async def _closed_loop(load: Load, one: Any) -> None:
-    numbers = iter(range(load.requests))
-
-    async def worker() -> None:
-        for number in numbers:
-            await one(number)
-
-    await asyncio.gather(*(worker() for _ in range(load.concurrency)))
-
-
-async def _open_loop(load: Load, rate: float, one: Any) -> None:
-    draw = random.Random(load.seed)
-    begin, due = time.monotonic(), 0.0
-    async with asyncio.TaskGroup() as group:
-        for number in range(load.requests):
-            due += draw.expovariate(rate)
-            await asyncio.sleep(max(0.0, begin + due - time.monotonic()))
-            group.create_task(one(number))
-
-
-async def _one(
-    client: AsyncGriffinClient, load: Load, number: int, model: ModelInfo, results: Results
+@app.command()
+def bench(
+    target: Target = "localhost:50051",
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 64,
+    concurrency: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Closed loop: keep this many requests running until all are done."
+        ),
+    ] = 8,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Open loop instead: send this many requests per second on average, at random "
+            "times (Poisson)."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take prompts from this file in turn: one text per line, or .jsonl with "
+            '"text" or "prompt" in each line. By default prompts are random tokens.'
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Length of a random prompt: a number, or least:most.")
+    ] = "128",
+    output_tokens: Annotated[
+        str, typer.Option(help="Length of a completion: a number, or least:most.")
+    ] = "64",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the most likely tokens that together have this probability."
+        ),
+    ] = 0.9,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from the k most likely tokens; 0 is all.")
+    ] = 0,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="Density; repeat it for several, used in turn; by default the server's."),
+    ] = None,
+    sharing: Annotated[
+        str | None, typer.Option(help="private, shared or auto; by default the server's.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed for prompt lengths, contents and arrival times.")
+    ] = 0,
+    timeout: Annotated[
+        float | None, typer.Option(help="Deadline of each request in seconds.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    draw = random.Random(f"{load.seed} {number}")
-    prompt = _prompt(load, number, model, draw)
-    stopping = Stopping(max_tokens=draw.randint(*load.output_tokens), ignore_eos=True)
-    begin = last = time.monotonic()
-    first, tokens = 0.0, 0
+    """Put a running server under load and report latency percentiles.
+
+    By default tokens are sampled at temperature 0.7 with top-p 0.9, as users do. "between tokens of
+    a stream" is (last - first) / (tokens - 1), computed for each stream.
+    """
+    if rate is not None and not 0 < rate < math.inf:
+        fail(f"rate: got {rate}; allowed: > 0", status=2)
+    if not 0 <= temperature < math.inf:
+        fail(f"temperature: got {temperature}; allowed: >= 0", status=2)
+    if not 0 < top_p <= 1:
+        fail(f"top-p: got {top_p}; allowed: (0, 1]", status=2)
     try:
-        async for event in client.generate(
-            **prompt,
-            density=load.densities[number % len(load.densities)],
-            sharing=load.sharing,
-            sampling=replace(load.sampling, seed=number),
-            stopping=stopping,
-            timeout_s=load.timeout_s,
-        ):
-            now = time.monotonic()
-            if isinstance(event, Tokens) and event.ids:
-                results.generated_tokens += len(event.ids)
-                tokens += len(event.ids)
-                if first:
-                    gap = now - last
-                    results.message_gap_s.append(gap)
-                    # Tokens of a message share its time.
-                    results.inter_token_s.extend(gap / len(event.ids) for _ in event.ids)
-                else:
-                    first = now
-                    results.first_token_s.append(now - begin)
-                last = now
-            elif isinstance(event, Started):
-                results.prompt_tokens += event.prompt_tokens
-            elif isinstance(event, Finished):
-                results.end_to_end_s.append(now - begin)
-                if tokens > 1:
-                    results.stream_token_s.append((last - first) / (tokens - 1))
-    except GriffinClientError as error:
-        results.errors[error.code.name] += 1
-        results.messages.setdefault(error.code.name, str(error))
-
-
-def _prompt(load: Load, number: int, model: ModelInfo, draw: random.Random) -> dict[str, Any]:
-    """The prompt of a request, as an argument of ``generate``."""
-    length = draw.randint(*load.prompt_tokens)  # drawn in any case: a seed gives the same outputs
-    if load.prompts is None:
-        return {"token_ids": [draw.randrange(model.vocabulary) for _ in range(length)]}
-    text = load.prompts[number % len(load.prompts)]
-    return {"messages": [("user", text)]} if model.has_chat_template else {"prompt": text}
+        texts = None if prompts is None else read_prompts(prompts)
+    except (OSError, ValueError) as error:
+        fail(f"prompts: {error}", status=2)
+    load = Load(
+        requests=requests,
+        concurrency=concurrency,
+        rate=rate,
+        prompts=texts,
+        prompt_tokens=number_range("prompt-tokens", prompt_tokens),
+        output_tokens=number_range("output-tokens", output_tokens),
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+        densities=density or [None],
+        sharing=sharing,  # type: ignore[arg-type]  # the server names the allowed ones
+        seed=seed,
+        timeout_s=timeout,
+    )
+    with call_errors():
+        results = uvloop.run(run_load(target, load, err))
+    if as_json:
+        print(json.dumps(results.summary()))
+    else:
+        print_results(results, Console(highlight=False))
+    if not results.end_to_end_s:
+        fail("no request finished")
 
 
 def print_results(results: Results, console: Console) -> None:
-    """For people."""
+    """Prints a summary of the results."""
     summary = results.summary()
     console.print(
         f"{summary['completed']} completed in {results.wall_s:.1f} s · "

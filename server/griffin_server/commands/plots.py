@@ -1,5 +1,5 @@
-"""Pictures of what prompts fire, after the paper's own (arXiv 2404.01365, sections 3 and 4), with
-the data they show beside them."""
+"""Plots of prompts' activations and experts like the paper's (arXiv 2404.01365, sections 3 and 4),
+with files of the data that they show."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from numpy.typing import NDArray
 
 from griffin_client import Analysis
 
-mpl.use("Agg")  # files, wherever there is no display
+mpl.use("Agg")  # writes files, without a display
 
 Floats = NDArray[np.float32]
 
 SIZE, DPI = (10.0, 5.0), 120
-"""1200 pixels wide: readable at the 800 or so of a README."""
+"""Inches and dots per inch: 1200 pixels wide, which is readable at a README's 800 or so."""
 
 MOST_TOKENS, MOST_NEURONS = 256, 384
-"""Of a heatmap of activations: more would share pixels, and streaks would fade."""
+"""The size of a heatmap of activations. With more, values would share pixels and streaks fade."""
 
 BRIGHTEST = 0.99
-"""The quantile of the values shown that gets the last colour; a few are far above all others."""
+"""The quantile of the values at which the colours end, since a few are far above all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspected:
-    """A prompt and what it fires.
+class PromptAnalysis:
+    """A prompt's analysis.
 
     Args:
-        name: for legends.
+        name: the prompt's name in titles and legends.
     """
 
     name: str
@@ -45,22 +45,22 @@ class Inspected:
 
     @cached_property
     def s(self) -> Floats:
-        """[L, F]"""
+        """The statistic [L, F]."""
         return np.array([layer.s for layer in self.analysis.layers], dtype=np.float32)
 
     @cached_property
     def experts(self) -> NDArray[np.int32]:
-        """[L, K]"""
+        """The experts [L, K]."""
         return np.array([layer.experts for layer in self.analysis.layers], dtype=np.int32)
 
     def activations(self, layer: int) -> Floats:
-        """[T, F] of a layer that was asked for."""
+        """The activations [T, F] of a layer that was asked for."""
         flat = np.array(self.analysis.activations[layer], dtype=np.float32)
         return flat.reshape(-1, self.analysis.ff_width)
 
 
 def norm_mass_curve(s: Floats) -> Floats:
-    """Norm mass of the k neurons of largest s, for k = 1 to F: s [L, F] -> [L, F]."""
+    """The norm mass of the k neurons with the largest s, for k = 1 to F: s [L, F] -> [L, F]."""
     s2 = np.square(np.sort(s, axis=1)[:, ::-1], dtype=np.float64)
     total = s2.sum(axis=1, keepdims=True)
     curve: Floats = np.divide(
@@ -70,22 +70,22 @@ def norm_mass_curve(s: Floats) -> Floats:
 
 
 def jaccard(one: NDArray[np.int32], other: NDArray[np.int32]) -> Floats:
-    """|A ∩ B| / |A ∪ B| of experts [L, K] of two prompts, layer by layer: [L]."""
+    """|A ∩ B| / |A ∪ B| [L] of the experts [L, K] of two prompts, layer by layer."""
     both = [np.intersect1d(a, b).size for a, b in zip(one, other, strict=True)]
     either = [np.union1d(a, b).size for a, b in zip(one, other, strict=True)]
     overlaps: Floats = (np.array(both) / np.array(either)).astype(np.float32)
     return overlaps
 
 
-def draw(prompts: Sequence[Inspected], out: Path) -> list[Path]:
-    """Draws all pictures into a directory, which is made if need be, and writes data.npz and
-    data.json beside them. Those of an earlier time are replaced or removed.
+def draw(prompts: Sequence[PromptAnalysis], out: Path) -> list[Path]:
+    """Writes all plots, data.npz and data.json into a directory, which is created if it does not
+    exist. The plots of an earlier run are replaced or removed.
 
     Args:
-        prompts: at least one; heatmaps are of the first.
+        prompts: at least one; the heatmaps show the first.
 
     Returns:
-        The files, in the order to look at them.
+        The files, in the order in which to read them.
 
     Raises:
         OSError: the directory cannot be written.
@@ -110,7 +110,7 @@ def draw(prompts: Sequence[Inspected], out: Path) -> list[Path]:
     return [out / name for name in figures] + _write_data(prompts, overlaps, out)
 
 
-def _flocking(prompt: Inspected, layer: int) -> Figure:
+def _flocking(prompt: PromptAnalysis, layer: int) -> Figure:
     values = prompt.activations(layer)[:MOST_TOKENS, :MOST_NEURONS]
     width = prompt.analysis.ff_width
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
@@ -130,11 +130,11 @@ def _flocking(prompt: Inspected, layer: int) -> Figure:
     return figure
 
 
-def _experts(prompt: Inspected) -> Figure:
+def _experts(prompt: PromptAnalysis) -> Figure:
     analysis = prompt.analysis
     chosen = np.zeros((len(analysis.layers), analysis.ff_width), dtype=bool)
     np.put_along_axis(chosen, prompt.experts.astype(np.int64), True, axis=1)
-    # Against a neuron's share if all fired alike: layers are comparable.
+    # Relative to equal activations of all neurons, so that layers can be compared.
     even = np.sqrt(np.square(prompt.s).mean(axis=1, keepdims=True))
     strength = np.where(chosen, prompt.s / np.maximum(even, np.finfo(np.float32).tiny), np.nan)
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
@@ -150,7 +150,7 @@ def _experts(prompt: Inspected) -> Figure:
     return figure
 
 
-def _norm_mass(prompts: Sequence[Inspected]) -> Figure:
+def _norm_mass(prompts: Sequence[PromptAnalysis]) -> Figure:
     curves = np.mean([norm_mass_curve(prompt.s) for prompt in prompts], axis=0)
     layers, width = curves.shape
     density = np.arange(1, width + 1) / width
@@ -158,7 +158,9 @@ def _norm_mass(prompts: Sequence[Inspected]) -> Figure:
     colours = mpl.colormaps["viridis"]
     for layer, curve in enumerate(curves):
         axes.plot(density, curve, color=colours(layer / max(1, layers - 1)), linewidth=1)
-    axes.plot(density, density, color="grey", linestyle=":", label="if all neurons fired alike")
+    axes.plot(
+        density, density, color="grey", linestyle=":", label="if all neurons were equally active"
+    )
     axes.set_title(f"Norm mass over density, mean of {len(prompts)} prompt(s)")
     axes.set_xlabel("density, the fraction of neurons kept")
     axes.set_ylabel("norm mass, the fraction of Σ s² kept")
@@ -171,7 +173,7 @@ def _norm_mass(prompts: Sequence[Inspected]) -> Figure:
     return figure
 
 
-def _jaccard(prompts: Sequence[Inspected], pairs: Floats) -> Figure:
+def _jaccard(prompts: Sequence[PromptAnalysis], pairs: Floats) -> Figure:
     analysis = prompts[0].analysis
     density = analysis.experts_per_layer / analysis.ff_width
     layers = np.arange(pairs.shape[1])
@@ -193,7 +195,7 @@ def _jaccard(prompts: Sequence[Inspected], pairs: Floats) -> Figure:
     return figure
 
 
-def _write_data(prompts: Sequence[Inspected], overlaps: Floats, out: Path) -> list[Path]:
+def _write_data(prompts: Sequence[PromptAnalysis], overlaps: Floats, out: Path) -> list[Path]:
     first = prompts[0]
     arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]] = {
         "s": np.array([prompt.s for prompt in prompts]),  # [prompts, L, F]

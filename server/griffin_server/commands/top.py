@@ -1,9 +1,9 @@
-"""`griffin top`: what a running server does, in looks at it through its own calls.
+"""`griffin top`: shows the activity of a running server, from snapshots taken by ordinary calls.
 
-A look sees the sessions of one moment. The last tokens of a session that ends between two looks are
-in no rate, so the rate of all is a little low, and much too low where requests are shorter than the
-interval. Sessions may share a slim view and each reports all of it, so their sum is the most that
-views hold.
+A snapshot has the sessions that are live when it is taken. Tokens that a session generates after
+its last snapshot are not counted, so the total rate is a little low, and much too low if requests
+are shorter than the interval. Sessions that share a slim view each report all of its bytes, so the
+sum is an upper bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import typer
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.table import Table
@@ -30,19 +32,53 @@ from griffin_client import (
     Session,
     Unavailable,
 )
+from griffin_server.commands.failures import call_errors, fail
+from griffin_server.commands.options import Target
+
+app = typer.Typer()
 
 STATES = ("decode", "prefill", "queued", "idle")
-"""Of sessions, in the order they are shown."""
+"""The states of sessions, in the order of the table."""
 
 GONE = (Unavailable, DeadlineExceeded, Cancelled)
-"""What calls raise on a server that stops, hangs or is not there."""
+"""The errors of calls to a server that stops, hangs or does not exist."""
 
 TIMEOUT_S = 5.0
 
 
+@app.command()
+def top(
+    target: Target = "localhost:50051",
+    interval_s: Annotated[
+        float, typer.Option(help="Seconds between two snapshots, in (0, 3600].")
+    ] = 1.0,
+    once: Annotated[
+        bool,
+        typer.Option(
+            "--once", help="Print one table after one interval; the default without a terminal."
+        ),
+    ] = False,
+) -> None:
+    """Watch a running server: its sessions, their tokens per second and their memory."""
+    if not 0 < interval_s <= 3600:
+        fail(f"interval-s: got {interval_s:g}; allowed: (0, 3600]", status=2)
+    on_terminal = sys.stdout.isatty()
+    # rich assumes 80 columns where there is no terminal, and cuts the rest.
+    console = Console(highlight=False, width=None if on_terminal else 200)
+    with call_errors():
+        if on_terminal and not (once or console.is_dumb_terminal):
+            watch(target, interval_s, console)
+            return
+        try:
+            console.print(observe_once(target, interval_s))
+        except GONE as error:
+            fail(gone(target, error))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What a server said at ``at_s`` of this side's monotonic clock; sessions oldest first."""
+class Snapshot:
+    """A server's answers at ``at_s`` of this process's monotonic clock, with the oldest session
+    first."""
 
     at_s: float
     model: ModelInfo
@@ -51,7 +87,7 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A session, and what it generated a second since the look before; None at the first look."""
+    """A session, and its tokens per second since the snapshot before; None in the first one."""
 
     session: Session
     tokens_per_s: float | None
@@ -59,13 +95,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """What a server does, as two looks show it.
+    """A server's activity between two snapshots.
 
     Args:
-        rows: by state in the order of ``STATES``, the oldest of each first.
-        states: how many sessions are in each.
-        tokens_per_s: of all rows; None at the first look.
-        slim_view_bytes: a view that sessions share is in it once for each of them.
+        rows: the sessions by state in the order of ``STATES``, with the oldest of each first.
+        states: the number of sessions in each state.
+        tokens_per_s: the sum over all rows; None in the first snapshot.
+        slim_view_bytes: the sum over all rows, which counts a shared view several times.
     """
 
     model: ModelInfo
@@ -77,8 +113,8 @@ class Activity:
     reserved_bytes: int
 
 
-def compare(before: Look | None, now: Look) -> Activity:
-    """What happened between two looks. A session that is new began at 0 generated tokens."""
+def compare(before: Snapshot | None, now: Snapshot) -> Activity:
+    """The activity between two snapshots. A new session began with 0 generated tokens."""
     sessions = sorted(now.sessions, key=lambda session: STATES.index(session.state))
     if before is None:
         rows = [Row(session=session, tokens_per_s=None) for session in sessions]
@@ -106,13 +142,13 @@ def compare(before: Look | None, now: Look) -> Activity:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """An activity as rich draws it: as high as it may be, else with all rows."""
+    """An activity that rich can draw, cut to the height of the terminal if there is one."""
 
     target: str
     activity: Activity
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The summary, then a table of as many rows as have room below it."""
+        """The summary, and below it a table of as many rows as fit."""
         head, rows = self._summary(), self.activity.rows
         shown = len(rows)
         if options.height is not None:
@@ -173,49 +209,51 @@ def _mib(count: int) -> str:
 
 
 def gone(target: str, error: GriffinClientError) -> str:
-    """Says that a server does not answer."""
+    """The message for a server that does not answer."""
     return f"{target} does not answer: {error}"
 
 
-def look(client: GriffinClient) -> Look:
-    """Asks a server.
+def take_snapshot(client: GriffinClient) -> Snapshot:
+    """Asks a server for its model and sessions.
 
     Raises:
         GriffinClientError: it did not answer.
     """
     model = client.model_info(timeout_s=TIMEOUT_S)
     sessions = client.list_sessions(timeout_s=TIMEOUT_S)
-    return Look(at_s=time.monotonic(), model=model, sessions=sessions)
+    return Snapshot(at_s=time.monotonic(), model=model, sessions=sessions)
 
 
-def look_twice(target: str, interval_s: float) -> Frame:
-    """What a server does in one interval.
+def observe_once(target: str, interval_s: float) -> Frame:
+    """A server's activity during one interval.
 
     Raises:
         GriffinClientError: it did not answer.
     """
     with GriffinClient(target) as client:
-        before = look(client)
+        before = take_snapshot(client)
         time.sleep(interval_s)
-        return Frame(target=target, activity=compare(before, look(client)))
+        return Frame(target=target, activity=compare(before, take_snapshot(client)))
 
 
 def watch(target: str, interval_s: float, console: Console) -> None:
-    """Shows a server on the terminal's other screen until Ctrl-C, and while it is gone says so.
+    """Shows a server on the terminal's alternate screen until Ctrl-C, even if it does not answer.
 
     Raises:
-        GriffinClientError: the server is there but refuses the calls; one in role prefill does.
+        GriffinClientError: the server refuses the calls, as one in role prefill does.
     """
     live = Live(Text(f"asking {target}"), console=console, screen=True)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of live.stop
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # raises, so that live.stop runs
     with contextlib.suppress(KeyboardInterrupt):
         try:
             with _uninterrupted():
                 live.start(refresh=True)
             while True:
                 error = _follow(target, interval_s, live)
-                words = f"{gone(target, error)}\nTrying again; Ctrl-C ends."
-                live.update(Text(words, style="red"), refresh=True)
+                message = f"{gone(target, error)}\nTrying again; Ctrl-C ends."
+                live.update(Text(message, style="red"), refresh=True)
                 time.sleep(interval_s)
         finally:
             with _uninterrupted():
@@ -224,7 +262,8 @@ def watch(target: str, interval_s: float, console: Console) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C and SIGTERM off: half a start or half a stop would leave the other screen up."""
+    """Delays Ctrl-C and SIGTERM, because an interrupted start or stop would leave the terminal on
+    its alternate screen."""
     came: list[int] = []
     handlers = {
         number: signal.signal(number, lambda got, _: came.append(got))
@@ -240,15 +279,15 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _follow(target: str, interval_s: float, live: Live) -> GriffinClientError:
-    """Shows a server until it goes; how it went.
+    """Shows a server until a call fails, and returns the error.
 
-    Its connection ends with it: one that has failed would wait up to two minutes to try again.
+    The connection is closed then, because a failed one waits up to two minutes to reconnect.
     """
-    before: Look | None = None
+    before: Snapshot | None = None
     try:
         with GriffinClient(target) as client:
             while True:
-                now = look(client)
+                now = take_snapshot(client)
                 frame = Frame(target=target, activity=compare(before, now))
                 live.update(frame, refresh=True)
                 before = now

@@ -1,1 +1,1 @@
-"""The prefill side: the internal servicer, and Decode's two ways to reach one."""
+"""A decode server's prefill servers: choosing among them, calling one, and noticing failures."""

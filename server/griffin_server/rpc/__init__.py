@@ -1,1 +1,1 @@
-"""The public service: its servicer, and its messages to and from the core."""
+"""The gRPC services: a servicer a service, and what their calls need."""

@@ -1,8 +1,8 @@
-"""Server reflection, as grpc.reflection.v1 and as v1alpha, which older tools ask for.
+"""Server reflection as grpc.reflection.v1, and as v1alpha for older tools.
 
-The two differ in the name of their package alone (github.com/grpc/grpc-proto, grpc/reflection/v1),
-and grpcio-reflection has v1alpha only. So v1 is described here by v1alpha's descriptor under the
-other name, and served by v1alpha's servicer: the bytes on the wire are the same.
+The two differ only in the name of their package (github.com/grpc/grpc-proto, grpc/reflection/v1),
+and grpcio-reflection has only v1alpha. So v1 is described by v1alpha's descriptor under the other
+name, and served by v1alpha's servicer: the bytes on the wire are the same.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SERVICES = tuple(f"{package}.ServerReflection" for package in (V1, V1ALPHA))
 
 
 def add_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
-    """Has a server describe itself.
+    """Lets a server describe its services.
 
     Args:
-        services: full names, without reflection's own.
+        services: the full names of all services but reflection itself.
     """
     _describe_v1()
     servicer: Any = reflection.aio.ReflectionServicer((*services, *SERVICES))
@@ -40,7 +40,7 @@ def add_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
 
 
 def _describe_v1() -> None:
-    """Adds v1's file to the pool that reflection answers from; without effect the second time."""
+    """Adds v1's file to the descriptor pool that reflection reads. A second call has no effect."""
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     text = text_format.MessageToString(file)

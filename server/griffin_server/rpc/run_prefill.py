@@ -1,4 +1,4 @@
-"""A prompt that this server's own engine runs for a call, and for no session."""
+"""Runs a prompt on this server's engine for a call, without a session."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from griffin_core.engine import Engine
 from griffin_core.errors import ReaderTooSlow
 from griffin_core.prefill import LayerActivations, PrefillEvent, PrefillFinished
 from griffin_core.prefill_queue import PrefillBegun, PrefillStreamEvent, PrefillTask
-from griffin_server.rpc.output_queue import Channel, Mail
+from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
 from griffin_server.telemetry.tracing import spans_var
 
 EVENTS_AHEAD = 16
-"""Results that may wait to be read; with that many the prompt joins no further pass."""
+"""The number of unread events at which the prompt joins no further pass."""
 
 
 async def run_prefill(
-    engine: Engine, task: PrefillTask, mail: Mail
+    engine: Engine, task: PrefillTask, bridge: LoopBridge
 ) -> AsyncGenerator[PrefillBegun | PrefillEvent | LayerActivations, None]:
-    """Runs a prompt to its end, PrefillFinished. Closing the iterator ends it at once; so does
-    whoever takes an event and does not come for the next within the limits' reader_timeout_s.
+    """Runs a prompt to its end, PrefillFinished. The work ends at once when the iterator is closed,
+    or when its reader does not ask for the next event within the limits' reader_timeout_s.
 
     Args:
-        mail: what brings the engine's events here.
+        bridge: delivers the engine's events to this loop.
 
     Raises:
-        ReaderTooSlow: somebody came too late.
-        GriffinError: what the engine says went wrong.
+        ReaderTooSlow: the reader asked for the next event too late.
+        GriffinError: the prefill failed.
     """
-    channel = Channel[PrefillStreamEvent](EVENTS_AHEAD, engine.wake, mail)
+    queue = OutputQueue[PrefillStreamEvent](EVENTS_AHEAD, engine.wake, bridge)
     spans, loop = spans_var.get(), asyncio.get_running_loop()
     spans.note(prompt_tokens=len(task.token_ids), density=task.selection.density)
     spans.queued(time.monotonic())
-    run = engine.prefill(task, channel)
-    patience_s = engine.limits.reader_timeout_s
+    run = engine.prefill(task, queue)
+    timeout_s = engine.limits.reader_timeout_s
 
     def end() -> None:
         run.cancel()
         engine.wake()
 
     try:
-        async for event in channel:
+        async for event in queue:
             spans.take(event)
             if isinstance(event, Failed):
                 raise event.error
-            losing_patience = loop.call_later(patience_s, end)
+            reader_timeout = loop.call_later(timeout_s, end)
             try:
                 yield event
             finally:
-                losing_patience.cancel()
+                reader_timeout.cancel()
             if isinstance(event, PrefillFinished):
                 return
             if run.cancelled:
-                raise ReaderTooSlow(f"nobody has read for {patience_s:g} s")
+                raise ReaderTooSlow(f"nobody has read for {timeout_s:g} s")
     finally:
         end()

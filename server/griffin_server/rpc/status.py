@@ -1,14 +1,13 @@
-"""The table from errors to gRPC statuses, with google.rpc details."""
+"""The table from errors to gRPC status codes, and statuses with google.rpc details."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -31,19 +30,22 @@ from griffin_core.errors import (
 )
 
 DETAILS_KEY = "grpc-status-details-bin"
+"""The metadata key under which gRPC sends a ``google.rpc.Status``."""
+
 DOMAIN = "griffin.v1"
 
-MOST_WORDS_BYTES, MOST_FIELD_BYTES = 1000, 200
-"""Of a message or description, and of a field's name, in UTF-8. gRPC's clients refuse a status with
-more than 8 KiB of metadata, and say RESOURCE_EXHAUSTED in its place. The message goes out twice:
-percent-encoded, three bytes for one at worst, and in the details, which are base64, with as long a
-description. Together they stay below 6.5 KiB."""
+MAX_MESSAGE_BYTES, MAX_FIELD_BYTES = 1000, 200
+"""The most bytes, in UTF-8, of a message or description and of a field's name. gRPC's clients
+refuse a status with more than 8 KiB of metadata and report RESOURCE_EXHAUSTED instead. The message
+is sent twice: percent-encoded, which takes up to three bytes for one, and in the details, which are
+base64 and hold a description of up to the same length. Together they stay below 6.5 KiB."""
 
 LATE_S = 0.1
-"""A client's clock began before ours, by what its call was under way: with less than this left, a
-call that is cancelled was cancelled by its deadline."""
+"""The client's deadline timer started earlier, by the network latency. So a call that is cancelled
+with less time left than this was cancelled by its deadline."""
 
-# Error -> code and the machine-readable reason of its ErrorInfo. Looked up along the error's bases.
+# An error's code and the machine-readable reason of its ErrorInfo. An error that is not listed
+# takes the row of its nearest base class.
 CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     SessionNotFound: (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
@@ -52,7 +54,7 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     ReaderTooSlow: (grpc.StatusCode.ABORTED, "READER_TOO_SLOW"),
     CapacityExhausted: (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED"),
     FingerprintMismatch: (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH"),
-    # Both are worth another try: the handoff is gone, the request is not at fault.
+    # The client may retry both: the handoff failed, and the request is not at fault.
     HandoffBroken: (grpc.StatusCode.UNAVAILABLE, "HANDOFF_BROKEN"),
     PrefillUnavailable: (grpc.StatusCode.UNAVAILABLE, "PREFILL_UNAVAILABLE"),
     DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
@@ -65,39 +67,39 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
 
 
 def code_of(error: GriffinError) -> tuple[grpc.StatusCode, str]:
-    """Status code and reason of an error."""
+    """An error's status code and reason."""
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 
 def code_of_cancel(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
-    """Status code of a call that is cancelled, as its client sees it."""
+    """The status code that the client of a cancelled call sees."""
     left_s = context.time_remaining()
     late = left_s is not None and left_s < LATE_S
     return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
 
 
-def words(text: str, most_bytes: int = MOST_WORDS_BYTES) -> str:
-    """A text that can go into a status, whoever wrote it: what cannot be printed or is not UTF-8 is
-    escaped, and what is too long is cut.
+def printable(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
+    """Makes any text fit for a status: characters that cannot be printed or encoded in UTF-8 are
+    escaped, and a text that is too long is cut.
 
     Args:
-        most_bytes: in UTF-8.
+        max_bytes: the most bytes of the result in UTF-8.
     """
-    # A character is a byte at least: more of them need not be looked at.
+    # Each character takes at least one byte, so the later ones need not be escaped.
     shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most_bytes]
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:max_bytes]
     ).encode()
-    if len(shown) <= most_bytes and len(text) <= most_bytes:
+    if len(shown) <= max_bytes and len(text) <= max_bytes:
         return shown.decode()
-    return shown[: most_bytes - 3].decode(errors="ignore") + "..."
+    return shown[: max_bytes - 3].decode(errors="ignore") + "..."
 
 
 def status_of(error: GriffinError) -> tuple[grpc.StatusCode, Status]:
-    """The whole status of an error."""
+    """An error's status, with its details."""
     code, reason = code_of(error)
     status = Status(
         code=code.value[0],
-        message=words(str(error)),
+        message=printable(str(error)),
         details=_packed([ErrorInfo(reason=reason, domain=DOMAIN), *_details(error)]),
     )
     return code, status
@@ -106,8 +108,8 @@ def status_of(error: GriffinError) -> tuple[grpc.StatusCode, Status]:
 def _details(error: GriffinError) -> list[Message]:
     if isinstance(error, InvalidRequest):
         violation = BadRequest.FieldViolation(
-            field=words(error.field, MOST_FIELD_BYTES),
-            description=words(f"got {error.given}; allowed: {error.allowed}"),
+            field=printable(error.field, MAX_FIELD_BYTES),
+            description=printable(f"got {error.given}; allowed: {error.allowed}"),
         )
         return [BadRequest(field_violations=[violation])]
     if isinstance(error, CapacityExhausted | NotReady) and error.retry_after_s is not None:
@@ -126,17 +128,8 @@ def _packed(details: Sequence[Message]) -> list[any_pb2.Any]:
     return packed
 
 
-def details_of(metadata: Sequence[tuple[str, str | bytes]] | None) -> Status | None:
-    """The status a peer sent with its trailing metadata, if it did and it can be read."""
-    for key, value in metadata or ():
-        if key == DETAILS_KEY and isinstance(value, bytes):
-            with suppress(DecodeError):
-                return Status.FromString(value)
-    return None
-
-
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GriffinError) -> NoReturn:
-    """Ends the call with the error's status."""
+    """Ends a call with an error's status."""
     code, status = status_of(error)
     await context.abort(
         code, status.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)

@@ -1,1 +1,1 @@
-"""Running the service: settings, errors as statuses, request ids, health, logs."""
+"""Metrics, traces and logs, and the HTTP server that shows metrics and readiness."""

@@ -1,4 +1,4 @@
-"""``/metrics``, ``/livez`` and ``/readyz`` over HTTP, on threads of their own."""
+"""An HTTP server for ``/metrics``, ``/livez`` and ``/readyz``, on its own threads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ log = structlog.get_logger("griffin.http")
 Answer = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 PATHS = ("/metrics", "/livez", "/readyz", "/healthz")
-"""What is answered. Live is a server that answers at all; ready, one that takes calls. healthz is
-readyz under the name that it had first."""
+"""The paths that exist. A server is live if it answers at all, and ready if it admits calls.
+``/healthz`` is the older name of ``/readyz``."""
 
 PLAIN = ("Content-Type", "text/plain; charset=utf-8")
 
 SILENT_S = 30.0
-"""How long a client may be silent within a request: each one holds a thread."""
+"""Seconds after which a client that is silent within a request is dropped, because each client
+holds a thread."""
 
 
 class _Quiet(WSGIRequestHandler):
@@ -36,7 +37,7 @@ class _Quiet(WSGIRequestHandler):
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A WSGI server on a socket that listens already, of IPv4 or IPv6."""
+    """A WSGI server on an IPv4 or IPv6 socket that listens already."""
 
     daemon_threads = True
 
@@ -50,34 +51,35 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.set_app(answer)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up or falls silent, as the checks of load balancers do, is no
-        error."""
+        """Logs errors, but not clients that disconnect or fall silent, as load balancers' checks
+        do."""
         if not isinstance(sys.exception(), OSError):
             log.exception("http request failed")
 
 
 def _answer(get: Answer, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    """Answers GET as ``get`` does, HEAD with the same headers and no body, and no other method."""
+    """Answers GET by ``get``, HEAD with the same headers but no body, and other methods by 405."""
     match environ["REQUEST_METHOD"]:
         case "GET":
             return get(environ, start_response)
         case "HEAD":
-            said: list[tuple[str, list[tuple[str, str]]]] = []
-            body = get({**environ, "REQUEST_METHOD": "GET"}, lambda *start: said.append(start))
+            started: list[tuple[str, list[tuple[str, str]]]] = []
+            body = get({**environ, "REQUEST_METHOD": "GET"}, lambda *start: started.append(start))
             length = str(sum(map(len, body)))
-            ((status, headers),) = said
+            ((status, headers),) = started
             start_response(status, [*headers, ("Content-Length", length)])
             return []
     start_response("405 Method Not Allowed", [PLAIN, ("Allow", "GET, HEAD")])
-    return [b"only GET and HEAD are answered\n"]
+    return [b"only GET and HEAD are allowed\n"]
 
 
 class HttpServer:
     """Answers scrapes and health checks until ``close``.
 
     Args:
-        sockets: at least one, which listen already; it closes them.
-        serving: whether the gRPC server takes calls.
+        sockets: at least one listening socket; ``close`` closes them.
+        registry: the metrics.
+        serving: returns whether the gRPC server admits calls.
     """
 
     def __init__(
@@ -93,18 +95,18 @@ class HttpServer:
                 case "/metrics":
                     return metrics(environ, start_response)
                 case "/livez":
-                    status, words = "200 OK", b"live\n"
+                    status, body = "200 OK", b"live\n"
                 case "/readyz" | "/healthz":
-                    status, words = (
+                    status, body = (
                         ("200 OK", b"serving\n")
                         if serving()
                         else ("503 Service Unavailable", b"not serving\n")
                     )
                 case _:
-                    here = f"only {', '.join(PATHS)} are here\n"
-                    status, words = "404 Not Found", here.encode()
+                    status = "404 Not Found"
+                    body = f"only {', '.join(PATHS)} exist\n".encode()
             start_response(status, [PLAIN])
-            return [words]
+            return [body]
 
         self._servers = [_Server(listening, partial(_answer, get)) for listening in sockets]
         self._threads = [
@@ -115,7 +117,7 @@ class HttpServer:
             thread.start()
 
     def close(self) -> None:
-        """Stops listening."""
+        """Stops listening, and closes the sockets."""
         for server, thread in zip(self._servers, self._threads, strict=True):
             server.shutdown()
             server.server_close()

@@ -1,18 +1,17 @@
-"""Structured logs: one event a line, with the request id of the call it belongs to."""
+"""Structured logs: one event per line, with the request id of the call it belongs to."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal
 
 import structlog
 
-LogFormat = Literal["auto", "json", "console"]
+from griffin_server.settings import LogFormat
 
 
 def configure_logging(level: str, log_format: LogFormat) -> None:
-    """Sends the standard library's and structlog's logs to stderr in one form.
+    """Writes the logs of the standard library and of structlog to stderr in one form.
 
     Args:
         log_format: "auto" is "console" on a terminal, "json" otherwise.

@@ -1,7 +1,7 @@
-"""Every metric of a server: names, buckets, labels. ``/metrics`` shows them.
+"""Every metric of a server: names, help texts, buckets and labels. ``/metrics`` shows them.
 
-Times are of one process's monotonic clock, in seconds. No label names a session or a request, so
-their number is bounded: by layers, status codes, methods.
+Times are in seconds on one process's monotonic clock. No label contains a session or request id, so
+the number of series is bounded by layers, status codes and methods.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotInTime
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,125 +31,144 @@ if TYPE_CHECKING:  # they bring torch, and a server answers before that is impor
     from griffin_server.transfer.shape import HandoffShape
 
 FINE = (*(round(1e-3 * 10 ** (step / 17), 6) for step in range(52)), 2.0, 5.0, 10.0)
-"""Seconds, from 1 ms to 1 s by a ratio of 1.145: a gain of 1.25 shows."""
+"""Buckets in seconds, from 1 ms to 1 s by a ratio of 1.145, so that a speedup of 1.25 shows."""
 
 COARSE = tuple(round(1e-3 * 10 ** (step / 5), 6) for step in range(26))
-"""Seconds, from 1 ms to 100 s by a ratio of 1.58."""
+"""Buckets in seconds, from 1 ms to 100 s by a ratio of 1.58."""
 
 SIZES = tuple(float(1 << power) for power in range(11))
+"""Buckets of batch sizes."""
 
 SCRAPE_S = 5.0
-"""How long a scrape waits for a busy engine's word; without it, gauges are left out."""
-
+"""Seconds that a scrape waits for a busy engine. Without its answer the gauges are left out."""
 
 MOST_REMEMBERED = 32
-"""Numbers of experts whose last set is remembered."""
+"""The most sizes of expert sets for which the last set is kept."""
 
 ORIGINS = {
     "READER_TOO_SLOW": "slow_reader",
     "SESSION_CLOSED": "closed",
     "DEADLINE_PASSED": "deadline",
 }
-"""Who ended a request, by the reason of its error; otherwise the server did."""
+"""The cause of a request's end, by the reason of its error; for other reasons it is the server."""
 
 REASONS = sorted({reason for _, reason in CODES.values()})
-"""What errors are told apart by."""
+"""The reasons by which rejections are counted."""
 
 
 class Metrics(Observer):
-    """The metrics of one server, in a registry of its own."""
+    """The metrics of one server, in its own registry."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
 
-        def histogram(name: str, words: str, buckets: tuple[float, ...] = COARSE) -> Histogram:
-            return Histogram(name, words, buckets=buckets, registry=registry)
+        def histogram(name: str, help: str, buckets: tuple[float, ...] = COARSE) -> Histogram:
+            return Histogram(name, help, buckets=buckets, registry=registry)
 
-        def counter(name: str, words: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(name, words, labels, registry=registry)
+        def counter(name: str, help: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(name, help, labels, registry=registry)
 
-        def by_layer(name: str, words: str) -> Summary:
-            return Summary(name, words, ("layer",), registry=registry)
+        def by_layer(name: str, help: str) -> Summary:
+            return Summary(name, help, ("layer",), registry=registry)
 
         self.time_to_first_token = histogram(
-            "griffin_time_to_first_token_seconds", "From a call's arrival to its first token."
+            "griffin_time_to_first_token_seconds", "Time from a call's arrival to its first token."
         )
         self.inter_token_latency = histogram(
             "griffin_inter_token_latency_seconds",
-            "Between tokens of a completion; tokens of one message share its time.",
+            "Time between two tokens of a completion. The tokens of one message share its time.",
             FINE,
         )
         self.e2e_request = histogram(
-            "griffin_e2e_request_seconds", "From a call's arrival to the end of its completion."
+            "griffin_e2e_request_seconds",
+            "Time from a call's arrival to the end of its completion.",
         )
         self.request_queue = histogram(
-            "griffin_request_queue_seconds", "From a call's arrival to its admission."
+            "griffin_request_queue_seconds", "Time from a call's arrival to its admission."
         )
         self.prefill = histogram(
-            "griffin_prefill_seconds", "Running a prompt on this server's model."
+            "griffin_prefill_seconds", "Time to run a prompt on this server's model."
         )
         self.expert_selection = histogram(
             "griffin_expert_selection_seconds",
-            "Choosing a prompt's experts, a part of its prefill.",
+            "Time to select a prompt's experts, which is part of its prefill.",
             tuple(second / 100 for second in COARSE),
         )
         self.slim_build = histogram(
-            "griffin_slim_build_seconds", "From the end of a prefill to its session's slim view."
+            "griffin_slim_build_seconds",
+            "Time from the end of a prefill until its session's slim view is built.",
         )
         self.handoff = histogram(
-            "griffin_handoff_seconds", "Pulling a prefill from another server, its work included."
+            "griffin_handoff_seconds",
+            "Time to pull a prefill from a prefill server, including the prefill itself.",
         )
         self.handoff_bytes = counter(
-            "griffin_handoff_bytes_total", "Pulled and verified.", ("kind", "transport")
+            "griffin_handoff_bytes_total",
+            "Bytes of verified handoffs, by what they hold and how they were transferred.",
+            ("kind", "transport"),
         )
         self.decode_step = histogram(
-            "griffin_decode_step_seconds", "One step of all live sessions.", FINE
+            "griffin_decode_step_seconds", "Time of a decode step of all live sessions.", FINE
         )
-        self.batch_size = histogram("griffin_batch_size", "Sessions of a step.", SIZES)
+        self.batch_size = histogram("griffin_batch_size", "Sessions in a decode step.", SIZES)
         self.ff_density = by_layer(
             "griffin_ff_density_ratio",
-            "Share of a layer's FF neurons that a completion ran on, the mean over its tokens.",
+            "Fraction of a layer's FF neurons that a completion ran on, averaged over its tokens.",
         )
         self.norm_mass = by_layer(
             "griffin_expert_norm_mass_ratio",
-            "Share of the prompt's activation norm that a completion's experts hold.",
+            "Fraction of the prompt's activation norm mass that a completion's experts hold.",
         )
         self.jaccard = Histogram(
             "griffin_expert_jaccard_ratio",
-            "Overlap of a prompt's experts with those of the prompt before it that kept as many; "
-            "mean over layers.",
+            "Jaccard similarity of a prompt's experts with those of the last prompt that kept as "
+            "many, averaged over layers.",
             buckets=tuple(part / 20 for part in range(1, 21)),
             registry=registry,
         )
-        self.prompt_tokens = counter("griffin_prompt_tokens_total", "Of prompts that were read.")
-        self.generated_tokens = counter("griffin_generated_tokens_total", "Sent to clients.")
+        self.prompt_tokens = counter(
+            "griffin_prompt_tokens_total", "Tokens of prompts that were processed."
+        )
+        self.generated_tokens = counter(
+            "griffin_generated_tokens_total", "Generated tokens sent to clients."
+        )
         self.requests = counter(
             "griffin_requests_total",
-            "Calls of Generate and Score that ended; without a finish reason unless completed.",
+            "Ended calls of Generate, Score and AnalyzePrompt. Only completed ones have a reason.",
             ("code", "finish_reason"),
         )
         self.rejections = counter(
             "griffin_rejections_total",
-            "Requests refused before their prompt was read.",
+            "Requests refused before their prompt was processed.",
             ("reason",),
         )
         self.aborts = counter(
             "griffin_aborts_total",
-            "Requests ended by somebody before they completed: their client, their deadline, a "
-            "slow reader, a call that closed them, this server.",
+            "Requests that ended before they completed, by cause: the client, the deadline, a slow "
+            "reader, a call that closed the session, or this server.",
             ("origin",),
         )
         method = ("grpc_type", "grpc_service", "grpc_method")
-        self.grpc_started = counter("grpc_server_started_total", "Calls begun.", method)
+        self.grpc_started = counter(
+            "grpc_server_started_total", "RPCs started on the server.", method
+        )
         self.grpc_handled = counter(
-            "grpc_server_handled_total", "Calls ended.", (*method, "grpc_code")
+            "grpc_server_handled_total",
+            "RPCs completed on the server, by status code.",
+            (*method, "grpc_code"),
         )
-        self.grpc_received = counter("grpc_server_msg_received_total", "Messages in.", method)
-        self.grpc_sent = counter("grpc_server_msg_sent_total", "Messages out.", method)
+        self.grpc_received = counter(
+            "grpc_server_msg_received_total", "Request messages received.", method
+        )
+        self.grpc_sent = counter("grpc_server_msg_sent_total", "Response messages sent.", method)
         self.grpc_handling = Histogram(
-            "grpc_server_handling_seconds", "Of calls.", method, buckets=COARSE, registry=registry
+            "grpc_server_handling_seconds",
+            "Time to handle an RPC.",
+            method,
+            buckets=COARSE,
+            registry=registry,
         )
-        for reason in REASONS:  # so that a first one shows as an increase
+        for reason in REASONS:  # at zero, so that the first one shows as an increase
             self.rejections.labels(reason)
         for origin in {*ORIGINS.values(), "client", "server"}:
             self.aborts.labels(origin)
@@ -157,10 +176,10 @@ class Metrics(Observer):
         self._compares = ThreadPoolExecutor(1, thread_name_prefix="griffin-overlap")
 
     def watch(self, engine: Engine) -> None:
-        """Adds what an engine holds at the moment of each scrape."""
-        self.registry.register(_Held(engine))
+        """Adds gauges of an engine's sessions and memory, read at each scrape."""
+        self.registry.register(_EngineCollector(engine))
 
-    # -- what the engine tells -------------------------------------------------------------------
+    # -- called by the engine --------------------------------------------------------------------
 
     def stepped(self, seconds: float, sessions: int) -> None:
         self.decode_step.observe(seconds)
@@ -177,7 +196,7 @@ class Metrics(Observer):
         if (before := self._last_experts.get(k)) is not None:
             if experts.indices.device.type == "cpu":
                 self._compare(experts, before)
-            else:  # the copy to the host waits for the device, and the engine must not
+            else:  # on a thread, since the copy to the host waits for the device
                 self._compares.submit(self._compare, experts, before)
         elif len(self._last_experts) >= MOST_REMEMBERED:
             self._last_experts.pop(next(iter(self._last_experts)))
@@ -187,16 +206,16 @@ class Metrics(Observer):
         overlaps = experts.jaccard(before)
         self.jaccard.observe(sum(overlaps) / len(overlaps))
 
-    # -- what servicers tell ---------------------------------------------------------------------
+    # -- called by servicers and interceptors ----------------------------------------------------
 
     @contextmanager
     def request(
         self, arrived: float, context: grpc.aio.ServicerContext[Any, Any]
     ) -> Iterator[Request]:
-        """Counts a call of Generate, Score or AnalyzePrompt, and how it ends.
+        """Counts a call of Generate, Score or AnalyzePrompt, and its end.
 
         Args:
-            arrived: on ``time.monotonic``.
+            arrived: the time of its arrival on ``time.monotonic``.
         """
         request = Request(self, arrived)
         code, origin = "OK", ""
@@ -223,35 +242,35 @@ class Metrics(Observer):
                 self.aborts.labels(origin).inc()
 
     def grpc_call(self, kind: str, method: str) -> GrpcCall:
-        """Counts a call of any method, "/package.Service/Method"."""
+        """Counts a call of a method "/package.Service/Method"."""
         _, service, name = method.split("/")
         return GrpcCall(self, (kind, service, name))
 
     def handed_over(self, shape: HandoffShape, transport: str, seconds: float) -> None:
-        """A handoff came whole."""
+        """Counts a complete handoff."""
         self.handoff.observe(seconds)
         for kind, size in shape.bytes_by_kind().items():
             self.handoff_bytes.labels(kind, transport).inc(size)
 
 
 class Request:
-    """A call of Generate, Score or AnalyzePrompt on its way."""
+    """The counts of one call of Generate, Score or AnalyzePrompt."""
 
     def __init__(self, metrics: Metrics, arrived: float) -> None:
         self._metrics = metrics
         self._arrived = arrived
         self._last = 0.0
         self.started = False
-        """Whether its prompt has been read."""
+        """Whether its prompt has been processed, or has begun to be."""
         self.finish_reason = ""
 
     def read(self, prompt_tokens: int) -> None:
-        """Its prompt is read, or begins to be."""
+        """Counts its prompt."""
         self.started = True
         self._metrics.prompt_tokens.inc(prompt_tokens)
 
     def made(self, event: TokensMade) -> None:
-        """Tokens go to the client."""
+        """Counts tokens that are sent to the client."""
         now, tokens = time.monotonic(), len(event.ids)
         if self._last:
             gap = (now - self._last) / tokens
@@ -263,11 +282,12 @@ class Request:
         self._metrics.generated_tokens.inc(tokens)
 
     def completed(self, event: Finished) -> None:
+        """Counts its completion."""
         metrics, timings, pruning = self._metrics, event.timings, event.pruning
         self.finish_reason = event.reason.name
         metrics.e2e_request.observe(time.monotonic() - self._arrived)
         metrics.request_queue.observe(timings.queue_s)
-        if timings.slim_build_s:  # else it never had a view
+        if timings.slim_build_s:  # zero without a view
             metrics.slim_build.observe(timings.slim_build_s)
         density = pruning.mean_density
         for layer, mass in enumerate(pruning.norm_mass):
@@ -276,8 +296,9 @@ class Request:
 
 
 class GrpcCall:
-    """A call of any method, as the usual ``grpc_server_*`` family counts it: one message in, some
-    out. Children are looked up once, for a stream has a message a step."""
+    """The counts of one call of any method, in the usual ``grpc_server_*`` metrics: one message
+    received, and any number sent. The sent counter is looked up once, since a stream sends a
+    message at each step."""
 
     def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
         self._metrics = metrics
@@ -287,40 +308,40 @@ class GrpcCall:
         metrics.grpc_received.labels(*labels).inc()
 
     def sent(self) -> None:
+        """Counts a response message."""
         self._sent.inc()
 
     def handled(self, code: str, seconds: float) -> None:
+        """Counts the end of the call, by the name of its status code."""
         self._metrics.grpc_handled.labels(*self._labels, code).inc()
         self._metrics.grpc_handling.labels(*self._labels).observe(seconds)
 
 
-class _Held(Collector):
-    """What an engine holds, asked when somebody scrapes."""
+class _EngineCollector(Collector):
+    """Gauges of an engine's sessions and memory, read at each scrape."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def describe(self) -> list[GaugeMetricFamily]:
-        return []  # known without asking the engine, which has not started yet
+        return []  # so that registering does not ask the engine, which has not started
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         try:
             holdings = self._engine.holdings().result(SCRAPE_S)
-        except (EngineStopped, NotInTime):
+        except (EngineStopped, FutureTimeout):
             return
-        sessions = GaugeMetricFamily(
-            "griffin_sessions", "By where they are in their lives.", labels=("state",)
-        )
+        sessions = GaugeMetricFamily("griffin_sessions", "Sessions by state.", labels=("state",))
         for state, count in holdings.sessions.items():
             sessions.add_metric((state.value,), count)
         yield sessions
-        for name, words, value in (
-            ("slim_view_bytes", "Of all slim views.", holdings.slim_view_bytes),
-            ("kv_cache_bytes", "Of all sessions' KV caches.", holdings.kv_cache_bytes),
+        for name, help, value in (
+            ("slim_view_bytes", "Bytes of all slim views.", holdings.slim_view_bytes),
+            ("kv_cache_bytes", "Bytes of all sessions' KV caches.", holdings.kv_cache_bytes),
             (
                 "session_bytes_limit",
-                "What slim views and KV caches may hold together.",
+                "The most bytes that slim views and KV caches may use together.",
                 holdings.limit_bytes,
             ),
         ):
-            yield GaugeMetricFamily(f"griffin_{name}", words, value=value)
+            yield GaugeMetricFamily(f"griffin_{name}", help, value=value)

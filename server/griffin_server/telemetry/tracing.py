@@ -1,8 +1,8 @@
-"""Traces for OpenTelemetry: a span for each call, and below it one for each of its phases.
+"""Traces for OpenTelemetry: a span for each call, with a child span for each of its phases.
 
-The core knows nothing of it: its events say how long phases took, and that becomes spans. They are
-sent if the environment says where to, by the variables that OpenTelemetry names; if it does not,
-OpenTelemetry's SDK is not even imported.
+The core knows nothing about tracing: spans are made from the durations in its events. They are sent
+to the receiver that OpenTelemetry's environment variables name. Without one, OpenTelemetry's SDK is
+not imported.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = structlog.get_logger("griffin.tracing")
 Metadata: TypeAlias = "tuple[tuple[str, str], ...]"
 
 FLUSH_S = 5.0
-"""How long a server that stops tries to send its last spans."""
+"""Seconds that a stopping server tries to send its last spans."""
 
 FAULTS = {
     "UNKNOWN",
@@ -43,16 +43,16 @@ FAULTS = {
     "UNAVAILABLE",
     "DATA_LOSS",
 }
-"""Codes that are a server's fault, by OpenTelemetry's conventions for gRPC."""
+"""The status codes of server errors, by OpenTelemetry's conventions for gRPC."""
 
 W3C = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Sends a server's spans to an OTLP receiver, or nowhere.
+    """Sends a server's spans to an OTLP receiver, if one is configured.
 
     Args:
-        role: names the service where OTEL_SERVICE_NAME does not.
+        role: names the service if OTEL_SERVICE_NAME is not set.
     """
 
     def __init__(self, role: str) -> None:
@@ -60,42 +60,42 @@ class Tracing:
         if _asked_for():
             try:
                 self._sending = _start_sending(f"griffin-{role}")
-            except Exception as error:  # of several kinds, for values the SDK does not take
+            except Exception as error:  # the SDK raises several kinds for bad values
                 log.warning("no traces: OTEL_* variables", error=str(error))
         self._tracer: Tracer = NoOpTracer()
         if self._sending:
             self._tracer = self._sending[0].get_tracer("griffin_server", __version__)
 
     def call(self, method: str, metadata: Any) -> CallSpans:
-        """Begins the span of a call, which is the one of ``spans_var`` from then on.
+        """Starts the span of a call and sets ``spans_var`` to it.
 
         Args:
             method: "/package.Service/Method".
-            metadata: pairs that came with it; they may say whose part it is.
+            metadata: the call's metadata, which may name a parent span.
         """
         spans = CallSpans(self._tracer, method.lstrip("/"), dict(metadata or ()))
         spans_var.set(spans)
         return spans
 
     def close(self) -> None:
-        """Sends what was not sent yet."""
+        """Sends the spans that have not been sent yet."""
         if self._sending is None:
             return
         provider, exporter = self._sending
-        giving_up = threading.Timer(FLUSH_S, exporter.shutdown)
-        giving_up.start()
+        give_up = threading.Timer(FLUSH_S, exporter.shutdown)
+        give_up.start()
         provider.shutdown()
-        giving_up.cancel()
+        give_up.cancel()
 
 
 class CallSpans:
-    """The spans of one call: its own, those of its phases, one behind the other, and parts of them.
+    """The spans of one call: its own, those of its phases, one after the other, and parts of these.
 
-    Times are on ``time.monotonic``, as the core's are.
+    Times are on ``time.monotonic``, as in the core.
 
     Args:
         method: "package.Service/Method".
-        metadata: may have the parent.
+        metadata: the call's metadata, which may name a parent span.
     """
 
     def __init__(self, tracer: Tracer, method: str, metadata: Mapping[str, Any]) -> None:
@@ -108,19 +108,19 @@ class CallSpans:
             {"rpc.system.name": "grpc", "rpc.method": method},
         )
         self._phase: Span | None = None
-        self._began = 0.0  # of the phase
-        self._handed_over = False  # whether another server runs the prompt
+        self._began = 0.0  # when the current phase began
+        self._handed_over = False  # whether a prefill server runs the prompt
 
     def note(self, **attributes: str | float) -> None:
-        """Says something of the call."""
+        """Sets attributes of the call's span."""
         self._call.set_attributes({f"griffin.{name}": value for name, value in attributes.items()})
 
     def queued(self, arrived: float) -> None:
-        """It waits for the engine."""
+        """Starts the phase in which the call waits for the engine."""
         self._next("queue", arrived)
 
     def take(self, event: Event | PrefillStreamEvent) -> None:
-        """What the engine tells about the call."""
+        """Updates the spans by an event of the engine."""
         match event:
             case Admitted() | PrefillBegun():
                 self._handed_over = isinstance(event, Admitted) and event.handoff is not None
@@ -128,7 +128,7 @@ class CallSpans:
             case Started():
                 self.note(prompt_tokens=event.prompt_tokens, density=event.pruning.density)
                 prefilled = self._began + event.prefill_s
-                if not self._handed_over:  # else that server shows it
+                if not self._handed_over:  # otherwise the prefill server's trace has it
                     self._part("selection", prefilled - event.selection_s, prefilled)
                 self._next("decode", prefilled)
             case PrefillFinished():
@@ -146,7 +146,8 @@ class CallSpans:
 
     @contextmanager
     def handoff(self, target: str) -> Iterator[Metadata]:
-        """While a prefill is pulled from another server. Gives what tells that server so."""
+        """A span around pulling a prefill. Yields metadata that makes it the parent of the span of
+        the prefill server."""
         span = self._start("handoff", time.monotonic(), SpanKind.CLIENT)
         span.set_attribute("griffin.prefill_target", target)
         carrier: dict[str, str] = {}
@@ -160,10 +161,10 @@ class CallSpans:
             span.end(self._ns(time.monotonic()))
 
     def end(self, code: str) -> None:
-        """The call is over, and the phase it was in.
+        """Ends the call's span and the current phase's.
 
         Args:
-            code: its gRPC status.
+            code: the name of the call's status code.
         """
         self._call.set_attribute("rpc.response.status_code", code)
         if code in FAULTS:
@@ -186,11 +187,11 @@ class CallSpans:
             self._phase = None
 
     def _part(self, name: str, begin: float, end: float) -> None:
-        """Of the current phase."""
+        """Adds a child span of the current phase."""
         self._start(name, max(begin, self._began)).end(self._ns(end))
 
     def _start(self, name: str, at: float, kind: SpanKind = SpanKind.INTERNAL) -> Span:
-        """Below the current phase; a phase itself, below the call."""
+        """Starts a child span of the current phase, or of the call without one."""
         parent = set_span_in_context(self._phase or self._call)
         return self._tracer.start_span(name, parent, kind, start_time=self._ns(at))
 
@@ -201,31 +202,35 @@ class CallSpans:
 _OFF = CallSpans(NoOpTracer(), "none", {})
 
 spans_var: ContextVar[CallSpans] = ContextVar("spans", default=_OFF)
-"""Of the call that is being served."""
+"""The spans of the call that is being served."""
 
 
 def _asked_for() -> bool:
-    """Whether the environment asks for spans to be sent, and in a way that is known here."""
+    """Whether the environment asks for spans by a protocol that is supported here."""
 
     def setting(*names: str) -> str:
-        given = (os.environ.get(name, "").strip().lower() for name in names)
-        return next(filter(None, given), "")
+        values = (os.environ.get(name, "").strip().lower() for name in names)
+        return next(filter(None, values), "")
 
     if setting("OTEL_SDK_DISABLED") == "true":
         return False
-    to = setting("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    exporter = setting("OTEL_TRACES_EXPORTER") or ("otlp" if to else "none")
+    endpoint = setting("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    exporter = setting("OTEL_TRACES_EXPORTER") or ("otlp" if endpoint else "none")
     protocol = setting("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     if exporter == "none":
         return False
     if exporter != "otlp" or protocol not in ("", "grpc"):
-        log.warning("no traces: only otlp by grpc", exporter=exporter, protocol=protocol)
+        log.warning(
+            "no traces: only otlp over grpc is supported",
+            exporter=exporter,
+            protocol=protocol,
+        )
         return False
     return True
 
 
 def _start_sending(service: str) -> tuple[TracerProvider, SpanExporter]:
-    """Sampler, receiver and limits are the environment's."""
+    """Starts an exporter. The environment sets its sampler, receiver and limits."""
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
         OTLPSpanExporter,
     )

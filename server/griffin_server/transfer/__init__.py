@@ -1,1 +1,1 @@
-"""What travels from Prefill to Decode: KV, statistic and experts, and the ways KV can go."""
+"""The handoff: what a prefill server sends to a decode server, and the transports of its KV."""

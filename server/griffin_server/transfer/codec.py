@@ -1,19 +1,19 @@
-"""The handoff between its messages and the core's events, both ways, with its checksum."""
+"""The handoff's codec: core events to messages and back, with a checksum over all of them."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.errors import CapacityExhausted, FingerprintMismatch, HandoffBroken
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
-from griffin_server.transfer.base import ChunkReader, KvReader, KvWriter
+from griffin_server.rpc.messages.tensors import pack_floats, unpack_floats
+from griffin_server.transfer.base import KvExporter, KvImporter
+from griffin_server.transfer.messages import MessagesImporter
 from griffin_server.transfer.shape import HandoffShape
 
 TENSOR_TYPES = {
@@ -24,19 +24,19 @@ TENSOR_TYPES = {
 
 
 class HandoffWriter:
-    """Prefill's side: core events in, messages out.
+    """The prefill server's side, from core events to messages.
 
     Args:
-        way: how the KV goes.
+        exporter: the transport of the KV.
     """
 
-    def __init__(self, shape: HandoffShape, way: KvWriter) -> None:
+    def __init__(self, shape: HandoffShape, exporter: KvExporter) -> None:
         self._shape = shape
-        self._way = way
+        self._exporter = exporter
         self._crc = 0
 
     def header(self) -> pb.PrefillResponse:
-        """The first message. Proves the way the KV goes, where that wants proof."""
+        """The first message, with the transport's proof where that needs one."""
         shape = self._shape
         header = pb.PrefillHeader(
             model_fingerprint=shape.fingerprint,
@@ -48,26 +48,29 @@ class HandoffWriter:
             kv_type=TENSOR_TYPES[shape.dtype],
             tokens=shape.tokens,
             experts_per_layer=shape.experts_per_layer,
-            transport=self._way.transport,
+            transport=self._exporter.transport,
         )
-        self._way.prove(header)
+        self._exporter.write_proof(header)
         return pb.PrefillResponse(header=header)
 
     def kv(self, event: LayerKv) -> Iterator[pb.PrefillResponse]:
-        for chunk, covered in self._way.chunks(event):
+        """The messages for a layer's keys and values of some tokens."""
+        for chunk, covered in self._exporter.chunks(event):
             self._crc = zlib.crc32(covered, self._crc)
             yield pb.PrefillResponse(kv=chunk)
 
     def experts(self, event: LayerExperts) -> pb.PrefillResponse:
-        with torch.cuda.stream(self._way.stream):  # they are there, and the model is not waited for
+        """The message for a layer's statistic and experts."""
+        # They are computed already, and the copy must not wait for the model's stream.
+        with torch.cuda.stream(self._exporter.stream):
             s = pack_floats(event.s)
             experts = pack_indices(event.experts)
         self._crc = zlib.crc32(experts, zlib.crc32(s, self._crc))
         return pb.PrefillResponse(experts=pb.LayerExperts(layer=event.layer, s=s, experts=experts))
 
     def finished(self, event: PrefillFinished, queue_s: float) -> pb.PrefillResponse:
-        """The last message, with the checksum of all before it."""
-        with torch.cuda.stream(self._way.stream):
+        """The last message, with the checksum of the whole handoff."""
+        with torch.cuda.stream(self._exporter.stream):
             hidden = pack_floats(event.last_hidden)
         self._crc = zlib.crc32(hidden, self._crc)
         return pb.PrefillResponse(
@@ -82,46 +85,48 @@ class HandoffWriter:
 
 
 class HandoffReader:
-    """Decode's side: messages in, core events out; trusts nothing it is sent.
+    """The decode server's side, from messages to core events. It trusts no message.
 
     Args:
-        shape: what this side expects.
-        offered: the way that was offered for the KV.
-        otherwise: by chunks, if the other side cannot go that way.
+        shape: the shape that the request asked for.
+        offered: the transport that the request offered for the KV.
+        fallback: the transport in messages, for a prefill server that cannot use ``offered``.
     """
 
-    def __init__(self, shape: HandoffShape, offered: KvReader, otherwise: ChunkReader) -> None:
+    def __init__(
+        self, shape: HandoffShape, offered: KvImporter, fallback: MessagesImporter
+    ) -> None:
         self._shape = shape
         self._offered = offered
-        self._otherwise = otherwise
-        self._way: KvReader | None = None
+        self._fallback = fallback
+        self._importer: KvImporter | None = None
         self._crc = 0
         self.finished = False
-        """Whether the handoff is whole and verified."""
+        """Whether the handoff is complete and verified."""
 
     @property
     def transport(self) -> str:
-        """The way the KV comes, in lower case."""
-        assert self._way is not None
-        name = pb.Transport.Name(self._way.transport)
+        """The transport that the prefill server chose, in lower case."""
+        assert self._importer is not None
+        name = pb.Transport.Name(self._importer.transport)
         return name.removeprefix("TRANSPORT_").lower()
 
     @property
     def declined(self) -> bool:
-        """Whether the other side did not go the way that was offered."""
-        return self._way is not None and self._way.transport != self._offered.transport
+        """Whether the prefill server did not choose the transport that was offered."""
+        return self._importer is not None and self._importer.transport != self._offered.transport
 
     def read(self, message: pb.PrefillResponse) -> PrefillEvent | None:
         """The event of a message; None for the header.
 
         Raises:
-            FingerprintMismatch: the header is another model's.
-            HandoffBroken: the message is not what must come now, or the checksum differs.
-            MemoryNotShared: the way that was offered and taken does not work after all.
-            CapacityExhausted: this side's device has no room for the KV.
+            FingerprintMismatch: the header names another model.
+            HandoffBroken: the message is out of order or malformed, or the checksum differs.
+            MemoryNotShared: the transport that was offered and chosen does not work.
+            CapacityExhausted: this server's device has no room for the KV.
         """
         kind = message.WhichOneof("event")
-        if self.finished or (kind == "header") is (self._way is not None):
+        if self.finished or (kind == "header") is (self._importer is not None):
             raise HandoffBroken(f"handoff: got a message {kind!r} out of order")
         try:
             match kind:
@@ -136,7 +141,7 @@ class HandoffReader:
                     return self._finished(message.finished)
         except ValueError as error:
             raise HandoffBroken(f"handoff: {error}") from error
-        except torch.OutOfMemoryError as error:  # here, and no fault of the other side
+        except torch.OutOfMemoryError as error:  # this server's fault, not the sender's
             raise CapacityExhausted(f"device memory: {error}", retry_after_s=1.0) from error
         raise HandoffBroken("handoff: got a message of an unknown kind")
 
@@ -161,21 +166,20 @@ class HandoffReader:
             raise HandoffBroken(
                 f"handoff: the header does not fit the request: {differ or 'dtype'}"
             )
-        ways = [
-            way for way in (self._offered, self._otherwise) if way.transport == header.transport
-        ]
-        if not ways:
-            raise HandoffBroken("handoff: the KV is to come by a way that was not offered")
-        ways[0].accept(header)
-        self._way = ways[0]
+        for importer in (self._offered, self._fallback):
+            if importer.transport == header.transport:
+                importer.verify(header)
+                self._importer = importer
+                return
+        raise HandoffBroken("handoff: the header names a transport that was not offered")
 
     def _kv(self, chunk: pb.KvChunk) -> LayerKv:
-        assert self._way is not None
+        assert self._importer is not None
         if not 0 < chunk.tokens <= self._shape.tokens:
             raise HandoffBroken(
                 f"handoff: a chunk of {chunk.tokens} of {self._shape.tokens} tokens"
             )
-        event, covered = self._way.read(chunk)
+        event, covered = self._importer.read(chunk)
         self._crc = zlib.crc32(covered, self._crc)
         return event
 
@@ -184,7 +188,7 @@ class HandoffReader:
         experts = unpack_indices(
             message.experts, self._shape.ff_width, f"experts of layer {message.layer}"
         )
-        return LayerExperts(layer=message.layer, s=_floats(message.s), experts=experts)
+        return LayerExperts(layer=message.layer, s=unpack_floats(message.s), experts=experts)
 
     def _finished(self, message: pb.PrefillFinished) -> PrefillFinished:
         self._crc = zlib.crc32(message.last_hidden, self._crc)
@@ -192,7 +196,7 @@ class HandoffReader:
             raise HandoffBroken(
                 f"handoff: checksum is {self._crc:#010x}, the sender's {message.checksum:#010x}"
             )
-        last_hidden = _floats(message.last_hidden)
+        last_hidden = unpack_floats(message.last_hidden)
         if last_hidden.numel() != self._shape.width:
             raise HandoffBroken(f"handoff: a hidden state of {last_hidden.numel()} values")
         self.finished = True
@@ -201,12 +205,3 @@ class HandoffReader:
             compute_s=message.compute_s,
             selection_s=message.selection_s,
         )
-
-
-def pack_floats(values: Tensor) -> bytes:
-    """float32 [...] -> little-endian float32, in order."""
-    return values.cpu().numpy().astype("<f4", copy=False).tobytes()
-
-
-def _floats(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))

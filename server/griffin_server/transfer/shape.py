@@ -1,4 +1,4 @@
-"""What both ends of a handoff must agree on."""
+"""The shape of a handoff, on which both servers must agree."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from griffin_core.prefill_queue import PrefillTask
 
 @dataclass(frozen=True, kw_only=True)
 class HandoffShape:
-    """What both ends must agree on for bytes to mean the same.
+    """The dimensions by which both servers read the same bytes alike.
 
     Args:
-        tokens: T of this prompt.
+        tokens: T, the tokens of this prompt.
         experts_per_layer: K of this request.
     """
 
@@ -31,16 +31,16 @@ class HandoffShape:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
+        """Bytes of one token's keys and values in one layer."""
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of all tokens in all layers."""
+        """Bytes of all tokens' keys and values in all layers."""
         return self.layers * self.tokens * self.token_bytes
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """What a whole handoff moves: KV, statistic, experts, last hidden state."""
+        """The bytes of a complete handoff: KV, statistic, experts, last hidden state."""
         return {
             "kv": self.kv_bytes,
             "statistic": self.layers * self.ff_width * 4,

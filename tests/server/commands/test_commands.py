@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from griffin_core.model.load import Model
+from griffin_server.commands import COMMANDS
 from tests.servers import Running, running
 
 
@@ -158,6 +159,23 @@ def test_help_of_serve_lists_every_setting() -> None:
         assert flag in out
 
 
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_imports_no_machine_learning(command: list[str]) -> None:
+    """A user waits for what help imports, and torch alone takes seconds."""
+    heavy = "{'torch', 'numba', 'triton', 'transformers', 'numpy', 'matplotlib', 'lm_eval'}"
+    script = (
+        "import sys\nfrom griffin_server.__main__ import main\n"
+        f"sys.argv = ['griffin', *{[*command, '--help']}]\n"
+        "try:\n    main()\nfinally:\n"
+        f"    print(sorted({heavy} & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "usage" in done.stdout.lower()
+    assert done.stderr.strip() == "[]"
+
+
 def test_bench_reports_latencies_of_a_server_under_load(tiny_server: Running) -> None:
     load = ("--requests", "6", "--prompt-tokens", "3:20", "--output-tokens", "5:9")
     target = ("--target", tiny_server.target)
@@ -236,7 +254,7 @@ def test_a_prefill_server_is_told_from_others(tiny: Callable[[str], Model]) -> N
         ("--temperature", "-1", "temperature: got -1"),
         ("--top-p", "0", "top-p: got 0"),
         ("--prompts", "/no/such/file", "/no/such/file"),
-        ("--prompts", "/dev/null", "needs one text a line"),
+        ("--prompts", "/dev/null", "needs one text per line"),
     ],
 )
 def test_bench_refuses_bad_options_by_name(

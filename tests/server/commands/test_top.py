@@ -1,4 +1,4 @@
-"""`griffin top`: rates from two looks, as much as fits, and servers that go and come back."""
+"""`griffin top`: rates from two snapshots, as much as fits, and servers that go and come back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from griffin_client import ModelInfo, PruningFigures, Session, Stopping
 from griffin_core.model.load import Model
-from griffin_server.commands.top import Frame, Look, compare
+from griffin_server.commands.top import Frame, Snapshot, compare
 from tests.server.commands.test_commands import griffin
 from tests.servers import Running, eventually, running
 
@@ -72,14 +72,16 @@ def session(name: str, *, kv: int = 0, view: int = 0, **given: Any) -> Session:
     return Session(session_id=name, pruning=pruning, **{**figures, **given})
 
 
-def seen(at_s: float, *sessions: Session) -> Look:
-    return Look(at_s=at_s, model=MODEL, sessions=sessions)
+def seen(at_s: float, *sessions: Session) -> Snapshot:
+    return Snapshot(at_s=at_s, model=MODEL, sessions=sessions)
 
 
-def drawn(look: Look, *, before: Look | None = None, height: int | None = None) -> list[str]:
+def drawn(
+    snapshot: Snapshot, *, before: Snapshot | None = None, height: int | None = None
+) -> list[str]:
     """The lines of a frame on a terminal of 80 columns."""
     console = Console(width=80, color_system=None)
-    frame = Frame(target="localhost:50051", activity=compare(before, look))
+    frame = Frame(target="localhost:50051", activity=compare(before, snapshot))
     options = console.options.update(height=height)
     lines = console.render_lines(frame, options, pad=False)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
@@ -108,29 +110,29 @@ def test_a_first_look_knows_no_rates() -> None:
 
 def test_sessions_that_decode_come_first_and_the_oldest_of_each_state_before_others() -> None:
     states = {"a": "idle", "b": "queued", "c": "decode", "d": "prefill", "e": "decode"}
-    look = seen(0.0, *(session(name, state=state) for name, state in states.items()))
-    activity = compare(None, look)
+    snapshot = seen(0.0, *(session(name, state=state) for name, state in states.items()))
+    activity = compare(None, snapshot)
     assert [row.session.session_id for row in activity.rows] == ["c", "e", "d", "b", "a"]
     assert activity.states == {"decode": 2, "prefill": 1, "queued": 1, "idle": 1}
 
 
 def test_memory_is_the_sum_over_sessions() -> None:
-    look = seen(
+    snapshot = seen(
         0.0,
         session("a", kv=1 << 20, view=2 << 20, reserved_bytes=5 << 20),
         session("b", kv=2 << 20, view=3 << 20, reserved_bytes=6 << 20, state="idle"),
     )
-    summary = drawn(look)[2]
+    summary = drawn(snapshot)[2]
     assert "KV 3.0 MiB · slim views up to 5.0 MiB · reserved 11.0 MiB" in summary
 
 
 def test_a_row_says_only_what_is_known() -> None:
-    look = seen(
+    snapshot = seen(
         0.0,
         session("0123456789abcdef", state="idle", kv=3 << 20, age_s=60.4, idle_s=7.0),
         session("waits", state="queued"),
     )
-    waits, idle = (line.split() for line in drawn(look)[-2:])
+    waits, idle = (line.split() for line in drawn(snapshot)[-2:])
     assert waits == ["waits", "queued", "-", "100", "0.75", "0.0", "0.0", "0.0", "1", "-"]
     assert idle[:5] == ["01234567", "idle", "-", "100", "0.75"]
     assert idle[5:] == ["3.0", "0.0", "0.0", "60", "7"]
@@ -150,16 +152,16 @@ def test_large_figures_fit_into_80_columns() -> None:
 def test_a_frame_shows_as_many_sessions_as_fit_and_counts_the_others(
     height: int, rows: int
 ) -> None:
-    look = seen(0.0, *(session(f"s{number}") for number in range(10)))
-    lines = drawn(look, height=height)  # what is higher would be cut off at its end
+    snapshot = seen(0.0, *(session(f"s{number}") for number in range(10)))
+    lines = drawn(snapshot, height=height)  # what is higher would be cut off at its end
     assert sum("0.75" in line for line in lines) == rows
     if rows < 10:
         assert lines[-1] == f"and {10 - rows} more"
 
 
 def test_without_a_bound_a_frame_has_all_sessions() -> None:
-    look = seen(0.0, *(session(f"s{number}") for number in range(100)))
-    assert len(drawn(look)) == 4 + 2 + 100
+    snapshot = seen(0.0, *(session(f"s{number}") for number in range(100)))
+    assert len(drawn(snapshot)) == 4 + 2 + 100
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Decode's way to a prefill server: what becomes of segments and of mistaken addresses."""
+"""The prefill pool: routing, retries, ejection, segments that are freed, and wrong addresses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from griffin_core.errors import DeadlinePassed, EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.prefill_queue import PrefillRun, PrefillTask
-from griffin_server.prefill_pool.router import PrefillServer, PrefillServers
+from griffin_server.prefill_pool.client import PrefillClient
+from griffin_server.prefill_pool.router import PrefillRouter
 from griffin_server.rpc.prefill import PrefillServicer
 from griffin_server.telemetry.metrics import Metrics
 from griffin_server.transfer import shared_memory
-from griffin_server.transfer.base import ChunkReader, KvReader, MemoryNotShared
+from griffin_server.transfer.base import KvImporter, MemoryNotShared
+from griffin_server.transfer.messages import MessagesImporter
 from griffin_server.transfer.shape import HandoffShape
 from griffin_server.transfer.shared_memory import DIRECTORY, Segment
 from tests.servers import Running, running
@@ -40,7 +42,7 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
         return create(size_bytes)
 
     monkeypatch.setattr(shared_memory, "create_segment", slow)
-    source = PrefillServer(tiny_server.target, tiny("llama"), Metrics())
+    source = PrefillClient(tiny_server.target, tiny("llama"), Metrics())
     pull = asyncio.create_task(anext(source.stream(TASK, None)))
     await asyncio.to_thread(begun.wait, 10)
     pull.cancel()
@@ -54,27 +56,27 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
 async def test_a_server_that_does_not_prefill_is_named(tiny: Callable[[str], Model]) -> None:
     target = "127.0.0.1:1"
     with running(tiny("llama"), role="decode", prefill_target=target) as decode:
-        source = PrefillServer(decode.target, tiny("llama"), Metrics(), "messages")
+        source = PrefillClient(decode.target, tiny("llama"), Metrics(), "messages")
         with pytest.raises(EngineFault, match=decode.target):
             await anext(source.stream(TASK, None))
         await source.close()
 
 
 async def test_no_server_is_unavailable(tiny: Callable[[str], Model]) -> None:
-    source = PrefillServer("127.0.0.1:1", tiny("llama"), Metrics())
+    source = PrefillClient("127.0.0.1:1", tiny("llama"), Metrics())
     with pytest.raises(PrefillUnavailable, match=r"127\.0\.0\.1:1"):
         await anext(source.stream(TASK, None))
     await source.close()
 
 
-class Unreadable(ChunkReader):
-    """A way whose proof is not where it should be, or whose KV is not."""
+class Unreadable(MessagesImporter):
+    """A transport whose memory cannot be read: not at its proof, or not at its KV."""
 
     def __init__(self, at: str, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._at = at
 
-    def accept(self, header: Any) -> None:
+    def verify(self, header: Any) -> None:
         if self._at == "proof":
             raise MemoryNotShared("no such memory")
 
@@ -83,48 +85,48 @@ class Unreadable(ChunkReader):
 
 
 @pytest.mark.parametrize("at", ["proof", "KV"])
-async def test_a_way_that_does_not_work_is_given_up_and_the_prompt_begins_anew(
+async def test_a_transport_that_does_not_work_is_withdrawn_and_the_prefill_restarts(
     at: str, tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("llama")
     with running(model, role="prefill") as prefill:
-        server = PrefillServer(prefill.target, model, Metrics())
-        usual, offered = server._way, []
+        server = PrefillClient(prefill.target, model, Metrics())
+        usual, offered = server._offers.importer, []
 
-        async def first_unreadable(shape: HandoffShape) -> KvReader:
-            way = await usual(shape) if offered else Unreadable(at, shape, torch.device("cpu"))
-            offered.append(way)
-            return way
+        async def first_unreadable(shape: HandoffShape) -> KvImporter:
+            importer = await usual(shape) if offered else Unreadable(at, shape, torch.device("cpu"))
+            offered.append(importer)
+            return importer
 
-        monkeypatch.setattr(server, "_way", first_unreadable)
-        servers = PrefillServers([server])
+        monkeypatch.setattr(server._offers, "importer", first_unreadable)
+        servers = PrefillRouter([server])
         made = await events_of(servers)
         assert made.count("PrefillRestarted") == 1 and made[-1] == "PrefillFinished"
         assert made.index("PrefillRestarted") == 0
-        assert len(offered) == 2 and not server.set_aside
+        assert len(offered) == 2 and not server.health.ejected
         await servers.close()
 
 
 # -- what is the server's fault, and what is not ---------------------------------------------------
 
 
-async def events_of(servers: PrefillServers, timeout_s: float | None = None) -> list[str]:
+async def events_of(servers: PrefillRouter, timeout_s: float | None = None) -> list[str]:
     return [type(event).__name__ async for event in servers.stream(TASK, timeout_s)]
 
 
 @pytest.fixture
-async def two(tiny: Callable[[str], Model]) -> AsyncIterator[tuple[PrefillServers, list[Running]]]:
+async def two(tiny: Callable[[str], Model]) -> AsyncIterator[tuple[PrefillRouter, list[Running]]]:
     model = tiny("llama")
     with running(model, role="prefill") as one, running(model, role="prefill") as other:
-        servers = PrefillServers(
-            [PrefillServer(each.target, model, Metrics(), "messages") for each in (one, other)]
+        servers = PrefillRouter(
+            [PrefillClient(each.target, model, Metrics(), "messages") for each in (one, other)]
         )
         yield servers, [one, other]
         await servers.close()
 
 
-async def test_how_a_call_ends_behind_a_verified_handoff_is_no_matter(
-    two: tuple[PrefillServers, list[Running]], monkeypatch: pytest.MonkeyPatch
+async def test_the_final_status_of_a_verified_handoff_is_ignored(
+    two: tuple[PrefillRouter, list[Running]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers, _ = two
     whole = PrefillServicer.Prefill
@@ -138,14 +140,14 @@ async def test_how_a_call_ends_behind_a_verified_handoff_is_no_matter(
     for _ in range(3):
         made = await events_of(servers)
         assert made[-1] == "PrefillFinished" and "PrefillRestarted" not in made
-    assert not any(server.set_aside for server in servers._servers)
+    assert not any(client.health.ejected for client in servers.clients)
 
 
 async def test_a_server_with_another_model_is_passed_over(tiny: Callable[[str], Model]) -> None:
     model = tiny("llama")
     with running(tiny("qwen2"), role="prefill") as bad, running(model, role="prefill") as good:
-        servers = PrefillServers(
-            [PrefillServer(each.target, model, Metrics(), "messages") for each in (bad, good)]
+        servers = PrefillRouter(
+            [PrefillClient(each.target, model, Metrics(), "messages") for each in (bad, good)]
         )
         assert "PrefillRestarted" in await events_of(servers)
         for _ in range(3):
@@ -153,8 +155,8 @@ async def test_a_server_with_another_model_is_passed_over(tiny: Callable[[str], 
         await servers.close()
 
 
-async def test_a_server_that_fails_inside_is_set_aside_and_the_prompt_goes_elsewhere(
-    two: tuple[PrefillServers, list[Running]], monkeypatch: pytest.MonkeyPatch
+async def test_a_server_that_fails_inside_is_ejected_and_the_prompt_goes_elsewhere(
+    two: tuple[PrefillRouter, list[Running]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers, (one, _) = two
     broken = one.app.engine
@@ -164,7 +166,7 @@ async def test_a_server_that_fails_inside_is_set_aside_and_the_prompt_goes_elsew
 
 
 async def test_a_callers_own_deadline_is_no_fault_of_the_server(
-    two: tuple[PrefillServers, list[Running]], monkeypatch: pytest.MonkeyPatch
+    two: tuple[PrefillRouter, list[Running]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers, apps = two
     for each in apps:  # they never answer
@@ -175,4 +177,4 @@ async def test_a_callers_own_deadline_is_no_fault_of_the_server(
         )
     with pytest.raises(DeadlinePassed):
         await events_of(servers, timeout_s=0.2)
-    assert not any(server.set_aside for server in servers._servers)
+    assert not any(client.health.ejected for client in servers.clients)

@@ -28,7 +28,7 @@ from griffin_core.model.load import Model
 from griffin_core.prefill import LayerActivations, LayerExperts, prefill
 from griffin_server.commands import app
 from griffin_server.commands.plots import jaccard, norm_mass_curve
-from griffin_server.rpc.messages import prompt_analysis as analysis
+from griffin_server.rpc.messages import prompt_analysis
 from tests.servers import SMALL_WINDOW, Running, eventually, running
 from tests.tiny import CONTEXT, FAMILIES
 
@@ -91,10 +91,10 @@ async def test_the_asynchronous_client_gives_the_same(
 
 
 def test_activations_come_in_messages_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis, "MAX_VALUES_BYTES", 100)
+    monkeypatch.setattr(prompt_analysis, "MAX_VALUES_BYTES", 100)
     values = torch.rand(7, 10)
     event = LayerActivations(layer=3, first_token=20, values=values)
-    messages = [message.activations for message in analysis.event_to_pb(event)]
+    messages = [message.activations for message in prompt_analysis.event_to_pb(event)]
     assert [message.first_token for message in messages] == [20, 22, 24, 26]
     assert all(len(message.values) <= 100 for message in messages)
     sent = b"".join(message.values for message in messages)

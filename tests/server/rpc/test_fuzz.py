@@ -88,7 +88,7 @@ def started(request: pytest.FixtureRequest, tiny: Callable[[str], Model]) -> Ite
 @pytest.fixture
 def server(started: Server) -> Server:
     """The server, when the last test's calls have ended on its side as well."""
-    eventually(lambda: not started.running.app.listener.calls.active)
+    eventually(lambda: not started.running.app.listener.calls.drain.active)
     return started
 
 
@@ -110,7 +110,7 @@ def test_bytes_that_are_no_message_are_invalid(server: Server, malformed: bytes)
         for name, method in methods.items():
             code = server.call(name, malformed, method.server_streaming)
             assert code == "INVALID_ARGUMENT", name
-        eventually(lambda: not server.running.app.listener.calls.active)
+        eventually(lambda: not server.running.app.listener.calls.drain.active)
     assert [(entry["event"], entry["code"]) for entry in logs] == [
         ("call", "INVALID_ARGUMENT")
     ] * len(methods)
@@ -179,7 +179,7 @@ def test_no_message_ends_a_call_with_a_fault_of_the_server(server: Server, messa
             if not parses(method, request):
                 assert code == "INVALID_ARGUMENT", (name, request.hex())
             ended[name, code] += 1
-        eventually(lambda: not server.running.app.listener.calls.active)
+        eventually(lambda: not server.running.app.listener.calls.drain.active)
     assert Counter((entry["method"], entry["code"]) for entry in logs) == ended
     assert server.counted("grpc_server_handled_total") - before == ended
     begun = server.counted("grpc_server_started_total") - begun_before

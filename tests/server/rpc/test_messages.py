@@ -7,19 +7,22 @@ from collections.abc import Callable
 import pytest
 
 from griffin.v1 import generation_pb2 as pb
+from griffin.v1 import prefill_pb2 as pb_prefill
 from griffin_client import Sampling, Stopping
 from griffin_client import convert as client_convert
 from griffin_client import types as client_types
 from griffin_core.decode import events
 from griffin_core.decode.session import SessionInfo, State
 from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.experts.selection import POLICIES
+from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.model.load import Model
+from griffin_core.prefill_queue import PrefillTask
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
-from griffin_server.rpc.messages import requests as convert
+from griffin_server.rpc.messages import enums, requests, responses, sessions
+from griffin_server.rpc.messages.prefill_request import prefill_request, prefill_task
 
 FIGURES = events.PruningFigures(
     density=0.5,
@@ -43,7 +46,7 @@ def model(tiny: Callable[[str], Model]) -> Model:
 
 
 def task_of(model: Model, request: pb.GenerateRequest) -> GenerateTask:
-    return convert.generate_task(request, model.tokenizer, model.decoder.spec)
+    return requests.generate_task(request, model.tokenizer, model.decoder.spec)
 
 
 def over_the_wire(message: pb.GenerateResponse) -> pb.GenerateResponse:
@@ -143,19 +146,29 @@ def test_messages_are_rendered_by_the_models_template(model: Model) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_survives_the_way_there_and_back(policy: str) -> None:
-    number = convert.policy_to_pb(policy)  # type: ignore[arg-type]
+    number = enums.policy_to_pb(policy)  # type: ignore[arg-type]
     assert number != pb.SELECTION_POLICY_UNSPECIFIED
-    assert convert.policy_from_pb("policy", number) == policy
-    figures = convert.figures_to_pb(FIGURES)
+    assert enums.policy_from_pb("policy", number) == policy
+    figures = responses.figures_to_pb(FIGURES)
     figures.policy = number
     assert client_convert.figures(figures).policy == policy
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefill_task_survives_the_way_to_a_prefill_server(policy: str, model: Model) -> None:
+    selection = Selection(density=0.25, policy=policy, seed=2**63 + 1)  # type: ignore[arg-type]
+    task = PrefillTask(token_ids=(1, 2, 3), selection=selection)
+    request = prefill_request(task, model.fingerprint)
+    assert request.model_fingerprint == model.fingerprint
+    received = pb_prefill.PrefillRequest.FromString(request.SerializeToString())
+    assert prefill_task(received, model.decoder.spec) == task
 
 
 def test_started_reaches_the_client_whole() -> None:
     event = events.Started(
         session_id="s", prompt_tokens=3, prefill_s=0.5, selection_s=0.1, pruning=FIGURES
     )
-    received = client_convert.event(over_the_wire(convert.started_to_pb(event, "r")))
+    received = client_convert.event(over_the_wire(responses.started_to_pb(event, "r")))
     assert isinstance(received, client_types.Started)
     assert (received.session_id, received.request_id) == ("s", "r")
     assert (received.prompt_tokens, received.prefill_s) == (3, 0.5)
@@ -166,7 +179,7 @@ def test_tokens_reach_the_client_whole(model: Model) -> None:
     event = events.TokensMade(
         ids=(65, 66), text="é", logprobs=(Logprobs(chosen=-0.5, top=((65, -0.5), (66, -1.0))),) * 2
     )
-    received = client_convert.event(over_the_wire(convert.tokens_to_pb(event, model.tokenizer)))
+    received = client_convert.event(over_the_wire(responses.tokens_to_pb(event, model.tokenizer)))
     assert isinstance(received, client_types.Tokens)
     assert (received.ids, received.text) == ((65, 66), "é")
     assert [item.logprob for item in received.logprobs] == [-0.5, -0.5]
@@ -186,7 +199,7 @@ def test_finished_reaches_the_client_whole(reason: FinishReason) -> None:
         pruning=FIGURES,
         kept=True,
     )
-    received = client_convert.event(over_the_wire(convert.finished_to_pb(event)))
+    received = client_convert.event(over_the_wire(responses.finished_to_pb(event)))
     assert isinstance(received, client_types.Finished)
     assert received.reason == reason.name.lower()
     assert received.usage == client_types.Usage(
@@ -208,7 +221,7 @@ def test_a_session_reaches_the_client_whole(state: State) -> None:
         reserved_bytes=5,
         pruning=FIGURES,
     )
-    received = client_convert.session(convert.session_to_pb(info))
+    received = client_convert.session(sessions.session_to_pb(info))
     assert received.state == state.name.lower()
     assert (received.context_tokens, received.generated_tokens) == (1, 2)
     assert (received.age_s, received.idle_s) == (3.0, 4.0)

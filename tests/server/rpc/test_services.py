@@ -33,7 +33,7 @@ from griffin_core.errors import BadModelFile, EngineFault
 from griffin_core.model.load import Model
 from griffin_server.app import App
 from griffin_server.listener import GENERATION, PREFILL
-from griffin_server.rpc.messages.requests import PageTokens
+from griffin_server.rpc.messages.sessions import PageTokens
 from griffin_server.settings import Settings
 from tests.servers import Running, running
 
@@ -374,7 +374,7 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
         stream = client.generate("a", stopping=Stopping(max_tokens=250, ignore_eos=True))
         await anext(stream)
         stopping = asyncio.create_task(app.stop())
-        while not app.listener.calls._closed:  # noqa: ASYNC110  # nothing announces it
+        while not app.listener.calls.drain.draining:  # noqa: ASYNC110  # nothing announces it
             await asyncio.sleep(0)
         with pytest.raises(Unavailable) as refused:
             await client.complete("b")

@@ -21,14 +21,14 @@ from griffin_core.errors import (
     SessionNotFound,
 )
 from griffin_core.model.load import Model
+from griffin_server.prefill_pool.call_errors import details_of
 from griffin_server.rpc.status import (
     CODES,
     DETAILS_KEY,
-    MOST_WORDS_BYTES,
+    MAX_MESSAGE_BYTES,
     code_of,
-    details_of,
+    printable,
     status_of,
-    words,
 )
 from tests.servers import Running, running
 
@@ -103,15 +103,15 @@ def test_who_asks_too_early_is_told_when_to_come_back() -> None:
         ("two\nlines\ttab\x00\x1b[0m", r"two\nlines\ttab\x00\x1b[0m"),
         ("half a \ud83d pair", r"half a \ud83d pair"),
         ("turned\u202eround", r"turned\u202eround"),
-        ("x" * MOST_WORDS_BYTES, "x" * MOST_WORDS_BYTES),
-        ("x" * (MOST_WORDS_BYTES + 1), "x" * (MOST_WORDS_BYTES - 3) + "..."),
+        ("x" * MAX_MESSAGE_BYTES, "x" * MAX_MESSAGE_BYTES),
+        ("x" * (MAX_MESSAGE_BYTES + 1), "x" * (MAX_MESSAGE_BYTES - 3) + "..."),
         ("🌍" * 1000, "🌍" * 249 + "..."),
         ("\x00" * 1000, (r"\x00" * 250)[:997] + "..."),
     ],
 )
-def test_words_of_others_are_escaped_and_cut(text: str, shown: str) -> None:
-    assert words(text) == shown
-    assert len(words(text).encode()) <= MOST_WORDS_BYTES
+def test_any_text_is_escaped_and_cut(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert len(printable(text).encode()) <= MAX_MESSAGE_BYTES
 
 
 def test_details_of_a_peer_that_cannot_be_read_are_none() -> None:
@@ -165,6 +165,6 @@ def test_a_status_fits_whatever_others_say(
         client.model_info()
     assert caught.value.code.name == code
     assert "metadata" not in caught.value.message
-    assert 80 < len(caught.value.message.encode()) <= MOST_WORDS_BYTES
+    assert 80 < len(caught.value.message.encode()) <= MAX_MESSAGE_BYTES
     expected = code_of(error)[1] if isinstance(error := make("a"), GriffinError) else "ENGINE_FAULT"
     assert caught.value.reason == expected

@@ -88,4 +88,4 @@ def test_other_methods_are_not_allowed(port: int) -> None:
     for method, path in product(methods, (*PATHS, "/other")):
         status, headers, body = asked(port, method, path)
         assert (status, headers["allow"]) == (405, "GET, HEAD")
-        assert body == b"only GET and HEAD are answered\n"
+        assert body == b"only GET and HEAD are allowed\n"

@@ -1,4 +1,4 @@
-"""The handoff: core events to messages and back, and every way of breaking it noticed."""
+"""The handoff: core events to messages and back; each way to break it is detected."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished, prefill
 from griffin_core.prefill_queue import PrefillTask
-from griffin_server.transfer import base as transports
-from griffin_server.transfer.base import (
-    ChunkReader,
-    ChunkWriter,
-    KvReader,
-    SharedMemoryReader,
-    writer_for,
-)
+from griffin_server.transfer import base
+from griffin_server.transfer.base import KvImporter
 from griffin_server.transfer.codec import HandoffReader, HandoffWriter
 from griffin_server.transfer.cuda_ipc import boot_id
+from griffin_server.transfer.messages import MessagesExporter, MessagesImporter
+from griffin_server.transfer.negotiation import exporter_for
 from griffin_server.transfer.shape import HandoffShape, handoff_shape
 from griffin_server.transfer.shared_memory import (
     DATA_START,
     Segment,
     SegmentPool,
+    SharedMemoryImporter,
     create_segment,
 )
 
@@ -54,12 +51,12 @@ def events(model: Model) -> list[PrefillEvent]:
 Ends = tuple[HandoffWriter, HandoffReader]
 
 
-def chunk_writer(shape: HandoffShape) -> HandoffWriter:
-    return HandoffWriter(shape, ChunkWriter(shape, CPU))
+def messages_writer(shape: HandoffShape) -> HandoffWriter:
+    return HandoffWriter(shape, MessagesExporter(shape, CPU))
 
 
-def chunk_reader(shape: HandoffShape) -> HandoffReader:
-    return HandoffReader(shape, ChunkReader(shape, CPU), ChunkReader(shape, CPU))
+def messages_reader(shape: HandoffShape) -> HandoffReader:
+    return HandoffReader(shape, MessagesImporter(shape, CPU), MessagesImporter(shape, CPU))
 
 
 @pytest.fixture
@@ -70,19 +67,19 @@ def segment(shape: HandoffShape) -> Iterator[Segment]:
     made.unlink()
 
 
-def segment_reader(shape: HandoffShape, segment: Segment) -> tuple[KvReader, HandoffReader]:
-    way = SharedMemoryReader(shape, CPU, segment, SegmentPool())
-    return way, HandoffReader(shape, way, ChunkReader(shape, CPU))
+def segment_reader(shape: HandoffShape, segment: Segment) -> tuple[KvImporter, HandoffReader]:
+    importer = SharedMemoryImporter(shape, CPU, segment, SegmentPool())
+    return importer, HandoffReader(shape, importer, MessagesImporter(shape, CPU))
 
 
-@pytest.fixture(params=["chunks", "shared memory"])
+@pytest.fixture(params=["messages", "shared memory"])
 def ends(request: pytest.FixtureRequest, shape: HandoffShape, segment: Segment) -> Ends:
-    if request.param == "chunks":
-        return chunk_writer(shape), chunk_reader(shape)
-    way, reader = segment_reader(shape, segment)
+    if request.param == "messages":
+        return messages_writer(shape), messages_reader(shape)
+    importer, reader = segment_reader(shape, segment)
     asked = pb.PrefillRequest()
-    way.offer(asked)
-    return HandoffWriter(shape, writer_for(asked, shape, CPU)), reader
+    importer.offer(asked)
+    return HandoffWriter(shape, exporter_for(asked, shape, CPU)), reader
 
 
 def messages(writer: HandoffWriter, events: list[PrefillEvent]) -> Iterator[pb.PrefillResponse]:
@@ -109,7 +106,7 @@ def test_what_goes_in_comes_out(
     chunk_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(transports, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(base, "CHUNK_BYTES", chunk_bytes)
     writer, reader = ends
     received = [reader.read(over_the_wire(message)) for message in messages(writer, events)]
     assert received[0] is None and reader.finished
@@ -142,7 +139,7 @@ def test_kv_bytes_are_in_the_messages_or_in_the_segment_never_in_both(
 
 
 @pytest.mark.parametrize("kind", ["kv", "experts", "finished"])
-def test_a_flipped_bit_anywhere_is_noticed(
+def test_a_flipped_bit_anywhere_is_detected(
     ends: Ends, events: list[PrefillEvent], kind: str, segment: Segment
 ) -> None:
     writer, reader = ends
@@ -171,10 +168,10 @@ def flipped(data: bytes) -> bytes:
 def test_another_models_header_is_a_fingerprint_mismatch(
     shape: HandoffShape, events: list[PrefillEvent]
 ) -> None:
-    header = chunk_writer(shape).header()
+    header = messages_writer(shape).header()
     header.header.model_fingerprint = "f" * 64
     with pytest.raises(FingerprintMismatch, match="ffff"):
-        chunk_reader(shape).read(header)
+        messages_reader(shape).read(header)
 
 
 @pytest.mark.parametrize(
@@ -184,19 +181,19 @@ def test_another_models_header_is_a_fingerprint_mismatch(
 def test_a_header_that_does_not_fit_the_request_is_refused(
     shape: HandoffShape, field: str, value: int
 ) -> None:
-    header = chunk_writer(shape).header()
+    header = messages_writer(shape).header()
     setattr(header.header, field, value)
     with pytest.raises(HandoffBroken, match="header"):
-        chunk_reader(shape).read(header)
+        messages_reader(shape).read(header)
 
 
 def test_a_segment_that_the_other_end_did_not_prove_is_not_read(
     shape: HandoffShape, segment: Segment
 ) -> None:
-    way, reader = segment_reader(shape, segment)
+    importer, reader = segment_reader(shape, segment)
     asked = pb.PrefillRequest()
-    way.offer(asked)
-    header = chunk_writer(shape).header()
+    importer.offer(asked)
+    header = messages_writer(shape).header()
     header.header.transport = pb.TRANSPORT_SHARED_MEMORY
     for proof in (b"", b"x" * 16, asked.shared_memory.nonce):
         header.header.proof = proof
@@ -208,35 +205,35 @@ def test_a_segment_that_the_other_end_did_not_prove_is_not_read(
     "transport",
     [pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_MEMORY, pb.TRANSPORT_UNSPECIFIED],
 )
-def test_a_way_that_was_not_offered_is_refused(
+def test_a_transport_that_was_not_offered_is_refused(
     shape: HandoffShape, transport: pb.Transport.ValueType
 ) -> None:
-    header = chunk_writer(shape).header()
+    header = messages_writer(shape).header()
     header.header.transport = transport
     with pytest.raises(HandoffBroken, match="not offered"):
-        chunk_reader(shape).read(header)
+        messages_reader(shape).read(header)
 
 
-def test_an_offer_that_was_declined_goes_by_chunks(
+def test_a_declined_offer_falls_back_to_messages(
     shape: HandoffShape, events: list[PrefillEvent], segment: Segment
 ) -> None:
     _, reader = segment_reader(shape, segment)
-    for message in messages(chunk_writer(shape), events):
+    for message in messages(messages_writer(shape), events):
         reader.read(over_the_wire(message))
     assert reader.finished and reader.declined
 
 
-def test_gpu_memory_is_lent_by_no_cpu(shape: HandoffShape) -> None:
+def test_a_cpu_exports_no_gpu_memory(shape: HandoffShape) -> None:
     asked = pb.PrefillRequest()
     asked.cuda_memory.boot_id = boot_id()
-    assert isinstance(writer_for(asked, shape, CPU), ChunkWriter)
+    assert isinstance(exporter_for(asked, shape, CPU), MessagesExporter)
 
 
 def test_messages_out_of_order_are_refused(shape: HandoffShape, events: list[PrefillEvent]) -> None:
-    header, *rest = messages(chunk_writer(shape), events)
+    header, *rest = messages(messages_writer(shape), events)
     with pytest.raises(HandoffBroken, match="out of order"):
-        chunk_reader(shape).read(rest[0])
-    reader = chunk_reader(shape)
+        messages_reader(shape).read(rest[0])
+    reader = messages_reader(shape)
     reader.read(header)
     with pytest.raises(HandoffBroken, match="out of order"):
         reader.read(header)
@@ -247,30 +244,30 @@ def test_messages_out_of_order_are_refused(shape: HandoffShape, events: list[Pre
 
 
 def test_a_message_of_no_kind_is_refused(shape: HandoffShape) -> None:
-    reader = chunk_reader(shape)
-    reader.read(chunk_writer(shape).header())
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
     with pytest.raises(HandoffBroken, match="unknown kind"):
         reader.read(pb.PrefillResponse())
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 31, 1 << 31])
 def test_a_chunk_whose_size_is_not_its_tokens_is_refused(shape: HandoffShape, tokens: int) -> None:
-    reader = chunk_reader(shape)
-    reader.read(chunk_writer(shape).header())
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
     with pytest.raises(HandoffBroken, match="a chunk of"):
         reader.read(pb.PrefillResponse(kv=pb.KvChunk(tokens=tokens, data=b"123")))
 
 
 def test_experts_outside_the_layer_are_refused(shape: HandoffShape) -> None:
-    reader = chunk_reader(shape)
-    reader.read(chunk_writer(shape).header())
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
     experts = (999).to_bytes(4, "little")
     with pytest.raises(HandoffBroken, match=r"in .0, 88."):
         reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"", experts=experts)))
 
 
 def test_a_statistic_that_is_no_floats_is_refused(shape: HandoffShape) -> None:
-    reader = chunk_reader(shape)
-    reader.read(chunk_writer(shape).header())
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
     with pytest.raises(HandoffBroken, match="handoff"):
         reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"123", experts=b"")))

@@ -1,4 +1,4 @@
-"""Lent GPU memory, without a GPU: what is refused before the driver is asked for a copy."""
+"""Exported GPU memory, without a GPU: what is refused before the driver is asked for a copy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_server.transfer import cuda_ipc as cuda_memory
-from griffin_server.transfer.cuda_ipc import MappingError, Mappings
+from griffin_server.transfer import cuda_ipc
+from griffin_server.transfer.cuda_ipc import Imports, IpcError
 
 BASE, SIZE = 1 << 20, 2048
 CPU = torch.device("cpu")  # stands for a GPU: the driver is not there either
@@ -36,14 +36,14 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         CUmemorytype=SimpleNamespace(CU_MEMORYTYPE_UNIFIED=4),
         CUDA_MEMCPY2D=SimpleNamespace,
     )
-    monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda_memory, "_call", call)
-    monkeypatch.setattr(cuda_memory, "_context", lambda device: None)
+    monkeypatch.setattr(cuda_ipc, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_ipc, "_call", call)
+    monkeypatch.setattr(cuda_ipc, "_context", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     return names
 
 
-def place(offset: int, pitch: int, handle: bytes = bytes(64)) -> pb.CudaPlace:
+def location(offset: int, pitch: int, handle: bytes = bytes(64)) -> pb.CudaPlace:
     return pb.CudaPlace(handle=handle, offset_bytes=offset, pitch_bytes=pitch)
 
 
@@ -51,10 +51,12 @@ def place(offset: int, pitch: int, handle: bytes = bytes(64)) -> pb.CudaPlace:
     ("offset", "pitch", "rows"),
     [(0, 512, 4), (1536, 512, 1), (0, 0, 4), (1024, 1024, 1), (512, 0, 3)],
 )
-def test_rows_inside_the_lent_memory_are_copied(
+def test_rows_inside_the_exported_memory_are_copied(
     called: list[str], offset: int, pitch: int, rows: int
 ) -> None:
-    Mappings(CPU).copy(place(offset, pitch), torch.empty(rows * 512, dtype=torch.uint8), rows=rows)
+    Imports(CPU).copy(
+        location(offset, pitch), torch.empty(rows * 512, dtype=torch.uint8), rows=rows
+    )
     assert called[-2:] == ["cuMemcpy2DAsync", "cuCtxPopCurrent"]
 
 
@@ -63,40 +65,40 @@ def test_rows_inside_the_lent_memory_are_copied(
     [(0, 512, 5), (1537, 512, 1), (0, 0, 5), (0, 1024, 3), (2048, 0, 1), (1 << 62, 0, 1)],
 )
 def test_rows_outside_it_are_not(called: list[str], offset: int, pitch: int, rows: int) -> None:
-    """A pitch of less than a row would have the driver read rows one behind the other."""
+    """A pitch of less than a row would let the driver read rows one after the other."""
     out = torch.empty(rows * 512, dtype=torch.uint8)
-    with pytest.raises(MappingError, match="outside 2048 lent bytes"):
-        Mappings(CPU).copy(place(offset, pitch), out, rows=rows)
+    with pytest.raises(IpcError, match="outside 2048 exported bytes"):
+        Imports(CPU).copy(location(offset, pitch), out, rows=rows)
     assert "cuMemcpy2DAsync" not in called
 
 
 def test_a_handle_is_opened_once_and_closed_once(called: list[str]) -> None:
-    mappings = Mappings(CPU)
+    imports = Imports(CPU)
     for _ in range(3):
-        mappings.copy(place(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
+        imports.copy(location(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
     assert called.count("cuIpcOpenMemHandle") == 1
-    mappings.close()
-    mappings.close()
+    imports.close()
+    imports.close()
     assert called.count("cuIpcCloseMemHandle") == 1
 
 
 def test_what_was_opened_is_closed_even_if_its_size_is_not_known(
     called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = cuda_memory._call
+    whole = cuda_ipc._call
 
     def call(name: str, *arguments: Any) -> tuple[Any, ...]:
         if name == "cuMemGetAddressRange":
-            raise MappingError("cuMemGetAddressRange: CUDA_ERROR_UNKNOWN")
+            raise IpcError("cuMemGetAddressRange: CUDA_ERROR_UNKNOWN")
         return whole(name, *arguments)
 
-    monkeypatch.setattr(cuda_memory, "_call", call)
-    mappings = Mappings(CPU)
-    with pytest.raises(MappingError, match="UNKNOWN"):
-        mappings.copy(place(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
-    mappings.close()
+    monkeypatch.setattr(cuda_ipc, "_call", call)
+    imports = Imports(CPU)
+    with pytest.raises(IpcError, match="UNKNOWN"):
+        imports.copy(location(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
+    imports.close()
     assert "cuIpcCloseMemHandle" in called
 
 
 def test_memory_is_shared_on_no_cpu() -> None:
-    assert not cuda_memory.can_share(torch.device("cpu"))
+    assert not cuda_ipc.can_share(torch.device("cpu"))

@@ -96,15 +96,15 @@ def test_no_such_file_system_is_no_segment(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_pool_reuses_what_is_large_enough_and_keeps_few() -> None:
     before = files()
     pool = SegmentPool()
-    small, middle, large = (pool.take(size) for size in (1000, 5000, 20000))
+    small, middle, large = (pool.acquire(size) for size in (1000, 5000, 20000))
     assert small and middle and large
     for segment in (small, middle, large):
-        pool.give_back(segment)
+        pool.release(segment)
     assert files() - before == {middle.name, large.name}  # the smallest went
-    assert pool.take(4000) is middle
-    assert pool.take(4000) is large
-    pool.give_back(middle)
-    pool.give_back(large)
+    assert pool.acquire(4000) is middle
+    assert pool.acquire(4000) is large
+    pool.release(middle)
+    pool.release(large)
     pool.close()
     assert files() == before
 
@@ -179,10 +179,10 @@ def test_a_sparse_offer_is_filled_before_it_is_written() -> None:
 def test_a_segment_that_comes_back_to_a_closed_pool_is_removed() -> None:
     before = files()
     pool = SegmentPool()
-    segment = pool.take(1000)
+    segment = pool.acquire(1000)
     assert segment is not None
     pool.close()
-    pool.give_back(segment)
+    pool.release(segment)
     assert files() == before
 
 

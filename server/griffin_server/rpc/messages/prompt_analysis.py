@@ -1,26 +1,26 @@
-"""AnalyzePrompt's messages: a request to a prefill, and its events to messages."""
+"""AnalyzePromptRequest to the core's PrefillTask, and its events to AnalyzePromptResponse."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.decode.task import check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet, pack_indices
 from griffin_core.experts.selection import Selection
-from griffin_core.model.load import Model
 from griffin_core.model.spec import ModelSpec
 from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill import LayerActivations, LayerExperts, prefill
+from griffin_core.prefill import LayerActivations, LayerExperts
 from griffin_core.prefill_queue import PrefillTask
-from griffin_server.rpc.messages.requests import input_field, prompt_ids, pruning_params, seed_of
-from griffin_server.transfer.codec import pack_floats
+from griffin_server.rpc.messages.fields import seed_of
+from griffin_server.rpc.messages.prompts import input_field, prompt_ids
+from griffin_server.rpc.messages.requests import pruning_params
+from griffin_server.rpc.messages.tensors import pack_floats
 
 MAX_WATCHED = 8
-"""Layers a call may ask activations of: T x F numbers each."""
+"""The most layers whose activations a call may ask for, [T, F] numbers each."""
 
 MAX_VALUES_BYTES = 1 << 20
+"""The most bytes of activations in one message, unless a single token's are more."""
 
 
 def analyze_task(
@@ -34,11 +34,11 @@ def analyze_task(
     """Tokenizes and checks a request.
 
     Args:
-        timeout_s: of no interest: the call's end ends the work.
-        base: what the request leaves open.
+        timeout_s: ignored, because the work ends with the call.
+        base: the selection of a request that sets none of its fields.
 
     Raises:
-        InvalidRequest: naming field, value and range.
+        InvalidRequest: a field is out of range; the error names the field, value and range.
     """
     field = input_field(request)
     pruning = pruning_params(request.pruning)
@@ -59,7 +59,7 @@ def analyze_task(
         selection=pruning.selection(base, seed_of(request)),
         wants_kv=False,
         watch=frozenset(layers),
-        most_begun=1,  # no reservation covers its cache
+        most_begun=1,  # because no reservation covers its KV cache
     )
 
 
@@ -78,7 +78,7 @@ def started_to_pb(
 
 
 def event_to_pb(event: LayerActivations | LayerExperts) -> list[pb.AnalyzePromptResponse]:
-    """The messages of an event; activations are cut into several."""
+    """The messages of an event. Activations are split over several."""
     if isinstance(event, LayerActivations):
         tokens, width = event.values.shape
         rows = max(1, MAX_VALUES_BYTES // (4 * width))
@@ -101,19 +101,3 @@ def event_to_pb(event: LayerActivations | LayerExperts) -> list[pb.AnalyzePrompt
         norm_mass=norm_mass,
     )
     return [pb.AnalyzePromptResponse(layer=layer)]
-
-
-def analyze_here(
-    model: Model, request: pb.AnalyzePromptRequest, base: Selection
-) -> Iterator[pb.AnalyzePromptResponse]:
-    """What AnalyzePrompt streams, of a model in this process.
-
-    Raises:
-        InvalidRequest: naming field, value and range.
-    """
-    decoder, tokenizer = model.decoder, model.tokenizer
-    task = analyze_task(request, tokenizer, decoder.spec, base=base)
-    yield started_to_pb(task, tokenizer, decoder.spec, request.request_id)
-    for event in prefill(decoder, task.token_ids, task.selection, watch=task.watch):
-        if isinstance(event, LayerActivations | LayerExperts):
-            yield from event_to_pb(event)
