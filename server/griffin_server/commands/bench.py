@@ -14,7 +14,8 @@ from rich.table import Table
 
 from griffin_client import Sampling
 from griffin_server.commands.arguments import number_range
-from griffin_server.commands.failures import call_errors, err, fail
+from griffin_server.commands.calls import call_errors
+from griffin_server.commands.failures import err, fail
 from griffin_server.commands.load import Load, Results, read_prompts, run_load
 from griffin_server.commands.options import AsJson, Target
 

@@ -9,7 +9,8 @@ import typer
 
 from griffin_client import GriffinClient, Message, Sampling, Stopping
 from griffin_server.commands.arguments import json_object
-from griffin_server.commands.failures import call_errors, err, fail
+from griffin_server.commands.calls import call_errors
+from griffin_server.commands.failures import err, fail
 from griffin_server.commands.options import (
     AsJson,
     Density,

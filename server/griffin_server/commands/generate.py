@@ -8,7 +8,7 @@ import typer
 
 from griffin_client import GriffinClient, Sampling, Stopping
 from griffin_server.commands.arguments import json_object, read_prompt
-from griffin_server.commands.failures import call_errors
+from griffin_server.commands.calls import call_errors
 from griffin_server.commands.options import (
     AsJson,
     Density,

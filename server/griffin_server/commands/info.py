@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from griffin_client import GriffinClient, Sampling
-from griffin_server.commands.failures import call_errors
+from griffin_server.commands.calls import call_errors
 from griffin_server.commands.options import AsJson, Target
 
 app = typer.Typer()

@@ -13,7 +13,8 @@ import typer
 
 from griffin_client import Analysis, GriffinClient
 from griffin_server.commands.arguments import read_prompt
-from griffin_server.commands.failures import call_errors, err, fail
+from griffin_server.commands.calls import call_errors
+from griffin_server.commands.failures import err, fail
 from griffin_server.commands.options import Policy, Target, Timeout
 from griffin_server.commands.signals import ended_by_signals
 

@@ -6,16 +6,13 @@ import logging
 import os
 
 import typer
-import uvloop
 from pydantic import ValidationError
 
 from griffin_core.errors import GriffinError
 from griffin_server.commands.failures import fail
 from griffin_server.commands.signals import ended_by_signals
 from griffin_server.environment import notes
-from griffin_server.lifecycle import serve as run
 from griffin_server.settings import Settings, describe, load_settings
-from griffin_server.telemetry.logging import configure_logging
 
 app = typer.Typer()
 
@@ -32,6 +29,12 @@ def serve(context: typer.Context) -> None:
         fail(describe(error), status=2)
     except (OSError, ValueError) as error:  # from the TOML file
         fail(f"config: {error}", status=2)
+    # Imported here because the help does without them.
+    import uvloop  # noqa: PLC0415
+
+    from griffin_server.lifecycle import serve as run  # noqa: PLC0415
+    from griffin_server.telemetry.logging import configure_logging  # noqa: PLC0415
+
     configure_logging(settings.log_level, settings.log_format)
     for note in notes(os.environ, Settings.model_fields):
         logging.getLogger("griffin.settings").warning(note)

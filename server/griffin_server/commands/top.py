@@ -32,7 +32,8 @@ from griffin_client import (
     Session,
     Unavailable,
 )
-from griffin_server.commands.failures import call_errors, fail
+from griffin_server.commands.calls import call_errors
+from griffin_server.commands.failures import fail
 from griffin_server.commands.options import Target
 
 app = typer.Typer()
