@@ -1,4 +1,4 @@
-"""The `griffin` command; where only the client is installed, what it lacks."""
+"""The entry point of the `griffin` command. Without the extra `server` it says what to install."""
 
 from __future__ import annotations
 

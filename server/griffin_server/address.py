@@ -105,7 +105,7 @@ class UnixAddress:
         """
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
-                raise OSError(errno.EEXIST, "there is a file of that name, which is no socket")
+                raise OSError(errno.EEXIST, "the file exists and is no socket")
             with socket.socket(socket.AF_UNIX) as caller:
                 caller.settimeout(LIVE_S)
                 try:

@@ -47,7 +47,7 @@ def notes(environment: Mapping[str, str], settings: Iterable[str]) -> list[str]:
         elif name.upper() not in known:
             close = get_close_matches(name.upper(), known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            warnings.append(f"{name} in the environment is ignored: there is no such setting{hint}")
+            warnings.append(f"{name} in the environment is ignored: no setting has this name{hint}")
     if links:
         warnings.append(
             f"{', '.join(links)} in the environment describe a Kubernetes Service and are no "

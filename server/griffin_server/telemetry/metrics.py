@@ -10,18 +10,16 @@ import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
-from griffin_core.errors import EngineStopped, GriffinError
+from griffin_core.errors import GriffinError
 from griffin_core.observer import Observer
 from griffin_server.rpc.status import CODES, code_of, code_of_cancel
+from griffin_server.telemetry.engine_gauges import EngineGauges
 
 if TYPE_CHECKING:  # they bring torch, and a server answers before that is imported
     from griffin_core.decode.events import Finished, TokensMade
@@ -38,9 +36,6 @@ COARSE = tuple(round(1e-3 * 10 ** (step / 5), 6) for step in range(26))
 
 SIZES = tuple(float(1 << power) for power in range(11))
 """Buckets of batch sizes."""
-
-SCRAPE_S = 5.0
-"""Seconds that a scrape waits for a busy engine. Without its answer the gauges are left out."""
 
 MOST_REMEMBERED = 32
 """The most sizes of expert sets for which the last set is kept."""
@@ -177,7 +172,7 @@ class Metrics(Observer):
 
     def watch(self, engine: Engine) -> None:
         """Adds gauges of an engine's sessions and memory, read at each scrape."""
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(EngineGauges(engine))
 
     # -- called by the engine --------------------------------------------------------------------
 
@@ -315,33 +310,3 @@ class GrpcCall:
         """Counts the end of the call, by the name of its status code."""
         self._metrics.grpc_handled.labels(*self._labels, code).inc()
         self._metrics.grpc_handling.labels(*self._labels).observe(seconds)
-
-
-class _EngineCollector(Collector):
-    """Gauges of an engine's sessions and memory, read at each scrape."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def describe(self) -> list[GaugeMetricFamily]:
-        return []  # so that registering does not ask the engine, which has not started
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        try:
-            holdings = self._engine.holdings().result(SCRAPE_S)
-        except (EngineStopped, FutureTimeout):
-            return
-        sessions = GaugeMetricFamily("griffin_sessions", "Sessions by state.", labels=("state",))
-        for state, count in holdings.sessions.items():
-            sessions.add_metric((state.value,), count)
-        yield sessions
-        for name, help, value in (
-            ("slim_view_bytes", "Bytes of all slim views.", holdings.slim_view_bytes),
-            ("kv_cache_bytes", "Bytes of all sessions' KV caches.", holdings.kv_cache_bytes),
-            (
-                "session_bytes_limit",
-                "The most bytes that slim views and KV caches may use together.",
-                holdings.limit_bytes,
-            ),
-        ):
-            yield GaugeMetricFamily(f"griffin_{name}", help, value=value)

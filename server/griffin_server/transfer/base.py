@@ -1,4 +1,4 @@
-"""The interface of a KV transport, and what the transports by way of the host have in common.
+"""The interface of a KV transport, and the parts that transports through the host's memory share.
 
 A transport has an exporter, which runs on the prefill server, and an importer, which runs on the
 decode server. On a GPU both copy on a stream of their own, in parallel with the model's work.

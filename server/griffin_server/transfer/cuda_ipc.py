@@ -1,8 +1,8 @@
 """The transport through GPU memory: the importer maps the exporter's memory by CUDA IPC and copies.
 
-This calls the driver's own functions. Torch's way to share tensors between processes keeps what it
-exported until the importer says that it is done, and an importer that was killed never does. Here
-the exporter decides, and the importer must have copied what it needs while the call is open.
+This calls the driver's functions directly. torch.multiprocessing keeps an exported tensor until the
+importer has released it, which an importer that was killed never does. Here the exporter decides,
+and the importer must have copied what it needs while the call is open.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Conversion between protobuf messages and the core's types, both ways: its one home."""
+"""The one home of conversion between protobuf messages and the core's types, in both directions."""

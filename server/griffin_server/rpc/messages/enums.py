@@ -1,4 +1,4 @@
-"""Enums of the wire and the names that the core has for their values, both ways."""
+"""Names of the core (policies, sharings, modes, reasons, states) to enums of the wire and back."""
 
 from __future__ import annotations
 

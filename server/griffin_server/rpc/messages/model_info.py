@@ -1,4 +1,4 @@
-"""What GetModelInfo tells of a server."""
+"""An engine and its model to GetModelInfoResponse."""
 
 from __future__ import annotations
 

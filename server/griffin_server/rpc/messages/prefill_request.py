@@ -1,4 +1,4 @@
-"""PrefillRequest and the core's PrefillTask, both ways."""
+"""The core's PrefillTask to PrefillRequest and back."""
 
 from __future__ import annotations
 
