@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 
 

@@ -20,13 +20,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.cuda_shapes import SHAPES
 from benchmarks.report import finish
 from benchmarks.steps import greedy_sampler, step_s
-from griffin_core.cuda.step import CudaStep
-from griffin_core.kv_cache import KvCache, kv_bytes
+from griffin_core.backends.cuda.step import CudaStep
+from griffin_core.kv.cache import KvCache, kv_bytes
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.spec import spec_from_config
 from griffin_core.model.weights import weights_from_state
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.indexed import Indexed
+from griffin_core.spec.model import spec_from_config
 
 DTYPE = torch.bfloat16
 PROMPT = 2048

@@ -17,7 +17,7 @@ from benchmarks.cuda_decode import DTYPE, PROMPT, SHAPES, device_s, random_decod
 from benchmarks.prefill import without_statistic
 from benchmarks.report import Rounds, finish, timed
 from griffin_core.experts.selection import Selection
-from griffin_core.prefill import PrefillFinished, prefill
+from griffin_core.forward.prefill import PrefillFinished, prefill
 
 CHUNKS = (512, PROMPT)
 """Tokens at once: a CPU server's default, and a GPU server's, which is the whole prompt."""

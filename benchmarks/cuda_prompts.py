@@ -21,17 +21,17 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.cuda_decode import SHAPES, copy_bandwidth, random_decoder
 from benchmarks.cuda_prefill import product_rate
 from benchmarks.report import finish
-from griffin_core.decode.events import Failed, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed, TokensMade
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import Selection
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.forward.prefill import GPU_CHUNK_TOKENS, MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill import GPU_CHUNK_TOKENS, MAX_TOGETHER, Part, Prompt, launch
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.text.tokenizer import Tokenizer
 from tests.core.engines import Inbox
 from tests.tiny import byte_tokenizer
 

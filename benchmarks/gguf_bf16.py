@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-from griffin_core.model.source import packaged_default
+from griffin_core.model.hub import packaged_default
 
 
 def write_bf16(path: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.load import prompt, submit
 from benchmarks.report import about, apart, finish, matmul_rate
-from griffin_core.decode.scheduler import Limits
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.scheduler import Limits
+from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import load_model
-from griffin_core.model.source import DEFAULT_MODEL
 
 STREAMS, PROMPT, LONG, TOKENS, ROUNDS = 8, 128, 1500, 256, 5
 DENSITY = 0.75

@@ -6,10 +6,10 @@ import queue
 import time
 from collections.abc import Sequence
 
-from griffin_core.decode.events import Event, Failed, Finished, TokensMade
-from griffin_core.decode.session import Sharing
-from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Event, Failed, Finished, TokensMade
+from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.sampling.stopping import StoppingParams
 
 

@@ -20,9 +20,9 @@ from benchmarks.load import step_s
 from benchmarks.report import Rounds, about, finish, read_bandwidth
 from benchmarks.streaming import DENSITY, PROMPT, SESSIONS, client_moments
 from demo.__main__ import server
-from griffin_core.decode.events import TokensMade
+from griffin_core.engine.events import TokensMade
+from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import load_model
-from griffin_core.model.source import DEFAULT_MODEL
 from griffin_server.telemetry.metrics import Metrics, Request
 
 METRICS_PORT = 19464

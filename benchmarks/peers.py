@@ -20,11 +20,11 @@ from benchmarks.gguf_bf16 import write_bf16
 from benchmarks.load import engine_moments, prompt, step_s
 from benchmarks.peer import PEERS
 from benchmarks.report import Rounds, about, finish, read_bandwidth
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import Sharing
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.sessions import Sharing
+from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model
-from griffin_core.model.source import DEFAULT_MODEL, resolve
 
 PROMPT, TOKENS = 384, 64
 MANY = 16

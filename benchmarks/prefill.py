@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.report import Rounds, about, finish, matmul_rate, timed
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import CHUNK_TOKENS, Part, Prompt, launch, prefill
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model
-from griffin_core.model.source import DEFAULT_MODEL, resolve
-from griffin_core.prefill import CHUNK_TOKENS, Part, Prompt, launch, prefill
 
 TOKENS = 384
 PROMPTS, SHORT = 16, 64

@@ -29,8 +29,8 @@ from benchmarks.processes import Helper, serving
 from benchmarks.report import Rounds, apart, finish, matmul_rate
 from griffin_client import AsyncGriffinClient, Score
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model
-from griffin_core.model.source import DEFAULT_MODEL, resolve
 
 STEP_ROWS = 256
 """Rows of the product that the ceiling is measured with."""

@@ -41,7 +41,7 @@ from benchmarks.processes import Helper, address, serving, started
 from benchmarks.random_model import write_random_model
 from benchmarks.report import finish
 from benchmarks.served_client import Row
-from griffin_core.model.source import DEFAULT_MODEL, resolve
+from griffin_core.model.hub import DEFAULT_MODEL, resolve
 
 SAMPLINGS: dict[str, dict[str, float]] = {
     "greedy": {},

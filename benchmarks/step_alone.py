@@ -23,8 +23,8 @@ import torch
 from benchmarks.ceiling import step_bytes
 from benchmarks.report import read_bandwidth
 from benchmarks.steps import greedy_sampler, step_s
-from griffin_core.decode.step import LayeredStep
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import LayeredStep
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
 from griffin_core.model.load import load_model
@@ -168,7 +168,7 @@ def _step_and_form(decoder: Decoder, most: int) -> tuple[Any, SlimForm]:
     sampler = greedy_sampler(decoder, most)
     if decoder.device.type != "cuda":
         return LayeredStep(decoder=decoder, sampler=sampler), Packed()
-    from griffin_core.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
+    from griffin_core.backends.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
     from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
 
     return CudaStep(decoder, sampler, max_tokens=most, graphs=True), Indexed()

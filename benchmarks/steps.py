@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from griffin_core.decode.step import Stepper, StepRow
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import Stepper, StepRow
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler

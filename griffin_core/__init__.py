@@ -8,7 +8,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from griffin_core.openmp import wait_briefly
+from griffin_core.engine.openmp import wait_briefly
 
 if TYPE_CHECKING:
     from griffin_core.experts.selection import Selection as Selection
@@ -29,6 +29,8 @@ _PUBLIC = {
     "sparsify": "griffin_core.hf",
 }
 """Public name -> the module that defines it."""
+
+__all__ = list(_PUBLIC)  # from the one list of them
 
 
 def __getattr__(name: str) -> object:

@@ -15,19 +15,19 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.errors import BadModelFile
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.prefill import PrefillFinished, prefill
 from griffin_core.model.checkpoint import left_over, stored_tensors
-from griffin_core.model.config_fields import FieldUse
-from griffin_core.model.config_file import read_config
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.families.config_fields import FieldUse
+from griffin_core.model.families.config_file import read_config
 from griffin_core.model.files import local_directory, one_line
 from griffin_core.model.gguf import Understood, understand
+from griffin_core.model.hub import Progress, gguf_file, resolve
 from griffin_core.model.load import Model, load_model, quiet
-from griffin_core.model.source import Progress, gguf_file, resolve
-from griffin_core.model.spec import examine_config
-from griffin_core.prefill import PrefillFinished, prefill
+from griffin_core.spec.model import examine_config
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2; naïve café, 東京 🙂"
 MOST_TOKENS = 32

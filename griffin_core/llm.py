@@ -12,25 +12,31 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 
-from griffin_core.batch import run_tasks
-from griffin_core.choices import DEFAULT_MODEL, PolicyName, ScoreMode, Sharing
-from griffin_core.completion import Completion, Piece, Score, completion_of, scores_of
-from griffin_core.cpu_share import CpuShare
-from griffin_core.decode.events import Event, Failed, Finished, Scored, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.task import (
+from griffin_core.engine.cpu_share import CpuShare
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Event, Failed, Finished, Scored, TokensMade
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.task import (
     SCORE_MODES,
     GenerateTask,
     PruningParams,
     ScoreTask,
     check_continuations,
 )
-from griffin_core.engine import Engine
 from griffin_core.errors import CapacityExhausted, EngineFault, EngineStopped, InvalidRequest
 from griffin_core.experts.selection import Selection
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.forward.prefill import default_chunk_tokens
+from griffin_core.kv.cache import kv_bytes
+from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
-from griffin_core.model.prompt import (
+from griffin_core.offline.batch import run_tasks
+from griffin_core.offline.completion import Completion, Piece, Score, completion_of, scores_of
+from griffin_core.sampling.bad_words import bad_words_ids
+from griffin_core.sampling.bans import Bans
+from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
+from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, ScoreMode, Sharing
+from griffin_core.text.prompt import (
     Message,
     Prompt,
     PromptKind,
@@ -41,12 +47,6 @@ from griffin_core.model.prompt import (
     list_prompts,
     prompt_ids,
 )
-from griffin_core.model.source import Progress
-from griffin_core.prefill import default_chunk_tokens
-from griffin_core.sampling.bad_words import bad_words_ids
-from griffin_core.sampling.bans import Bans
-from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
-from griffin_core.sampling.stopping import StoppingParams
 
 SUBMITTED_AHEAD = 8
 """Tasks that wait in the engine beside those that run, so that none of its places stays empty
@@ -179,6 +179,11 @@ class LLM:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs the model, to see what it holds. Do not stop it: use ``close``."""
+        return self._engine
 
     def close(self) -> None:
         """Ends what still runs with EngineStopped, and the engine's thread. May be repeated."""

@@ -13,8 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 import pytest
 import torch
 
+from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.source import DEFAULT_MODEL
 from tests.otlp import Receiver
 from tests.servers import Running, running
 from tests.tiny import make_tiny

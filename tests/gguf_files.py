@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.model.load import Model
 
 VOCABULARY = 320

@@ -35,7 +35,8 @@ class Running:
     target: str
 
     def client(self) -> GriffinClient:
-        return GriffinClient(self.target)
+        """A client that does not retry: a test sees each error of the server."""
+        return GriffinClient(self.target, max_retries=0)
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     def call(coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
 
-    with patch("griffin_core.engine.measure_costs", lambda *_: ASSUMED_COSTS):
+    with patch("griffin_core.engine.engine.measure_costs", lambda *_: ASSUMED_COSTS):
         call(app.start())
     try:
         yield Running(app=app, target=str(app.listener.address))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from griffin_client import Score as ClientScore
-from griffin_core.completion import Score
+from griffin_core.offline.completion import Score
 from griffin_evals.settings import Settings
 
 Tokens = str | tuple[int, ...]
@@ -36,7 +36,7 @@ class ScoreItem:
     Args:
         name: what an error calls it.
         context, continuations: all text or all token ids, none of them empty; at most
-            ``MOST_CONTINUATIONS`` of ``griffin_core.decode.task``.
+            ``MOST_CONTINUATIONS`` of ``griffin_core.engine.task``.
         seed: of the policies that draw.
         special_tokens: whether a text gets the tokenizer's own; None for True.
     """

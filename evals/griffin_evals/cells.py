@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin_core.choices import ScoreMode
+from griffin_core.spec.choices import ScoreMode
 from griffin_evals.tasks.errors import EvaluationError
 
 DENSE = "dense"

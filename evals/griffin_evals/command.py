@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from griffin_core.choices import DEFAULT_MODEL, PolicyName, ScoreMode
 from griffin_core.errors import GriffinError
+from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, ScoreMode
 from griffin_evals.bar import Bar
 from griffin_evals.cells import Setting
 from griffin_evals.errors import EvalError

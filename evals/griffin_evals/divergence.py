@@ -17,12 +17,12 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from griffin_core.choices import DEFAULT_MODEL
-from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.prefill import LayerExperts, prefill
 from griffin_core.model.load import Model, load_model
-from griffin_core.prefill import LayerExperts, prefill
 from griffin_core.slim.packed import Packed
+from griffin_core.spec.choices import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, CONTINUATION_TOKENS = 384, 128

@@ -16,9 +16,9 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 
 import griffin_evals.registration  # noqa: F401  # also for programs that start without the .pth
-from griffin_core.choices import PolicyName, ScoreMode, Sharing
-from griffin_core.decode.task import MOST_CONTINUATIONS
+from griffin_core.engine.task import MOST_CONTINUATIONS
 from griffin_core.model.load import Model
+from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
 from griffin_evals.answers import Answers
 from griffin_evals.backend import Backend, Generated, GenerateItem, Scored, ScoreItem, Tokens
 from griffin_evals.errors import InvalidSetting, RequestRefused
@@ -178,6 +178,11 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             max_gen_toks=max_gen_toks,
             add_bos_token=add_bos_token,
         )
+
+    @property
+    def reader(self) -> Reader:
+        """Reads requests of lm-eval with the settings and the tokenizer of this model."""
+        return self._reader
 
     def with_settings(
         self,

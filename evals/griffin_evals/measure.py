@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import lm_eval
 
-from griffin_core.choices import PolicyName
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
+from griffin_core.spec.choices import PolicyName
 from griffin_evals.bar import Bar
 from griffin_evals.cells import DIVERGENCE, SPEED, Cell, Cells, Identity, Measured, Setting
 from griffin_evals.errors import RequestRefused

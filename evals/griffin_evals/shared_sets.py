@@ -20,16 +20,16 @@ from typing import Any, cast
 
 import torch
 
-from griffin_core.choices import DEFAULT_MODEL
-from griffin_core.decode.session import Session
-from griffin_core.decode.sharing import STEPS_HELD, kept_where_alike, select_group
-from griffin_core.decode.step import StepTokens, decode_tokens
+from griffin_core.engine.expert_groups import STEPS_HELD, kept_where_alike, select_group
+from griffin_core.engine.sessions import Session
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model, load_model
-from griffin_core.prefill import LayerExperts, prefill
 from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
+from griffin_core.spec.choices import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 16

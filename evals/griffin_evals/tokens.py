@@ -11,9 +11,9 @@ from jinja2 import TemplateError
 from lm_eval.models.utils import has_bos_prefix
 
 from griffin_core.model.files import local_directory
+from griffin_core.model.hub import resolve
 from griffin_core.model.load import quiet
-from griffin_core.model.source import resolve
-from griffin_core.model.tokenizer import load_tokenizer
+from griffin_core.text.tokenizer import load_tokenizer
 
 
 class HfTokens:

@@ -10,7 +10,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from griffin_core import choices
+from griffin_core.spec import choices
 
 PolicyName = choices.PolicyName
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)

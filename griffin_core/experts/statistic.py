@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from griffin_core.cuda import on_device, runs_cuda_kernels
-from griffin_core.kernels.statistic import s2_rows
-from griffin_core.kernels.team import runs_kernels
+from griffin_core.backends.cpu.statistic import s2_rows
+from griffin_core.backends.cpu.team import runs_kernels
+from griffin_core.backends.cuda import on_device, runs_cuda_kernels
 
 _TINY = torch.finfo(torch.float32).tiny
 """Below, a reciprocal is infinite."""
@@ -72,7 +72,7 @@ def add_s2(s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None
         squares: [N, n] float32, of which each row sums to that row's ‖Z_t‖²; None if not known.
     """
     if squares is not None and runs_cuda_kernels(z.dtype, z.device):
-        from griffin_core.cuda.statistic import add_s2_columns  # noqa: PLC0415  # needs triton
+        from griffin_core.backends.cuda.statistic import add_s2_columns  # noqa: PLC0415  # needs triton
 
         add_s2_columns(s2, z, squares, runs.on_device)
     else:

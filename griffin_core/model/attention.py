@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from griffin_core.cuda import runs_cuda_kernels
-from griffin_core.model.rope import RotarySpec
+from griffin_core.backends.cuda import runs_cuda_kernels
+from griffin_core.spec.rope import RotarySpec
 
 Rotation = tuple[Tensor, Tensor]
 """Factors of ``rotate`` for some positions, two [N, 1, head_dim]."""
@@ -35,7 +35,7 @@ def rotate(x: Tensor, by: Rotation) -> None:
     Hugging Face checkpoints."""
     cos, sin = by
     if runs_cuda_kernels(x.dtype, x.device):
-        from griffin_core.cuda.rotary import rotate_rows  # noqa: PLC0415  # needs triton
+        from griffin_core.backends.cuda.rotary import rotate_rows  # noqa: PLC0415  # needs triton
 
         rotate_rows(x, cos, sin)
         return

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.cuda import on_device, runs_cuda_kernels
-from griffin_core.kernels.attention import CacheTable, attend_kernel, attend_rows, cache_table
-from griffin_core.kernels.norm import MAX_VALUES, rms_norm
-from griffin_core.kernels.team import compile_kernels, runs_kernels
-from griffin_core.kv_cache import KvCache
+from griffin_core.backends.cpu.attention import CacheTable, attend_kernel, attend_rows, cache_table
+from griffin_core.backends.cpu.norm import MAX_VALUES, rms_norm
+from griffin_core.backends.cpu.team import compile_kernels, runs_kernels
+from griffin_core.backends.cuda import on_device, runs_cuda_kernels
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.attention import (
     Rotation,
     Visible,
@@ -25,10 +25,10 @@ from griffin_core.model.attention import (
 )
 from griffin_core.model.feedforward import FeedForward, Neurons
 from griffin_core.model.linear import Linear
-from griffin_core.model.spec import ModelSpec
+from griffin_core.spec.model import ModelSpec
 
 if TYPE_CHECKING:  # it needs triton
-    from griffin_core.cuda.rotary import Places
+    from griffin_core.backends.cuda.rotary import Places
 
 RunFF = Callable[[Tensor], Tensor]
 """[N, D] -> [N, D]: what a layer runs as its FF block: the dense one, one that also takes the
@@ -54,7 +54,7 @@ class Norm:
             if runs_kernels(x.dtype, x.device) and x.numel() <= MAX_VALUES:
                 return rms_norm(x, self.weight, self.eps)
             if runs_cuda_kernels(x.dtype, x.device):
-                from griffin_core.cuda import matvec  # noqa: PLC0415  # needs triton
+                from griffin_core.backends.cuda import matvec  # noqa: PLC0415  # needs triton
 
                 return matvec.rms_norm(x.view(-1, *shape), self.weight, self.eps).view(x.shape)
         if self.kind == "rms":
@@ -217,7 +217,7 @@ class Decoder:
 
     def _places(self, runs: Sequence[tuple[KvCache, int]]) -> Places:
         """On the device, in one copy that the host does not wait for."""
-        from griffin_core.cuda.rotary import Places  # noqa: PLC0415  # needs triton
+        from griffin_core.backends.cuda.rotary import Places  # noqa: PLC0415  # needs triton
 
         caches = [cache for cache, _ in runs]
         ends = [0]
@@ -290,7 +290,7 @@ class Decoder:
                 )
             )
         if batch.places is not None:
-            from griffin_core.cuda.rotary import rotate_and_store  # noqa: PLC0415  # needs triton
+            from griffin_core.backends.cuda.rotary import rotate_and_store  # noqa: PLC0415  # needs triton
 
             rotate_and_store(qkv, heads, rotation, batch.places, index)
         elif rotation is not None:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.cuda import runs_cuda_kernels
-from griffin_core.kernels.rows import ACTIVATION_CODES, feedforward_row
-from griffin_core.kernels.team import runs_kernels
+from griffin_core.backends.cpu.rows import ACTIVATION_CODES, feedforward_row
+from griffin_core.backends.cpu.team import runs_kernels
+from griffin_core.backends.cuda import runs_cuda_kernels
 from griffin_core.model.linear import Linear, Rows, linear_bytes
-from griffin_core.model.spec import Activation
+from griffin_core.spec.model import Activation
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -105,7 +105,7 @@ class FeedForward:
         ‖Z_t‖², where they come with Z for nothing; else None."""
         h = self.inner(x)
         if runs_cuda_kernels(h.dtype, h.device):
-            from griffin_core.cuda.activation import activate_rows  # noqa: PLC0415  # needs triton
+            from griffin_core.backends.cuda.activation import activate_rows  # noqa: PLC0415  # needs triton
 
             return activate_rows(h, self._code, gated=self._gated)
         return self._activated(h), None

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.kernels.rows import linear_row
-from griffin_core.kernels.team import runs_kernels
+from griffin_core.backends.cpu.rows import linear_row
+from griffin_core.backends.cpu.team import runs_kernels
 
 _ROWS_HINT = 16
 """For how many rows oneDNN is asked to choose its layout. Of 1, 4, 16 and 512, the one that is

@@ -22,20 +22,20 @@ from griffin_core.errors import (
     ModelError,
 )
 from griffin_core.model.checkpoint import check_complete, left_over, stored_tensors
-from griffin_core.model.config_fields import shown
-from griffin_core.model.config_file import read_config
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.families.config_fields import shown
+from griffin_core.model.families.config_file import read_config
 from griffin_core.model.files import CONFIG_NAME, check_files, local_directory, one_line
 from griffin_core.model.generation_config import (
     SamplingDefaults,
     load_generation_config,
     sampling_defaults,
 )
-from griffin_core.model.source import Progress, resolve
-from griffin_core.model.spec import ModelSpec
-from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
+from griffin_core.model.hub import Progress, resolve
 from griffin_core.model.trial import try_token
 from griffin_core.model.weights import fingerprint, weights_from_state
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,7 +130,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         check_tokenizer(tokenizer, spec.vocabulary)
         progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
         state = _state(directory, dtype)
-    decoder, on_device = _on_device(spec, state, device)
+    decoder, on_device = decoder_on_device(spec, state, device)
     try_token(decoder, config.bos_token_id)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
@@ -158,7 +158,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _on_device(
+def decoder_on_device(
     spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device
 ) -> tuple[Decoder, Mapping[str, torch.Tensor]]:
     """The decoder, and the state where its weights are.

@@ -12,7 +12,7 @@ from griffin_core.errors import BadModelFile
 from griffin_core.model.decoder import DecoderWeights, Layer, Norm
 from griffin_core.model.feedforward import FeedForward, Neurons
 from griffin_core.model.linear import Linear
-from griffin_core.model.spec import ModelSpec
+from griffin_core.spec.model import ModelSpec
 
 FINGERPRINT_SAMPLES = 1024
 

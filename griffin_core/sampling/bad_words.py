@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.text.tokenizer import Tokenizer
 
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARACTERS = 256

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from griffin_core.kernels.sampling import CpuSlots
+from griffin_core.backends.cpu.sampling import CpuSlots
 from griffin_core.sampling.params import SamplingParams
 
 
@@ -19,6 +19,9 @@ class Slots(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def in_use(self) -> frozenset[int]: ...
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None: ...
 
@@ -51,7 +54,7 @@ class Sampler:
         """The slot of rows that belong to no session."""
         self._slots: Slots
         if device.type == "cuda":
-            from griffin_core.cuda.sampling import CudaSlots  # noqa: PLC0415 - needs triton
+            from griffin_core.backends.cuda.sampling import CudaSlots  # noqa: PLC0415 - needs triton
 
             self._slots = CudaSlots(slots=slots, vocabulary=vocabulary, device=device)
         else:
@@ -68,6 +71,12 @@ class Sampler:
         """Bytes of all slots: on a GPU about 8 · (slots + 1) · V, from the start; on a CPU what the
         open slots need."""
         return self._slots.nbytes
+
+    @property
+    def in_use(self) -> frozenset[int]:
+        """Slots that hold something of a request. A plain greedy request leaves nothing in its
+        slot. On a GPU this waits for the device."""
+        return self._slots.in_use
 
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """Gives a slot to a request. In the order of the device's work; nothing waits for it.

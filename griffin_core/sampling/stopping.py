@@ -8,7 +8,7 @@ from enum import StrEnum
 from itertools import compress
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16

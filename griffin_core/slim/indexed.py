@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from griffin_core.cuda.expert_table import ExpertTable, IndexSets, set_bytes
-from griffin_core.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
+from griffin_core.backends.cuda.expert_table import ExpertTable, IndexSets, set_bytes
+from griffin_core.backends.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
 from griffin_core.model.decoder import Layer
 from griffin_core.model.feedforward import FeedForward, Neurons
 from griffin_core.model.linear import Rows

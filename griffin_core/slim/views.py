@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from griffin_core.budget import Budget
 from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.kv.budget import Budget
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
 from griffin_core.slim.base import SlimFF, SlimForm

@@ -73,6 +73,11 @@ class RowMasks:
         self._sessions: list[ReferenceType[ZeroedLayers]] = []
         self._masks: list[Tensor] = []
 
+    @property
+    def empty(self) -> bool:
+        """Whether it holds neither masks nor references to sessions."""
+        return not self._masks and not self._sessions
+
     def of(self, sessions: Sequence[ZeroedLayers], dtype: torch.dtype) -> Sequence[Tensor]:
         """For each layer [N, F]: 1 for what a row keeps, else 0; a row for each session."""
         same = len(sessions) == len(self._sessions) and all(

@@ -7,15 +7,15 @@ import asyncio
 import structlog
 import torch
 
-from griffin_core.cpu_share import CpuShare
-from griffin_core.decode.scheduler import Limits
-from griffin_core.engine import Engine
+from griffin_core.engine.cpu_share import CpuShare
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.scheduler import Limits
 from griffin_core.errors import BadModelFile, DeviceMemoryExhausted, EngineFault, InvalidRequest
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import default_chunk_tokens
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
+from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
-from griffin_core.model.source import Progress
-from griffin_core.prefill import default_chunk_tokens
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.listener import Listener
@@ -122,6 +122,11 @@ class App:
         self.metrics.watch(self.engine)
         self._tracing = Tracing(settings.role)
         self._prefill: PrefillRouter | None = None
+
+    @property
+    def prefill_router(self) -> PrefillRouter | None:
+        """The router to the prefill servers, once started; None in a role without any."""
+        return self._prefill
 
     async def start(self) -> None:
         """Listens and starts the engine. Until the engine is ready, calls end with UNAVAILABLE.

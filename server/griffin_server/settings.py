@@ -21,7 +21,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from griffin_core.choices import DEFAULT_MODEL, PolicyName, Sharing
+from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, Sharing
 from griffin_server.address import UnixAddress, check_target, parse_host
 from griffin_server.environment import is_service_link
 

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.text.tokenizer import Tokenizer
 
 _LETTERS = bytes_to_unicode()
 

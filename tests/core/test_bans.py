@@ -8,11 +8,11 @@ import pytest
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model
-from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.bans import Bans
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.text.tokenizer import Tokenizer
 from tests.core.pieces import Pieces, llama2_tokenizer
 
 EOS = frozenset([8, 9])
@@ -87,7 +87,7 @@ def test_a_place_where_nothing_is_left_is_refused() -> None:
 
 def tokens(backend: Tokenizer, *words: str) -> list[list[str]]:
     sequences = bad_words_ids(words, backend)
-    return [backend._tokenizer.convert_ids_to_tokens(list(ids)) for ids in sequences]
+    return [backend.fast.convert_ids_to_tokens(list(ids)) for ids in sequences]
 
 
 def test_words_are_banned_at_the_beginning_and_after_other_text() -> None:
@@ -124,7 +124,7 @@ def test_a_word_that_the_tokenizer_drops_is_refused() -> None:
     from tokenizers import normalizers  # noqa: PLC0415
 
     pieces = Pieces()
-    pieces.tokenizer._backend.normalizer = normalizers.Sequence(
+    pieces.tokenizer.fast.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace("x", ""), normalizers.Strip()]
     )
     with pytest.raises(InvalidRequest, match=r"bad_words\[0\]: got x"):

@@ -15,22 +15,22 @@ from weakref import ref
 import pytest
 import torch
 
-from griffin_core.decode.apart import RowsApart, rows_stay_apart
-from griffin_core.decode.events import Failed, Finished, Scored, Started, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.step import LayeredStep, StepTokens, decode_tokens
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed, Finished, Scored, Started, TokensMade
+from griffin_core.engine.observer import Observer
+from griffin_core.engine.prefill_queue import PrefillQueue, PrefillRun
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.invariant import RowsApart, rows_stay_apart
+from griffin_core.forward.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.source import DEFAULT_MODEL
-from griffin_core.observer import Observer
-from griffin_core.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
-from griffin_core.prefill_queue import PrefillQueue, PrefillRun
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
@@ -199,7 +199,17 @@ def test_masks_go_with_the_first_session_that_ends(model: Model) -> None:
         assert [layer.sum() for layer in masks.of(sessions, torch.float32)] == [1, 1, 1]
 
 
-def test_an_engine_without_sessions_holds_no_masks(model: Model) -> None:
+def test_an_engine_without_sessions_holds_no_masks(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[RowMasks] = []
+    of = RowMasks.of
+
+    def noted(masks: RowMasks, *arguments: Any) -> Any:
+        made.append(masks)
+        return of(masks, *arguments)
+
+    monkeypatch.setattr(RowMasks, "of", noted)
     with engine(model, own_prefill_tokens=None, batch_invariant=True) as running:
         for sessions in (2, 9):  # in one part of a step, and in two
             tasks = [random_task(number) for number in range(sessions)]
@@ -207,10 +217,7 @@ def test_an_engine_without_sessions_holds_no_masks(model: Model) -> None:
             boxes = [submit(running, replace(each, pruning=half))[1] for each in tasks]
             assert all(isinstance(finish(box)[1], Finished) for box in boxes)
             eventually(lambda: at_baseline(running))
-            stepper = running._decoding.stepper
-            assert isinstance(stepper, LayeredStep) and stepper.apart is not None
-            every = stepper.apart._masks.values()
-            assert every and not any(masks._masks or masks._sessions for masks in every)
+            assert made and all(masks.empty for masks in made)
 
 
 @torch.inference_mode()
@@ -512,7 +519,7 @@ def test_batch_invariant_sessions_have_no_copies_and_auto_runs_dense(
                 pruning = finish(inbox)[1].pruning
                 assert pruning.mean_density == pytest.approx((1 + 15 * density) / 16)
             running.close("other").result(10)
-        assert len(running._decoding._views) == 0
+        assert running.snapshot().result(10).views == ()
 
 
 def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_ones(
@@ -540,7 +547,7 @@ def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_on
 def test_batch_invariant_is_refused_where_it_does_not_hold(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_core.engine.rows_stay_apart", lambda decoder: False)
+    monkeypatch.setattr("griffin_core.engine.engine.rows_stay_apart", lambda decoder: False)
     running = Engine(model, batch_invariant=True)
     running.start()
     with pytest.raises(InvalidRequest, match=r"batch_invariant: got true with .*float32"):

@@ -17,11 +17,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import griffin_core.model.cache as cache_module
 from griffin_core.errors import BadModelFile, CacheUnusable
-from griffin_core.model import source
-from griffin_core.model.cache import cache_directory, cached
-from griffin_core.model.source import resolve
+from griffin_core.model import hub as source
+from griffin_core.model.conversion_cache import cache_directory, cached
+from griffin_core.model.hub import resolve
 from tests.gguf_files import contents_of, tiny_model
 
 
@@ -95,7 +94,11 @@ def test_a_copy_in_a_cache_that_cannot_be_written_is_used(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make()
-    monkeypatch.setattr(cache_module, "_made", never)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     assert make(fill=never) == directory
 
 
@@ -212,7 +215,7 @@ def test_names_of_any_length_are_cached(home: Path, gguf: Path) -> None:
 
 _MAKER = """
 import sys, time
-from griffin_core.model.cache import cached
+from griffin_core.model.conversion_cache import cached
 
 def fill(target):
     (target / "big").write_text("half")

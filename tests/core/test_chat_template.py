@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.model import chat_template
-from griffin_core.model.chat_template import MOST_WORDS
-from griffin_core.model.tokenizer import Tokenizer, load_tokenizer
+from griffin_core.text import chat_template
+from griffin_core.text.chat_template import MOST_WORDS
+from griffin_core.text.tokenizer import Tokenizer, load_tokenizer
 from tests.servers import eventually
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from griffin_core.model.config_fields import NEUTRAL
-from griffin_core.model.spec import FAMILIES, examine_config
+from griffin_core.model.families.config_fields import NEUTRAL
+from griffin_core.spec.model import FAMILIES, examine_config
 from tests.references import assert_equal_or_refused
 from tests.tiny import MODELS, roughen
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_core import cpu_share
-from griffin_core.cgroup import memory_left, quota_cpus
-from griffin_core.cpu_share import (
+from griffin_core.engine import cpu_share
+from griffin_core.engine.cgroup import memory_left, quota_cpus
+from griffin_core.engine.cpu_share import (
     CALM_S,
     INTERVAL_S,
     CpuShare,
@@ -22,8 +22,8 @@ from griffin_core.cpu_share import (
     others_cpus,
     threads_beside,
 )
+from griffin_core.engine.observer import Observer
 from griffin_core.model.load import Model
-from griffin_core.observer import Observer
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.prefill import LayerExperts, PrefillFinished, prefill
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerExperts, PrefillFinished, prefill
 from griffin_core.slim.masked import Masked
 from tests.tiny import MODELS, VOCABULARY
 

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_core import device_memory
-from griffin_core.budget import Budget
-from griffin_core.decode.events import Finished
-from griffin_core.decode.scheduler import Limits
-from griffin_core.device_memory import (
+from griffin_core.engine import device_memory
+from griffin_core.engine.device_memory import (
     ASSUMED_BYTES,
     DeviceShare,
     Room,
@@ -22,10 +19,13 @@ from griffin_core.device_memory import (
     fraction_of,
     said_size,
 )
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Finished
+from griffin_core.engine.scheduler import Limits
 from griffin_core.errors import DeviceMemoryExhausted
-from griffin_core.kv_cache import kv_bytes
-from griffin_core.model.load import Model, _on_device
+from griffin_core.kv.budget import Budget
+from griffin_core.kv.cache import kv_bytes
+from griffin_core.model.load import Model, decoder_on_device
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
 
@@ -86,7 +86,7 @@ def test_half_of_what_is_available_or_what_the_limits_say(
     with engine(model, limits=limits) as running:
         running.ready.result(30)
         assert running.session_bytes == session
-        assert running._decoding.budget.idle_limit == idle
+        assert running.snapshot().result(10).nbytes.idle_limit == idle
         assert running.holdings().result(10).limit_bytes == session
 
 
@@ -108,7 +108,7 @@ def test_the_start_says_how_many_tokens_there_is_room_for(
     for tokens, warned in ((1234, True), (context, False), (context - 1, True)):
         caplog.clear()
         with (
-            caplog.at_level(logging.INFO, "griffin_core.engine"),
+            caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
             engine(model, limits=Limits(session_bytes=tokens * one)) as running,
         ):
             running.ready.result(30)
@@ -123,7 +123,7 @@ def test_an_engine_for_the_prompts_of_others_alone_holds_no_sessions(
     model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        caplog.at_level(logging.INFO, "griffin_core.engine"),
+        caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
         engine(model, limits=Limits(session_bytes=0)) as running,
     ):
         running.ready.result(30)
@@ -202,7 +202,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
         monkeypatch.setattr(device_memory, "cached_bytes", lambda _: self.cached)
         monkeypatch.setattr(device_memory, "grow", self.grow)
-        monkeypatch.setattr(DeviceShare, "_measure_workspace", lambda _: GIB)
+        monkeypatch.setattr(DeviceShare, "measure_workspace", lambda _: GIB)
 
     def empty_cache(self) -> None:
         self.free, self.cached = self.free + self.cached, 0
@@ -224,8 +224,10 @@ def test_what_an_engine_claims_is_gone_from_the_device(
     assert (gpu.free, gpu.cached) == (30 * GIB, 31 * GIB)  # with what a prompt works in
     share.release()
     gpu.empty_cache()
-    assert DeviceShare(model.decoder, Budget(0), 64).claim(0.5, 50 * GIB) == 50 * GIB
-    DeviceShare._claims.clear()
+    other = DeviceShare(model.decoder, Budget(0), 64)
+    assert other.claim(0.5, 50 * GIB) == 50 * GIB
+    other.release()
+    assert DeviceShare.claims() == 0
 
 
 def test_two_engines_of_one_process_do_not_promise_the_same_bytes(
@@ -241,7 +243,7 @@ def test_two_engines_of_one_process_do_not_promise_the_same_bytes(
     assert gpu.free == 30 * GIB - second.limit - GIB
     for share in (one, other):
         share.release()
-    assert not any(DeviceShare._claims.values())
+    assert DeviceShare.claims() == 0
 
 
 def test_memory_that_a_neighbour_takes_meanwhile_is_counted_again(
@@ -272,7 +274,7 @@ def test_weights_that_do_not_fit_are_not_begun_to_be_copied(
     with pytest.raises(
         DeviceMemoryExhausted, match=r"need 3\.0 GiB of cuda:0, .* 1\.0 GiB are free"
     ):
-        _on_device(model.decoder.spec, weights, torch.device("cuda:0"))
+        decoder_on_device(model.decoder.spec, weights, torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(

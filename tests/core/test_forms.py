@@ -14,18 +14,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-from griffin_core.budget import Budget
-from griffin_core.decode import sharing
-from griffin_core.decode.session import Clock, Reservation, Session, Sharing
-from griffin_core.decode.sharing import (
+from griffin_core.engine import expert_groups as sharing
+from griffin_core.engine.expert_groups import (
     STEPS_HELD,
     ExpertGroups,
     WholeView,
     kept_where_alike,
     select_group,
 )
+from griffin_core.engine.sessions import Clock, Reservation, Session, Sharing
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.slim.costs import BlockCosts
 from griffin_core.slim.packed import Packed
@@ -82,7 +82,7 @@ class House:
             pool=self.groups.pool(session.selection, how),
         )
         self.sessions.append(session)
-        self._reserve()
+        self.reserve()
         self.groups.join(session)
         return session
 
@@ -90,7 +90,7 @@ class House:
         """A session ends."""
         self.groups.leave(session)
         self.sessions.remove(session)
-        self._reserve()
+        self.reserve()
 
     def step(self, steps: int = 1, build: bool = True) -> None:
         """What an engine does before each step."""
@@ -100,7 +100,7 @@ class House:
             assert self.groups.advance() == []
             assert all(session.view is not None for session in self.sessions)
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
         """As ``Scheduler`` counts."""
         pools: dict[object, list[Reservation]] = {}
         total = 0
@@ -306,7 +306,7 @@ def test_a_score_is_never_made_dense_by_auto(model: Model) -> None:
     house.remove(session)
     session.work = cast(Any, SimpleNamespace(rows="many", chooses=False))
     house.sessions.append(session)
-    house._reserve()
+    house.reserve()
     house.groups.join(session)
     house.step(3)
     assert form(session) == "zeroed" and session.view.experts is session.experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from griffin_core.decode.generation import Pace
+from griffin_core.engine.generation import Pace
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,9 @@ from griffin_core.model.gguf.file import QUANTIZATION_TYPES
 from griffin_core.model.gguf.keys import ARCHITECTURES
 from griffin_core.model.gguf.tokenizer import END_TEXTS
 from griffin_core.model.gguf.words import WORDS
+from griffin_core.model.hub import packaged_default, resolve
 from griffin_core.model.load import Model, load_model
-from griffin_core.model.source import packaged_default, resolve
-from griffin_core.model.spec import spec_from_config
+from griffin_core.spec.model import spec_from_config
 from tests.gguf_files import (
     CONTEXT,
     FAMILIES,

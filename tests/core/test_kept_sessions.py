@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from griffin_core.decode.task import GenerateTask, PruningParams
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
@@ -33,8 +33,8 @@ def model(tiny: Callable[[str], Model], pieces: Pieces) -> Model:
 
 
 def held(running: Engine, session_id: str) -> list[int]:
-    session = running._decoding.scheduler.find(session_id)
-    assert session is not None
+    session = running.snapshot(contents=True).result(10).session(session_id)
+    assert session is not None and session.tokens is not None
     return list(session.tokens)
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.kernels.attention import attend_rows, cache_table
-from griffin_core.kernels.norm import rms_norm
-from griffin_core.kernels.rows import ACTIVATION_CODES, feedforward_row, linear_row
-from griffin_core.kernels.statistic import s2_rows
-from griffin_core.kernels.team import runs_kernels
+from griffin_core.backends.cpu.attention import attend_rows, cache_table
+from griffin_core.backends.cpu.norm import rms_norm
+from griffin_core.backends.cpu.rows import ACTIVATION_CODES, feedforward_row, linear_row
+from griffin_core.backends.cpu.statistic import s2_rows
+from griffin_core.backends.cpu.team import runs_kernels
 from griffin_core.model.attention import rotate
 from griffin_core.model.feedforward import ACTIVATIONS
 from griffin_core.model.load import load_model

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished, prefill
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished, prefill
 from tests.tiny import FAMILIES, VOCABULARY
 
 HALF = Selection(density=0.5)
@@ -69,7 +69,9 @@ def test_a_reader_that_pauses_it_is_not_computing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("griffin_core.prefill.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(
+        "griffin_core.forward.prefill.time", SimpleNamespace(perf_counter=lambda: now)
+    )
     for event in prefill(tiny("llama").decoder, ids, HALF, chunk_tokens=16, watch=watch):
         if isinstance(event, PrefillFinished):
             assert event.compute_s == 0

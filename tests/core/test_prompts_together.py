@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from griffin_core.decode.events import Failed
+from griffin_core.engine.events import Failed
+from griffin_core.engine.observer import Observer
+from griffin_core.engine.prefill_queue import PrefillBegun, PrefillQueue, PrefillRun
 from griffin_core.errors import EngineFault
 from griffin_core.experts.selection import POLICIES, Selection
-from griffin_core.model.decoder import Decoder
-from griffin_core.model.load import Model
-from griffin_core.observer import Observer
-from griffin_core.prefill import (
+from griffin_core.forward.prefill import (
     MAX_TOGETHER,
     LayerActivations,
     LayerExperts,
@@ -27,7 +26,8 @@ from griffin_core.prefill import (
     PromptRead,
     launch,
 )
-from griffin_core.prefill_queue import PrefillBegun, PrefillQueue, PrefillRun
+from griffin_core.model.decoder import Decoder
+from griffin_core.model.load import Model
 from tests.core.engines import Inbox
 from tests.tiny import FAMILIES, VOCABULARY
 
@@ -127,7 +127,7 @@ def test_the_time_of_a_pass_is_divided_by_tokens(
 ) -> None:
     decoder = tiny("llama").decoder
     clock = iter((0.0, 4.0, 3.0, 3.5))  # begin, end, before and after the selection
-    monkeypatch.setattr("griffin_core.prefill.moment", lambda _: next(clock))
+    monkeypatch.setattr("griffin_core.forward.prefill.moment", lambda _: next(clock))
     parts = [Part(prompt=Prompt(decoder, ids(n), HALF), tokens=n) for n in (10, 30)]
     short, long = (each.finished for each in launch(decoder, parts).end())
     assert (short.selection_s, long.selection_s) == (0.25, 0.25)
@@ -158,16 +158,24 @@ class Passes:
         self.during()
         return launch(decoder, parts, tell)
 
-    def add(self, name: str, tokens: int, *, admitted: bool = True, **more: Any) -> Any:
+    def add(
+        self,
+        name: str,
+        tokens: int,
+        *,
+        admitted: bool = True,
+        make: Callable[[], Prompt] | None = None,
+        **more: Any,
+    ) -> Any:
         """A prompt; its sink."""
         inbox = Inbox()
 
-        def make() -> Prompt:
+        def usual() -> Prompt:
             prompt = Prompt(self.decoder, ids(tokens), HALF, wants_kv=not admitted)
             self.names[id(prompt)] = name
             return prompt
 
-        inbox.run = PrefillRun(make, inbox, tokens=tokens, admitted=admitted, **more)
+        inbox.run = PrefillRun(make or usual, inbox, tokens=tokens, admitted=admitted, **more)
         self.queue.add(inbox.run, 0.0)
         return inbox
 
@@ -340,8 +348,8 @@ def test_no_layer_is_told_twice_of_a_prompt_whose_pass_failed_half_way(
 
 def test_a_prompt_without_memory_fails_alone(passes: Make) -> None:
     queue = passes(100)
-    poor, rich = queue.add("poor", 10), queue.add("rich", 10)
-    poor.run._make = lambda: 1 // 0
+    poor = queue.add("poor", 10, make=lambda: 1 // 0)
+    rich = queue.add("rich", 10)
     assert queue.all() == [{"rich": 10}]
     assert isinstance(events(poor)[-1], Failed)
     assert isinstance(events(rich)[-1], PrefillFinished)

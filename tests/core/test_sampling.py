@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from griffin_core.backends.cpu.philox import philox
+from griffin_core.backends.cpu.team import Kernel
 from griffin_core.errors import InvalidRequest
-from griffin_core.kernels.philox import philox
-from griffin_core.kernels.team import Kernel
 from griffin_core.sampling.logprobs import logprobs_of
 from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
 from griffin_core.sampling.sampler import Sampler
@@ -497,7 +497,7 @@ def test_sampling_leaves_the_logits_as_they_were() -> None:
 def test_it_draws_the_same_where_torch_has_other_threads_than_libgomp() -> None:
     code = """
 import torch
-from griffin_core.kernels import team
+from griffin_core.backends.cpu import team
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
 sampler = Sampler(slots=1, vocabulary=400, device=torch.device("cpu"))

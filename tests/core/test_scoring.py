@@ -4,7 +4,6 @@ that they leave nothing behind."""
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +15,21 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_core import sparsify
-from griffin_core.choices import ScoreMode
-from griffin_core.decode import look_up
-from griffin_core.decode.events import Failed, Finished, Scored, TokensMade
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.scoring import choice_bytes
-from griffin_core.decode.task import GenerateTask, PruningParams, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine import look_up
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed, Finished, Scored, TokensMade
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.scoring import choice_bytes
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import CapacityExhausted, EngineFault, InvalidRequest, NonFiniteLogits
 from griffin_core.experts.selection import POLICIES, PolicyName
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.forward.prefill import Pass
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.prefill import Pass
 from griffin_core.sampling.stopping import StoppingParams
-from tests.core.engines import at_baseline, complete, engine, finish, submit
+from griffin_core.spec.choices import ScoreMode
+from tests.core.engines import Busy, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 from tests.tiny import VOCABULARY
 
@@ -205,7 +204,7 @@ def test_classification_needs_no_view_and_shares_no_set(model: Model) -> None:
     with engine(model, own_prefill_tokens=None, sharing="shared") as running:
         inboxes = [submit(running, task(prompt=tuple(IDS[n : n + 9])))[1] for n in range(8)]
         shared = [logprobs(finish(inbox)[1]) for inbox in inboxes]
-        assert not running._decoding._views.held
+        assert running.snapshot().result(10).views == ()
     with engine(model, own_prefill_tokens=None) as running:
         for n, together in enumerate(shared):
             each = task(prompt=tuple(IDS[n : n + 9]))
@@ -238,7 +237,7 @@ def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) 
         rows.append(len(pieces))
         return whole(decoder, pieces)
 
-    monkeypatch.setattr("griffin_core.decode.decoding.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
     stream = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=40, ignore_eos=True))
     tokens = complete(running, stream)[0]
     beside = submit(running, replace(stream, turn_id=uuid4().hex))[1]
@@ -349,7 +348,7 @@ def test_one_that_fails_ends_alone(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("owner", "name"), [(look_up, "_chances"), (Pass, "end"), (Decoder, "head")]
+    ("owner", "name"), [(look_up, "chances_of"), (Pass, "end"), (Decoder, "head")]
 )
 def test_a_step_that_fails_once_is_run_again_from_where_it_was(
     owner: Any, name: str, mode: ScoreMode, running: Engine, monkeypatch: pytest.MonkeyPatch
@@ -372,12 +371,11 @@ def test_a_step_that_fails_once_is_run_again_from_where_it_was(
             raise MemoryError("no memory, this once")
         return whole(*arguments, **named)
 
-    monkeypatch.setattr("griffin_core.decode.decoding.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
     monkeypatch.setattr(owner, name, sometimes)
-    all_there = threading.Event()
-    running._post(lambda: all_there.wait(10))  # so that they run together
+    busy = Busy(running)  # so that they run together
     inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for each in tasks]
-    all_there.set()
+    busy.release()
     for inbox, each in zip(inboxes, expected, strict=True):
         close(logprobs(finish(inbox)[1]), each)
     assert calls >= (1 if (name, mode) == ("end", "generation") else 3)
@@ -395,7 +393,7 @@ def test_a_score_that_is_cancelled_midway_leaves_nothing(
         seen.append(pieces)
         return whole(decoder, pieces)
 
-    monkeypatch.setattr("griffin_core.decode.decoding.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
     for steps in (1, 2, 9):
         seen.clear()
         each = task(mode=mode, continuations=(tuple(IDS[:100]),) * 50)

@@ -8,10 +8,10 @@ import torch
 from griffin_core.model.decoder import Layer, Norm
 from griffin_core.model.feedforward import FeedForward, Neurons
 from griffin_core.model.linear import Linear, Rows
-from griffin_core.model.spec import Activation
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.zeroed import ZeroedFF
+from griffin_core.spec.model import Activation
 
 D, F = 40, 67
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

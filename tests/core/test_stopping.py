@@ -9,8 +9,8 @@ import pytest
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model
-from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.stopping import FinishReason, StopChecker, StoppingParams
+from griffin_core.text.tokenizer import Tokenizer
 from tests.core.pieces import Pieces, chunkings, parts
 
 EOS = 257

@@ -9,8 +9,8 @@ from copy import copy
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from griffin_core.model.text_stream import WINDOW_TOKENS, TextStream
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.text.stream import WINDOW_TOKENS, TextStream
+from griffin_core.text.tokenizer import Tokenizer
 from tests.tokenizer_kinds import BYTES, KINDS
 
 SEQUENCES = 60

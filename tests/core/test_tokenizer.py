@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tokenizers import Regex, normalizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_core.errors import BadModelFile, InvalidRequest
 from griffin_core.model.load import Model
-from griffin_core.model.tokenizer import CHARACTERS_PER_TOKEN, Tokenizer, load_tokenizer
+from griffin_core.text.tokenizer import CHARACTERS_PER_TOKEN, Tokenizer, load_tokenizer
 from tests.tiny import byte_tokenizer
 from tests.tokenizer_kinds import KINDS
 
@@ -211,13 +211,23 @@ def test_a_continuation_that_takes_the_contexts_end_away_is_split_all_the_same(
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Characters that were given to tokenizers."""
     seen: list[int] = []
-    encoded = Tokenizer._encoded
+    backend = PreTrainedTokenizerFast.backend_tokenizer.fget
 
-    def count(self: Tokenizer, text: str, special_tokens: bool) -> Any:
-        seen.append(len(text))
-        return encoded(self, text, special_tokens)
+    class Counting:
+        """A backend whose texts are counted."""
 
-    monkeypatch.setattr(Tokenizer, "_encoded", count)
+        def __init__(self, counted: Any) -> None:
+            self.counted = counted
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.counted, name)
+
+        def encode_batch(self, texts: list[str], **options: Any) -> Any:
+            seen.extend(len(text) for text in texts)
+            return self.counted.encode_batch(texts, **options)
+
+    counting = property(lambda tokenizer: Counting(backend(tokenizer)))
+    monkeypatch.setattr(PreTrainedTokenizerFast, "backend_tokenizer", counting)
     return seen
 
 
@@ -321,7 +331,7 @@ def test_a_sentencepiece_model_that_cannot_be_read_asks_for_what_helps(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_bytes(b"no sentencepiece model")
-    monkeypatch.setattr("griffin_core.model.tokenizer.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("griffin_core.text.tokenizer.find_spec", lambda name: installed or None)
     with pytest.raises(BadModelFile) as refused:
         load_tokenizer(str(tmp_path))
     assert str(refused.value).startswith("tokenizer.model: ")

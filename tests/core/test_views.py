@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from griffin_core.budget import Budget
 from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.views import MOST_UNUSED, SlimView, SlimViews

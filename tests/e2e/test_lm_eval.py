@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from griffin_core import sparsify
-from griffin_core.choices import DEFAULT_MODEL
-from griffin_core.model.source import resolve
+from griffin_core.model.hub import resolve
+from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
 from tests.evals.requests import scoring

@@ -20,8 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from griffin_core import sparsify
-from griffin_core.choices import DEFAULT_MODEL
-from griffin_core.model.source import resolve
+from griffin_core.model.hub import resolve
+from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.lm import GriffinLM
 from tests.evals.requests import completing, scoring
 from tests.servers import Process

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
-from griffin_core.model.cache import cache_directory
-from griffin_core.model.source import resolve
+from griffin_core.model.conversion_cache import cache_directory
+from griffin_core.model.hub import resolve
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
 from tests.servers import Process

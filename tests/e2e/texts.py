@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 ARTICLE = (ROOT / "demo" / "article.txt").read_text(encoding="utf-8")

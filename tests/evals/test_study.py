@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import LayerExperts, prefill
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerExperts, prefill
 from griffin_evals.study import __main__ as command
 from griffin_evals.study import corpus as texts_of
 from griffin_evals.study import domains, measures, pictures, reading

@@ -7,7 +7,7 @@ import pytest
 from tests.gpu.devices import DEVICE
 
 if DEVICE is not None:
-    from griffin_core.cuda import expert_matmul, expert_matvec, matvec
+    from griffin_core.backends.cuda import expert_matmul, expert_matvec, matvec
 
 
 @pytest.fixture(autouse=True)

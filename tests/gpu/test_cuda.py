@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_core.decode.scheduler import Limits
-from griffin_core.decode.session import Sharing
-from griffin_core.decode.task import GenerateTask, PruningParams
+from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.load import load_model
 from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import at_baseline, complete, engine, finish, submit

@@ -17,7 +17,7 @@ from tests.gpu.devices import needs_cuda
 pytestmark = [pytest.mark.gpu, needs_cuda, pytest.mark.timeout(300)]
 
 if torch.cuda.is_available():
-    from griffin_core.cuda.step import CudaStep
+    from griffin_core.backends.cuda.step import CudaStep
     from griffin_core.sampling.sampler import Sampler
 
 

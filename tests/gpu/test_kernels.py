@@ -15,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.kernels.rows import ACTIVATION_CODES
+from griffin_core.backends.cpu.rows import ACTIVATION_CODES
 from griffin_core.model.attention import rotate
 from griffin_core.model.feedforward import ACTIVATIONS, FeedForward, Neurons
-from griffin_core.model.spec import Activation
+from griffin_core.spec.model import Activation
 from tests.exact import attention
 from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
 
 pytestmark = [pytest.mark.gpu, needs_triton]
 
 if DEVICE is not None:
-    from griffin_core.cuda.activation import activate_own, activate_rows
-    from griffin_core.cuda.attention import DeviceCaches, attend_caches, plan
-    from griffin_core.cuda.expert_table import ExpertTable, IndexSets
-    from griffin_core.cuda.feedforward import feedforward, feedforward_on_all
-    from griffin_core.cuda.matvec import matvec, rms_norm
-    from griffin_core.cuda.rotary import Places, rotate_and_store, rotate_rows
-    from griffin_core.cuda.statistic import add_s2_columns
+    from griffin_core.backends.cuda.activation import activate_own, activate_rows
+    from griffin_core.backends.cuda.attention import DeviceCaches, attend_caches, plan
+    from griffin_core.backends.cuda.expert_table import ExpertTable, IndexSets
+    from griffin_core.backends.cuda.feedforward import feedforward, feedforward_on_all
+    from griffin_core.backends.cuda.matvec import matvec, rms_norm
+    from griffin_core.backends.cuda.rotary import Places, rotate_and_store, rotate_rows
+    from griffin_core.backends.cuda.statistic import add_s2_columns
 
 DTYPES = (
     [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_core.decode.events import Finished
-from griffin_core.decode.scheduler import Limits
-from griffin_core.device_memory import DeviceShare
+from griffin_core.engine.device_memory import DeviceShare
+from griffin_core.engine.events import Finished
+from griffin_core.engine.scheduler import Limits
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.model.load import Model, load_model
 from tests.core.engines import complete, engine
@@ -36,7 +36,7 @@ def where(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(where: Path) -> Iterator[Model]:
     yield load_model(str(where), dtype=torch.bfloat16, device="cuda")
-    assert not any(DeviceShare._claims.values())
+    assert DeviceShare.claims() == 0
 
 
 def free() -> int:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import Part, Prompt, PromptRead, launch
 from griffin_core.model.load import load_model
-from griffin_core.prefill import Part, Prompt, PromptRead, launch
 from tests.gpu.devices import needs_cuda
 from tests.tiny import FAMILIES, make_tiny
 
@@ -23,7 +23,7 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -> None:
-    from griffin_core.cuda.prompt_graph import PromptGraphs  # noqa: PLC0415  # needs triton
+    from griffin_core.backends.cuda.prompt_graph import PromptGraphs  # noqa: PLC0415  # needs triton
 
     where = str(make_tiny(name, tmp_path / name))
     decoder = load_model(where, dtype=torch.bfloat16, device="cuda").decoder

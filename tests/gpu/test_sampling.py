@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from griffin_core.kernels.sampling import CpuSlots
+from griffin_core.backends.cpu.sampling import CpuSlots
 from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
 from tests.gpu.devices import DEVICE, INTERPRETED, needs_cuda, needs_triton
 from tests.reference_sampler import chi_square, probabilities
@@ -26,7 +26,7 @@ if DEVICE is not None:
     import triton
     import triton.language as tl
 
-    from griffin_core.cuda.sampling import CudaSlots
+    from griffin_core.backends.cuda.sampling import CudaSlots
 
 VOCABULARY = 2500 if INTERPRETED else 128_256
 DRAWS = 8 if INTERPRETED else 20_000

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_client import Finished, GriffinClient, Stopping, Tokens
-from griffin_core.decode.task import ScoreTask
+from griffin_client import Finished, GriffinClient, Tokens
+from griffin_core.engine.task import ScoreTask
+from griffin_core.forward.prefill import LayerKv
 from griffin_core.model.load import Model, load_model
-from griffin_core.prefill import LayerKv
 from griffin_server.transfer import cuda_ipc, messages, shared_memory
 from tests.core.engines import complete, engine
 from tests.gpu.devices import needs_cuda
@@ -37,8 +37,8 @@ HANDOFFS = {
 
 
 def generate(client: GriffinClient, density: float) -> list[int]:
-    stopping = Stopping(max_tokens=TOKENS, ignore_eos=True)
-    events = list(client.generate(token_ids=PROMPT, density=density, stopping=stopping))
+    stopping = {"max_tokens": TOKENS, "ignore_eos": True}
+    events = list(client.generate(token_ids=PROMPT, density=density, **stopping))
     assert isinstance(events[-1], Finished)
     return [token for event in events if isinstance(event, Tokens) for token in event.ids]
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from griffin_core.openmp import SPIN_COUNT, wait_briefly
+from griffin_core.engine.openmp import SPIN_COUNT, wait_briefly
 
 SERVE = ("-m", "griffin_server", "serve", "--model", "/no/such/model")
 INSPECT = ("-m", "griffin_server", "inspect", "a", "--out", "none", "--model", "/no/such/model")
-IN_PROCESS = ("-c", "import griffin_core.engine")
+IN_PROCESS = ("-c", "import griffin_core.engine.engine")
 BENCHMARK = ("-c", "import benchmarks.load, torch")
 
 

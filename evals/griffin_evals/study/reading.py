@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.prefill import LayerActivations, LayerKv, Part, Prompt, launch
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerActivations, LayerKv, Part, Prompt, launch
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.zeroed import ZeroedLayers
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from griffin_core.decode.step import StepTokens, decode_tokens
 from griffin_core.experts.selection import Selection
-from griffin_core.kv_cache import KvCache
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
 from griffin_core.slim.base import SlimFF
 from griffin_core.slim.packed import Packed

@@ -12,7 +12,6 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from griffin_client import Sampling
 from griffin_server.commands.arguments import number_range
 from griffin_server.commands.calls import call_errors
 from griffin_server.commands.failures import err, fail
@@ -99,7 +98,7 @@ def bench(
         prompts=texts,
         prompt_tokens=number_range("prompt-tokens", prompt_tokens),
         output_tokens=number_range("output-tokens", output_tokens),
-        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k},
         densities=density or [None],
         sharing=sharing,  # type: ignore[arg-type]  # the server names the allowed ones
         seed=seed,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from griffin_client import GriffinClient, Sampling, Stopping
+from griffin_client import GriffinClient
 from griffin_server.commands.arguments import json_object, read_prompt
 from griffin_server.commands.calls import call_errors
 from griffin_server.commands.options import (
@@ -56,17 +56,20 @@ def generate(
     text = read_prompt(prompt)
     variables = json_object("chat-template-kwargs", chat_template_kwargs)
     with GriffinClient(target) as client, call_errors():
-        as_chat = not raw and client.model_info(timeout_s=timeout).has_chat_template
+        as_chat = not raw and client.model_info(timeout=timeout).has_chat_template
         events = client.generate(
             None if as_chat else text,
             messages=[("user", text)] if as_chat else None,
             density=density,
             policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
-            sampling=Sampling(
-                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
-            ),
-            stopping=Stopping(max_tokens=max_tokens, stop=stop or ()),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop=stop,
             chat_template_kwargs=variables if as_chat else None,
-            timeout_s=timeout,
+            timeout=timeout,
         )
         show(events, as_json=as_json)

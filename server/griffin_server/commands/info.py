@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from griffin_client import GriffinClient, Sampling
+from griffin_client import GriffinClient, SamplingDefaults
 from griffin_server.commands.calls import call_errors
 from griffin_server.commands.options import AsJson, Target
 
@@ -20,8 +20,8 @@ app = typer.Typer()
 def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
     """Show the server's model and its sessions."""
     with GriffinClient(target) as client, call_errors():
-        model = client.model_info(timeout_s=10)
-        sessions = client.list_sessions(timeout_s=10)
+        model = client.model_info(timeout=10)
+        sessions = client.list_sessions(timeout=10)
     if as_json:
         print(json.dumps({"model": asdict(model), "sessions": [asdict(s) for s in sessions]}))
         return
@@ -45,7 +45,7 @@ def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
         console.print(listing)
 
 
-def _sampling_text(sampling: Sampling) -> str:
+def _sampling_text(sampling: SamplingDefaults) -> str:
     """The fields that are set; "greedy" if none is."""
     given = {name: value for name, value in asdict(sampling).items() if value is not None}
     return ", ".join(f"{name} {value:g}" for name, value in given.items()) or "greedy"

@@ -83,28 +83,19 @@ def _analyzer(
     that is loaded in this process."""
     if model is None:
         with GriffinClient(target) as client:
-            layers = client.model_info(timeout_s=timeout_s).layers
-            yield layers, partial(client.analyze_prompt, timeout_s=timeout_s)
+            layers = client.model_info(timeout=timeout_s).layers
+            yield layers, partial(client.analyze_prompt, timeout=timeout_s)
         return
     # Imported here because they import torch, which a call to a server does without.
-    from griffin_client.convert import analysis, analyze_request  # noqa: PLC0415
+    from griffin_client.requests import analyze_request  # noqa: PLC0415
+    from griffin_client.responses import analysis  # noqa: PLC0415
     from griffin_core.errors import GriffinError  # noqa: PLC0415
     from griffin_core.experts.selection import Selection  # noqa: PLC0415
     from griffin_core.model.load import load_model  # noqa: PLC0415
     from griffin_server.rpc.analysis import analyze_in_process  # noqa: PLC0415
 
     def analyze(prompt: str, **options: Any) -> Analysis:
-        request = analyze_request(
-            prompt,
-            messages=None,
-            token_ids=None,
-            seed=None,
-            request_id=None,
-            continue_final_message=False,
-            chat_template_kwargs=None,
-            add_special_tokens=None,
-            **options,
-        )
+        request = analyze_request(prompt, options)
         return analysis(analyze_in_process(loaded, request, Selection(density=1.0)))
 
     try:

@@ -220,8 +220,8 @@ def take_snapshot(client: GriffinClient) -> Snapshot:
     Raises:
         GriffinClientError: it did not answer.
     """
-    model = client.model_info(timeout_s=TIMEOUT_S)
-    sessions = client.list_sessions(timeout_s=TIMEOUT_S)
+    model = client.model_info(timeout=TIMEOUT_S)
+    sessions = client.list_sessions(timeout=TIMEOUT_S)
     return Snapshot(at_s=time.monotonic(), model=model, sessions=sessions)
 
 
@@ -231,7 +231,7 @@ def observe_once(target: str, interval_s: float) -> Frame:
     Raises:
         GriffinClientError: it did not answer.
     """
-    with GriffinClient(target) as client:
+    with GriffinClient(target, max_retries=0) as client:
         before = take_snapshot(client)
         time.sleep(interval_s)
         return Frame(target=target, activity=compare(before, take_snapshot(client)))
@@ -286,7 +286,7 @@ def _follow(target: str, interval_s: float, live: Live) -> GriffinClientError:
     """
     before: Snapshot | None = None
     try:
-        with GriffinClient(target) as client:
+        with GriffinClient(target, max_retries=0) as client:
             while True:
                 now = take_snapshot(client)
                 frame = Frame(target=target, activity=compare(before, now))

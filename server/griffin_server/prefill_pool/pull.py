@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import aclosing
 
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.prefill_queue import PrefillTask
 from griffin_core.errors import EngineFault, GriffinError
-from griffin_core.prefill_queue import PrefillTask
 from griffin_server.prefill_pool.router import PrefillRouter
 
 

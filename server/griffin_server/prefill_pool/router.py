@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 import structlog
 
+from griffin_core.engine.prefill_queue import PrefillTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
@@ -16,8 +17,7 @@ from griffin_core.errors import (
     GriffinError,
     HandoffError,
 )
-from griffin_core.prefill import PrefillEvent, PrefillRestarted
-from griffin_core.prefill_queue import PrefillTask
+from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
 from griffin_server.prefill_pool.client import PrefillClient
 
 log = structlog.get_logger("griffin.prefill")

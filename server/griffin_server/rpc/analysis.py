@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.prefill_queue import PrefillBegun, PrefillTask
 from griffin_core.errors import CapacityExhausted
 from griffin_core.experts.selection import Selection
-from griffin_core.kv_cache import kv_bytes
+from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill
+from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerActivations, LayerExperts, prefill
-from griffin_core.prefill_queue import PrefillBegun, PrefillTask
 from griffin_server.rpc.messages.prompt_analysis import analyze_task, event_to_pb, started_to_pb
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.run_prefill import run_prefill

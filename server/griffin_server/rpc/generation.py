@@ -14,7 +14,8 @@ import grpc
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
-from griffin_core.decode.events import (
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import (
     Admitted,
     Event,
     Failed,
@@ -23,13 +24,12 @@ from griffin_core.decode.events import (
     Started,
     TokensMade,
 )
-from griffin_core.decode.task import GenerateTask, ScoreTask
-from griffin_core.engine import Engine
+from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.errors import EngineFault
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
-from griffin_core.model.spec import ModelSpec
-from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill_queue import PrefillTask
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.prefill_pool.pull import pull_prefill
 from griffin_server.prefill_pool.router import PrefillRouter
 from griffin_server.rpc.analysis import analyze

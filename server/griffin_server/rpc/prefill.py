@@ -11,10 +11,10 @@ import grpc
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun
 from griffin_core.errors import FingerprintMismatch
-from griffin_core.prefill import LayerExperts, LayerKv, PrefillFinished
-from griffin_core.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun
+from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished
 from griffin_server.rpc.messages.prefill_request import prefill_task
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.run_prefill import run_prefill

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from griffin_core.errors import EngineStopped
 
 if TYPE_CHECKING:  # it imports torch, and the server listens before that
-    from griffin_core.engine import Engine
+    from griffin_core.engine.engine import Engine
 
 SCRAPE_S = 5.0
 """Seconds that a scrape waits for a busy engine. Without its answer the gauges are left out."""

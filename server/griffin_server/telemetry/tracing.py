@@ -19,9 +19,9 @@ import structlog
 from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from griffin_core.decode.events import Admitted, Event, Finished, Started
-from griffin_core.prefill import PrefillFinished
-from griffin_core.prefill_queue import PrefillBegun, PrefillStreamEvent
+from griffin_core.engine.events import Admitted, Event, Finished, Started
+from griffin_core.engine.prefill_queue import PrefillBegun, PrefillStreamEvent
+from griffin_core.forward.prefill import PrefillFinished
 from griffin_server import __version__
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ class Tracing:
         self._tracer: Tracer = NoOpTracer()
         if self._sending:
             self._tracer = self._sending[0].get_tracer("griffin_server", __version__)
+
+    @property
+    def sending(self) -> bool:
+        """Whether spans are sent to a receiver."""
+        return self._sending is not None
 
     def call(self, method: str, metadata: Any) -> CallSpans:
         """Starts the span of a call and sets ``spans_var`` to it.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.prefill import LayerKv
+from griffin_core.forward.prefill import LayerKv
 from griffin_server.transfer.base import Bytes, HostExporter, HostImporter
 
 

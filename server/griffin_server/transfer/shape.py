@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from griffin_core.engine.prefill_queue import PrefillTask
 from griffin_core.model.load import Model
-from griffin_core.prefill_queue import PrefillTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,19 +11,19 @@ import grpc
 import pytest
 import torch
 
+from griffin_core.engine.prefill_queue import PrefillRun, PrefillTask
 from griffin_core.errors import DeadlinePassed, EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
-from griffin_core.prefill_queue import PrefillRun, PrefillTask
 from griffin_server.prefill_pool.client import PrefillClient
 from griffin_server.prefill_pool.router import PrefillRouter
 from griffin_server.rpc.prefill import PrefillServicer
 from griffin_server.telemetry.metrics import Metrics
-from griffin_server.transfer import shared_memory
+from griffin_server.transfer import negotiation, shared_memory
 from griffin_server.transfer.base import KvImporter, MemoryNotShared
 from griffin_server.transfer.messages import MessagesImporter
 from griffin_server.transfer.shape import HandoffShape
-from griffin_server.transfer.shared_memory import DIRECTORY, Segment
+from griffin_server.transfer.shared_memory import DIRECTORY, Segment, SegmentPool
 from tests.servers import Running, running
 
 TASK = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
@@ -91,14 +91,19 @@ async def test_a_transport_that_does_not_work_is_withdrawn_and_the_prefill_resta
     model = tiny("llama")
     with running(model, role="prefill") as prefill:
         server = PrefillClient(prefill.target, model, Metrics())
-        usual, offered = server._offers.importer, []
+        usual, offered = negotiation.SharedMemoryImporter, []
 
-        async def first_unreadable(shape: HandoffShape) -> KvImporter:
-            importer = await usual(shape) if offered else Unreadable(at, shape, torch.device("cpu"))
-            offered.append(importer)
-            return importer
+        def first_unreadable(
+            shape: HandoffShape, device: torch.device, segment: Segment, pool: SegmentPool
+        ) -> KvImporter:
+            if offered:
+                offered.append(usual(shape, device, segment, pool))
+            else:
+                pool.release(segment)
+                offered.append(Unreadable(at, shape, device))
+            return offered[-1]
 
-        monkeypatch.setattr(server._offers, "importer", first_unreadable)
+        monkeypatch.setattr(negotiation, "SharedMemoryImporter", first_unreadable)
         servers = PrefillRouter([server])
         made = await events_of(servers)
         assert made.count("PrefillRestarted") == 1 and made[-1] == "PrefillFinished"

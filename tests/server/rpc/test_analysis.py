@@ -21,11 +21,10 @@ from griffin_client import (
     GriffinClient,
     InvalidArgument,
     ResourceExhausted,
-    Stopping,
 )
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerActivations, LayerExperts, prefill
 from griffin_server.commands import app
 from griffin_server.commands.plots import jaccard, norm_mass_curve
 from griffin_server.rpc.messages import prompt_analysis
@@ -64,7 +63,7 @@ def test_what_comes_is_what_a_prefill_finds(name: str, tiny: Callable[[str], Mod
 
 def test_the_tokens_are_those_generate_would_read(client: GriffinClient) -> None:
     found = client.analyze_prompt(PROMPT, request_id="of-mine")
-    done = client.complete(PROMPT, stopping=Stopping(max_tokens=1))
+    done = client.complete(PROMPT, max_tokens=1)
     assert len(found.token_ids) == done.started.prompt_tokens
     assert "".join(found.texts).strip() == PROMPT
     assert found.request_id == "of-mine"
@@ -124,22 +123,26 @@ def test_sharing_has_no_meaning_here(tiny_server: Running) -> None:
     request = pb.AnalyzePromptRequest(
         text=PROMPT, pruning=pb.Pruning(sharing=pb.EXPERT_SHARING_SHARED)
     )
-    with tiny_server.client() as client:
-        stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
+    with grpc.insecure_channel(tiny_server.target) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         with pytest.raises(Exception, match=r"pruning\.sharing"):
             list(stub.AnalyzePrompt(request))
 
 
 def test_a_call_that_ends_early_leaves_nothing_behind(tiny: Callable[[str], Model]) -> None:
-    with running(tiny("llama"), prefill_chunk_tokens=1) as server, server.client() as client:
-        stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
+    with (
+        running(tiny("llama"), prefill_chunk_tokens=1) as server,
+        server.client() as client,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         for _ in range(10):
             call = stub.AnalyzePrompt(pb.AnalyzePromptRequest(text="x" * 200))
             assert next(call).HasField("started")
             call.cancel()
         with pytest.raises(DeadlineExceeded):
-            client.analyze_prompt("x" * 200, timeout_s=0.001)
-        eventually(lambda: not server.app.engine._prefills._runs)
+            client.analyze_prompt("x" * 200, timeout=0.001)
+        eventually(lambda: not server.app.engine.snapshot().result(10).prefills.queued)
         assert client.analyze_prompt(PROMPT).layers
         assert client.list_sessions() == []
 
@@ -158,7 +161,7 @@ def test_a_reader_that_stops_is_given_up_and_the_next_has_its_turn(
             call = generation_pb2_grpc.GenerationServiceStub(channel).AnalyzePrompt(request)
             assert next(call).HasField("started")
             # One at a time, since no reservation covers their caches.
-            assert client.analyze_prompt(PROMPT, timeout_s=20).layers
+            assert client.analyze_prompt(PROMPT, timeout=20).layers
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)
         assert caught.value.code() is grpc.StatusCode.ABORTED
@@ -189,8 +192,9 @@ def test_what_would_have_to_wait_is_refused_where_nothing_may(
     with (
         running(tiny("llama-long"), prefill_chunk_tokens=1, max_queue=0) as server,
         server.client() as client,
+        grpc.insecure_channel(server.target) as channel,
     ):
-        stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         long = stub.AnalyzePrompt(pb.AnalyzePromptRequest(text="x" * 4000))
         assert next(long).HasField("started")  # it runs, for thousands of passes
         with pytest.raises(ResourceExhausted, match="queue: 1 pre"):

@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from griffin.v1 import prefill_pb2 as pb
+from griffin_core.engine.prefill_queue import PrefillTask
 from griffin_core.errors import FingerprintMismatch, HandoffBroken
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import (
+    LayerExperts,
+    LayerKv,
+    PrefillEvent,
+    PrefillFinished,
+    prefill,
+)
 from griffin_core.model.load import Model
-from griffin_core.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished, prefill
-from griffin_core.prefill_queue import PrefillTask
 from griffin_server.transfer import base
 from griffin_server.transfer.base import KvImporter
 from griffin_server.transfer.codec import HandoffReader, HandoffWriter

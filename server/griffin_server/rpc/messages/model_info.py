@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.engine import Engine
+from griffin_core.engine.engine import Engine
 from griffin_core.model.generation_config import SamplingDefaults
 from griffin_server import __version__
 from griffin_server.rpc.messages.enums import policy_to_pb, sharing_to_pb

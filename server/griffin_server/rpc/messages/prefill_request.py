@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.decode.task import check_token_ids
+from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import Selection
-from griffin_core.model.spec import ModelSpec
-from griffin_core.prefill_queue import PrefillTask
+from griffin_core.spec.model import ModelSpec
 from griffin_server.rpc.messages.enums import policy_from_pb, policy_to_pb
 
 

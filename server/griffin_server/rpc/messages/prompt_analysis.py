@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.decode.task import check_token_ids
+from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet, pack_indices
 from griffin_core.experts.selection import Selection
-from griffin_core.model.spec import ModelSpec
-from griffin_core.model.tokenizer import Tokenizer
-from griffin_core.prefill import LayerActivations, LayerExperts
-from griffin_core.prefill_queue import PrefillTask
+from griffin_core.forward.prefill import LayerActivations, LayerExperts
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.fields import seed_of
 from griffin_server.rpc.messages.prompts import input_field, prompt_ids
 from griffin_server.rpc.messages.requests import pruning_params

@@ -9,9 +9,9 @@ from google.protobuf.struct_pb2 import ListValue, Struct
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.errors import InvalidRequest
-from griffin_core.model.prompt import PromptKind, chat_ids, check_options, given_ids, text_ids
-from griffin_core.model.spec import ModelSpec
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.prompt import PromptKind, chat_ids, check_options, given_ids, text_ids
+from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.fields import exactly_one
 
 

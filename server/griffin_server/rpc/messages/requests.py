@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.decode.task import GenerateTask, PruningParams
+from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
-from griffin_core.model.spec import ModelSpec
-from griffin_core.model.tokenizer import Tokenizer
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.enums import policy_from_pb, sharing_from_pb
 from griffin_server.rpc.messages.fields import seed_of, set_fields
 from griffin_server.rpc.messages.prompts import input_field, prompt_ids

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.decode.events import Finished, PruningFigures, Started, TokensMade
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.engine.events import Finished, PruningFigures, Started, TokensMade
 from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.enums import REASONS_TO_PB, policy_to_pb
 
 

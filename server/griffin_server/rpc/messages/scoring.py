@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.decode.events import Scored
-from griffin_core.decode.task import ScoreTask, check_continuations
+from griffin_core.engine.events import Scored
+from griffin_core.engine.task import ScoreTask, check_continuations
 from griffin_core.errors import InvalidRequest
-from griffin_core.model.prompt import continuations_ids, given_ids
-from griffin_core.model.spec import ModelSpec
-from griffin_core.model.tokenizer import Tokenizer
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.prompt import continuations_ids, given_ids
+from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.enums import score_mode_from_pb
 from griffin_server.rpc.messages.fields import exactly_one, seed_of
 from griffin_server.rpc.messages.prompts import add_special_tokens

@@ -1,0 +1,1 @@
+"""What runs the model: one package for each kind of device."""

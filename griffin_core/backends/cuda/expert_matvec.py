@@ -1,0 +1,196 @@
+"""FF products in which each token has an expert set of its own, or runs on all neurons.
+
+A token reads rows of its own, so tokens share nothing, and a product is a sum along a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from griffin_core.backends.cpu.rows import ACTIVATION_CODES
+from griffin_core.backends.cuda.activation import activate
+from griffin_core.backends.cuda.expert_table import ExpertTable, room_for_splits
+from griffin_core.backends.cuda.rows import neurons_at, split_range, tile
+from griffin_core.backends.cuda.tuning import config, others_may_begin_and_i_wait, overlap, tuned
+from griffin_core.model.feedforward import Neurons
+
+
+@tuned(
+    [
+        config(4, 3, ROWS=1, BLOCK=1024),
+        config(2, 4, ROWS=1, BLOCK=512),
+        config(4, 2, ROWS=1, BLOCK=1024),
+        config(4, 3, ROWS=2, BLOCK=1024),
+        config(4, 3, ROWS=2, BLOCK=512),
+        config(4, 3, ROWS=1, BLOCK=2048),
+        config(4, 1, ROWS=1, BLOCK=1024),
+    ],
+    key=["width", "neurons", "GATED", "INDEXED"],
+)
+@triton.jit
+def _activations(
+    x,
+    w_in,
+    bias,
+    norm,
+    addresses,
+    counts,
+    z,
+    width,
+    neurons,
+    eps,
+    CODE: tl.constexpr,
+    GATED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(1)
+    count = neurons
+    experts = addresses
+    if INDEXED:
+        count = tl.load(counts + token).to(tl.int32)
+        experts = tl.load(addresses + token).to(tl.pointer_type(tl.int32))
+    up = w_in + neurons.to(tl.int64) * width
+    # Of a set of more than half of the neurons, programs run twice: see the grid.
+    stride = tl.num_programs(0) * ROWS
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = neurons_at(experts, at, count, INDEXED)
+    others_may_begin_and_i_wait(OVERLAPS)
+    for begin in range(tl.program_id(0) * ROWS, count, stride):
+        at = begin + tl.arange(0, ROWS)
+        live = at < count
+        first = tl.zeros((ROWS, BLOCK), tl.float32)
+        second = tl.zeros((ROWS, BLOCK), tl.float32)
+        square = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < width
+            w = tile(w_in, rows, live, columns, width)
+            if GATED:
+                u = tile(up, rows, live, columns, width)
+            v = tl.load(x + token * width + columns, mask=inside, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                square += v * v
+                v *= tl.load(norm + columns, mask=inside, other=0.0)
+            first += w.to(tl.float32) * v[None, :]
+            if GATED:
+                second += u.to(tl.float32) * v[None, :]
+        of = rows
+        rows = neurons_at(experts, at + stride, count, INDEXED)
+        factor = 1.0
+        if HAS_NORM:
+            factor = tl.rsqrt(tl.sum(square, axis=0) / width + eps)
+        y = tl.sum(first, axis=1) * factor
+        if HAS_BIAS:
+            y += tl.load(bias + of, mask=live, other=0.0).to(tl.float32)
+        y = activate(y, CODE)
+        if GATED:
+            y *= tl.sum(second, axis=1) * factor
+        tl.store(z + token * neurons + at, y.to(z.dtype.element_ty), mask=live)
+
+
+@tuned(
+    [
+        config(4, 1, NEURONS=32, BLOCK=128, SPLITS=16),
+        config(4, 1, NEURONS=32, BLOCK=128, SPLITS=32),
+        config(4, 3, NEURONS=32, BLOCK=128, SPLITS=16),
+        config(4, 3, NEURONS=32, BLOCK=128, SPLITS=32),
+        config(4, 1, NEURONS=16, BLOCK=128, SPLITS=16),
+        config(4, 1, NEURONS=8, BLOCK=1024, SPLITS=64),
+        config(4, 4, NEURONS=8, BLOCK=512, SPLITS=64),
+    ],
+    key=["width", "neurons", "INDEXED"],
+)
+@triton.jit
+def _down(
+    z,
+    down,
+    addresses,
+    counts,
+    partial,
+    width,
+    neurons,
+    INDEXED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    token, split = tl.program_id(2), tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    count = neurons
+    experts = addresses
+    if INDEXED:
+        count = tl.load(counts + token).to(tl.int32)
+        experts = tl.load(addresses + token).to(tl.pointer_type(tl.int32))
+    begin, end = split_range(count, split, SPLITS, NEURONS)
+    at = begin + tl.arange(0, NEURONS)
+    ahead = tile(down, neurons_at(experts, at, end, INDEXED), at < end, columns, width)
+    others_may_begin_and_i_wait(OVERLAPS)
+    total = tl.zeros((NEURONS, BLOCK), tl.float32)
+    for start in range(begin, end, NEURONS):
+        at = start + tl.arange(0, NEURONS)
+        w = ahead
+        later = at + NEURONS
+        rows = neurons_at(experts, later, end, INDEXED)
+        ahead = tile(down, rows, later < end, columns, width)
+        v = tl.load(z + token * neurons + at, mask=at < end, other=0.0).to(tl.float32)
+        total += w.to(tl.float32) * v[:, None]
+    to = partial + (token * SPLITS + split) * width + columns
+    tl.store(to, tl.sum(total, axis=0), mask=inside)
+
+
+def activations(
+    x: Tensor, neurons: Neurons, table: ExpertTable | None, norm: tuple[Tensor, float] | None
+) -> Tensor:
+    """x [N, D] -> Z [N, F], of which the first K values of a row are those of its experts."""
+    tokens, width = x.shape
+    count = neurons.count
+    z = x.new_empty((tokens, count))
+    rows = count if table is None else (count + 1) // 2  # how many a table has is not known
+    _activations[lambda meta: (triton.cdiv(rows, meta["ROWS"]), tokens)](
+        x,
+        neurons.w_in,
+        neurons.up_bias,
+        norm[0] if norm else None,
+        table.addresses if table else None,
+        table.counts if table else None,
+        z,
+        width,
+        count,
+        norm[1] if norm else 0.0,
+        CODE=ACTIVATION_CODES[neurons.activation],
+        GATED=neurons.gated,
+        INDEXED=table is not None,
+        HAS_NORM=norm is not None,
+        HAS_BIAS=neurons.up_bias is not None,
+        **overlap(),
+    )
+    return z
+
+
+def down(z: Tensor, neurons: Neurons, table: ExpertTable | None) -> tuple[Tensor, int]:
+    """Z [N, F] as of ``activations`` -> sums of splits [N, n, D] float32, and how many n there
+    are of them."""
+    tokens, width = z.shape[0], neurons.down.shape[1]
+    partial = room_for_splits(z, width, _down)
+    _down[lambda meta: (triton.cdiv(width, meta["BLOCK"]), meta["SPLITS"], tokens)](
+        z,
+        neurons.down,
+        table.addresses if table else None,
+        table.counts if table else None,
+        partial,
+        width,
+        neurons.count,
+        INDEXED=table is not None,
+        **overlap(),
+    )
+    splits: int = _down.best_config.kwargs["SPLITS"]
+    return partial, splits

@@ -1,1 +1,0 @@
-"""The generation phase: sessions, sampling, stopping, and the engine that steps them."""

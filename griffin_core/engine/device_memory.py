@@ -1,0 +1,294 @@
+"""How many bytes sessions may hold, from what the device has left.
+
+On a GPU that is what is free once the weights are loaded, the graphs captured and the memory that a
+prompt's chunk works in set aside, times a fraction. The bytes are then claimed: torch's allocator
+takes them from the device at once, in one piece, and hands them out to KV caches and slim views as
+these come. So the next server on the same GPU finds only what this one has left, and takes its own
+fraction of that.
+
+On a CPU it is a fraction of what is available to the process. Nothing is claimed there: caches take
+pages as they are filled, other programs take theirs, and the default fraction leaves them half.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from griffin_core.engine.cgroup import memory_left
+from griffin_core.errors import DeviceMemoryExhausted
+from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import prefill
+from griffin_core.kv.budget import Budget
+from griffin_core.kv.cache import kv_bytes
+from griffin_core.model.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+FRACTIONS = {"cuda": 0.9, "cpu": 0.5}
+"""Fraction of the free memory that sessions may hold by default, by type of device."""
+
+GIB = 1 << 30
+
+MEMINFO = Path("/proc/meminfo")
+
+ASSUMED_BYTES = 8 * GIB
+"""Taken for available on a CPU whose system does not tell (it is not Linux)."""
+
+ATTEMPTS = 3
+"""Tries to claim memory that another process may take first."""
+
+
+def fraction_of(device: torch.device, fraction: float | None) -> float:
+    """The fraction asked for, or the device's default."""
+    return FRACTIONS[device.type] if fraction is None else fraction
+
+
+def available_bytes(
+    meminfo: Path = MEMINFO, left_in_groups: Callable[[], float] = memory_left
+) -> int:
+    """Bytes that this process can still take without swapping: what the kernel estimates for the
+    machine, or what its control groups leave, whichever is less."""
+    machine = float(ASSUMED_BYTES)
+    try:
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                machine = float(int(value.removesuffix("kB")) << 10)
+    except (OSError, ValueError):
+        pass
+    return int(min(machine, left_in_groups()))
+
+
+def tokens_held(decoder: Decoder, size: int) -> int:
+    """Tokens of KV that so many bytes hold."""
+    return size // kv_bytes(decoder.spec, decoder.dtype, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a GPU has for the sessions of an engine.
+
+    Args:
+        free: bytes neither held nor promised.
+        workspace: bytes of them that a chunk of a prompt works in.
+    """
+
+    free: int
+    workspace: int
+
+    def for_sessions(self, fraction: float) -> int:
+        """Bytes of a budget."""
+        return max(0, int((self.free - self.workspace) * fraction))
+
+
+class DeviceShare:
+    """The memory of one GPU that an engine has claimed for its sessions.
+
+    Engines of one process share torch's allocator, so what one has claimed and not yet used looks
+    free to the next; ``_claims`` tells them apart. Other processes are kept out by what the
+    allocator holds, which is exact with one engine in the process.
+
+    Args:
+        decoder: its device, and what a token of KV takes.
+        budget: of the sessions' bytes; what it holds is allocated already.
+        chunk_tokens: prompt tokens that run at once.
+    """
+
+    _claims: ClassVar[dict[torch.device, list[DeviceShare]]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, decoder: Decoder, budget: Budget, chunk_tokens: int) -> None:
+        self._decoder = decoder
+        self._device = decoder.device
+        self._budget = budget
+        self._chunk_tokens = chunk_tokens
+        self.workspace = 0
+        """Bytes that a chunk of a prompt works in."""
+
+    @classmethod
+    def claims(cls) -> int:
+        """How many engines of this process have claimed memory and not released it."""
+        with cls._lock:
+            return sum(len(shares) for shares in cls._claims.values())
+
+    def claim(self, fraction: float, wanted: int | None) -> int:
+        """Takes bytes for sessions from the device, and keeps them until ``release``.
+
+        Args:
+            fraction: of what is free.
+            wanted: so many bytes instead.
+
+        Returns:
+            The bytes of the budget.
+
+        Raises:
+            DeviceMemoryExhausted: less is free than is wanted, or too little for any session.
+        """
+        with self._lock:
+            self.workspace = self.measure_workspace()
+            for _ in range(ATTEMPTS):
+                room = self._room()
+                size = check_room(
+                    room, fraction, wanted, self._smallest_bytes(), device=str(self._device)
+                )
+                if self._take(size + self.workspace):
+                    self._budget.limit = size
+                    self._claims.setdefault(self._device, []).append(self)
+                    return size
+        raise DeviceMemoryExhausted(
+            f"session memory: another process takes the memory of {self._device} as fast as it is "
+            f"counted; {said_size(room.free)} were free. Start one server after the other"
+        )
+
+    def release(self) -> None:
+        """Gives back what no tensor uses any more."""
+        with self._lock:
+            self._claims[self._device].remove(self)
+            gc.collect()  # caches of sessions that ended just now
+            torch.cuda.empty_cache()
+
+    def _smallest_bytes(self) -> int:
+        spec = self._decoder.spec
+        tokens = min(self._chunk_tokens, spec.context_length)
+        return kv_bytes(spec, self._decoder.dtype, tokens)
+
+    def _unused(self) -> int:
+        """Bytes promised to sessions that do not hold them yet."""
+        return self._budget.limit - self._budget.held + self.workspace
+
+    def _room(self) -> Room:
+        torch.cuda.empty_cache()  # what loading and capturing have left
+        free, _ = torch.cuda.mem_get_info(self._device)
+        others = sum(share._unused() for share in self._claims.get(self._device, []))
+        return Room(
+            free=max(0, free + cached_bytes(self._device) - others), workspace=self.workspace
+        )
+
+    def _take(self, size: int) -> bool:
+        """Has torch's allocator hold that many unused bytes, beside those that other engines of
+        this process were promised. What it holds need not be in one piece: caches are taken by
+        layers."""
+        others = sum(share._unused() for share in self._claims.get(self._device, []))
+        missing = size + others - cached_bytes(self._device)
+        return missing <= 0 or grow(missing, self._device)
+
+    def measure_workspace(self) -> int:
+        """Runs a chunk of a prompt at the end of the longest context that there is room for: where
+        attention needs a mask, what it takes grows with the context. Returns the bytes that it
+        takes beside its KV."""
+        decoder, context = self._decoder, self._decoder.spec.context_length
+        while True:
+            torch.cuda.empty_cache()
+            try:
+                return self._run_chunk(context)
+            except torch.OutOfMemoryError:
+                context //= 2
+                if not context:
+                    free, _ = torch.cuda.mem_get_info(self._device)
+                    raise DeviceMemoryExhausted(
+                        f"session memory: a prompt of one token does not fit what is free of "
+                        f"{self._device}, {said_size(free)}"
+                    ) from None
+                log.info("a chunk after %d tokens does not fit %s", context * 2, decoder.device)
+
+    def _run_chunk(self, context: int) -> int:
+        decoder = self._decoder
+        tokens = min(self._chunk_tokens, context)
+        cache = decoder.new_cache(context)
+        cache.advance(context - tokens)  # whatever lies there: only sizes matter
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        events = prefill(
+            decoder,
+            [0] * tokens,
+            Selection(density=1.0),
+            cache=cache,
+            chunk_tokens=self._chunk_tokens,
+        )
+        for _ in events:
+            pass
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+
+def check_room(
+    room: Room, fraction: float, wanted: int | None, smallest: int, *, device: str
+) -> int:
+    """The bytes of a budget, or one line on why there are too few.
+
+    Args:
+        wanted: see ``DeviceShare.claim``.
+        smallest: with less, no session is worth beginning.
+
+    Raises:
+        DeviceMemoryExhausted: naming what is needed and what is free.
+    """
+    left = max(0, room.free - room.workspace)
+    if wanted is not None:
+        if wanted > left:
+            raise DeviceMemoryExhausted(
+                f"session_memory_gib: got {wanted / GIB:g}; {device} has {said_size(left)} free, "
+                "beside the weights, the graphs and what a prompt works in"
+            )
+        return wanted
+    size = room.for_sessions(fraction)
+    if size < smallest:
+        raise DeviceMemoryExhausted(
+            f"session memory: {fraction:g} of what {device} has free is {said_size(size)}, and a "
+            f"prompt's chunk alone needs {said_size(smallest)} of KV. Free some, or start what "
+            "else is there with a smaller --memory-fraction"
+        )
+    return size
+
+
+def grow(size: int, device: torch.device) -> bool:
+    """Has torch's allocator take bytes from a GPU and keep them. Whether it could."""
+    try:
+        torch.empty(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def cached_bytes(device: torch.device) -> int:
+    """Bytes that torch's allocator holds and no tensor uses; those of graphs not counted."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if segment["device"] == index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+    )
+
+
+def budget_from_cpu(
+    decoder: Decoder, fraction: float, chunk_tokens: int, available: int | None = None
+) -> int:
+    """Bytes of sessions on a CPU.
+
+    Args:
+        available: bytes; None asks the system.
+
+    Raises:
+        DeviceMemoryExhausted: too few for any session.
+    """
+    free = available_bytes() if available is None else available
+    tokens = min(chunk_tokens, decoder.spec.context_length)
+    smallest = kv_bytes(decoder.spec, decoder.dtype, tokens)
+    return check_room(Room(free=free, workspace=0), fraction, None, smallest, device="the machine")
+
+
+def said_size(size: int) -> str:
+    """Bytes for people, in the unit that suits them."""
+    units = ("bytes", "KiB", "MiB", "GiB")
+    power = 0 if size < 1 else min(int(math.log2(size)) // 10, 3)
+    return f"{size / (1 << 10 * power):.{1 if power else 0}f} {units[power]}"

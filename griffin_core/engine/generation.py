@@ -1,0 +1,184 @@
+"""What a generating session does at each step."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from griffin_core.engine.events import Finished, Timings, TokensMade
+from griffin_core.engine.held import held_after_stop
+from griffin_core.engine.sessions import Session
+from griffin_core.engine.task import GenerateTask
+from griffin_core.errors import NonFiniteLogits
+from griffin_core.forward.decode import Drawn
+from griffin_core.model.linear import Rows
+from griffin_core.model.load import Model
+from griffin_core.sampling.bans import Bans
+from griffin_core.sampling.logprobs import Logprobs
+from griffin_core.sampling.sampler import Sampler
+from griffin_core.sampling.stopping import FinishReason, StopChecker
+
+STREAMS_SHOWN = 4
+"""About how many streams a step shows tokens of, if it may choose."""
+
+MOST_SHOWN = 4
+"""Most tokens a stream then shows at once."""
+
+
+class Pace:
+    """How many tokens a stream shows at once, behind its first. One for all streams of an engine.
+
+    A message costs server and client the same with one token as with four, and what it costs is
+    taken from the steps where they share CPUs (ADR 12).
+
+    Args:
+        fixed: so many; None for one while there are few streams, more while there are many.
+    """
+
+    def __init__(self, fixed: int | None) -> None:
+        self._fixed = fixed
+        self.tokens = fixed or 1
+
+    def set(self, *, streams: int, prompts: bool) -> None:
+        """Before a step.
+
+        Args:
+            streams: in the step.
+            prompts: whether chunks of prompts come between steps; tokens then wait long enough.
+        """
+        if self._fixed is None:
+            crowded = 1 if prompts else math.ceil(streams / STREAMS_SHOWN)
+            self.tokens = min(max(1, crowded), MOST_SHOWN)
+
+
+class Generation:
+    """One turn: take the tokens that are drawn, show them, and say when it ends. ``Work`` of a
+    session.
+
+    Raises:
+        InvalidRequest: the request bans every token.
+    """
+
+    rows: Rows = "one"
+    chooses = False
+
+    def __init__(self, model: Model, task: GenerateTask, pace: Pace) -> None:
+        self._model = model
+        self._pace = pace
+        self._stopping = task.stopping
+        self.sampling = task.sampling
+        self.top_logprobs = task.top_logprobs
+        vocabulary = model.decoder.spec.vocabulary
+        self._bans = Bans(task.sampling, task.stopping, model.eos_ids, vocabulary)
+        self._banned: frozenset[int] = frozenset()
+        self._ids: list[int] = []
+        self._text = ""
+        self._logprobs: list[Logprobs] = []
+
+    def begin(self, session: Session) -> None:
+        """The prompt is read."""
+        self._checker = StopChecker(
+            self._stopping,
+            self._model.tokenizer,
+            self._model.eos_ids,
+            before=session.tokens,
+            room=self._model.decoder.spec.context_length - len(session.tokens),
+        )
+
+    def wants(self, session: Session) -> bool:
+        """Whether a token more may be drawn, as far as numbers say: what those in flight are is
+        not known yet. A token that may be banned because of those before it waits for them."""
+        if self._bans.lookback and session.in_flight:
+            return False
+        return self._checker.remaining > session.in_flight
+
+    def ban(self, session: Session, sampler: Sampler) -> None:
+        """Tells the sampler what the next token must not be, before it is drawn.
+
+        Raises:
+            InvalidRequest: no token is left.
+        """
+        assert session.slot is not None
+        place = session.turn_generated + session.in_flight
+        known = min(self._bans.lookback, session.turn_generated)
+        banned = self._bans.at(place, session.tokens[len(session.tokens) - known :])
+        if banned != self._banned:
+            sampler.ban(session.slot, sorted(banned))
+            self._banned = banned
+
+    def take(self, session: Session, drawn: Drawn) -> Finished | None:
+        """Takes the next token. Returns the turn's last event when it ends with that token.
+
+        Raises:
+            NonFiniteLogits: there is none.
+        """
+        token = drawn.token
+        if token < 0:
+            raise NonFiniteLogits(position=len(session.tokens))
+        if drawn.logprobs is not None:
+            self._logprobs.append(drawn.logprobs)
+        text, reason = self._checker.push(token)
+        self._ids.append(token)
+        self._text += text
+        session.tokens.append(token)
+        session.generated_tokens += 1
+        session.turn_generated += 1
+        session.clock.last_token = time.monotonic()
+        session.clock.first_token = session.clock.first_token or session.clock.last_token
+        first = session.turn_generated == 1
+        if first or reason is not None or len(self._ids) >= self._pace.tokens:
+            self._show(session)
+        if reason is None:
+            return None
+        self._settle(session, reason)
+        return self._finished(session, reason)
+
+    def _settle(self, session: Session, reason: FinishReason) -> None:
+        """Leaves in the session what its client has seen, and in its cache the tokens of that which
+        were run. The last one counts as not run, though a step too many may have run it, or it was
+        before a stop string: so a turn that ends is the same whatever ended it."""
+        assert session.cache is not None
+        begin = len(session.tokens) - session.turn_generated
+        kept = session.turn_generated
+        if session.keep and reason is FinishReason.STOP_SEQUENCE:
+            kept, made_anew = held_after_stop(
+                self._model.tokenizer,
+                session.tokens[:begin],
+                session.tokens[begin:],
+                self._checker,
+                vocabulary=self._model.decoder.spec.vocabulary,
+                skip_special_tokens=self._stopping.skip_special_tokens,
+            )
+            session.tokens[begin + kept :] = made_anew
+        session.cache.rewind(max(begin, min(begin + kept, len(session.tokens) - 1)))
+
+    def flush(self, session: Session) -> None:
+        """Shows the tokens that wait for others."""
+        if self._ids:
+            self._show(session)
+
+    def _show(self, session: Session) -> None:
+        session.sink.put(
+            TokensMade(ids=tuple(self._ids), text=self._text, logprobs=tuple(self._logprobs))
+        )
+        self._ids, self._text, self._logprobs = [], "", []
+
+    def _finished(self, session: Session, reason: FinishReason) -> Finished:
+        clock = session.clock
+        return Finished(
+            reason=reason,
+            stop=self._checker.matched,
+            prompt_tokens=session.prompt_tokens,
+            generated_tokens=session.turn_generated,
+            context_tokens=len(session.tokens),
+            timings=Timings(
+                queue_s=clock.admitted - clock.arrived,
+                prefill_s=clock.prefilled - clock.admitted,
+                selection_s=clock.selection_s,
+                slim_build_s=max(0.0, clock.view_ready - clock.prefilled),
+                first_token_s=clock.first_token - clock.arrived,
+                decode_s=clock.last_token - clock.first_token,
+            ),
+            pruning=session.figures(self._model.decoder.spec.ff_width),
+            kept=session.keep,
+        )

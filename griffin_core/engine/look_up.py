@@ -1,0 +1,116 @@
+"""Runs the next tokens of sessions that score, many in one batch, and looks up log-probabilities.
+
+If a batch fails, all sessions are as they were before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_core.engine.scoring import Chance, Scoring, Stage
+from griffin_core.engine.sessions import Session
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.forward.decode import decode_tokens
+from griffin_core.forward.prefill import launch
+from griffin_core.model.decoder import Decoder
+
+STEP_TOKENS = 256
+"""Most rows of logits in a step, over all sessions that score: bounds the logits to this × V."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The part of a step for one session.
+
+    Args:
+        rows: number of rows of logits.
+    """
+
+    session: Session
+    work: Scoring
+    stage: Stage
+    rows: int
+
+
+def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
+    """The pieces of a step, for sessions in the given order and up to STEP_TOKENS rows in all,
+    grouped by stage: those of one stage run together."""
+    together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
+    room = STEP_TOKENS
+    for session in sessions:
+        work = session.work
+        assert isinstance(work, Scoring)
+        stage = work.stage
+        rows = work.rows_of_step(room)
+        together[stage].append(Piece(session=session, work=work, stage=stage, rows=rows))
+        room -= rows
+        if not room:
+            break
+    return [pieces for pieces in together.values() if pieces]
+
+
+def look_up(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
+    """Runs pieces of one stage in one batch, and looks up the tokens that follow. If it raises, all
+    sessions are as they were before, and the same pieces may be run again.
+
+    Returns:
+        For each piece the scores of its targets, for ``Scoring.take``.
+    """
+    match pieces[0].stage:
+        case Stage.CONTEXT:
+            hidden = torch.stack([piece.work.context_hidden for piece in pieces])
+            return chances_of(
+                pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces))
+            )
+        case Stage.COUNTED:
+            return _look_up_counted(decoder, pieces)
+        case Stage.VIEW | Stage.CHOSEN:
+            return _look_up_on_experts(decoder, pieces)
+
+
+def _look_up_on_experts(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
+    runs = [piece.work.on_experts(piece.session, piece.rows) for piece in pieces]
+    lengths = [run.cache.length for run in runs]
+    try:
+        return chances_of(pieces, decode_tokens(decoder, runs))
+    except BaseException:
+        for run, length in zip(runs, lengths, strict=True):
+            run.cache.rewind(length)
+        raise
+
+
+def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
+    parts = [piece.work.counted(piece.session, piece.rows) for piece in pieces]
+    run = launch(decoder, parts)
+    logits = decoder.head(decoder.final_hidden(run.hidden))
+    rows = [piece.rows for piece in pieces]
+    chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
+    read = {id(each.prompt): each for each in run.end()}
+    for piece, part in zip(pieces, parts, strict=True):
+        if each := read.get(id(part.prompt)):
+            experts = ExpertSet(ff_width=each.s2.shape[1], indices=each.experts)
+            piece.work.counted_to_its_end(piece.session, each.s2, experts)
+    return chances
+
+
+def chances_of(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
+    """The scores of each piece's targets from its logits [T, V]. Waits for the device once."""
+    columns, counts = [], []
+    for piece, own in zip(pieces, logits, strict=True):
+        targets = torch.tensor(piece.work.targets(piece.rows), device=own.device)
+        rows, tokens = targets.unbind(dim=1)
+        finite = own.sum(dim=1).isfinite()  # NaN and infinite values carry over to the sum
+        logprobs = own.log_softmax(dim=1)
+        chosen = logprobs[rows, tokens]
+        greedy = chosen >= logprobs.amax(dim=1)[rows]
+        columns.append(torch.stack([chosen, greedy.float(), finite[rows].float()], dim=1))
+        counts.append(len(targets))
+    looked_up = iter(torch.cat(columns).tolist())
+    return [
+        [Chance(logprob, bool(greedy), bool(finite)) for logprob, greedy, finite in own]
+        for own in ([next(looked_up) for _ in range(count)] for count in counts)
+    ]

@@ -1,0 +1,197 @@
+"""What a caller may ask of the engine, checked against the model before anything is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import get_args
+from uuid import uuid4
+
+from griffin_core.engine.sessions import SHARINGS, Sharing
+from griffin_core.errors import InvalidRequest
+from griffin_core.experts.selection import POLICIES, PolicyName, Selection
+from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import ScoreMode
+from griffin_core.spec.model import ModelSpec
+
+SCORE_MODES: tuple[ScoreMode, ...] = get_args(ScoreMode)
+
+MOST_CONTINUATIONS = 256
+"""Of one ScoreTask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningParams:
+    """What a request says of its experts; what it leaves open is None.
+
+    Args:
+        sharing: see ``session.Sharing``.
+
+    Raises:
+        InvalidRequest: density is not in (0, 1], or there is no such policy or sharing.
+    """
+
+    density: float | None = None
+    policy: PolicyName | None = None
+    sharing: Sharing | None = None
+
+    def __post_init__(self) -> None:
+        density = self.density
+        if density is not None and not (isinstance(density, Real) and 0 < density <= 1):
+            raise InvalidRequest("pruning.density", self.density, "(0, 1]")
+        if self.policy is not None and self.policy not in POLICIES:
+            raise InvalidRequest("pruning.policy", self.policy, ", ".join(POLICIES))
+        if self.sharing is not None and self.sharing not in SHARINGS:
+            raise InvalidRequest("pruning.sharing", self.sharing, ", ".join(SHARINGS))
+
+    def selection(self, base: Selection, seed: int) -> Selection:
+        """The selection to run: this request's words, ``base`` for what it leaves open."""
+        return Selection(
+            density=base.density if self.density is None else self.density,
+            policy=self.policy or base.policy,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateTask:
+    """Generate from a prompt, or from a kept session and further tokens.
+
+    Args:
+        prompt: token ids of this turn, at least one.
+        sampling: its seed is also that of the policies that draw.
+        top_logprobs: None for no log-probabilities.
+        continues: id of the kept session this is a later turn of.
+        keep: keep the session afterwards.
+        arrived: when the call came, on ``time.monotonic``.
+        deadline: on the same clock, or None: until when the caller waits.
+        turn_id: names this turn; also the id of the session it opens, unless it continues one.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stopping: StoppingParams = field(default_factory=StoppingParams)
+    pruning: PruningParams = field(default_factory=PruningParams)
+    top_logprobs: int | None = None
+    continues: str | None = None
+    keep: bool = False
+    turn_id: str = field(default_factory=lambda: uuid4().hex)
+    arrived: float = field(default_factory=time.monotonic, compare=False)
+    deadline: float | None = None
+
+    @property
+    def prefilled(self) -> tuple[int, ...]:
+        """What the prefill reads."""
+        return self.prompt
+
+    def check(self, spec: ModelSpec, prompt_field: str) -> None:
+        """Raises InvalidRequest for whatever does not fit the model.
+
+        Args:
+            prompt_field: what the caller calls the prompt: "text", "token_ids" or "messages".
+        """
+        check_token_ids(prompt_field, self.prompt, spec)
+        if len(self.prompt) >= spec.context_length:
+            raise InvalidRequest(
+                prompt_field,
+                f"{len(self.prompt)} tokens",
+                f"at most {spec.context_length - 1} tokens, one less than the context length",
+            )
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidRequest("top_logprobs", self.top_logprobs, f"[0, {MAX_TOP_LOGPROBS}]")
+        check_token_ids("stopping.stop_token_ids", sorted(self.stopping.stop_token_ids), spec)
+        check_token_ids("sampling.logit_bias", sorted(self.sampling.logit_bias), spec)
+        allowed = sorted(self.sampling.allowed_token_ids)
+        check_token_ids("sampling.allowed_token_ids", allowed, spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTask:
+    """Log-probabilities of continuations, each scored by itself after ``prompt``, the context. All
+    have at least one token, and in classification the context has at least two.
+
+    Args:
+        continuations: 1 to MOST_CONTINUATIONS.
+        mode: see ``choices.ScoreMode``.
+        seed: of the policies that draw.
+        turn_id: also the id of its session.
+        arrived: when the call came, on ``time.monotonic``.
+        deadline: on the same clock, or None: until when the caller waits.
+
+    Raises:
+        InvalidRequest: there is no such mode.
+    """
+
+    prompt: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    mode: ScoreMode = "generation"
+    pruning: PruningParams = field(default_factory=PruningParams)
+    seed: int = 0
+    turn_id: str = field(default_factory=lambda: uuid4().hex)
+    arrived: float = field(default_factory=time.monotonic, compare=False)
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in SCORE_MODES:
+            raise InvalidRequest("mode", self.mode, ", ".join(SCORE_MODES))
+
+    @property
+    def prefilled(self) -> tuple[int, ...]:
+        """What the prefill reads of the context. In classification its last token is the first of
+        what each continuation runs by itself."""
+        return self.prompt if self.mode == "generation" else self.prompt[:-1]
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the context and the longest continuation that are run: the last is not."""
+        return len(self.prompt) + max(map(len, self.continuations)) - 1
+
+    def check(
+        self, spec: ModelSpec, context_field: str, continuation_fields: Sequence[str]
+    ) -> None:
+        """Raises InvalidRequest for whatever does not fit the model.
+
+        Args:
+            context_field, continuation_fields: what the caller calls the context and each of the
+                continuations.
+        """
+        check_continuations(len(self.continuations))
+        if not self.prompt:
+            raise InvalidRequest(
+                context_field, "no tokens before those of the continuation", "at least one token"
+            )
+        if self.mode == "classification" and len(self.prompt) == 1:
+            raise InvalidRequest(
+                context_field, "one token", "at least two tokens with mode classification"
+            )
+        check_token_ids(context_field, self.prompt, spec)
+        for name, continuation in zip(continuation_fields, self.continuations, strict=True):
+            if not continuation:
+                raise InvalidRequest(name, "no tokens behind the context", "at least one token")
+            check_token_ids(name, continuation, spec)
+            total = len(self.prompt) + len(continuation)
+            if total - 1 > spec.context_length:  # the last is only looked up
+                raise InvalidRequest(
+                    name,
+                    f"{total} tokens with the context",
+                    f"at most {spec.context_length + 1}, one more than the context length",
+                )
+
+
+def check_continuations(count: int) -> None:
+    """Raises InvalidRequest if one context may not have that many continuations."""
+    if not 1 <= count <= MOST_CONTINUATIONS:
+        raise InvalidRequest("continuations", f"{count} of them", f"1 to {MOST_CONTINUATIONS}")
+
+
+def check_token_ids(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
+    """Raises InvalidRequest unless every id is in [0, V)."""
+    for index, token in enumerate(ids):
+        if not 0 <= token < spec.vocabulary:
+            raise InvalidRequest(
+                f"{name}[{index}]", token, f"[0, {spec.vocabulary}), the vocabulary"
+            )

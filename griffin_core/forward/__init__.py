@@ -1,0 +1,1 @@
+"""Runs of the model: prompts and decode steps."""

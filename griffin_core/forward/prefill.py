@@ -1,0 +1,482 @@
+"""The prompt phase: token ids in; each layer's KV out as it is made, its experts at the end.
+
+Prompts are read in passes. A pass runs the model once over parts of one or more prompts, one after
+the other in one batch of rows, so that the weights are read once for all of them. Attention, cache
+and statistic are each prompt's own, so what comes of a prompt does not depend on what else was in
+its passes, but for rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from griffin_core.backends.cuda import on_device
+from griffin_core.experts.selection import Selection, select_together
+from griffin_core.experts.statistic import RowRuns, add_s2, relative
+from griffin_core.kv.cache import KvCache
+from griffin_core.model.decoder import Decoder, RunFF
+
+CHUNK_TOKENS = 512
+
+GPU_CHUNK_TOKENS = 4096
+"""On a GPU: eight prompts of 512 tokens in a pass, which takes an 8B model on an H100 some 105 ms,
+the longest that other sessions then wait."""
+
+MAX_TOGETHER = 16
+"""Most prompts of one pass. Each has its statistic in it, L · F float32 (1.8 MB for Llama-3-8B),
+and each costs every layer an attention call of its own: that many prompts of 128 tokens already
+fill a pass of 2,048."""
+
+Moment = float | torch.cuda.Event
+"""Seconds on the host's clock, or a place in the order of a GPU's work."""
+
+
+def default_chunk_tokens(device: torch.device) -> int:
+    """Tokens of a pass on a device: so many that products run at its rate, and no more, since
+    streams wait meanwhile."""
+    return GPU_CHUNK_TOKENS if device.type == "cuda" else CHUNK_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKv:
+    """One layer's keys and values for a run of tokens.
+
+    Args:
+        kv: [2, kv_heads, tokens, head_dim], keys then values. A view of the prompt's cache.
+        ready: on a GPU, when they are there; None if they are already, or come in order.
+    """
+
+    layer: int
+    first_token: int
+    kv: Tensor
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerExperts:
+    """One layer's statistic over all tokens, and its experts.
+
+    Args:
+        s: [F] float32.
+        experts: [K] int32, ascending.
+    """
+
+    layer: int
+    s: Tensor
+    experts: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerActivations:
+    """One layer's relative activations for a run of tokens, for callers that study them.
+
+    Args:
+        values: [tokens, F] float32, |Z_t| / ‖Z_t‖: what the statistic squares and adds up.
+    """
+
+    layer: int
+    first_token: int
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptExperts:
+    """The statistic and the experts of all layers in one piece, for a prompt that an engine has
+    read for a session of its own. Its KV is in the session's cache already.
+
+    Args:
+        s2: [L, F] float32, over all tokens of the session so far.
+        experts: [L, K] int32, each row ascending.
+        norm_mass: L values, as of ``ExpertSet.norm_mass``.
+    """
+
+    s2: Tensor
+    experts: Tensor
+    norm_mass: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillFinished:
+    """The end of a prefill.
+
+    A pass runs several prompts at once, so its time is divided among them: by their tokens in it
+    for the model, equally among those that chose their experts in it for the selection. The times
+    of all prompts add up to the time the device was busy.
+
+    Args:
+        last_hidden: [D] float32, what the head reads to give the first token's logits.
+        compute_s: this prompt's share of running the model, selection included.
+        selection_s: its share of choosing experts.
+    """
+
+    last_hidden: Tensor
+    compute_s: float
+    selection_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillRestarted:
+    """Another server begins the prefill anew: what came so far does not count."""
+
+
+PrefillEvent = LayerKv | LayerExperts | PromptExperts | PrefillFinished | PrefillRestarted
+
+
+class Prompt:
+    """A prompt on its way through the model: how far it is read, and its statistic so far.
+
+    Args:
+        token_ids: T >= 1 ids.
+        selection: how its experts are chosen.
+        cache: holds the tokens before these, and room for these; a new one if None.
+        s2: [L, F], the statistic of the tokens before these; None if there are none. Not changed.
+        wants_kv: passes tell of each layer's KV as it is made.
+        watch: layers whose activations passes tell of.
+
+    Raises:
+        ValueError: no token.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        token_ids: Sequence[int],
+        selection: Selection,
+        *,
+        cache: KvCache | None = None,
+        s2: Tensor | None = None,
+        wants_kv: bool = False,
+        watch: Collection[int] = (),
+    ) -> None:
+        if not token_ids:
+            raise ValueError("prefill needs at least one token")
+        self.selection = selection
+        self.cache = decoder.new_cache(len(token_ids)) if cache is None else cache
+        self.s2 = s2
+        self.wants_kv = wants_kv
+        self.watch = watch
+        self.tokens = len(token_ids)
+        self.read = 0
+        """Tokens that passes have read."""
+        self.shares: list[tuple[Moment, Moment, float]] = []
+        """Of each pass it was in: begin, end, and its share of the tokens."""
+        self.layers_told = 0
+        """Layers of the pass under way that were told of. A pass that failed is run again, and its
+        reader is not to get the same layer twice."""
+        self._ids = on_device(token_ids, torch.int64, decoder.device)
+
+    @property
+    def left(self) -> int:
+        """Tokens still to read."""
+        return self.tokens - self.read
+
+    def next_ids(self, tokens: int) -> Tensor:
+        """The ids [tokens] of what is read next."""
+        return self._ids[self.read : self.read + tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a pass reads of one prompt: its next ``tokens`` tokens, at least one."""
+
+    prompt: Prompt
+    tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt is read to its end with it."""
+        return self.tokens == self.prompt.left
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRead:
+    """What came of a prompt that was read to its end.
+
+    Args:
+        s2: [L, F] float32.
+        experts: [L, K] int32, each row ascending.
+        norm_mass: L values, as of ``ExpertSet.norm_mass``.
+        finished: the event that ends it.
+    """
+
+    prompt: Prompt
+    s2: Tensor
+    experts: Tensor
+    norm_mass: tuple[float, ...]
+    finished: PrefillFinished
+
+    def by_layer(self) -> list[LayerExperts]:
+        """The statistic and the experts, one event a layer."""
+        layers = zip(self.s2.sqrt().unbind(), self.experts.unbind(), strict=True)
+        return [
+            LayerExperts(layer=layer, s=s, experts=experts)
+            for layer, (s, experts) in enumerate(layers)
+        ]
+
+    def on_host(self) -> PromptRead:
+        """The same in the CPU's memory, so that what reads it there waits for no work that the
+        device has been given since."""
+        finished = replace(self.finished, last_hidden=self.finished.last_hidden.cpu())
+        return replace(self, s2=self.s2.cpu(), experts=self.experts.cpu(), finished=finished)
+
+    def in_one_piece(self) -> PromptExperts:
+        """The statistic and the experts, one event in all."""
+        return PromptExperts(s2=self.s2, experts=self.experts, norm_mass=self.norm_mass)
+
+
+Tell = Callable[[Prompt, LayerKv | LayerActivations], None]
+"""Is told what a pass makes of a prompt, while the pass runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A pass that has been launched: on a GPU the device may still be at it.
+
+    Args:
+        rows: the first row of each part, then the number of rows.
+        hidden: [N, D], output of the last layer.
+        s2: [R, L, F] float32, the statistic of each part.
+    """
+
+    decoder: Decoder
+    parts: Sequence[Part]
+    rows: Sequence[int]
+    hidden: Tensor
+    s2: Tensor
+    began: Moment
+
+    def end(self) -> list[PromptRead]:
+        """Moves every prompt on by its part, and chooses the experts of those read to their end.
+
+        A pass that ends no prompt does not wait for the device; one that does waits once. If it
+        raises, no prompt has moved on.
+
+        Returns:
+            One for each prompt that is read to its end, in the order of the parts.
+        """
+        ended = moment(self.decoder.device)
+        total = self.rows[-1]
+        last = [index for index, part in enumerate(self.parts) if part.is_last]
+        sums = [self._s2_so_far(index) for index in range(len(self.parts))]
+        chosen = self._choose(last, [sums[index] for index in last]) if last else []
+        for part, s2 in zip(self.parts, sums, strict=True):
+            prompt = part.prompt
+            prompt.shares.append((self.began, ended, part.tokens / total))
+            prompt.cache.advance(part.tokens)
+            prompt.read += part.tokens
+            prompt.layers_told = 0
+            prompt.s2 = s2
+        return chosen
+
+    def _s2_so_far(self, index: int) -> Tensor:
+        """The statistic [L, F] of a prompt with this pass's part of it."""
+        before, own = self.parts[index].prompt.s2, self.s2[index]
+        if before is not None:
+            return before + own
+        return own.clone() if len(self.parts) > 1 else own  # else it held all parts' memory
+
+    def _choose(self, last: Sequence[int], s2s: Sequence[Tensor]) -> list[PromptRead]:
+        decoder = self.decoder
+        prompts = [self.parts[index].prompt for index in last]
+        ends = [self.rows[index + 1] for index in last]
+        rows = torch.cat([self.hidden[end - 1 : end] for end in ends])
+        hidden = decoder.final_hidden(rows).float().unbind()
+        selecting = moment(decoder.device)
+        experts = select_together(
+            s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
+        )
+        selected = moment(decoder.device)
+        # What is kept is the square of what a handoff brings, so that it is the same, to the bit,
+        # wherever a prompt is read.
+        s2s = [s2.sqrt().square() for s2 in s2s]
+        # The one wait: after it every moment of this pass and of those before it is known.
+        masses = torch.stack([_norm_mass(*pair) for pair in zip(s2s, experts, strict=True)])
+        norm_mass: list[list[float]] = masses.tolist()
+        selection_s = _seconds(selecting, selected) / len(prompts)
+        read = []
+        for index, prompt in enumerate(prompts):
+            own = self.parts[last[index]].tokens / self.rows[-1]
+            shares = [*prompt.shares, (self.began, selecting, own)]
+            compute_s = sum(_seconds(begin, end) * share for begin, end, share in shares)
+            finished = PrefillFinished(
+                last_hidden=hidden[index],
+                compute_s=compute_s + selection_s,
+                selection_s=selection_s,
+            )
+            read.append(
+                PromptRead(
+                    prompt=prompt,
+                    s2=s2s[index],
+                    experts=experts[index],
+                    norm_mass=tuple(norm_mass[index]),
+                    finished=finished,
+                )
+            )
+        return read
+
+
+Launch = Callable[[Decoder, Sequence[Part], Tell], Pass]
+"""Runs a pass, as ``launch`` does."""
+
+
+@torch.inference_mode()
+def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None) -> Pass:
+    """Runs the model dense over parts of prompts, together, and takes each one's statistic.
+
+    Nothing of a prompt moves on before ``Pass.end``, so that after an error the same parts can be
+    run again.
+
+    Args:
+        parts: at least one, each of another prompt.
+        tell: gets LayerKv, then LayerActivations, of prompts that want them, layer by
+            layer. On a GPU the values are not there yet when it is called; they come in the order
+            of the device's work.
+    """
+    device = decoder.device
+    began = moment(device)
+    rows = (0, *accumulate(part.tokens for part in parts))
+    runs = RowRuns.of(rows, device)
+    spec = decoder.spec
+    s2 = torch.zeros((len(parts), len(decoder.layers), spec.ff_width), device=device)
+    ids = [part.prompt.next_ids(part.tokens) for part in parts]
+    hidden, batch = decoder.begin(
+        ids[0] if len(ids) == 1 else torch.cat(ids),
+        [(part.prompt.cache, part.tokens) for part in parts],
+    )
+    readers = [(i, part) for i, part in enumerate(parts) if part.prompt.wants_kv]
+    watched = {layer for part in parts for layer in part.prompt.watch}
+    activations: dict[int, Tensor] = {}
+
+    for layer in range(len(decoder.layers)):
+        kept = activations if layer in watched else None
+        hidden = decoder.layer(layer, hidden, batch, counting_ff(decoder, layer, s2, runs, kept))
+        if readers or layer in watched:
+            z = activations.pop(layer, None)
+            ready = _event(device) if readers else None
+            for index, part in enumerate(parts):
+                of_part = None if z is None else z[rows[index] : rows[index + 1]]
+                _tell_layer(part, layer, ready, of_part, tell)
+    return Pass(decoder=decoder, parts=parts, rows=rows, hidden=hidden, s2=s2, began=began)
+
+
+def counting_ff(
+    decoder: Decoder,
+    layer: int,
+    s2: Tensor,
+    runs: RowRuns,
+    activations: dict[int, Tensor] | None = None,
+) -> RunFF:
+    """A layer's dense FF block, which adds the statistic of what passes through it to s2 [R, L, F].
+
+    Args:
+        runs: whose rows are whose.
+        activations: gets Z [N, F], if given.
+    """
+    ff = decoder.layers[layer].ff
+
+    def run(x: Tensor) -> Tensor:
+        z, squares = ff.activations_and_squares(x)
+        add_s2(s2[:, layer], z, squares, runs)
+        if activations is not None:
+            activations[layer] = z
+        return ff.output(z)
+
+    return run
+
+
+def _tell_layer(
+    part: Part, layer: int, ready: torch.cuda.Event | None, z: Tensor | None, tell: Tell
+) -> None:
+    """Tells of one layer of a prompt, unless a pass that failed has done so."""
+    prompt = part.prompt
+    if layer < prompt.layers_told:
+        return
+    start = prompt.cache.length
+    if prompt.wants_kv:
+        kv = prompt.cache.room(layer, start, start + part.tokens)
+        tell(prompt, LayerKv(layer=layer, first_token=start, kv=kv, ready=ready))
+    if z is not None and layer in prompt.watch:
+        tell(prompt, LayerActivations(layer=layer, first_token=start, values=relative(z)))
+    prompt.layers_told = layer + 1
+
+
+@torch.inference_mode()
+def prefill(
+    decoder: Decoder,
+    token_ids: Sequence[int],
+    selection: Selection,
+    *,
+    cache: KvCache | None = None,
+    s2: Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    watch: Collection[int] = (),
+) -> Iterator[PrefillEvent | LayerActivations | None]:
+    """Runs one prompt dense, in chunks, and takes the statistic.
+
+    A generator, so that its caller may do other work between chunks: it yields None after each
+    chunk but the last. Results do not depend on the chunk size, but for rounding.
+
+    Args:
+        token_ids, cache, s2, watch: as of ``Prompt``.
+        chunk_tokens: most tokens that run at once.
+
+    Yields:
+        LayerKv for each chunk and layer, followed by LayerActivations if the layer is watched;
+        then LayerExperts for each layer, PrefillFinished last.
+
+    Raises:
+        ValueError: no token.
+    """
+    prompt = Prompt(decoder, token_ids, selection, cache=cache, s2=s2, wants_kv=True, watch=watch)
+    while True:
+        told: list[tuple[Prompt, LayerKv | LayerActivations]] = []
+        part = Part(prompt=prompt, tokens=min(chunk_tokens, prompt.left))
+        read = launch(decoder, [part], lambda *each, to=told: to.append(each)).end()
+        yield from (event for _, event in told)
+        for done in read:
+            yield from done.by_layer()
+            yield done.finished
+            return
+        yield None
+
+
+def _norm_mass(s2: Tensor, experts: Tensor) -> Tensor:
+    """For each layer [L] the share of its statistic that its experts hold; see ``ExpertSet``."""
+    total = s2.sum(dim=1)
+    if experts.shape[1] == s2.shape[1]:
+        return torch.ones_like(total)
+    kept = s2.gather(1, experts.long()).sum(dim=1)
+    return torch.where(total > 0, kept / total, 1.0)
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """On a GPU, when it has done what it was given so far; it is not waited for."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def moment(device: torch.device) -> Moment:
+    """Now, or on a GPU when it has done what it was given so far: it is not waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _seconds(begin: Moment, end: Moment) -> float:
+    """Between two moments of one device; waits for the second."""
+    if isinstance(begin, float) or isinstance(end, float):
+        return cast("float", end) - cast("float", begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

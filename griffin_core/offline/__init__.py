@@ -1,0 +1,1 @@
+"""Offline batches: how ``LLM`` runs many prompts through an engine."""

@@ -1,0 +1,276 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from griffin_core.errors import BadModelFile, InvalidRequest
+from griffin_core.text.chat_template import ChatTemplate
+from griffin_core.text.stream import TextStream, TokenDecoder
+
+CHARACTERS_PER_TOKEN = 16
+"""Of a text with more characters for each token that fits, the beginning is tokenized by itself
+first: ordinary text has about 4."""
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    Args:
+        tokenizer: a "fast" tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer: Any = tokenizer
+        self._backend: Any = tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # tokenizer.json may store what a training script set
+        self._backend.no_padding()
+        self._added_after = self._count_added_after()
+        self._decoder = TokenDecoder(self._backend)
+        self._chat = ChatTemplate(tokenizer)
+
+    @property
+    def fast(self) -> Any:
+        """The tokenizer of transformers that this one is made of."""
+        return self._tokenizer
+
+    @property
+    def eos_id(self) -> int | None:
+        eos: int | None = self._tokenizer.eos_token_id
+        return eos
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template that can be used."""
+        return not self._chat.unusable
+
+    @property
+    def no_chat_because(self) -> str:
+        """Why chats cannot be rendered; empty if they can."""
+        return self._chat.unusable
+
+    def encode(
+        self,
+        text: str,
+        *,
+        special_tokens: bool = True,
+        most: int | None = None,
+        field: str = "text",
+    ) -> list[int]:
+        """Token ids of ``text``, with the tokenizer's own BOS and the like if asked for.
+
+        Args:
+            most: most tokens that are of use; None for any number. Of a long text only a beginning
+                is tokenized if that alone has more than twice as many.
+            field: what the caller calls the text.
+
+        Raises:
+            InvalidRequest: more tokens.
+        """
+        ids: list[int] = self._encoding(text, special_tokens, most, field).ids
+        return ids
+
+    def encode_inner(self, text: str) -> list[int]:
+        """Token ids of a text that stands after a line break, without the space that sentencepiece
+        puts before a text; none if the tokenizer joins it to the line break."""
+        line_break = self.encode("\n", special_tokens=False)
+        both = self.encode(f"\n{text}", special_tokens=False)
+        return both[len(line_break) :] if both[: len(line_break)] == line_break else []
+
+    def encode_pair(
+        self,
+        context: str,
+        continuation: str,
+        *,
+        special_tokens: bool = True,
+        most: int | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of both together, split where the continuation's begin.
+
+        If the tokens of the context alone are not the first of the whole's, the continuation's
+        first is the first token that has a part of it, though it may have some of the context, too.
+        What the tokenizer puts after a text, an EOS, is left out.
+
+        Args:
+            most: see ``encode``.
+
+        Raises:
+            InvalidRequest: more tokens, in the context or in both.
+        """
+        texts = {"context": context, "continuation": context + continuation}
+        first, whole = (self._encoding(t, special_tokens, most, f) for f, t in texts.items())
+        for encoding in (first, whole) if special_tokens and self._added_after else ():
+            encoding.truncate(len(encoding) - self._added_after)
+        before, ids = first.ids, whole.ids
+        split = len(before)
+        if ids[:split] != before:
+            # Ends in characters of the text; 0 for tokens that are not of the text, such as a BOS.
+            ends = [end for _, end in whole.offsets]
+            split = next((i for i, end in enumerate(ends) if end > len(context)), len(ids))
+            if self._joined_by_normalizer(context, continuation):  # ends are those before joining
+                pairs = enumerate(zip(ids, before, strict=False))
+                shorter = min(len(ids), len(before))  # the continuation may take tokens away
+                split = next((i for i, (now, then) in pairs if now != then), shorter)
+        return ids[:split], ids[split:]
+
+    def encode_chat(
+        self,
+        messages: Sequence[tuple[str, str]],
+        *,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        most: int | None = None,
+    ) -> list[int]:
+        """Token ids of a chat that the model is to answer.
+
+        Args:
+            messages, continue_final_message, variables: see ``ChatTemplate.render``.
+            most: see ``encode``.
+
+        Raises:
+            InvalidRequest: as by ``ChatTemplate.render`` and ``encode``.
+        """
+        text = self._chat.render(
+            messages, continue_final_message=continue_final_message, variables=variables
+        )
+        return self.encode(text, special_tokens=False, most=most, field="messages")
+
+    def ordinary_tokens_from(self, first: int) -> list[str]:
+        """Tokens with an id of ``first`` or more that are no added ones."""
+        added = self._backend.get_added_tokens_decoder()
+        vocabulary = self._backend.get_vocab(with_added_tokens=False).items()
+        return [text for text, token in vocabulary if token >= first and token not in added]
+
+    def special_text(self, token_id: int) -> str | None:
+        """The text of a special token, which other texts leave out; None for any other token."""
+        return self._decoder.special_texts.get(token_id)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``, by default without special tokens."""
+        return self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def decode_one(self, token_id: int) -> str:
+        """Text of one token by itself, special tokens shown."""
+        return self._decoder.decode([token_id], skip_special_tokens=False)
+
+    def stream(self, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> TextStream:
+        """A new incremental decoder of a completion.
+
+        Args:
+            before: ids that the completion follows: its prompt, all that a session holds.
+        """
+        return TextStream(self._decoder, before, skip_special_tokens=skip_special_tokens)
+
+    def _joined_by_normalizer(self, context: str, continuation: str) -> bool:
+        """Whether characters on both sides of the border become one, such as an accent and its
+        letter."""
+        if (normalizer := self._backend.normalizer) is None:
+            return False
+        whole = normalizer.normalize_str(context + continuation)
+        return not whole.startswith(normalizer.normalize_str(context))
+
+    def _encoding(self, text: str, special_tokens: bool, most: int | None, field: str) -> Any:
+        """A ``tokenizers.Encoding``, whose length is known without a list of its ids."""
+        if most is None:
+            return self._encoded(text, special_tokens)
+        size = CHARACTERS_PER_TOKEN * most
+        while size < len(text):
+            # Where a text is cut, tokens are others, but not half of them: this many are too many.
+            if (count := len(self._encoded(text[:size], special_tokens))) > 2 * most:
+                raise InvalidRequest(
+                    field,
+                    f"{len(text)} characters, of which the first {size} are {count} tokens",
+                    f"at most {most} tokens, the context length",
+                )
+            size *= 4
+        encoding = self._encoded(text, special_tokens)
+        if len(encoding) > most:
+            raise InvalidRequest(
+                field, f"{len(encoding)} tokens", f"at most {most}, the context length"
+            )
+        return encoding
+
+    def _encoded(self, text: str, special_tokens: bool) -> Any:
+        # A batch of one: encode() holds the interpreter's lock, which stops the engine's thread.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=special_tokens)
+        return encoding
+
+    def _count_added_after(self) -> int:
+        """How many tokens the tokenizer puts after a text."""
+        one_token = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token="")).encode("a")
+        added: list[int] = self._backend.post_process(one_token).special_tokens_mask
+        return len(added) - 1 - added.index(0)
+
+
+def load_tokenizer(where: str) -> Tokenizer:
+    """Loads the tokenizer of a directory or hub id.
+
+    Raises:
+        BadModelFile: there is none, it cannot be read, or it has no fast form. In one line, with
+            the file that is the reason.
+    """
+    needs_sentencepiece = _only_sentencepiece(Path(where))
+    if needs_sentencepiece and find_spec("sentencepiece") is None:
+        raise BadModelFile(
+            "tokenizer.model: reading it takes the package sentencepiece, which is not installed; "
+            "install it, or put a tokenizer.json beside it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # each tokenizer class raises its own
+        if needs_sentencepiece:
+            raise BadModelFile(
+                "tokenizer.model: sentencepiece cannot read it; put a tokenizer.json beside it"
+            ) from error
+        words = " ".join(str(error).split())[:300]
+        file = _broken_file(Path(where)) or "tokenizer: cannot load it"
+        raise BadModelFile(f"{file} ({type(error).__name__}: {words})") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadModelFile(
+            f"tokenizer: {type(tokenizer).__name__} has no fast form, which is needed"
+        )
+    # transformers makes an empty one of a class for which it finds no file.
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder().keys()
+    if backend.get_vocab_size(with_added_tokens=False) <= len(added):
+        vocabulary = set(backend.get_vocab(with_added_tokens=False).values())
+        if vocabulary <= added:
+            raise BadModelFile(
+                f"tokenizer: {type(tokenizer).__name__} has no tokens but special ones; is "
+                "tokenizer.json missing?"
+            )
+    return Tokenizer(tokenizer)
+
+
+def _only_sentencepiece(directory: Path) -> bool:
+    others = ("tokenizer.json", "vocab.json", "tekken.json")
+    return (directory / "tokenizer.model").exists() and not any(
+        (directory / name).exists() for name in others
+    )
+
+
+def _broken_file(directory: Path) -> str:
+    """Which of a tokenizer's files cannot be read, and why; empty if all can."""
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for file in (directory / name for name in files):
+        try:
+            if file.exists() and not isinstance(json.loads(file.read_text("utf-8")), dict):
+                return f"{file.name}: is no JSON object"
+        except (OSError, ValueError):
+            return f"{file.name}: cannot be read"
+    if (file := directory / "tokenizer.json").exists():
+        try:
+            tokenizers.Tokenizer.from_file(str(file))
+        except Exception:  # of no narrower type
+            return "tokenizer.json: is not a tokenizer that the library tokenizers reads"
+    elif directory.is_dir():
+        return "tokenizer: the model has no tokenizer.json"
+    return ""
