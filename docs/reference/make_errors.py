@@ -11,7 +11,7 @@ from page_parts import summary, table
 
 from griffin_client.errors import EXCEPTIONS, ServerFault
 from griffin_core.errors import GriffinError
-from griffin_server.ops.status import CODES
+from griffin_server.rpc.status import CODES
 
 PAGE = Path(__file__).with_name("errors.md")
 

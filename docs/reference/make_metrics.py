@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 from prometheus_client.metrics import MetricWrapperBase
 from page_parts import table
 
-from griffin_server.ops.metrics import Metrics
+from griffin_server.telemetry.metrics import Metrics
 
 PAGE = Path(__file__).with_name("metrics.md")
 

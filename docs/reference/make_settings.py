@@ -8,7 +8,7 @@ from typing import Any
 
 from page_parts import table
 
-from griffin_server.ops.settings import Settings
+from griffin_server.settings import Settings
 
 PAGE = Path(__file__).with_name("settings.md")
 
