@@ -1,4 +1,4 @@
-"""Writes docs/reference/errors.md from the tables of errors in server and client: `make reference`."""
+"""Writes docs/reference/errors.md from the server's and the client's tables: `make reference`."""
 
 from __future__ import annotations
 

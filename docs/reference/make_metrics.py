@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
-from prometheus_client.metrics import MetricWrapperBase
 from page_parts import table
+from prometheus_client.metrics import MetricWrapperBase
 
 from griffin_server.telemetry.metrics import Metrics
 

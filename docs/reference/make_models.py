@@ -183,9 +183,7 @@ def _gguf() -> list[str]:
         table(("key", "why"), [(f"`{name}`", why) for name, why in IGNORED.items()]),
         "All other keys of the architecture and of the tokenizer are refused. Tensors that may be "
         "left over:",
-        table(
-            ("tensor", "why"), [(f"`{name}`", why) for name, why in GGUF_LEFT_OVER.items()]
-        ),
+        table(("tensor", "why"), [(f"`{name}`", why) for name, why in GGUF_LEFT_OVER.items()]),
         "Known pre-tokenizers (`tokenizer.ggml.pre`), a line for each way to split; others are "
         "refused:",
         "\n".join(f"- {_names(names)}" for names in words.values()),

@@ -1,4 +1,4 @@
-"""What the generators of reference pages share: tables in Markdown, and sentences from docstrings."""
+"""Parts of generated pages: tables in Markdown, and sentences from docstrings."""
 
 from __future__ import annotations
 
