@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from griffin_core.backends.cuda import to_host
+from griffin_core.backends.transfers import to_host
 
 MAX_TOP_LOGPROBS = 20
 

@@ -31,7 +31,7 @@ from griffin_core.model.gguf.keys import (
 )
 from griffin_core.model.gguf.tensors import Wanted, check_tensors, converted_state, wanted_tensors
 from griffin_core.model.gguf.tokenizer import end_tokens, tokenizer_of
-from griffin_core.spec.model import spec_from_config
+from griffin_core.model.families.registry import spec_from_config
 
 __all__ = ["CONVERTER_VERSION", "Understood", "part_paths", "understand", "write_model"]
 
