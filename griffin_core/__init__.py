@@ -30,6 +30,8 @@ _PUBLIC = {
 }
 """Public name -> the module that defines it."""
 
+__all__ = list(_PUBLIC)  # from the one list of them
+
 
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:

@@ -108,9 +108,7 @@ def sparsify(
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         s = _statistics(model, blocks, prompts)
-        experts = ExpertSet(
-            ff_width=s.shape[2], indices=_choose(_group_score(s), blocks, selection)
-        )
+        experts = ExpertSet(ff_width=s.shape[2], indices=_choose(batch_score(s), blocks, selection))
         rows = _Rows(model, prompts, layout)
         for hook in (
             model.register_forward_pre_hook(rows.tell, with_kwargs=True),
@@ -206,7 +204,7 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _group_score(s: Tensor) -> Tensor:
+def batch_score(s: Tensor) -> Tensor:
     """s [N, L, F] of all prompts -> Σ_i s_i/√S_i [L, F]. Each token that counted has added 1 to
     Σ_f s_f², so that is S_i."""
     tokens = s.square().sum(dim=2, keepdim=True).clamp(min=1)

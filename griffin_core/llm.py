@@ -180,6 +180,11 @@ class LLM:
             self.close()
             raise
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs the model, to see what it holds. Do not stop it: use ``close``."""
+        return self._engine
+
     def close(self) -> None:
         """Ends what still runs with EngineStopped, and the engine's thread. May be repeated."""
         self._closed = True

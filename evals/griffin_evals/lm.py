@@ -179,6 +179,11 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             add_bos_token=add_bos_token,
         )
 
+    @property
+    def reader(self) -> Reader:
+        """Reads requests of lm-eval with the settings and the tokenizer of this model."""
+        return self._reader
+
     def with_settings(
         self,
         *,

@@ -57,6 +57,10 @@ class TorchSlots:
     def nbytes(self) -> int:
         return self.drawn.nbytes
 
+    @property
+    def in_use(self) -> frozenset[int]:
+        return frozenset(self._slots)
+
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         self._slots[slot] = _Slot(params, frozenset(seen))
 

@@ -114,6 +114,12 @@ class DeviceShare:
         self.workspace = 0
         """Bytes that a chunk of a prompt works in."""
 
+    @classmethod
+    def claims(cls) -> int:
+        """How many engines of this process have claimed memory and not released it."""
+        with cls._lock:
+            return sum(len(shares) for shares in cls._claims.values())
+
     def claim(self, fraction: float, wanted: int | None) -> int:
         """Takes bytes for sessions from the device, and keeps them until ``release``.
 
@@ -128,7 +134,7 @@ class DeviceShare:
             DeviceMemoryExhausted: less is free than is wanted, or too little for any session.
         """
         with self._lock:
-            self.workspace = self._measure_workspace()
+            self.workspace = self.measure_workspace()
             for _ in range(ATTEMPTS):
                 room = self._room()
                 size = check_room(
@@ -175,9 +181,10 @@ class DeviceShare:
         missing = size + others - cached_bytes(self._device)
         return missing <= 0 or grow(missing, self._device)
 
-    def _measure_workspace(self) -> int:
-        """Bytes that a chunk takes beside its KV, at the end of the longest context there is room
-        for: where attention needs a mask, they grow with the context."""
+    def measure_workspace(self) -> int:
+        """Runs a chunk of a prompt at the end of the longest context that there is room for: where
+        attention needs a mask, what it takes grows with the context. Returns the bytes that it
+        takes beside its KV."""
         decoder, context = self._decoder, self._decoder.spec.context_length
         while True:
             torch.cuda.empty_cache()

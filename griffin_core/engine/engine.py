@@ -38,6 +38,7 @@ from griffin_core.engine.prefill_queue import (
 )
 from griffin_core.engine.scheduler import Limits
 from griffin_core.engine.sessions import Holdings, SessionInfo, SessionPage, Sharing
+from griffin_core.engine.snapshot import EngineSnapshot
 from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.errors import (
     DeviceMemoryExhausted,
@@ -212,6 +213,18 @@ class Engine:
     def holdings(self) -> Future[Holdings]:
         """What is held now, by how many."""
         return self._ask(self._decoding.holdings)
+
+    def snapshot(self, *, contents: bool = False) -> Future[EngineSnapshot]:
+        """Everything that is held, at one moment between two steps, for diagnosis. Decoding stands
+        still meanwhile, longer the more sessions there are; on a GPU it waits for the device.
+
+        Args:
+            contents: whether to include each session's tokens and a copy of its statistic.
+
+        Returns:
+            A future that raises EngineStopped if the engine has stopped.
+        """
+        return self._ask(partial(self._decoding.snapshot, contents=contents))
 
     def prefill(self, task: PrefillTask, sink: Sink[PrefillStreamEvent]) -> PrefillRun:
         """Queues a prefill that no session of this engine is for. Events go to ``sink`` up to

@@ -21,6 +21,7 @@ import torch
 
 from griffin_core.backends.base import Layout
 from griffin_core.engine.sessions import Session, Sharing, ViewPool
+from griffin_core.engine.snapshot import GroupSnapshot, GroupsSnapshot, RunForm
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import PolicyName, Selection, select_experts
 from griffin_core.experts.statistic import group_score
@@ -240,6 +241,32 @@ class ExpertGroups:
         decides = self._decide_at is not None and self._decide_at <= self._step
         chooses = any(group.chooses(self._step) for group in self._shared.values())
         return decides or chooses or self._views.building or bool(self._failed)
+
+    def snapshot(self) -> GroupsSnapshot:
+        """Which sessions have experts to run on, and in which groups."""
+        return GroupsSnapshot(
+            sessions=tuple(self._seats),
+            shared=tuple(
+                GroupSnapshot(
+                    density=density,
+                    policy=policy,
+                    members=tuple(seat.session.session_id for seat in group.members),
+                )
+                for (density, policy), group in self._shared.items()
+            ),
+            due=self.due,
+        )
+
+    def form_of(self, session: Session) -> RunForm | None:
+        """What a session's next step runs on; None before it has joined."""
+        seat = self._seats.get(session.session_id)
+        if seat is None or session.view is None:
+            return None
+        if session.view.experts is None:
+            return "dense"
+        if not isinstance(session.view, SlimView):
+            return "zeroed"
+        return "own" if seat.group is None else "shared"
 
     def advance(self) -> list[tuple[Session, Exception]]:
         """Does what is due before the next step.

@@ -45,6 +45,16 @@ class Intake:
         self._s2 = torch.zeros(layers, decoder.spec.ff_width, device=decoder.device)
         self._own: PromptExperts | None = None
 
+    @property
+    def tokens(self) -> int:
+        """T, the tokens that the prefill must bring in every layer."""
+        return self._tokens
+
+    @property
+    def received(self) -> tuple[int, ...]:
+        """For each layer, the tokens whose KV has been handed over so far."""
+        return tuple(self._received)
+
     def take(self, event: LayerKv | LayerExperts | PromptExperts) -> None:
         """Takes one layer's KV or experts, or the experts of a prompt that this engine has read.
 

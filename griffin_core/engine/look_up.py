@@ -66,7 +66,9 @@ def look_up(
     match pieces[0].stage:
         case Stage.CONTEXT:
             hidden = torch.stack([piece.work.context_hidden for piece in pieces])
-            return _chances(pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces)))
+            return chances_of(
+                pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces))
+            )
         case Stage.COUNTED:
             return _look_up_counted(decoder, pieces)
         case Stage.VIEW | Stage.CHOSEN:
@@ -79,7 +81,7 @@ def _look_up_on_experts(
     sequences = [piece.work.on_experts(piece.session, piece.rows, views) for piece in pieces]
     logits = stepper.launch(sequences, [None] * len(sequences)).logits
     rows = [piece.rows for piece in pieces]
-    chances = _chances(pieces, logits.split(rows))
+    chances = chances_of(pieces, logits.split(rows))
     for piece in pieces:
         assert piece.session.cache is not None
         piece.session.cache.advance(piece.rows)
@@ -91,7 +93,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
     run = launch(decoder, parts)
     logits = decoder.logits(run.hidden)
     rows = [piece.rows for piece in pieces]
-    chances = _chances(pieces, torch.split_with_sizes(logits, rows))
+    chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
     read = {id(each.prompt): each for each in run.end()}
     for piece, part in zip(pieces, parts, strict=True):
         if each := read.get(id(part.prompt)):
@@ -100,7 +102,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
     return chances
 
 
-def _chances(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
+def chances_of(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[Chance]]:
     """The scores of each piece's targets from its logits [T, V]. Waits for the device once."""
     columns, counts = [], []
     for piece, own in zip(pieces, logits, strict=True):

@@ -37,6 +37,13 @@ from griffin_core.engine.sessions import (
     State,
     Work,
 )
+from griffin_core.engine.snapshot import (
+    BytesSnapshot,
+    EngineSnapshot,
+    HandoffSnapshot,
+    ViewSnapshot,
+    snapshot_session,
+)
 from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
@@ -260,6 +267,43 @@ class Decoding:
             slim_view_bytes=views,
             kv_cache_bytes=self.budget.held - views,
             limit_bytes=self.budget.limit,
+        )
+
+    def snapshot(self, *, contents: bool = False) -> EngineSnapshot:
+        """Everything that is held now; see ``Engine.snapshot``."""
+        budget = self.budget
+        return EngineSnapshot(
+            sessions=tuple(
+                snapshot_session(session, self._groups.form_of(session), contents=contents)
+                for session in self.scheduler
+            ),
+            turns={turn_id: session.session_id for turn_id, session in self._turns.items()},
+            scheduler=self.scheduler.snapshot(),
+            handoffs=tuple(
+                HandoffSnapshot(turn_id=turn_id, tokens=intake.tokens, received=intake.received)
+                for turn_id, intake in self._intakes.items()
+            ),
+            prefills=self._prefills.snapshot(),
+            views=tuple(
+                ViewSnapshot(
+                    users=view.users,
+                    nbytes=view.nbytes,
+                    ready=view.ready,
+                    pending=len(view.pending),
+                )
+                for view in self._views.held
+            ),
+            groups=self._groups.snapshot(),
+            free_slots=tuple(self._free_slots),
+            slots_in_use=self.sampler.in_use,
+            nbytes=BytesSnapshot(
+                limit=budget.limit,
+                idle_limit=budget.idle_limit,
+                held=budget.held,
+                peak=budget.peak,
+                views=self._views.nbytes,
+            ),
+            next_due_s=self.next_due_s(),
         )
 
     # -- what becomes due ------------------------------------------------------------------------

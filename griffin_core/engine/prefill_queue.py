@@ -11,6 +11,7 @@ import torch
 
 from griffin_core.engine.events import Failed, Sink
 from griffin_core.engine.observer import Observer
+from griffin_core.engine.snapshot import PrefillsSnapshot
 from griffin_core.errors import CapacityExhausted, EngineFault
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import (
@@ -194,6 +195,18 @@ class PrefillQueue:
         """Forgets a run that was cancelled, and what it holds. Without effect if it has ended."""
         if run in self._runs:
             self._runs.remove(run)
+
+    def __contains__(self, run: PrefillRun) -> bool:
+        """Whether a run waits or is being read."""
+        return run in self._runs
+
+    def snapshot(self) -> PrefillsSnapshot:
+        """How many prompts wait and are being read."""
+        return PrefillsSnapshot(
+            queued=len(self._runs),
+            begun=sum(run.prompt is not None for run in self._runs),
+            holding_cache=sum(run.holds_cache for run in self._runs),
+        )
 
     @property
     def has_work(self) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from griffin_core.engine.sessions import Reservation, Session, State
+from griffin_core.engine.snapshot import SchedulerSnapshot
 from griffin_core.errors import CapacityExhausted
 from griffin_core.forward.prefill import CHUNK_TOKENS
 from griffin_core.kv.budget import Budget
@@ -89,6 +90,11 @@ class Kept:
         return session.session_id in self._sessions
 
     @property
+    def session_ids(self) -> tuple[str, ...]:
+        """The ids of all of them, in the order in which they were added."""
+        return tuple(self._sessions)
+
+    @property
     def oldest(self) -> Session | None:
         """The session that was added first of those that are left."""
         return next(iter(self._sessions.values()), None)
@@ -109,7 +115,7 @@ class Scheduler:
 
     A session reserves the most it can come to need when it is admitted, so one that has begun never
     runs out (docs/adr/0007). Idle sessions give way to new ones, the longest idle first. No method
-    but ``__iter__`` takes longer the more idle sessions there are.
+    but ``__iter__`` and ``snapshot`` takes longer the more idle sessions there are.
 
     Args:
         budget: says how many bytes there are.
@@ -149,6 +155,18 @@ class Scheduler:
         states[State.QUEUED] = len(self._waiting)
         states[State.IDLE] = len(self._idle)
         return states
+
+    def snapshot(self) -> SchedulerSnapshot:
+        """Which sessions run, wait and rest now. It takes longer the more sessions there are."""
+        return SchedulerSnapshot(
+            live=tuple(self._live),
+            waiting=tuple(self._waiting),
+            idle=self._idle.session_ids,
+            recalled=self._recalled.session_ids,
+            idle_bytes=self._idle.nbytes,
+            recalled_bytes=self._recalled.nbytes,
+            turn_s=self._turn_s,
+        )
 
     def find(self, session_id: str) -> Session | None:
         """A session, wherever it is."""

@@ -132,7 +132,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         check_tokenizer(tokenizer, spec.vocabulary)
         progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
         state = _state(directory, dtype)
-    decoder, on_device = _on_device(spec, state, device)
+    decoder, on_device = decoder_on_device(spec, state, device)
     try_token(decoder, config.bos_token_id)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
@@ -160,7 +160,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _on_device(
+def decoder_on_device(
     spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device
 ) -> tuple[Decoder, Mapping[str, torch.Tensor]]:
     """The decoder, and the state where its weights are.

@@ -45,6 +45,12 @@ class Sampler:
         open slots need."""
         return self._slots.nbytes
 
+    @property
+    def in_use(self) -> frozenset[int]:
+        """Slots that hold something of a request. A plain greedy request leaves nothing in its
+        slot. On a GPU this waits for the device."""
+        return self._slots.in_use
+
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """Gives a slot to a request. In the order of the device's work; nothing waits for it.
 

@@ -78,8 +78,8 @@ class RowMasks:
 
     @property
     def empty(self) -> bool:
-        """Whether it holds nothing."""
-        return not (self._sessions or self._masks)
+        """Whether it holds neither masks nor references to sessions."""
+        return not self._masks and not self._sessions
 
     def of(self, sessions: Sequence[ZeroedLayers], dtype: torch.dtype) -> Sequence[Tensor]:
         """For each layer [N, F]: 1 for what a row keeps, else 0; a row for each session."""

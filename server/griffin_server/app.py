@@ -122,6 +122,11 @@ class App:
         self._tracing = Tracing(settings.role)
         self._prefill: PrefillServers | None = None
 
+    @property
+    def prefill_servers(self) -> PrefillServers | None:
+        """The servers that read prompts for this one, once started; None if it asks none."""
+        return self._prefill
+
     async def start(self) -> None:
         """Listens and starts the engine; until that is ready, calls are refused with UNAVAILABLE.
 

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 import griffin_client
-from griffin.v1 import generation_pb2
+from griffin.v1 import generation_pb2, generation_pb2_grpc
 from griffin_client import (
     AsyncGriffinClient,
     DeadlineExceeded,
@@ -139,7 +139,7 @@ def test_what_json_cannot_hold_is_no_template_variable(value: Any) -> None:
         client.complete(messages=[("user", "hi")], chat_template_kwargs=value)
 
 
-def test_sessions_are_listed_page_by_page() -> None:
+def test_sessions_are_listed_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {"": ["a", "b"], "next": ["c"]}
 
     class Stub:
@@ -149,8 +149,8 @@ def test_sessions_are_listed_page_by_page() -> None:
                 next_page_token="" if request.page_token else "next",
             )
 
+    monkeypatch.setattr(generation_pb2_grpc, "GenerationServiceStub", lambda channel: Stub())
     with GriffinClient("localhost:1") as client:
-        client._stub = Stub()  # type: ignore[assignment]
         assert [session.session_id for session in client.list_sessions()] == ["a", "b", "c"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,15 +93,34 @@ def complete(running: Engine, task: GenerateTask | ScoreTask) -> tuple[list[int]
 def at_baseline(running: Engine) -> bool:
     """No session and nothing under way; of bytes, only views that nobody uses and that would give
     way."""
-    decoding = running._decoding
-    views = decoding._views.held
+    held = running.snapshot().result(30)
     return (
-        running.sessions().result(30) == []
-        and not any(view.users for view in views)
-        and running.held_bytes == sum(view.nbytes for view in views)
-        and not decoding._turns
-        and not decoding._intakes
-        and not decoding._groups._seats
-        and not decoding._groups._shared
-        and not running._prefills._runs
+        held.sessions == ()
+        and not any(view.users for view in held.views)
+        and held.nbytes.held == sum(view.nbytes for view in held.views)
+        and not held.turns
+        and not held.handoffs
+        and not held.groups.sessions
+        and not held.groups.shared
+        and not held.prefills.queued
     )
+
+
+class Busy:
+    """Holds an engine's thread until released: it tells a sink that a task is refused, and the sink
+    takes its time."""
+
+    def __init__(self, running: Engine) -> None:
+        self._entered, self._released = threading.Event(), threading.Event()
+        running.submit(GenerateTask(prompt=(1,), continues="nobody"), self)
+        assert self._entered.wait(10)
+
+    def put(self, event: object) -> None:
+        self._entered.set()
+        self._released.wait(30)
+
+    def ready(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        self._released.set()

@@ -87,7 +87,7 @@ def test_a_place_where_nothing_is_left_is_refused() -> None:
 
 def tokens(backend: Tokenizer, *words: str) -> list[list[str]]:
     sequences = bad_words_ids(words, backend)
-    return [backend._tokenizer.convert_ids_to_tokens(list(ids)) for ids in sequences]
+    return [backend.fast.convert_ids_to_tokens(list(ids)) for ids in sequences]
 
 
 def test_words_are_banned_at_the_beginning_and_after_other_text() -> None:
@@ -124,7 +124,7 @@ def test_a_word_that_the_tokenizer_drops_is_refused() -> None:
     from tokenizers import normalizers  # noqa: PLC0415
 
     pieces = Pieces()
-    pieces.tokenizer._backend.normalizer = normalizers.Sequence(
+    pieces.tokenizer.fast.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace("x", ""), normalizers.Strip()]
     )
     with pytest.raises(InvalidRequest, match=r"bad_words\[0\]: got x"):

@@ -24,7 +24,7 @@ from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
-from griffin_core.forward.decode import LayeredStep, StepTokens, decode_tokens
+from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.forward.invariant import RowsApart, rows_stay_apart
 from griffin_core.forward.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
 from griffin_core.kv.cache import KvCache
@@ -199,7 +199,17 @@ def test_masks_go_with_the_first_session_that_ends(model: Model) -> None:
         assert [layer.sum() for layer in masks.of(sessions, torch.float32)] == [1, 1, 1]
 
 
-def test_an_engine_without_sessions_holds_no_masks(model: Model) -> None:
+def test_an_engine_without_sessions_holds_no_masks(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[RowMasks] = []
+    of = RowMasks.of
+
+    def noted(masks: RowMasks, *arguments: Any) -> Any:
+        made.append(masks)
+        return of(masks, *arguments)
+
+    monkeypatch.setattr(RowMasks, "of", noted)
     with engine(model, own_prefill_tokens=None, batch_invariant=True) as running:
         for sessions in (2, 9):  # in one part of a step, and in two
             tasks = [random_task(number) for number in range(sessions)]
@@ -207,10 +217,7 @@ def test_an_engine_without_sessions_holds_no_masks(model: Model) -> None:
             boxes = [submit(running, replace(each, pruning=half))[1] for each in tasks]
             assert all(isinstance(finish(box)[1], Finished) for box in boxes)
             eventually(lambda: at_baseline(running))
-            stepper = running._decoding.stepper
-            assert isinstance(stepper, LayeredStep) and stepper.apart is not None
-            every = stepper.apart._masks.values()
-            assert every and not any(masks._masks or masks._sessions for masks in every)
+            assert made and all(masks.empty for masks in made)
 
 
 @torch.inference_mode()
@@ -512,7 +519,7 @@ def test_batch_invariant_sessions_have_no_copies_and_auto_runs_dense(
                 pruning = finish(inbox)[1].pruning
                 assert pruning.mean_density == pytest.approx((1 + 15 * density) / 16)
             running.close("other").result(10)
-        assert len(running._decoding._views) == 0
+        assert running.snapshot().result(10).views == ()
 
 
 def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_ones(

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import griffin_core.model.conversion_cache as cache_module
 from griffin_core.errors import BadModelFile, CacheUnusable
 from griffin_core.model import hub as source
 from griffin_core.model.conversion_cache import cache_directory, cached
@@ -95,7 +94,11 @@ def test_a_copy_in_a_cache_that_cannot_be_written_is_used(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make()
-    monkeypatch.setattr(cache_module, "_made", never)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     assert make(fill=never) == directory
 
 

@@ -25,7 +25,7 @@ from griffin_core.engine.scheduler import Limits
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.kv.budget import Budget
 from griffin_core.kv.cache import kv_bytes
-from griffin_core.model.load import Model, _on_device
+from griffin_core.model.load import Model, decoder_on_device
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
 
@@ -86,7 +86,7 @@ def test_half_of_what_is_available_or_what_the_limits_say(
     with engine(model, limits=limits) as running:
         running.ready.result(30)
         assert running.session_bytes == session
-        assert running._decoding.budget.idle_limit == idle
+        assert running.snapshot().result(10).nbytes.idle_limit == idle
         assert running.holdings().result(10).limit_bytes == session
 
 
@@ -202,7 +202,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
         monkeypatch.setattr(device_memory, "cached_bytes", lambda _: self.cached)
         monkeypatch.setattr(device_memory, "grow", self.grow)
-        monkeypatch.setattr(DeviceShare, "_measure_workspace", lambda _: GIB)
+        monkeypatch.setattr(DeviceShare, "measure_workspace", lambda _: GIB)
 
     def empty_cache(self) -> None:
         self.free, self.cached = self.free + self.cached, 0
@@ -224,8 +224,10 @@ def test_what_an_engine_claims_is_gone_from_the_device(
     assert (gpu.free, gpu.cached) == (30 * GIB, 31 * GIB)  # with what a prompt works in
     share.release()
     gpu.empty_cache()
-    assert DeviceShare(model.decoder, Budget(0), 64).claim(0.5, 50 * GIB) == 50 * GIB
-    DeviceShare._claims.clear()
+    other = DeviceShare(model.decoder, Budget(0), 64)
+    assert other.claim(0.5, 50 * GIB) == 50 * GIB
+    other.release()
+    assert DeviceShare.claims() == 0
 
 
 def test_two_engines_of_one_process_do_not_promise_the_same_bytes(
@@ -241,7 +243,7 @@ def test_two_engines_of_one_process_do_not_promise_the_same_bytes(
     assert gpu.free == 30 * GIB - second.limit - GIB
     for share in (one, other):
         share.release()
-    assert not any(DeviceShare._claims.values())
+    assert DeviceShare.claims() == 0
 
 
 def test_memory_that_a_neighbour_takes_meanwhile_is_counted_again(
@@ -272,7 +274,7 @@ def test_weights_that_do_not_fit_are_not_begun_to_be_copied(
     with pytest.raises(
         DeviceMemoryExhausted, match=r"need 3\.0 GiB of cuda:0, .* 1\.0 GiB are free"
     ):
-        _on_device(model.decoder.spec, weights, torch.device("cuda:0"))
+        decoder_on_device(model.decoder.spec, weights, torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(

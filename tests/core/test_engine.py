@@ -11,6 +11,7 @@ import torch
 
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Admitted, Failed, Finished, Started, TokensMade
+from griffin_core.engine.loop import Decoding
 from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillTask
 from griffin_core.engine.scheduler import Limits
 from griffin_core.engine.sessions import State
@@ -33,7 +34,7 @@ from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
-from tests.core.engines import Inbox, complete, engine, finish, hand_over, submit
+from tests.core.engines import Busy, Inbox, complete, engine, finish, hand_over, submit
 from tests.servers import eventually
 
 PROMPT = tuple(range(20, 40))
@@ -341,7 +342,7 @@ def test_the_engine_sleeps_while_a_later_turn_waits(model: Model) -> None:
         submit(running, task())
         submit(running, task(1, prompt=(1,), continues=kept.turn_id))
         eventually(lambda: sessions(running) == [State.QUEUED, State.PREFILL])
-        assert running._decoding.next_due_s() is None
+        assert running.snapshot().result(10).next_due_s is None
 
 
 def test_an_endless_time_to_live_is_fine(model: Model) -> None:
@@ -414,7 +415,7 @@ def test_cancelling_a_prefill_stops_it_within_a_chunk(running: Engine) -> None:
     inbox.get()
     run.cancel()
     running.wake()
-    eventually(lambda: not running._prefills._runs)
+    eventually(lambda: not running.snapshot().result(10).prefills.queued)
 
 
 def test_closing_a_running_session_tells_its_caller(running: Engine) -> None:
@@ -493,9 +494,11 @@ def test_stopping_ends_everything_with_an_error(model: Model) -> None:
         running.sessions().result(10)
 
 
-def test_a_bug_in_the_loop_leaves_nobody_waiting(model: Model) -> None:
+def test_a_bug_in_the_loop_leaves_nobody_waiting(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = Engine(model)
-    running._decoding.tick = None
+    monkeypatch.setattr(Decoding, "tick", None)
     running.start()
     inbox = submit(running, task())[1]
     assert isinstance(inbox.until(Finished).error, EngineStopped)
@@ -503,9 +506,11 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(model: Model) -> None:
         running.ended.result(10)
 
 
-def test_an_engine_that_does_not_come_up_says_so(model: Model) -> None:
-    running = Engine(model)
-    running._prepare_step = lambda: 1 // 0
+def test_an_engine_that_does_not_come_up_says_so(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("griffin_core.engine.engine.measure_costs", lambda *_: 1 // 0)
+    running = Engine(model, costs=None)
     running.start()
     for future in (running.ready, running.ended):
         with pytest.raises(ZeroDivisionError):
@@ -517,24 +522,12 @@ def test_an_engine_is_ready_once_it_has_started(running: Engine) -> None:
 
 
 def test_a_bug_in_a_command_is_that_callers_alone(running: Engine) -> None:
-    running._post(lambda: 1 // 0)
+    class Broken(Inbox):
+        def put(self, event: object) -> None:
+            raise ZeroDivisionError
+
+    running.submit(task(continues="nobody"), Broken())
     assert len(complete(running, task())[0]) == 8
-
-
-class Busy:
-    """Holds an engine's thread until released."""
-
-    def __init__(self, running: Engine) -> None:
-        self._entered, self._released = threading.Event(), threading.Event()
-        running._post(self._wait)
-        assert self._entered.wait(10)
-
-    def _wait(self) -> None:
-        self._entered.set()
-        self._released.wait(30)
-
-    def release(self) -> None:
-        self._released.set()
 
 
 def test_a_question_whose_asker_has_gone_harms_nobody(running: Engine) -> None:
@@ -619,9 +612,9 @@ def test_readers_that_lag_hold_few_caches(model: Model) -> None:
             inbox.put = close_after_first(inbox)  # type: ignore[method-assign]
             running.prefill(asked, inbox)
         eventually(
-            lambda: sum(run.holds_cache for run in running._prefills._runs) == MAX_BEGUN_PREFILLS
+            lambda: running.snapshot().result(10).prefills.holding_cache == MAX_BEGUN_PREFILLS
         )
-        assert len(running._prefills._runs) == len(inboxes)
+        assert running.snapshot().result(10).prefills.queued == len(inboxes)
         for inbox in inboxes:
             inbox.put = partial(Inbox.put, inbox)  # type: ignore[method-assign]
             inbox.open = True

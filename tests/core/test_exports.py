@@ -25,7 +25,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "load_model": load_model,
         "sparsify": sparsify,
     }
-    assert set(griffin_core._PUBLIC) == set(expected)
+    assert set(griffin_core.__all__) == set(expected)
     for name, value in expected.items():
         assert getattr(griffin_core, name) is value
         assert name in dir(griffin_core)

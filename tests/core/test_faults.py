@@ -15,7 +15,7 @@ from griffin_core.engine import expert_groups as sharing
 from griffin_core.engine.caches import Caches
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, Finished, Scored, Started, TokensMade
-from griffin_core.engine.prefill_queue import PrefillRun
+from griffin_core.engine.prefill_queue import PrefillQueue, PrefillRun
 from griffin_core.engine.scheduler import Limits, Scheduler
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import EngineFault, NonFiniteLogits, SessionNotFound
@@ -25,7 +25,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim.packed import Packed
-from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
+from tests.core.engines import Busy, Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 
 
@@ -73,7 +73,7 @@ def test_a_view_that_cannot_be_built_ends_its_own_sessions_alone(
     bystander = submit(running, task(200))[1]
     for _ in range(2):  # the second runs on its experts
         bystander.until(TokensMade)
-    eventually(lambda: not running._decoding._groups.due)
+    eventually(lambda: not running.snapshot().result(10).groups.due)
     once = Once(monkeypatch, Packed, "build", lambda *_: True)
     pruning = PruningParams(density=0.5, sharing=how)
     hit = submit(running, task(first=50, pruning=pruning))[1].until(Finished)
@@ -93,7 +93,7 @@ def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
     for _, inbox in turns:
         inbox.until(Started)
         inbox.open = False
-    eventually(lambda: not running._decoding._groups.due)
+    eventually(lambda: not running.snapshot().result(10).groups.due)
     monkeypatch.setattr(sharing, "STEPS_HELD", 0)
     Once(monkeypatch, sharing, "select_group", lambda _, members: len(members) == 2)
     running.cancel(turns[0][0])
@@ -164,22 +164,24 @@ def test_a_mask_that_cannot_be_made_ends_its_session_alone(
 
 
 def test_a_prompt_that_is_cancelled_holds_no_cache_that_is_counted_as_free(
-    running: Engine,
+    running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the next session begins, which may need every byte."""
     freed: list[bool] = []
-    drop = running._prefills.drop
+    drop = PrefillQueue.drop
 
-    def noted(run: PrefillRun) -> None:
-        drop(run)
-        freed.append(run not in running._prefills._runs)
+    def noted(queue: PrefillQueue, run: PrefillRun) -> None:
+        drop(queue, run)
+        freed.append(run not in queue)
 
-    running._prefills.drop = noted  # type: ignore[method-assign]
-    long = GenerateTask(prompt=tuple(range(200)) * 2, stopping=StoppingParams(max_tokens=1))
+    monkeypatch.setattr(PrefillQueue, "drop", noted)
+    long = GenerateTask(prompt=tuple(range(200)), stopping=StoppingParams(max_tokens=1))
+    busy = Busy(running)  # so that the prompt waits in the queue when it is cancelled
     turn_id, _ = submit(running, long)
     running.cancel(turn_id)
+    busy.release()
     eventually(lambda: at_baseline(running))
-    assert all(freed)
+    assert freed == [True]
 
 
 def test_a_cache_that_cannot_be_made_holds_nothing(
@@ -312,7 +314,7 @@ def test_an_endless_reader_time_out_is_fine(timeout_s: float, model: Model) -> N
         _, inbox = submit(running, task(100))
         inbox.until(TokensMade)
         inbox.open = False
-        eventually(lambda: any(s.clock.stalled for s in running._decoding.scheduler.live))
+        eventually(lambda: any(s.stalled for s in running.snapshot().result(10).sessions))
         inbox.open = True
         running.wake()
         assert isinstance(finish(inbox)[1], Finished)
@@ -347,11 +349,10 @@ def test_densities_that_came_once_are_forgotten(running: Engine) -> None:
     for number in range(1, 20):
         pruning = PruningParams(density=number / 50, sharing="auto")
         complete(running, task(3, pruning=pruning))
-    running.sessions().result(10)
-    assert not running._decoding._groups._seats and not running._decoding._groups._shared
+    groups = running.snapshot().result(10).groups
+    assert not groups.sessions and not groups.shared
 
 
 def test_scores_show_how_long_turns_take(running: Engine) -> None:
     complete(running, ScoreTask(prompt=(1, 2), continuations=((3, 4),)))
-    running.sessions().result(10)
-    assert running._decoding.scheduler._turn_s is not None
+    assert running.snapshot().result(10).scheduler.turn_s is not None

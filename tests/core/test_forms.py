@@ -82,7 +82,7 @@ class House:
             pool=self.groups.pool(session.selection, how),
         )
         self.sessions.append(session)
-        self._reserve()
+        self.reserve()
         self.groups.join(session)
         return session
 
@@ -90,7 +90,7 @@ class House:
         """A session ends."""
         self.groups.leave(session)
         self.sessions.remove(session)
-        self._reserve()
+        self.reserve()
 
     def step(self, steps: int = 1, build: bool = True) -> None:
         """What an engine does before each step."""
@@ -100,7 +100,7 @@ class House:
             assert self.groups.advance() == []
             assert all(session.view is not None for session in self.sessions)
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
         """As ``Scheduler`` counts."""
         pools: dict[object, list[Reservation]] = {}
         total = 0
@@ -306,7 +306,7 @@ def test_a_score_is_never_made_dense_by_auto(model: Model) -> None:
     house.remove(session)
     session.work = cast(Any, SimpleNamespace(rows="many", chooses=False))
     house.sessions.append(session)
-    house._reserve()
+    house.reserve()
     house.groups.join(session)
     house.step(3)
     assert form(session) == "zeroed" and session.view.experts is session.experts

@@ -174,7 +174,7 @@ def test_what_is_made_anew_holds_no_token_that_the_model_lacks(text: str, specia
     """Tokens were added to the tokenizer, and not to the model."""
     pieces = Pieces([text.encode()])
     vocabulary = 257  # with that one piece
-    backend = pieces.tokenizer._backend
+    backend = pieces.tokenizer.fast.backend_tokenizer
     backend.add_tokens([AddedToken("<think>", special=special, normalized=False)])
     tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
     assert max(tokenizer.encode(text)) >= vocabulary
@@ -192,7 +192,7 @@ def test_a_special_token_that_was_drawn_stays_that_token(prompt: str, cut: str, 
     """Even where the completion changes the text before it, so that no split gives what was
     shown."""
     tokenizer = Tokenizer(KINDS["gemma"]())
-    stray, special = (tokenizer._backend.token_to_id(name) for name in ("<0xE4>", "<s>"))
+    stray, special = tokenizer.fast.convert_tokens_to_ids(["<0xE4>", "<s>"])
     before = tokenizer.encode(prompt, special_tokens=False)
     text = tokenizer.encode("the capitalzzz", special_tokens=False)
     made = [stray, special, *text]
@@ -259,7 +259,7 @@ def test_what_cannot_be_split_back_into_the_same_text_is_held_as_its_nearest() -
     from tokenizers import normalizers  # noqa: PLC0415
 
     pieces = Pieces([b"ABC"])
-    pieces.tokenizer._backend.normalizer = normalizers.Lowercase()
+    pieces.tokenizer.fast.backend_tokenizer.normalizer = normalizers.Lowercase()
     shown, tokens, _ = held(pieces.tokenizer, [], pieces.ids("x", "ABC"), stop=("C",))
     assert (shown, pieces.tokenizer.decode(tokens)) == ("xAB", "xab")
 
@@ -268,7 +268,7 @@ def test_a_completion_that_changes_the_text_before_it_is_held_in_few_tries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer = Tokenizer(KINDS["gemma"]())
-    stray = tokenizer._backend.token_to_id("<0xE4>")
+    stray = tokenizer.fast.backend_tokenizer.token_to_id("<0xE4>")
     before = tokenizer.encode("the\N{GRINNING FACE}", special_tokens=False)
     made = [stray, *tokenizer.encode("the capital" * 100 + "zzz", special_tokens=False)]
     decodes: list[int] = []

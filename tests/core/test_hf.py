@@ -26,7 +26,7 @@ from griffin_core.errors import InvalidRequest, UnknownFamily
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection, select_experts
 from griffin_core.experts.statistic import group_score
 from griffin_core.forward.prefill import LayerExperts, prefill
-from griffin_core.hf import _group_score
+from griffin_core.hf import batch_score
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
@@ -415,8 +415,8 @@ def test_tokens_that_fire_nothing_count_in_neither_s_nor_the_number_of_tokens() 
 
 def test_a_prompt_that_fires_nothing_has_no_say_in_its_group() -> None:
     s = torch.rand(1, 3, 20)
-    score = _group_score(torch.cat([s, torch.zeros_like(s)]))
-    assert torch.equal(score, _group_score(s))
+    score = batch_score(torch.cat([s, torch.zeros_like(s)]))
+    assert torch.equal(score, batch_score(s))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -33,8 +33,8 @@ def model(tiny: Callable[[str], Model], pieces: Pieces) -> Model:
 
 
 def held(running: Engine, session_id: str) -> list[int]:
-    session = running._decoding.scheduler.find(session_id)
-    assert session is not None
+    session = running.snapshot(contents=True).result(10).session(session_id)
+    assert session is not None and session.tokens is not None
     return list(session.tokens)
 
 

@@ -19,6 +19,7 @@ import griffin_core
 from griffin_core import LLM, SamplingParams, StoppingParams
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished, TokensMade
+from griffin_core.engine.loop import Decoding
 from griffin_core.engine.scheduler import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import (
@@ -27,6 +28,7 @@ from griffin_core.errors import (
     EngineStopped,
     InvalidRequest,
     NonFiniteLogits,
+    SessionNotFound,
 )
 from griffin_core.llm import SUBMITTED_AHEAD
 from griffin_core.model.load import Model
@@ -53,7 +55,7 @@ def llm(tiny: Callable[[str], Model]) -> Iterator[LLM]:
     prompts wait for one another."""
     with LLM(tiny("llama"), sharing="private", max_sessions=4, threads=1) as made:
         yield made
-        eventually(lambda: at_baseline(made._engine))
+        eventually(lambda: at_baseline(made.engine))
 
 
 @torch.inference_mode()
@@ -320,7 +322,7 @@ def test_choices_come_as_they_are_scored_and_may_be_left(llm: LLM, model: Model)
     stream = llm.score_choices(items * 10, stream=True)
     next(stream)
     stream.close()
-    eventually(lambda: at_baseline(llm._engine))
+    eventually(lambda: at_baseline(llm.engine))
 
 
 @pytest.mark.parametrize(
@@ -520,9 +522,10 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def assert_all_cancelled(llm: LLM, turns: list[str]) -> None:
     assert 4 < len(turns) <= 4 + SUBMITTED_AHEAD  # some of them wait
-    eventually(lambda: at_baseline(llm._engine))
-    scheduler = llm._engine._decoding.scheduler
-    assert {scheduler.why_gone(turn) for turn in turns} == {"its caller went away"}
+    eventually(lambda: at_baseline(llm.engine))
+    for turn in turns:
+        with pytest.raises(SessionNotFound, match="its caller went away"):
+            llm.engine.session(turn).result(10)
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
@@ -609,7 +612,7 @@ def test_an_error_of_one_prompt_ends_the_call_and_names_it(
     with pytest.raises(NonFiniteLogits) as raised:
         llm.generate(prompts, stopping=StoppingParams(max_tokens=20, ignore_eos=True))
     assert raised.value.__notes__ == ["in prompts[13]"]
-    eventually(lambda: at_baseline(llm._engine))
+    eventually(lambda: at_baseline(llm.engine))
 
 
 def test_several_threads_get_what_each_asked_for(llm: LLM) -> None:
@@ -627,9 +630,15 @@ def test_several_threads_get_what_each_asked_for(llm: LLM) -> None:
         assert list(pool.map(run, range(6))) == alone
 
 
+def engine_threads() -> set[threading.Thread]:
+    """The threads of all engines that run."""
+    return {thread for thread in threading.enumerate() if thread.name == "griffin-engine"}
+
+
 def test_close_ends_the_thread_may_be_repeated_and_is_final(model: Model) -> None:
+    before = engine_threads()
     llm = LLM(model, threads=1, max_sessions=2)
-    thread = llm._engine._thread
+    (thread,) = engine_threads() - before
     assert thread.is_alive()
     stream = llm.generate([IDS] * 9, stopping=StoppingParams(max_tokens=200), stream=True)
     next(stream)
@@ -666,15 +675,17 @@ def test_close_ends_calls_of_other_threads(model: Model) -> None:
 
 
 def test_an_exception_in_the_block_ends_the_thread(model: Model) -> None:
-    with pytest.raises(KeyboardInterrupt), LLM(model, threads=1, max_sessions=2) as llm:
-        thread = llm._engine._thread
+    before = engine_threads()
+    with pytest.raises(KeyboardInterrupt), LLM(model, threads=1, max_sessions=2):
+        (thread,) = engine_threads() - before
         raise KeyboardInterrupt
     assert not thread.is_alive()
 
 
 def test_an_llm_nobody_refers_to_ends_its_thread(model: Model) -> None:
+    before = engine_threads()
     llm = LLM(model, threads=1, max_sessions=2)
-    thread = llm._engine._thread
+    (thread,) = engine_threads() - before
     del llm
     gc.collect()
     assert not thread.is_alive()
@@ -685,11 +696,11 @@ def test_an_engine_that_does_not_start_leaves_no_thread(
 ) -> None:
     threads = []
 
-    def fails(self: Engine) -> None:
-        threads.append(self._thread)
+    def fails(*_: object) -> None:
+        threads.append(threading.current_thread())
         raise CapacityExhausted("no room", retry_after_s=None)
 
-    monkeypatch.setattr(Engine, "_set_memory", fails)
+    monkeypatch.setattr("griffin_core.engine.engine.budget_from_cpu", fails)
     with pytest.raises(CapacityExhausted, match="no room"):
         LLM(model, threads=1)
     assert len(threads) == 1 and not threads[0].is_alive()
@@ -697,7 +708,7 @@ def test_an_engine_that_does_not_start_leaves_no_thread(
 
 def test_a_bug_that_ends_the_engine_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(model, threads=1, max_sessions=2) as llm:
-        monkeypatch.setattr(llm._engine._decoding, "step", lambda: 1 / 0)
+        monkeypatch.setattr(Decoding, "step", lambda _: 1 / 0)
         for _ in range(2):
             with pytest.raises(EngineFault, match="the engine ended: ZeroDivisionError"):
                 llm.generate(["a"] * (2 + 2 * SUBMITTED_AHEAD))

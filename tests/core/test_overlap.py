@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished, Scored, TokensMade
 from griffin_core.engine.observer import Observer
 from griffin_core.engine.scheduler import Limits
@@ -21,8 +20,11 @@ from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.forward.decode import LayeredStep
+from griffin_core.kv.cache import KvCache
+from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
@@ -73,11 +75,19 @@ def stopping_task(stop_token: int | None = None, **more: Any) -> GenerateTask:
     )
 
 
-def turns(model: Model, overlap: bool) -> list[Any]:
+def turns(model: Model, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A conversation of three turns, each ended by a token in the middle, with what a session and
     an observer show of it."""
     observer = Counting()
     found: list[Any] = []
+    caches: list[KvCache] = []  # of the whole completion, and of the session
+    new_cache = Decoder.new_cache
+
+    def noted(decoder: Decoder, capacity: int) -> KvCache:
+        caches.append(new_cache(decoder, capacity))
+        return caches[-1]
+
+    monkeypatch.setattr(Decoder, "new_cache", noted)
     with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
         whole = complete(running, stopping_task())[0]
         session_id = None
@@ -87,24 +97,26 @@ def turns(model: Model, overlap: bool) -> list[Any]:
             session_id = session_id or task.turn_id
             assert last.reason in (FinishReason.EOS, FinishReason.MAX_TOKENS)
             info = running.session(session_id).result(10)
-            kept = running._decoding.scheduler.find(session_id)
-            assert kept is not None and kept.cache is not None and kept.s2 is not None
+            kept = running.snapshot(contents=True).result(10).session(session_id)
+            assert kept is not None and kept.cache is not None and kept.statistic is not None
             found.append(
                 (
                     shown,
                     (last.reason, last.prompt_tokens, last.generated_tokens, last.context_tokens),
                     (info.context_tokens, info.generated_tokens, info.pruning.kv_cache_bytes),
-                    (kept.cache.length, kept.cache.capacity, list(kept.tokens), kept.in_flight),
-                    kept.s2.tolist(),
-                    kept.cache.room(1, 0, kept.cache.length).tolist(),
+                    (kept.cache.tokens, kept.cache.capacity, kept.tokens, kept.in_flight),
+                    kept.statistic.tolist(),
+                    caches[1].room(1, 0, kept.cache.tokens).tolist(),
                 )
             )
         found.append((observer.steps, observer.chosen))
+    monkeypatch.undo()
+    assert len(caches) == 2
     return found
 
 
-def test_a_step_too_many_shows_nowhere(model: Model) -> None:
-    plain, ahead = turns(model, overlap=False), turns(model, overlap=True)
+def test_a_step_too_many_shows_nowhere(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ahead = (turns(model, overlap, monkeypatch) for overlap in (False, True))
     assert plain[0][0] == ahead[0][0]
     assert 5 < len(plain[0][0]) < 40  # it was ended by the token
     assert plain == ahead
@@ -143,20 +155,21 @@ def test_no_ban_comes_late(model: Model) -> None:
 
 def test_steps_are_launched_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the suites above would compare a loop with itself."""
-    log: list[str] = []
-    launch, read = LayeredStep.launch, Engine._turn
-    for owner, name, whole in ((LayeredStep, "launch", launch), (Engine, "_turn", read)):
-        monkeypatch.setattr(
-            owner, name, lambda self, *rest, _n=name, _w=whole: (log.append(_n), _w(self, *rest))[1]
-        )
+    launches: list[Any] = []
+    launch = LayeredStep.launch
+
+    def noted(step: LayeredStep, rows: Any) -> Any:
+        launches.append(rows)
+        return launch(step, rows)
+
+    monkeypatch.setattr(LayeredStep, "launch", noted)
     steps = {}
     for overlap in (False, True):
-        log.clear()
         with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
             whole = complete(running, stopping_task())[0]
-            log.clear()
+            launches.clear()
             complete(running, stopping_task(whole[-10]))
-            steps[overlap] = log.count("launch")
+            steps[overlap] = len(launches)
     assert steps[True] == steps[False] + 1
 
 
@@ -193,7 +206,7 @@ def test_logits_that_are_not_finite_end_their_session_alone(
 ) -> None:
     with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
         well = complete(running, stopping_task())[0]
-        sample = type(running._decoding.sampler).sample
+        sample = Sampler.sample
         sick = stopping_task(prompt=(7,) * 30)
 
         def broken(self: Any, logits: torch.Tensor, slots: Any, positions: Any) -> torch.Tensor:
@@ -201,7 +214,7 @@ def test_logits_that_are_not_finite_end_their_session_alone(
             return sample(self, logits, slots, positions)
 
         first = complete(running, stopping_task(prompt=(7,) * 30))[0]
-        monkeypatch.setattr(type(running._decoding.sampler), "sample", broken)
+        monkeypatch.setattr(Sampler, "sample", broken)
         healthy = submit(running, stopping_task(stopping=StoppingParams(max_tokens=30)))[1]
         failed = submit(running, sick)[1]
         made: list[int] = []
@@ -229,7 +242,7 @@ def test_slots_go_round(model: Model, overlap: bool) -> None:
                 assert finish(inbox)[0] == alone
         finish(score)
         eventually(lambda: at_baseline(running))
-        assert sorted(running._decoding._free_slots) == [0, 1, 2]
+        assert sorted(running.snapshot().result(10).free_slots) == [0, 1, 2]
 
 
 # -- the parity suites, with and without ---------------------------------------------------------

@@ -158,16 +158,24 @@ class Passes:
         self.during()
         return launch(decoder, parts, tell)
 
-    def add(self, name: str, tokens: int, *, admitted: bool = True, **more: Any) -> Any:
+    def add(
+        self,
+        name: str,
+        tokens: int,
+        *,
+        admitted: bool = True,
+        make: Callable[[], Prompt] | None = None,
+        **more: Any,
+    ) -> Any:
         """A prompt; its sink."""
         inbox = Inbox()
 
-        def make() -> Prompt:
+        def usual() -> Prompt:
             prompt = Prompt(self.decoder, ids(tokens), HALF, wants_kv=not admitted)
             self.names[id(prompt)] = name
             return prompt
 
-        inbox.run = PrefillRun(make, inbox, tokens=tokens, admitted=admitted, **more)
+        inbox.run = PrefillRun(make or usual, inbox, tokens=tokens, admitted=admitted, **more)
         self.queue.add(inbox.run, 0.0)
         return inbox
 
@@ -340,8 +348,8 @@ def test_no_layer_is_told_twice_of_a_prompt_whose_pass_failed_half_way(
 
 def test_a_prompt_without_memory_fails_alone(passes: Make) -> None:
     queue = passes(100)
-    poor, rich = queue.add("poor", 10), queue.add("rich", 10)
-    poor.run._make = lambda: 1 // 0
+    poor = queue.add("poor", 10, make=lambda: 1 // 0)
+    rich = queue.add("rich", 10)
     assert queue.all() == [{"rich": 10}]
     assert isinstance(events(poor)[-1], Failed)
     assert isinstance(events(rich)[-1], PrefillFinished)

@@ -54,8 +54,10 @@ def test_a_request_that_cannot_begin_before_its_deadline_is_refused_at_once(
 ) -> None:
     with engine(model, own_prefill_tokens=None, limits=Limits(max_sessions=1)) as running:
         complete(running, task(200))  # shows how long a turn takes
-        assert running.sessions().result(10) == []  # and it is noted
-        turn_s = running._decoding.scheduler._turn_s
+        seen = running.snapshot().result(10)
+        assert seen.sessions == ()  # and it is noted
+        turn_s = seen.scheduler.turn_s
+        assert turn_s is not None
         holder = Inbox()
         running.submit(task(200), holder)
         holder.until(Started)
@@ -115,9 +117,8 @@ def test_a_kept_session_holds_no_more_than_its_tokens(model: Model) -> None:
         (info,) = running.sessions().result(10)
         assert info.context_tokens == 21
         assert info.reserved_bytes == kept_bytes(model, 20)
-        (kept,) = running._decoding.scheduler
-        assert not hasattr(kept, "work")
-        assert not hasattr(kept, "sink")
+        (kept,) = running.snapshot().result(10).sessions
+        assert not kept.in_turn
         assert kept.experts is None
         assert info.pruning.norm_mass == finished.pruning.norm_mass
 
@@ -197,14 +198,14 @@ def test_a_small_budget_is_never_exceeded(sharing: str, model: Model) -> None:
 def check_accounts(running: Engine) -> None:
     """What the budget says is held is what there is."""
     infos = running.sessions().result(10)
-    decoding = running._decoding
-    caches = sum(s.cache.nbytes for s in decoding.scheduler if s.cache is not None)
-    views = decoding._views.nbytes
-    assert running.held_bytes == caches + views
+    seen = running.snapshot().result(10)
+    caches = sum(s.cache.nbytes for s in seen.sessions if s.cache is not None)
+    views = seen.nbytes.views
+    assert running.held_bytes == seen.nbytes.held == caches + views
     for info in infos:
         running.close(info.session_id).result(10)
     assert running.held_bytes == views
-    assert not any(view.users for view in decoding._views.held)
+    assert not any(view.users for view in running.snapshot().result(10).views)
 
 
 # -- tens of thousands of kept sessions ------------------------------------------------------------
@@ -318,13 +319,15 @@ def test_running_sums_are_the_sums_after_anything() -> None:
         by_state = Counter(each.state for each in everyone)
         assert +scheduler.states() == +by_state
         idle = [each for each in everyone if each.state is State.IDLE]
-        recalled = [e for e in everyone if e in scheduler._recalled]
-        assert scheduler._idle.nbytes == sum(each.reservation.kv for each in idle)
-        assert scheduler._recalled.nbytes == sum(each.reservation.kv for each in recalled)
+        seen = scheduler.snapshot()
+        recalled = [e for e in everyone if e.session_id in seen.recalled]
+        assert len(recalled) == len(seen.recalled)
+        assert seen.idle_bytes == sum(each.reservation.kv for each in idle)
+        assert seen.recalled_bytes == sum(each.reservation.kv for each in recalled)
         assert all(each.state is State.QUEUED for each in recalled)
         running = sum(each.reservation.kv for each in scheduler.live)
-        assert running + scheduler._idle.nbytes + scheduler._recalled.nbytes <= budget.limit
-        assert scheduler._idle.nbytes <= budget.idle_limit
+        assert running + seen.idle_bytes + seen.recalled_bytes <= budget.limit
+        assert seen.idle_bytes <= budget.idle_limit
     assert len(freed) > 100
 
 

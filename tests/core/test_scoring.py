@@ -4,7 +4,6 @@ that they leave nothing behind."""
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import ScoreMode
-from tests.core.engines import at_baseline, complete, engine, finish, submit
+from tests.core.engines import Busy, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 from tests.tiny import VOCABULARY
 
@@ -205,7 +204,7 @@ def test_classification_needs_no_view_and_shares_no_set(model: Model) -> None:
     with engine(model, own_prefill_tokens=None, sharing="shared") as running:
         inboxes = [submit(running, task(prompt=tuple(IDS[n : n + 9])))[1] for n in range(8)]
         shared = [logprobs(finish(inbox)[1]) for inbox in inboxes]
-        assert not running._decoding._views.held
+        assert running.snapshot().result(10).views == ()
     with engine(model, own_prefill_tokens=None) as running:
         for n, together in enumerate(shared):
             each = task(prompt=tuple(IDS[n : n + 9]))
@@ -349,7 +348,7 @@ def test_one_that_fails_ends_alone(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("owner", "name"), [(look_up, "_chances"), (Pass, "end"), (Decoder, "head")]
+    ("owner", "name"), [(look_up, "chances_of"), (Pass, "end"), (Decoder, "head")]
 )
 def test_a_step_that_fails_once_is_run_again_from_where_it_was(
     owner: Any, name: str, mode: ScoreMode, running: Engine, monkeypatch: pytest.MonkeyPatch
@@ -374,10 +373,9 @@ def test_a_step_that_fails_once_is_run_again_from_where_it_was(
 
     monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
     monkeypatch.setattr(owner, name, sometimes)
-    all_there = threading.Event()
-    running._post(lambda: all_there.wait(10))  # so that they run together
+    busy = Busy(running)  # so that they run together
     inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for each in tasks]
-    all_there.set()
+    busy.release()
     for inbox, each in zip(inboxes, expected, strict=True):
         close(logprobs(finish(inbox)[1]), each)
     assert calls >= (1 if (name, mode) == ("end", "generation") else 3)

@@ -10,7 +10,8 @@ import torch
 from griffin_core.engine import expert_groups as sharing
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished, Started
-from griffin_core.engine.sessions import Session, Sharing
+from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.snapshot import SessionSnapshot
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
@@ -55,32 +56,32 @@ def paused(running: Engine, each: GenerateTask) -> Inbox:
     return inbox
 
 
-def look(running: Engine, *turns: GenerateTask) -> list[Session]:
-    """The sessions, once each has a view and nothing is being built. For reading only."""
-    decoding = running._decoding
+def look(running: Engine, *turns: GenerateTask) -> list[SessionSnapshot]:
+    """The sessions, once each has a view and nothing is being built."""
+    seen: list[SessionSnapshot] = []
 
     def settled() -> bool:
-        running.sessions().result(10)
-        found = [decoding.scheduler.find(each.turn_id) for each in turns]
-        has_views = all(s is not None and s.view is not None for s in found)
-        return has_views and not decoding._groups.due
+        held = running.snapshot(contents=True).result(10)
+        found = [held.session(each.turn_id) for each in turns]
+        seen[:] = [s for s in found if s is not None and s.view is not None]
+        return len(seen) == len(turns) and not held.groups.due
 
     eventually(settled)
-    return [decoding.scheduler.find(each.turn_id) for each in turns]
+    return seen
 
 
-def chosen(session: Session) -> ExpertSet:
-    assert session.view is not None
-    return session.view.experts
+def chosen(session: SessionSnapshot) -> ExpertSet:
+    assert session.runs_on is not None
+    return session.runs_on
 
 
-def by_formula(*sessions: Session) -> list[list[int]]:
+def by_formula(*sessions: SessionSnapshot) -> list[list[int]]:
     """Top-k of Σ s_i/√S_i, in float64 (arXiv 2404.01365, section 4.3)."""
     layers = []
     for layer in range(3):
         score = torch.zeros(88, dtype=torch.float64)
         for session in sessions:
-            s2 = session.s2[layer].double()
+            s2 = session.statistic[layer].double()
             score += s2.sqrt() / s2.sum().sqrt()
         layers.append(sorted(score.topk(22).indices.tolist()))
     return layers
@@ -96,11 +97,12 @@ def test_a_group_runs_on_the_topk_of_its_summed_statistics(running: Engine) -> N
     for each in tasks:
         paused(running, each)
     sessions = look(running, *tasks)
-    assert all(s.view is sessions[0].view for s in sessions)
+    assert all(s.view == sessions[0].view for s in sessions)
     assert as_lists(chosen(sessions[0])) == by_formula(*sessions)
     assert as_lists(chosen(sessions[0])) != as_lists(sessions[0].experts)
     for session in sessions:
-        assert session.norm_mass == pytest.approx(chosen(session).norm_mass(session.s2))
+        told = running.session(session.session_id).result(10).pruning.norm_mass
+        assert told == pytest.approx(chosen(session).norm_mass(session.statistic))
 
 
 @pytest.mark.usefixtures("restless")
@@ -111,12 +113,15 @@ def test_joining_and_leaving_choose_again(running: Engine) -> None:
     assert as_lists(chosen(first)) == as_lists(first.experts)
     paused(running, two)
     sessions = look(running, one, two)
+    first = sessions[0]
     assert as_lists(chosen(first)) == by_formula(*sessions)
     paused(running, three)
     sessions = look(running, one, two, three)
+    first = sessions[0]
     assert as_lists(chosen(first)) == by_formula(*sessions)
     running.cancel(two.turn_id)
     sessions = look(running, one, three)
+    first = sessions[0]
     assert as_lists(chosen(first)) == by_formula(*sessions)
     running.cancel(three.turn_id)
     (first,) = look(running, one)
@@ -159,9 +164,9 @@ def test_sessions_that_come_and_go_in_a_group_all_finish_and_leave_nothing(
         tokens, last = finish(inbox)
         assert isinstance(last, Finished) and len(tokens) == 5 + 7 * n
     assert running.sessions().result(10) == []
-    decoding = running._decoding
-    assert not decoding._groups._seats and not decoding._groups._shared
-    assert not any(view.users for view in decoding._views.held)
+    held = running.snapshot().result(10)
+    assert not held.groups.sessions and not held.groups.shared
+    assert not any(view.users for view in held.views)
 
 
 @pytest.mark.usefixtures("restless")
@@ -183,9 +188,9 @@ def test_a_later_turn_keeps_its_sharing_and_joins_again(running: Engine) -> None
     _, inbox = submit(running, later)
     inbox.until(Started)
     inbox.open = False
-    eventually(lambda: running._decoding.scheduler.find(first.turn_id).view is not None)
-    sessions = [running._decoding.scheduler.find(each.turn_id) for each in (first, other)]
-    eventually(lambda: sessions[0].view is sessions[1].view)
+    eventually(lambda: len({each.view for each in look(running, first, other)}) == 1)
+    sessions = look(running, first, other)
+    assert sessions[0].view == sessions[1].view
     assert as_lists(chosen(sessions[0])) == by_formula(*sessions)
 
 

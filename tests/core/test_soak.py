@@ -17,15 +17,18 @@ from griffin_core.engine.events import Admitted, Failed, Finished, TokensMade
 from griffin_core.engine.loop import Decoding
 from griffin_core.engine.scheduler import Limits
 from griffin_core.engine.sessions import State
+from griffin_core.engine.snapshot import EngineSnapshot
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import SessionClosed, SessionNotFound
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.kv.cache import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox, engine, hand_over, submit
 from tests.core.pieces import Pieces
+from tests.core.test_scheduler import kept_bytes
 
 CONVERSATIONS = [24, pytest.param(300, marks=pytest.mark.slow)]
 
@@ -105,8 +108,8 @@ class Made:
 
 
 def tokens_of(running: Engine, session_id: str) -> list[int] | None:
-    session = running._decoding.scheduler.find(session_id)
-    return None if session is None else list(session.tokens)
+    session = running.snapshot(contents=True).result(30).session(session_id)
+    return None if session is None else list(session.tokens or ())
 
 
 def conversation(model: Model, draw: random.Random, **options: Any) -> list[tuple[Any, Made]]:
@@ -128,36 +131,35 @@ def conversation(model: Model, draw: random.Random, **options: Any) -> list[tupl
     return turns
 
 
-def check_books(decoding: Decoding) -> None:
+def check_books(held: EngineSnapshot, limits: Limits, model: Model) -> None:
     """What is counted is what is there, and every session is in one place."""
-    scheduler, budget = decoding.scheduler, decoding.budget
-    everyone = list(scheduler)
+    scheduler, everyone = held.scheduler, held.sessions
     caches = sum(s.cache.nbytes for s in everyone if s.cache is not None)
-    assert budget.held == caches + decoding._views.nbytes
-    assert 0 <= budget.held <= budget.limit
+    assert held.nbytes.held == caches + held.nbytes.views
+    assert 0 <= held.nbytes.held <= held.nbytes.limit
     slots = [s.slot for s in everyone if s.slot is not None]
-    assert sorted([*slots, *decoding._free_slots]) == list(range(decoding._limits.max_sessions))
-    sampler: Any = decoding.sampler._slots
-    assert not sampler._table[decoding._free_slots].any()
-    assert {*sampler._banned, *sampler._others} <= set(slots)
-    for kept in (scheduler._idle, scheduler._recalled):
-        assert kept.nbytes == sum(s.reservation.kv for s in kept._sessions.values())
+    assert sorted([*slots, *held.free_slots]) == list(range(limits.max_sessions))
+    assert held.slots_in_use <= set(slots)
+    for kept, nbytes in (
+        (scheduler.idle, scheduler.idle_bytes),
+        (scheduler.recalled, scheduler.recalled_bytes),
+    ):
+        assert nbytes == sum(s.reserved_kv_bytes for s in everyone if s.session_id in kept)
+        assert {*kept} <= {s.session_id for s in everyone}
     for session in everyone:
-        places = session in scheduler.live, session in scheduler._idle
-        waits = session.session_id in scheduler._waiting
-        assert sum((*places, waits)) == 1
+        places = scheduler.live, scheduler.idle, scheduler.waiting
+        assert sum(session.session_id in place for place in places) == 1
         if session.state is State.IDLE:
-            assert session.cache is not None and session.turn_id not in decoding._turns
+            assert session.cache is not None and session.turn_id not in held.turns
             assert (session.slot, session.in_flight, session.view_bytes) == (None, 0, 0)
-            assert session.cache.length == session.cache.capacity <= len(session.tokens)
-            kept_bytes = decoding._caches.kept_bytes(session.cache.length)
-            assert session.reservation.kv == kept_bytes
+            assert session.cache.tokens == session.cache.capacity <= session.total_tokens
+            assert session.reserved_kv_bytes == kept_bytes(model, session.cache.tokens)
             continue
-        assert decoding._turns[session.turn_id] is session
+        assert held.turns[session.turn_id] == session.session_id
         if session.slot is not None:
             assert session.cache is not None
             ahead = session.in_flight - 1 if session.turn_generated else 0
-            assert session.cache.length == len(session.tokens) + ahead
+            assert session.cache.tokens == session.total_tokens + ahead
 
 
 class Talk:
@@ -241,23 +243,23 @@ def test_conversations_in_a_crowd_are_what_they_are_alone(
         **how,
     )
     wrong: list[AssertionError] = []
-    turn, sample = crowd._turn, crowd._decoding.sampler.sample
+    step, sample = Decoding.step, Sampler.sample
 
-    def checked_turn() -> None:
-        turn()
+    def checked_step(decoding: Decoding) -> None:
+        step(decoding)  # which ends a turn of the engine
         try:
-            check_books(crowd._decoding)
+            check_books(decoding.snapshot(), limits, model)
         except AssertionError as error:
             wrong.append(error)
 
-    def failing_sample(logits: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+    def failing_sample(self: Sampler, logits: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         """Several rows together fail now and then: each is then tried alone."""
         if logits.shape[0] > 1 and draw.random() < 0.1:
             raise RuntimeError("several rows")
-        return sample(logits, *more)
+        return sample(self, logits, *more)
 
-    monkeypatch.setattr(crowd, "_turn", checked_turn)
-    monkeypatch.setattr(crowd._decoding.sampler, "sample", failing_sample)
+    monkeypatch.setattr(Decoding, "step", checked_step)
+    monkeypatch.setattr(Sampler, "sample", failing_sample)
     crowd.start()
     compared: list[tuple[Made, Made]] = []
     try:

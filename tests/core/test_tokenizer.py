@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tokenizers import Regex, normalizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_core.errors import BadModelFile, InvalidRequest
 from griffin_core.model.load import Model
@@ -211,13 +211,23 @@ def test_a_continuation_that_takes_the_contexts_end_away_is_split_all_the_same(
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Characters that were given to tokenizers."""
     seen: list[int] = []
-    encoded = Tokenizer._encoded
+    backend = PreTrainedTokenizerFast.backend_tokenizer.fget
 
-    def count(self: Tokenizer, text: str, special_tokens: bool) -> Any:
-        seen.append(len(text))
-        return encoded(self, text, special_tokens)
+    class Counting:
+        """A backend whose texts are counted."""
 
-    monkeypatch.setattr(Tokenizer, "_encoded", count)
+        def __init__(self, counted: Any) -> None:
+            self.counted = counted
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.counted, name)
+
+        def encode_batch(self, texts: list[str], **options: Any) -> Any:
+            seen.extend(len(text) for text in texts)
+            return self.counted.encode_batch(texts, **options)
+
+    counting = property(lambda tokenizer: Counting(backend(tokenizer)))
+    monkeypatch.setattr(PreTrainedTokenizerFast, "backend_tokenizer", counting)
     return seen
 
 

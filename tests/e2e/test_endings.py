@@ -93,7 +93,7 @@ def test_a_client_that_cancels_during_prefill_stops_it_within_a_chunk(
         assert [s.state for s in client.list_sessions()] == ["prefill"]
     # The client has gone, and its calls with it.
     eventually(lambda: held(one_at_a_time) == (0, 0))
-    eventually(lambda: not one_at_a_time.app.engine._prefills._runs)
+    eventually(lambda: not one_at_a_time.app.engine.snapshot().result(30).prefills.queued)
     assert len(turns) <= 6
     with one_at_a_time.client() as client:
         assert client.complete("a", stopping=FEW).finished.usage.generated_tokens == 3
@@ -134,8 +134,10 @@ def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) 
 
             thread = threading.Thread(target=call)
             thread.start()
-            intakes = decode.app.engine._decoding._intakes
-            eventually(lambda: any(each._received[0] > 64 for each in list(intakes.values())))
+            engine = decode.app.engine
+            eventually(
+                lambda: any(h.received[0] > 64 for h in engine.snapshot().result(30).handoffs)
+            )
             prefill.kill()
             thread.join(30)
             assert isinstance(failure[0], Unavailable), failure

@@ -156,8 +156,8 @@ def prefill_command(model: str) -> tuple[str, ...]:
 
 def in_handoff(decode: Running) -> bool:
     """Whether some of a prompt's KV has come, and not all."""
-    intakes = list(decode.app.engine._decoding._intakes.values())
-    return any(64 < each._received[0] < 2000 for each in intakes)
+    handoffs = decode.app.engine.snapshot().result(10).handoffs
+    return any(64 < each.received[0] < 2000 for each in handoffs)
 
 
 PROMPT = [number % 250 for number in range(3000)]
@@ -184,7 +184,7 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
         decode.client() as client,
     ):
         processes = [one, other]
-        servers = decode.app._prefill._servers
+        servers = decode.app.prefill_servers.servers
         targets = [server.target for server in servers]
         for _ in range(2):
             made: list[int] = []

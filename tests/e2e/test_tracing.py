@@ -289,5 +289,5 @@ def test_it_is_off_unless_the_environment_asks_for_what_is_known(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(f"OTEL_{name}", value)
-    assert Tracing("all")._sending is None
+    assert not Tracing("all").sending
     assert ("no traces" in capsys.readouterr().out) == warned

@@ -17,6 +17,7 @@ from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.backend import ScoreItem
 from griffin_evals.errors import InvalidSetting, RequestRefused
 from griffin_evals.lm import GriffinLM
+from griffin_evals.local import LocalBackend
 from griffin_evals.requests import Reader
 from griffin_evals.settings import Settings
 from griffin_evals.tokens import HfTokens, tokenizer_of
@@ -204,13 +205,13 @@ def test_at_half_density_scores_and_windows_are_those_of_sparsify(
     pairs = some_pairs(12)
     expected = []
     for pair in scoring(*pairs):
-        read = half._reader.pair(pair)
+        read = half.reader.pair(pair)
         expected.append(logprob(list(read.context), list(read.continuation)))
     scores = [score for score, _ in silent(half, "loglikelihood", scoring(*pairs))]
     assert scores == pytest.approx(expected, abs=1e-3)
 
     (long,) = rolling("the old bridge " * 30)
-    dense, windows = half._reader.windows(long)
+    dense, windows = half.reader.windows(long)
     ids = half.tok_encode(long.args[0])
     assert [list(pair.continuation) for pair in dense] == [ids[: CONTEXT // 2]]
     assert [token for pair in windows for token in pair.continuation] == ids[CONTEXT // 2 :]
@@ -251,13 +252,13 @@ def test_choices_of_one_context_are_one_call_and_equal_requests_asked_once(
     lm: GriffinLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[ScoreItem] = []
-    score = lm._backend.score
+    score = LocalBackend.score
 
-    def counted(items: Any, *rest: Any) -> None:
+    def counted(backend: LocalBackend, items: Any, *rest: Any) -> None:
         calls.extend(items)
-        score(items, *rest)
+        score(backend, items, *rest)
 
-    monkeypatch.setattr(lm._backend, "score", counted)
+    monkeypatch.setattr(LocalBackend, "score", counted)
     one, two = TEXTS[:2]
     pairs = [(one, " yes"), (two, " yes"), (one, " no"), (one + " ", "yes"), (one, " yes")]
     counting = lm.with_settings()
@@ -272,13 +273,13 @@ def test_first_windows_of_all_texts_are_not_one_request(
 ) -> None:
     """Though all have the same one token as their context."""
     calls: list[ScoreItem] = []
-    score = lm._backend.score
+    score = LocalBackend.score
 
-    def counted(items: Any, *rest: Any) -> None:
+    def counted(backend: LocalBackend, items: Any, *rest: Any) -> None:
         calls.extend(items)
-        score(items, *rest)
+        score(backend, items, *rest)
 
-    monkeypatch.setattr(lm._backend, "score", counted)
+    monkeypatch.setattr(LocalBackend, "score", counted)
     monkeypatch.setattr("griffin_evals.lm.MOST_TOGETHER", 100)
     texts = [letter * 45 for letter in "abcde"] + ["x" * 200]
     together = silent(lm.with_settings(), "loglikelihood_rolling", rolling(*texts))

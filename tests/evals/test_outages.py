@@ -147,20 +147,22 @@ def test_nothing_there_at_first_is_waited_for_too_and_the_journal_is_free_afterw
     Journal(path).close()
 
 
-def test_a_busy_server_is_asked_again_when_it_says(tiny: Callable[[str], Model]) -> None:
+def test_a_busy_server_is_asked_again_when_it_says(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(tiny("llama"), max_sessions=1, max_queue=1) as server:
         lm = GriffinLM(target=server.target, concurrency=16)
         refused: list[float | None] = []
-        asked = lm._backend._client.score  # type: ignore[attr-defined]
+        asked = GriffinClient.score
 
-        def score(*arguments: Any, **options: Any) -> Any:
+        def score(self: GriffinClient, *arguments: Any, **options: Any) -> Any:
             try:
-                return asked(*arguments, **options)
+                return asked(self, *arguments, **options)
             except ResourceExhausted as error:
                 refused.append(error.retry_after_s)
                 raise
 
-        lm._backend._client.score = score  # type: ignore[attr-defined]
+        monkeypatch.setattr(GriffinClient, "score", score)
         assert len(run(lm)) == COUNT
         assert refused and None not in refused
         lm.close()

@@ -36,7 +36,7 @@ def where(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(where: Path) -> Iterator[Model]:
     yield load_model(str(where), dtype=torch.bfloat16, device="cuda")
-    assert not any(DeviceShare._claims.values())
+    assert DeviceShare.claims() == 0
 
 
 def free() -> int:

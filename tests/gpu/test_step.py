@@ -118,7 +118,7 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
         ("mixed", 0.0),
     ):
         for step in (graphs, plain):
-            step._private_up_to = dict.fromkeys(step._private_up_to, most_private)
+            step.private_up_to = dict.fromkeys(step.private_up_to, most_private)
         by_index, masked = views(kind, half, single)
         for rows in ((0,), (0, 1, 2)):
             caches = [
@@ -184,12 +184,12 @@ def test_new_sets_and_sessions_need_no_allocation_and_no_capture(
 
     run(0)
     torch.cuda.synchronize()
-    graphs = dict(step._graphs)
+    graphs = dict(step.graphs)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     for turn in range(1000):
         run(turn)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    assert step._graphs == graphs
+    assert step.graphs == graphs
 
 
 def test_a_full_cache_is_refused_before_anything_is_written(
@@ -225,15 +225,15 @@ def test_a_set_each_runs_where_it_costs_no_more_and_zeroed_where_it_would(
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     step = graphs_of(decoder, 16)
-    assert all((size, "zeroed") in step._graphs for size in (2, 4, 8, 16))
-    assert (16, "private") not in step._graphs
-    step._private_up_to = {1: 1.0, 2: 0.6, 4: 0.3, 8: 0.0}
+    assert all((size, "zeroed") in step.graphs for size in (2, 4, 8, 16))
+    assert (16, "private") not in step.graphs
+    step.private_up_to = {1: 1.0, 2: 0.6, 4: 0.3, 8: 0.0}
     some = [on(Indexed(), decoder, random_sets(decoder, k)) for k in (44, 22, 22)]
     cache = prefilled(decoder, [1, 2, 3])
 
     def mode(*of: View) -> str:
         rows = [StepRow(cache=cache, view=view, slot=0) for view in of]
-        return step._mode(rows, 1 << (len(of) - 1).bit_length())
+        return step.mode(rows, 1 << (len(of) - 1).bit_length())
 
     assert mode(dense(decoder)) == mode(dense(decoder), dense(decoder)) == "dense"
     assert mode(some[0]) == "private"

@@ -124,22 +124,26 @@ def test_sharing_has_no_meaning_here(tiny_server: Running) -> None:
     request = pb.AnalyzePromptRequest(
         text=PROMPT, pruning=pb.Pruning(sharing=pb.EXPERT_SHARING_SHARED)
     )
-    with tiny_server.client() as client:
-        stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
+    with grpc.insecure_channel(tiny_server.target) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         with pytest.raises(Exception, match=r"pruning\.sharing"):
             list(stub.AnalyzePrompt(request))
 
 
 def test_a_call_that_ends_early_leaves_nothing_behind(tiny: Callable[[str], Model]) -> None:
-    with running(tiny("llama"), prefill_chunk_tokens=1) as server, server.client() as client:
-        stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
+    with (
+        running(tiny("llama"), prefill_chunk_tokens=1) as server,
+        server.client() as client,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         for _ in range(10):
             call = stub.AnalyzePrompt(pb.AnalyzePromptRequest(text="x" * 200))
             assert next(call).HasField("started")
             call.cancel()
         with pytest.raises(DeadlineExceeded):
             client.analyze_prompt("x" * 200, timeout_s=0.001)
-        eventually(lambda: not server.app.engine._prefills._runs)
+        eventually(lambda: not server.app.engine.snapshot().result(10).prefills.queued)
         assert client.analyze_prompt(PROMPT).layers
         assert client.list_sessions() == []
 
@@ -189,8 +193,9 @@ def test_what_would_have_to_wait_is_refused_where_nothing_may(
     with (
         running(tiny("llama-long"), prefill_chunk_tokens=1, max_queue=0) as server,
         server.client() as client,
+        grpc.insecure_channel(server.target) as channel,
     ):
-        stub = generation_pb2_grpc.GenerationServiceStub(client._channel)
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         long = stub.AnalyzePrompt(pb.AnalyzePromptRequest(text="x" * 4000))
         assert next(long).HasField("started")  # it runs, for thousands of passes
         with pytest.raises(ResourceExhausted, match="queue: 1 pre"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from griffin_core import check
@@ -107,16 +108,17 @@ def test_a_difference_is_told_with_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents_of(tiny_model("llama")).write(tmp_path / "llama.gguf")
-    reference = check._reference
+    load = AutoModelForCausalLM.from_pretrained
 
-    def another(*arguments: Any) -> PreTrainedModel:
-        model = reference(*arguments)
+    def another(*arguments: Any, **options: Any) -> Any:
+        reference, info = load(*arguments, **options)
         with torch.no_grad():
-            model.model.layers[2].mlp.down_proj.weight[3] += 0.5
-        return model
+            reference.model.layers[2].mlp.down_proj.weight[3] += 0.5
+        return reference, info
 
     assert run(str(tmp_path / "llama.gguf"))[0] == 0
-    monkeypatch.setattr(check, "_reference", another)
+    theirs = SimpleNamespace(from_pretrained=another)
+    monkeypatch.setattr(check, "AutoModelForCausalLM", theirs)  # our own reading stays as it is
     status, out, _ = run(str(tmp_path / "llama.gguf"), "--json")
     said = json.loads(out)
     assert (status, said["result"]) == (3, "differs from transformers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,27 +21,45 @@ class Handle:
     reserved = b""
 
 
+class Driver:
+    """Stands for the driver's bindings; every handle opens SIZE bytes at BASE."""
+
+    CUipcMemHandle = Handle
+    CUipcMem_flags = SimpleNamespace(CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS=SimpleNamespace(value=1))
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_UNIFIED=4)
+    CUDA_MEMCPY2D = SimpleNamespace
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+        self.answers: dict[str, tuple[Any, ...]] = {
+            "cuDevicePrimaryCtxRetain": (0, "context"),
+            "cuIpcOpenMemHandle": (0, BASE),
+            "cuMemGetAddressRange": (0, BASE, SIZE),
+        }
+        """What calls return: an error, or 0, and values."""
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.called.append(name)
+            return self.answers.get(name, (0,))
+
+        return call
+
+
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the driver's calls; every handle opens SIZE bytes at BASE."""
-    names: list[str] = []
-    answers = {"cuIpcOpenMemHandle": (BASE,), "cuMemGetAddressRange": (BASE, SIZE)}
-
-    def call(name: str, *arguments: Any) -> tuple[Any, ...]:
-        names.append(name)
-        return answers.get(name, ())
-
-    driver = SimpleNamespace(
-        CUipcMemHandle=Handle,
-        CUipcMem_flags=SimpleNamespace(CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS=SimpleNamespace(value=1)),
-        CUmemorytype=SimpleNamespace(CU_MEMORYTYPE_UNIFIED=4),
-        CUDA_MEMCPY2D=SimpleNamespace,
-    )
-    monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda_memory, "_call", call)
-    monkeypatch.setattr(cuda_memory, "_context", lambda device: None)
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=made))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    return names
+    return made
+
+
+@pytest.fixture
+def called(driver: Driver) -> list[str]:
+    """Names of the driver's calls."""
+    return driver.called
 
 
 def place(offset: int, pitch: int, handle: bytes = bytes(64)) -> pb.CudaPlace:
@@ -80,22 +99,13 @@ def test_a_handle_is_opened_once_and_closed_once(called: list[str]) -> None:
     assert called.count("cuIpcCloseMemHandle") == 1
 
 
-def test_what_was_opened_is_closed_even_if_its_size_is_not_known(
-    called: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = cuda_memory._call
-
-    def call(name: str, *arguments: Any) -> tuple[Any, ...]:
-        if name == "cuMemGetAddressRange":
-            raise MappingError("cuMemGetAddressRange: CUDA_ERROR_UNKNOWN")
-        return whole(name, *arguments)
-
-    monkeypatch.setattr(cuda_memory, "_call", call)
+def test_what_was_opened_is_closed_even_if_its_size_is_not_known(driver: Driver) -> None:
+    driver.answers["cuMemGetAddressRange"] = (SimpleNamespace(name="CUDA_ERROR_UNKNOWN"),)
     mappings = Mappings(CPU)
     with pytest.raises(MappingError, match="UNKNOWN"):
         mappings.copy(place(0, 512), torch.empty(512, dtype=torch.uint8), rows=1)
     mappings.close()
-    assert "cuIpcCloseMemHandle" in called
+    assert "cuIpcCloseMemHandle" in driver.called
 
 
 def test_memory_is_shared_on_no_cpu() -> None:

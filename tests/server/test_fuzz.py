@@ -48,6 +48,7 @@ class Server:
 
     running: Running
     channel: grpc.Channel
+    role: str
 
     def call(self, method: str, request: bytes, streams: bool, **options: Any) -> str:
         """How a call ends: the name of its code."""
@@ -82,7 +83,7 @@ def started(request: pytest.FixtureRequest, tiny: Callable[[str], Model]) -> Ite
         running(tiny("llama"), role=request.param) as serving,
         grpc.insecure_channel(serving.target) as channel,
     ):
-        yield Server(serving, channel)
+        yield Server(serving, channel, request.param)
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def server(started: Server) -> Server:
 
 def served(server: Server) -> dict[str, MethodDescriptor]:
     """The methods of its role."""
-    prefill_only = server.running.app._settings.role == "prefill"
+    prefill_only = server.role == "prefill"
     return {
         name: method
         for name, method in METHODS.items()

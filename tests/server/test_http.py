@@ -26,7 +26,7 @@ def serving() -> list[bool]:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch, serving: list[bool]) -> Iterator[int]:
-    monkeypatch.setattr(ops_http._Quiet, "timeout", 0.2)
+    monkeypatch.setattr(ops_http.QuietHandler, "timeout", 0.2)
     sockets = listen(TcpAddress(host="127.0.0.1", port=0))
     registry = CollectorRegistry()
     Gauge("griffin_test", "A number.", registry=registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import urllib.error
 import urllib.request
@@ -15,7 +16,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from griffin_client import GriffinClientError, Sampling, Started, Stopping
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
-from griffin_server.ops.interceptors import _shutting_down
 from griffin_server.ops.metrics import FINE, Metrics
 from tests.e2e.prometheus import free_port
 from tests.servers import Running, eventually, running
@@ -189,7 +189,7 @@ def test_health_follows_the_server(scraped: Scraped) -> None:
     assert scraped.get("/healthz") == "serving\n"
     with pytest.raises(urllib.error.HTTPError, match="404"):
         scraped.get("/")
-    scraped.server.app.listener.calls._refusal = _shutting_down
+    asyncio.run(scraped.server.app.listener.calls.close(0.0))
     with pytest.raises(urllib.error.HTTPError, match="503"):
         scraped.get("/healthz")
 

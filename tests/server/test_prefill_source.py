@@ -17,9 +17,10 @@ from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_server.handoff import shared_memory
 from griffin_server.handoff.shape import HandoffShape
-from griffin_server.handoff.shared_memory import DIRECTORY, Segment
+from griffin_server.handoff.shared_memory import DIRECTORY, Segment, SegmentPool
 from griffin_server.handoff.transports import ChunkReader, KvReader, MemoryNotShared
 from griffin_server.ops.metrics import Metrics
+from griffin_server.prefill import source
 from griffin_server.prefill.service import PrefillServicer
 from griffin_server.prefill.source import PrefillServer, PrefillServers
 from tests.servers import Running, running
@@ -89,14 +90,19 @@ async def test_a_way_that_does_not_work_is_given_up_and_the_prompt_begins_anew(
     model = tiny("llama")
     with running(model, role="prefill") as prefill:
         server = PrefillServer(prefill.target, model, Metrics())
-        usual, offered = server._way, []
+        usual, offered = source.SharedMemoryReader, []
 
-        async def first_unreadable(shape: HandoffShape) -> KvReader:
-            way = await usual(shape) if offered else Unreadable(at, shape, torch.device("cpu"))
-            offered.append(way)
-            return way
+        def first_unreadable(
+            shape: HandoffShape, device: torch.device, segment: Segment, pool: SegmentPool
+        ) -> KvReader:
+            if offered:
+                offered.append(usual(shape, device, segment, pool))
+            else:
+                pool.give_back(segment)
+                offered.append(Unreadable(at, shape, device))
+            return offered[-1]
 
-        monkeypatch.setattr(server, "_way", first_unreadable)
+        monkeypatch.setattr(source, "SharedMemoryReader", first_unreadable)
         servers = PrefillServers([server])
         made = await events_of(servers)
         assert made.count("PrefillRestarted") == 1 and made[-1] == "PrefillFinished"
@@ -138,7 +144,7 @@ async def test_how_a_call_ends_behind_a_verified_handoff_is_no_matter(
     for _ in range(3):
         made = await events_of(servers)
         assert made[-1] == "PrefillFinished" and "PrefillRestarted" not in made
-    assert not any(server.set_aside for server in servers._servers)
+    assert not any(server.set_aside for server in servers.servers)
 
 
 async def test_a_server_with_another_model_is_passed_over(tiny: Callable[[str], Model]) -> None:
@@ -175,4 +181,4 @@ async def test_a_callers_own_deadline_is_no_fault_of_the_server(
         )
     with pytest.raises(DeadlinePassed):
         await events_of(servers, timeout_s=0.2)
-    assert not any(server.set_aside for server in servers._servers)
+    assert not any(server.set_aside for server in servers.servers)

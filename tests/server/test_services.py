@@ -31,6 +31,7 @@ from griffin_client import (
 )
 from griffin_core.errors import BadModelFile, EngineFault
 from griffin_core.model.load import Model
+from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.app import App
 from griffin_server.generation.convert import PageTokens
 from griffin_server.listener import GENERATION, PREFILL
@@ -374,7 +375,7 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
         stream = client.generate("a", stopping=Stopping(max_tokens=250, ignore_eos=True))
         await anext(stream)
         stopping = asyncio.create_task(app.stop())
-        while not app.listener.calls._closed:  # noqa: ASYNC110  # nothing announces it
+        while app.listener.calls.serving:  # noqa: ASYNC110  # nothing announces it
             await asyncio.sleep(0)
         with pytest.raises(Unavailable) as refused:
             await client.complete("b")
@@ -385,10 +386,14 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
     await stopping
 
 
-async def test_until_the_engine_is_ready_calls_are_refused(tiny: Callable[[str], Model]) -> None:
+async def test_until_the_engine_is_ready_calls_are_refused(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     app, prepared = App(Settings(port=0), tiny("llama")), threading.Event()
-    prepare = app.engine._prepare_step
-    app.engine._prepare_step = lambda: prepare() if prepared.wait(60) else 1 // 0
+    monkeypatch.setattr(
+        "griffin_core.engine.engine.measure_costs",
+        lambda *_: ASSUMED_COSTS if prepared.wait(60) else 1 // 0,
+    )
     starting = asyncio.create_task(app.start())
     await asyncio.sleep(0)  # it listens before it waits for anything
     assert app.listener.address.port
@@ -407,10 +412,10 @@ async def test_until_the_engine_is_ready_calls_are_refused(tiny: Callable[[str],
 
 
 async def test_an_engine_that_does_not_come_up_ends_the_start(
-    tiny: Callable[[str], Model],
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = App(Settings(port=0), tiny("llama"))
-    app.engine._prepare_step = lambda: 1 // 0
+    monkeypatch.setattr("griffin_core.engine.engine.measure_costs", lambda *_: 1 // 0)
     with pytest.raises(EngineFault, match="did not start"):
         await app.start()
     await app.stop()

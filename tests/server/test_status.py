@@ -21,6 +21,7 @@ from griffin_core.errors import (
     SessionNotFound,
 )
 from griffin_core.model.load import Model
+from griffin_server.generation.service import GenerationServicer
 from griffin_server.ops.status import (
     CODES,
     DETAILS_KEY,
@@ -156,11 +157,10 @@ def test_a_status_fits_whatever_others_say(
 ) -> None:
     """A client that gets more than 8 KiB of metadata says RESOURCE_EXHAUSTED of its own."""
 
-    async def fail(request: Any, context: Any) -> Any:
+    async def fail(servicer: Any, request: Any, context: Any) -> Any:
         raise make(foreign)
 
-    servicer = server.app.listener._generation.servicer
-    monkeypatch.setattr(servicer, "GetModelInfo", fail)
+    monkeypatch.setattr(GenerationServicer, "GetModelInfo", fail)
     with server.client() as client, pytest.raises(client_errors.GriffinClientError) as caught:
         client.model_info()
     assert caught.value.code.name == code

@@ -88,7 +88,7 @@ def test_a_text_may_go_without_the_tokenizers_own_special_tokens(
     models: Callable[..., Model],
 ) -> None:
     model = models("llama2")
-    model.tokenizer._backend.post_processor = TemplateProcessing(
+    model.tokenizer.fast.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     with running(model) as server, grpc.insecure_channel(server.target) as channel:
@@ -160,7 +160,7 @@ def test_a_later_turn_is_appended_as_it_is_unless_the_request_says_otherwise(
     models: Callable[..., Model],
 ) -> None:
     model = models("llama2")
-    model.tokenizer._backend.post_processor = TemplateProcessing(
+    model.tokenizer.fast.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     one = {"max_tokens": 1}

@@ -106,6 +106,13 @@ class CpuSlots:
         own += sum(t.nbytes for slots in (self._others, self._banned) for t in slots.values())
         return own + self._table.nbytes + self.drawn.nbytes
 
+    @property
+    def in_use(self) -> frozenset[int]:
+        """See ``Sampler``."""
+        rows = self._table.any(dim=1).nonzero()[:, 0].tolist()
+        owned = (slot for slot, tensors in enumerate(self._owned) if tensors)
+        return frozenset((*rows, *owned, *self._others, *self._banned))
+
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """See ``Sampler``."""
         self.close(slot)

@@ -89,6 +89,12 @@ class CudaSlots:
         """See ``Sampler``."""
         return self._bias.nbytes + self._seen.nbytes + self._table.nbytes + self.drawn.nbytes
 
+    @property
+    def in_use(self) -> frozenset[int]:
+        """See ``Sampler``."""
+        rows = self._table.any(dim=1).nonzero()[:, 0].tolist()
+        return frozenset((*rows, *self._params))
+
     def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
         """See ``Sampler``."""
         self._params[slot] = params

@@ -28,7 +28,7 @@ SILENT_S = 30.0
 """How long a client may be silent within a request: each one holds a thread."""
 
 
-class _Quiet(WSGIRequestHandler):
+class QuietHandler(WSGIRequestHandler):
     timeout = SILENT_S
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -42,7 +42,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def __init__(self, listening: socket.socket, answer: Answer) -> None:
         host, port, *_ = listening.getsockname()
-        super().__init__((host, port), _Quiet, bind_and_activate=False)
+        super().__init__((host, port), QuietHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
         self.server_name, self.server_port = host, port

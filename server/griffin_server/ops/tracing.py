@@ -66,6 +66,11 @@ class Tracing:
         if self._sending:
             self._tracer = self._sending[0].get_tracer("griffin_server", __version__)
 
+    @property
+    def sending(self) -> bool:
+        """Whether spans are sent to a receiver."""
+        return self._sending is not None
+
     def call(self, method: str, metadata: Any) -> CallSpans:
         """Begins the span of a call, which is the one of ``spans_var`` from then on.
 

@@ -72,8 +72,13 @@ class PrefillServers:
     """
 
     def __init__(self, servers: Sequence[PrefillServer]) -> None:
-        self._servers = servers
+        self._servers = tuple(servers)
         self._probes: set[asyncio.Task[None]] = set()
+
+    @property
+    def servers(self) -> tuple[PrefillServer, ...]:
+        """The servers that it chooses from."""
+        return self._servers
 
     async def stream(
         self, task: PrefillTask, timeout_s: float | None
