@@ -116,13 +116,15 @@ def test_what_sessions_run_on_is_told(model: Model) -> None:
         for each in (dense, *shared):
             paused(running, each)
 
+        seen = [running.snapshot().result(10)]
+
         def settled() -> bool:
-            held = running.snapshot().result(10)
-            forms = [each.form for each in held.sessions]
-            return forms == ["dense", "shared", "shared"] and not held.groups.due
+            seen.append(running.snapshot().result(10))
+            forms = [each.form for each in seen[-1].sessions]
+            return forms == ["dense", "shared", "shared"] and not seen[-1].groups.due
 
         eventually(settled)
-        held = running.snapshot().result(10)
+        held = seen[-1]
         one, two, three = held.sessions
         assert two.view == three.view != one.view
         assert one.runs_on is None and two.runs_on is three.runs_on is not None
