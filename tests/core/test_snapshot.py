@@ -116,12 +116,15 @@ def test_what_sessions_run_on_is_told(model: Model) -> None:
         for each in (dense, *shared):
             paused(running, each)
 
-        def forms() -> list[str | None]:
-            held = running.snapshot().result(10)
-            return [each.form for each in held.sessions]
+        seen = [running.snapshot().result(10)]
 
-        eventually(lambda: forms() == ["dense", "shared", "shared"])
-        held = running.snapshot().result(10)
+        def settled() -> bool:
+            seen.append(running.snapshot().result(10))
+            forms = [each.form for each in seen[-1].sessions]
+            return forms == ["dense", "shared", "shared"] and not seen[-1].groups.due
+
+        eventually(settled)
+        held = seen[-1]
         one, two, three = held.sessions
         assert two.view == three.view != one.view
         assert one.runs_on is None and two.runs_on is three.runs_on is not None
@@ -134,8 +137,9 @@ def test_what_sessions_run_on_is_told(model: Model) -> None:
         assert held.nbytes.views >= view.nbytes > 0
         own = task(pruning=PruningParams(density=0.25))
         paused(running, own)
-        eventually(lambda: forms()[-1] in ("own", "zeroed"))
+        eventually(lambda: running.snapshot().result(10).sessions[-1].form is not None)
         last = running.snapshot().result(10).sessions[-1]
+        assert last.form in ("own", "zeroed")
         assert last.runs_on.digest == last.experts.digest
 
 
