@@ -20,13 +20,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.cuda_shapes import SHAPES
 from benchmarks.report import finish
 from benchmarks.steps import greedy_sampler, step_s
+from griffin_core.backends.base import RunFF
 from griffin_core.backends.cuda.step import CudaStep
-from griffin_core.kv.cache import KvCache, kv_bytes
+from griffin_core.kv.cache import KvCache
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.weights import weights_from_state
-from griffin_core.slim.base import SlimFF
+from griffin_core.model.families.registry import spec_from_config, weights_from_state
 from griffin_core.slim.indexed import Indexed
-from griffin_core.spec.model import spec_from_config
 
 DTYPE = torch.bfloat16
 PROMPT = 2048
@@ -71,20 +71,20 @@ def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, se
     spec = decoder.spec
     item = DTYPE.itemsize
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim * spec.width
-    neurons = decoder.layers[0].neurons
+    neurons = decoder.layers[0].ff.weights
     of_neuron = (neurons.w_in.shape[0] + 1) * spec.width
     neurons_read = min(1.0, density * sets) * spec.ff_width if density < 1 else spec.ff_width
     weights = len(spec.layers) * (heads + of_neuron * neurons_read) + spec.vocabulary * spec.width
     return int(weights * item) + sessions * kv_bytes(spec, DTYPE, context)
 
 
-def random_view(decoder: Decoder, density: float) -> list[SlimFF]:
+def random_view(decoder: Decoder, density: float) -> list[RunFF]:
     if density == 1.0:
         return [layer.ff for layer in decoder.layers]
     every, k = decoder.spec.ff_width, int(decoder.spec.ff_width * density)
     form = Indexed()
     return [
-        form.build(layer, torch.randperm(every, device="cuda")[:k].sort().values.int(), "one")
+        form.build(layer, torch.randperm(every, device="cuda")[:k].sort().values.int(), "gemv")
         for layer in decoder.layers
     ]
 
@@ -92,7 +92,7 @@ def random_view(decoder: Decoder, density: float) -> list[SlimFF]:
 def filled_cache(decoder: Decoder, capacity: int) -> KvCache:
     cache = decoder.new_cache(capacity)
     for layer in range(len(decoder.layers)):
-        cache.room(layer, 0, PROMPT).normal_()
+        cache.slice(layer, 0, PROMPT).normal_()
     cache.advance(PROMPT)
     return cache
 

@@ -27,7 +27,7 @@ from griffin_core.engine.scheduler import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import GPU_CHUNK_TOKENS, MAX_TOGETHER, Part, Prompt, launch
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
@@ -192,7 +192,7 @@ def main() -> None:
     rate, bandwidth = product_rate(), copy_bandwidth()
     torch.cuda.empty_cache()
     decoder = random_decoder(arguments.shape)
-    spec, neurons = decoder.spec, decoder.layers[0].neurons
+    spec, neurons = decoder.spec, decoder.layers[0].ff.weights
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
     weights = len(spec.layers) * spec.width * (heads + (neurons.w_in.shape[0] + 1) * spec.ff_width)
     read_ms = 1e3 * weights * decoder.dtype.itemsize / bandwidth

@@ -23,12 +23,13 @@ import torch
 from benchmarks.ceiling import step_bytes
 from benchmarks.report import read_bandwidth
 from benchmarks.steps import greedy_sampler, step_s
+from griffin_core.backends.base import RunFF
 from griffin_core.forward.decode import LayeredStep
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.linear import Rows
 from griffin_core.model.load import load_model
-from griffin_core.slim.base import SlimFF, SlimForm
+from griffin_core.slim.base import SlimForm
 from griffin_core.slim.packed import Packed
 
 STEPS, ROUNDS = 8, 3
@@ -39,12 +40,12 @@ def context_cache(decoder: Decoder, tokens: int) -> KvCache:
     """A cache of random keys and values, with room for the steps."""
     cache = decoder.new_cache(tokens + 2 * STEPS)
     for layer in range(len(decoder.layers)):
-        cache.room(layer, 0, tokens).normal_()
+        cache.slice(layer, 0, tokens).normal_()
     cache.advance(tokens)
     return cache
 
 
-def random_set(decoder: Decoder, form: SlimForm, density: float, rows: Rows) -> list[SlimFF]:
+def random_set(decoder: Decoder, form: SlimForm, density: float, rows: Rows) -> list[RunFF]:
     """The view of a random expert set.
 
     Args:
@@ -113,13 +114,13 @@ class Alone:
         self._caches = [context_cache(decoder, self._context) for _ in range(arguments.most)]
         self._dense = [layer.ff for layer in decoder.layers]
         self._private = [
-            random_set(decoder, form, self._density, "one") for _ in range(arguments.most)
+            random_set(decoder, form, self._density, "gemv") for _ in range(arguments.most)
         ]
-        self._shared = random_set(decoder, form, self._density, "many")
+        self._shared = random_set(decoder, form, self._density, "gemm")
 
     def measure(self, streams: int) -> dict[str, dict[str, float]]:
         """Milliseconds of a step of so many sessions, by form."""
-        views: dict[str, Sequence[Sequence[SlimFF]]] = {
+        views: dict[str, Sequence[Sequence[RunFF]]] = {
             "dense": [self._dense] * streams,
             "shared": [self._shared if streams > 1 else self._private[0]] * streams,
             "private": self._private[:streams],

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from griffin_core.backends.base import RunFF
 from griffin_core.forward.decode import Stepper, StepRow
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
-from griffin_core.slim.base import SlimFF
 
 
 def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
     """A sampler all of whose slots are greedy."""
     vocabulary = decoder.spec.vocabulary
-    sampler = Sampler(slots=slots, vocabulary=vocabulary, device=decoder.device)
+    sampler = Sampler(slots=slots, vocabulary=vocabulary, backend=decoder.backend)
     for slot in range(slots):
         sampler.open(slot, SamplingParams(), [])
     return sampler
@@ -25,7 +25,7 @@ def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
 def step_s(
     step: Stepper,
     caches: Sequence[KvCache],
-    views: Sequence[Sequence[SlimFF]],
+    views: Sequence[Sequence[RunFF]],
     *,
     context: int,
     steps: int,

@@ -91,8 +91,8 @@ class Text:
         for _ in range(runs - 1):
             cache = decoder.new_cache(len(ids))
             for layer in range(len(decoder.layers)):
-                kv = first.room(layer, 0, prompt_tokens)
-                cache.room(layer, 0, prompt_tokens).copy_(kv)
+                kv = first.slice(layer, 0, prompt_tokens)
+                cache.slice(layer, 0, prompt_tokens).copy_(kv)
             cache.advance(prompt_tokens)
             self.caches.append(cache)
 

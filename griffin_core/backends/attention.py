@@ -57,7 +57,9 @@ class AttentionMask:
     shifted: CausalBias | None = None
 
 
-def attention_mask(start: int, count: int, window: int | None, device: torch.device) -> AttentionMask:
+def attention_mask(
+    start: int, count: int, window: int | None, device: torch.device
+) -> AttentionMask:
     """Causal visibility for ``count`` new tokens at positions start, start + 1, ...
 
     Args:
@@ -70,7 +72,9 @@ def attention_mask(start: int, count: int, window: int | None, device: torch.dev
     if start == 0 and (window is None or window >= end):
         return AttentionMask(first=0, causal=True, mask=None)
     if device.type == "cuda" and first == 0 and (window is None or window >= end):
-        return AttentionMask(first=0, causal=False, mask=None, shifted=causal_lower_right(count, end))
+        return AttentionMask(
+            first=0, causal=False, mask=None, shifted=causal_lower_right(count, end)
+        )
     queries = torch.arange(start, end, device=device)[:, None]
     keys = torch.arange(first, end, device=device)[None, :]
     mask = keys <= queries

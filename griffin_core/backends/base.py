@@ -61,6 +61,14 @@ class FeedForward(RunFF, Protocol):
         ‖Z_t‖², where a kernel gives them with Z; else None."""
         ...
 
+    def gather(self, experts: Tensor, layout: Layout) -> FeedForward:
+        """A block that holds copies of some neurons: experts [K], ascending integers."""
+        ...
+
+    def gathered_bytes(self, k: int) -> int:
+        """The most bytes that ``gather`` of k neurons holds."""
+        ...
+
     def output(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual + Z Wᵀ_down: [T, F] -> [T, D]."""
         ...
@@ -91,9 +99,7 @@ class FeedForward(RunFF, Protocol):
 class Attention(Protocol):
     """Attention of one batch, made once for all of its layers."""
 
-    def __call__(
-        self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None
-    ) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         """Normalizes and rotates queries and keys, stores keys and values, and attends.
 
         Args:
@@ -136,7 +142,7 @@ class Backend(ABC):
         self.device = device
         self.dtype = dtype
 
-    def prepare(self, spec: ModelSpec) -> None:
+    def prepare(self, spec: ModelSpec) -> None:  # noqa: B027  # most have nothing to do
         """Compiles what takes its time, so that no request waits for it."""
 
     # -- weights ---------------------------------------------------------------------------------
@@ -157,8 +163,8 @@ class Backend(ABC):
         """Lays out an FF block, of all neurons of a layer or of a copy of some."""
 
     @abstractmethod
-    def ff_bytes(self, weights: FFWeights, k: int) -> int:
-        """The most bytes that ``pack_ff`` holds for k of these neurons."""
+    def linear_bytes(self, rows: int, columns: int) -> int:
+        """The most bytes that ``pack_linear`` holds of a weight [rows, columns], in one layout."""
 
     # -- operations ------------------------------------------------------------------------------
 
@@ -192,9 +198,7 @@ class Backend(ABC):
         """Causal attention of a few new tokens of each of many sequences of one pool."""
 
     @abstractmethod
-    def add_statistic(
-        self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns
-    ) -> None:
+    def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
         """Adds to s2 [R, F] float32, in place, Σ_t Z_tf² / ‖Z_t‖² over each of R runs of rows.
 
         A zero row, which ReLU can give, adds nothing; so does one whose squares underflow.
@@ -204,6 +208,13 @@ class Backend(ABC):
             z: [N, F].
             squares: as of ``FeedForward.activations``.
         """
+
+    def new_pool(self, spec: ModelSpec, tokens: int) -> KvPool:
+        """Room for the keys and values of that many tokens."""
+        shape = (2, spec.kv_heads, tokens + 1, spec.head_dim)
+        return KvPool(
+            [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in spec.layers]
+        )
 
     @abstractmethod
     def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
@@ -225,10 +236,10 @@ class Backend(ABC):
     captures = False
     """Whether all operations can be captured as a graph (``capture``)."""
 
-    def prepare_thread(self) -> None:
+    def prepare_thread(self) -> None:  # noqa: B027
         """To be called once on the thread that runs the model."""
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027
         """Waits until the device has done what it was given. A GPU that is lost raises here."""
 
     def moment(self) -> Moment:

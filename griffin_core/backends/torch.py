@@ -35,6 +35,7 @@ from griffin_core.kv.pool import KvPool
 from griffin_core.spec.model import ModelSpec
 from griffin_core.spec.weights import FFWeights, Norm
 
+
 class TorchLinear:
     """Weights of a product, as they are loaded."""
 
@@ -57,6 +58,20 @@ class TorchFeedForward:
         self._activation = ACTIVATIONS[weights.activation]
         self._in = backend.pack_linear(weights.w_in.flatten(0, 1), weights.up_bias, layout)
         self._out = backend.pack_linear(weights.down.t(), weights.down_bias, layout)
+
+    def gather(self, experts: Tensor, layout: Layout) -> FeedForward:
+        """See ``base.FeedForward``."""
+        return self._backend.pack_ff(self.weights.gather(experts), layout)
+
+    def gathered_bytes(self, k: int) -> int:
+        """See ``base.FeedForward``."""
+        w, width = self.weights, self.weights.down.shape[1]
+        biases = (0 if w.up_bias is None else k) + (0 if w.down_bias is None else width)
+        return (
+            self._backend.linear_bytes(w.w_in.shape[0] * k, width)
+            + self._backend.linear_bytes(width, k)
+            + biases * w.down.element_size()
+        )
 
     def inner(self, x: Tensor) -> Tensor:
         """[T, D] -> what the activation is taken of: [T, 2F], gate and up beside each other, or
@@ -164,9 +179,7 @@ class TorchAttention:
             for run in runs
         ]
 
-    def __call__(
-        self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None
-    ) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         """See ``base.Attention``."""
         spec, own = self.spec, self.spec.layers[layer]
         heads, kv_heads = spec.heads, spec.kv_heads
@@ -210,12 +223,8 @@ class TorchBackend(Backend):
     def pack_ff(self, weights: FFWeights, layout: Layout = "both") -> FeedForward:
         return TorchFeedForward(self, weights, layout)
 
-    def ff_bytes(self, weights: FFWeights, k: int) -> int:
-        neuron = weights.w_in.shape[0] + 1, weights.down.shape[1]
-        biases = (k if weights.up_bias is not None else 0) + (
-            neuron[1] if weights.down_bias is not None else 0
-        )
-        return (neuron[0] * neuron[1] * k + biases) * self.dtype.itemsize
+    def linear_bytes(self, rows: int, columns: int) -> int:
+        return rows * columns * self.dtype.itemsize
 
     def norm(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
         shape = x.shape[-1:]
@@ -253,9 +262,7 @@ class TorchBackend(Backend):
         """Rotary factors for positions [N], one for each of ``spec.rotaries``."""
         return tuple(rope_factors(rotary, positions, self.dtype) for rotary in spec.rotaries)
 
-    def add_statistic(
-        self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns
-    ) -> None:
+    def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
         for run, (begin, end) in enumerate(pairwise(runs.bounds)):
             s2[run] += self.statistic(z[begin:end])
 

@@ -145,4 +145,5 @@ def _uniform(count: int, seed: int, position: int) -> NDArray[np.float64]:
         c2, c3 = (p0 >> _HALF) ^ c3 ^ own1, p0 & _LOW
     bits = np.stack([c0, c1, c2, c3], axis=1).reshape(-1)[:count]
     unit = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
-    return np.minimum(unit, np.float32(1 - 2.0**-24)).astype(np.float64)
+    below_one: NDArray[np.float64] = np.minimum(unit, np.float32(1 - 2.0**-24)).astype(np.float64)
+    return below_one

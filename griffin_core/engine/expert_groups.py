@@ -487,4 +487,3 @@ def kept_where_alike(old: ExpertSet, new: ExpertSet, share: float) -> ExpertSet:
 
 def _runs(view: SlimView | None) -> bool:
     return view is not None and view.ready and view.error is None
-

@@ -81,7 +81,7 @@ def _look_up_on_experts(
     sequences = [piece.work.on_experts(piece.session, piece.rows, views) for piece in pieces]
     logits = stepper.launch(sequences, [None] * len(sequences)).logits
     rows = [piece.rows for piece in pieces]
-    chances = chances_of(pieces, logits.split(rows))
+    chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
     for piece in pieces:
         assert piece.session.cache is not None
         piece.session.cache.advance(piece.rows)

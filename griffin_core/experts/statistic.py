@@ -17,6 +17,7 @@ from griffin_core.backends.statistic import statistic as s2_of
 
 __all__ = ["group_score", "relative", "s2_of"]
 
+
 def relative(z: Tensor) -> Tensor:
     """|Z_t| / ‖Z_t‖ of activations [T, F] of any float dtype, float32: what ``s2_of`` squares and
     adds up. A row that adds nothing there is zero."""

@@ -17,10 +17,13 @@ from griffin_core.backends.base import RunFF
 from griffin_core.backends.batch import RowTable, StepBatch, StepSequence
 from griffin_core.backends.transfers import on_device
 from griffin_core.forward.draws import Draw, Draws
+from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimTable
+from griffin_core.slim.blocks import BlockTable
+from griffin_core.slim.views import WholeView
 
 
 class Stepper(Protocol):
@@ -116,23 +119,66 @@ def rows_back(ordered: Sequence[StepSequence], order: Sequence[int]) -> list[int
     return [row for place in sorted(spans) for row in spans[place]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepTokens:
+    """Given tokens of one sequence, for callers without an engine.
+
+    Args:
+        cache: holds what is before them; must have room for them.
+        view: the FF block of each layer. Sequences with the same list share every product.
+        token_ids: at least one.
+    """
+
+    cache: KvCache
+    view: Sequence[RunFF]
+    token_ids: Sequence[int]
+
+
 @torch.inference_mode()
 def decode_tokens(
-    decoder: Decoder,
-    pool: KvPool,
-    slims: SlimTable,
-    sequences: Sequence[StepSequence],
+    decoder: Decoder, steps: Sequence[StepTokens], table: BlockTable | None = None
 ) -> list[Tensor]:
-    """Runs given tokens of several sequences in one batch, without drawing any.
+    """Runs each sequence's tokens after its cached ones, all in one batch. If it raises, no cache
+    has moved on, and the same tokens may be run again.
+
+    Args:
+        steps: their caches are of one pool.
+        table: keeps masks from call to call, for sequences that run zeroed.
 
     Returns:
         Logits [T, V] float32 for each sequence, one row after each of its tokens.
+
+    Raises:
+        ValueError: the caches are of different pools, or tokens do not fit one.
     """
-    order = order_of(slims, sequences)
+    pool, table = steps[0].cache.pool, table or BlockTable(decoder)
+    views: dict[int, WholeView] = {}
+    sequences = []
+    for step in steps:
+        cache, end = step.cache, step.cache.length + len(step.token_ids)
+        if cache.pool is not pool:
+            raise ValueError("caches of different pools cannot run in one batch")
+        if end > cache.capacity:
+            raise ValueError(f"tokens {cache.length}..{end} do not fit a cache of {cache.capacity}")
+        view = views.get(id(step.view))
+        if view is None:
+            view = views[id(step.view)] = WholeView(step.view)
+            if step.view[0] is not decoder.layers[0].ff:
+                view.slim_id = table.add(view)
+        sequences.append(
+            StepSequence(
+                first_slot=cache.first_slot,
+                cached=cache.length,
+                token_ids=tuple(step.token_ids),
+                slim_id=view.slim_id,
+            )
+        )
+    order = order_of(table, sequences)
     ordered = tuple(sequences[i] for i in order)
     rows = RowTable.of(StepBatch(sequences=ordered), decoder.device)
-    logits = step_logits(decoder, pool, rows, rows.token_ids, slims.run(rows))
-    parts = dict(
-        zip(order, logits.split([len(each.token_ids) for each in ordered]), strict=True)
-    )
-    return [parts[place] for place in range(len(sequences))]
+    logits = step_logits(decoder, pool, rows, rows.token_ids, table.run(rows))
+    parts = torch.split_with_sizes(logits, [len(each.token_ids) for each in ordered])
+    for step in steps:
+        step.cache.advance(len(step.token_ids))
+    by_place = dict(zip(order, parts, strict=True))
+    return [by_place[place] for place in range(len(steps))]

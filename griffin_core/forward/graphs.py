@@ -71,7 +71,10 @@ class StepTable:
         self._empty = host.numpy().copy()
         buffers = [host.clone().pin_memory() for _ in range(BUFFERS)]
         self.rows = RowTable(table=host.to(device))
-        self._sent = [(buffer, torch.cuda.Event()) for buffer in buffers]
+        self._sent = [
+            (buffer, torch.cuda.Event())  # type: ignore[no-untyped-call]
+            for buffer in buffers
+        ]
 
     def send(self, sequences: Sequence[StepSequence]) -> None:
         """Sends the rows of sequences to the device, in the order of its work; the rest of the rows
@@ -121,9 +124,7 @@ class GraphStep:
         self._apart = apart
         most = min(max_sequences, MAX_SHARED_TOKENS)
         sizes = [ROWS] if apart else [1 << power for power in range((most - 1).bit_length() + 1)]
-        self._tables = {
-            size: StepTable(size, decoder.device, sampler.padding) for size in sizes
-        }
+        self._tables = {size: StepTable(size, decoder.device, sampler.padding) for size in sizes}
         self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
         self.private_up_to = {size: 1 / size for size in sizes if size <= MOST_PRIVATE}
         """By the size of a step, the largest mean density at which each row runs on a set of its
@@ -201,7 +202,7 @@ class GraphStep:
     def _capture(self, progress: Progress | None) -> None:
         pool = None
         # torch's own is of the GPU that was captured on first, whichever that was.
-        stream = torch.cuda.Stream(self._decoder.device)
+        stream = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]
         self.slims.write_random(0.5)  # configurations are chosen on these sets
         for size in reversed(self._tables):
             if progress is not None:
@@ -294,9 +295,7 @@ class GraphStep:
         for slot, (token, cache) in enumerate(zip(tokens, caches, strict=True)):
             self.sampler.open(slot, SamplingParams(), [])
             sequences.append(
-                StepSequence(
-                    first_slot=cache.first_slot, cached=0, token_ids=(token,), slot=slot
-                )
+                StepSequence(first_slot=cache.first_slot, cached=0, token_ids=(token,), slot=slot)
             )
         logits = self.launch(sequences, [None] * len(tokens)).logits.clone()
         for slot, cache in enumerate(caches):

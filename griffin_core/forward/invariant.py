@@ -50,7 +50,7 @@ class InvariantStep:
         self._decoder = decoder
         self._pool = pool
         self._sampler = sampler
-        self._slims = slims
+        self.slims = slims
         self._alone = EagerStep(decoder=decoder, pool=pool, sampler=sampler, slims=slims)
         self._masks: dict[int, RowMasks] = defaultdict(RowMasks)  # by the first row of a product
 
@@ -62,7 +62,7 @@ class InvariantStep:
         if any(each.slot is None for each in sequences):
             assert len(sequences) == 1
             return self._alone.launch(sequences, top_logprobs)
-        order = order_of(self._slims, sequences)
+        order = order_of(self.slims, sequences)
         ordered = [sequences[i] for i in order]
         parts = [
             self._product(first, ordered[first : first + ROWS])
@@ -75,9 +75,7 @@ class InvariantStep:
         tokens = self._sampler.sample(logits, rows.slots, rows.positions + 1)
         return Draw.of(tokens, logits, sequences, top_logprobs)
 
-    def _product(
-        self, first: int, sequences: Sequence[StepSequence]
-    ) -> tuple[Tensor, RowTable]:
+    def _product(self, first: int, sequences: Sequence[StepSequence]) -> tuple[Tensor, RowTable]:
         """Logits [n, V] of up to ``ROWS`` rows, and their table."""
         missing = ROWS - len(sequences)
         batch = StepBatch(
@@ -86,7 +84,7 @@ class InvariantStep:
         rows = RowTable.of(batch, self._decoder.device)
         ids = token_ids(rows, self._sampler.drawn)
         slim_ids = [each.slim_id for each in sequences]
-        keep = self._slims.keeps(slim_ids, self._masks[first])
+        keep = self.slims.keeps(slim_ids, self._masks[first])
         ff = partial(_by_rows, self._decoder, keep)
         logits = step_logits(self._decoder, self._pool, rows, ids, ff)
         return logits[missing:], RowTable(table=rows.table[:, missing:])
@@ -112,7 +110,7 @@ class InvariantStep:
             for token in tokens
         ]
         trial = InvariantStep(
-            decoder=self._decoder, pool=pool, sampler=self._sampler, slims=self._slims
+            decoder=self._decoder, pool=pool, sampler=self._sampler, slims=self.slims
         )
         return trial._product(0, sequences)[0]
 

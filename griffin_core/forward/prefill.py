@@ -8,7 +8,6 @@ its passes, but for rounding.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -32,6 +31,7 @@ MAX_TOGETHER = 16
 """Most prompts of one pass. Each has its statistic in it, L · F float32 (1.8 MB for Llama-3-8B),
 and each costs every layer an attention call of its own: that many prompts of 128 tokens already
 fill a pass of 2,048."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKv:
@@ -345,7 +345,9 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
 
     for layer in range(len(decoder.layers)):
         kept = activations if layer in watched else None
-        hidden = decoder.layer(layer, hidden, attention, counting_ff(decoder, layer, s2, runs, kept))
+        hidden = decoder.layer(
+            layer, hidden, attention, counting_ff(decoder, layer, s2, runs, kept)
+        )
         if readers or layer in watched:
             z = activations.pop(layer, None)
             ready = decoder.backend.event() if readers else None

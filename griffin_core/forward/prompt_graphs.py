@@ -72,7 +72,7 @@ class PromptGraphs:
         most = min(most_tokens, decoder.spec.context_length)
         self._graphs: dict[int, Captured] = {}
         memory = None
-        stream = torch.cuda.Stream(decoder.device)
+        stream = torch.cuda.Stream(decoder.device)  # type: ignore[no-untyped-call]
         with torch.inference_mode():
             for size in sorted((size for size in SIZES if size <= most), reverse=True):
                 if progress is not None:

@@ -21,7 +21,7 @@ def kv_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
 
 
 class KvPool:
-    """Room for ``tokens`` tokens in every layer. A *KV slot* is the index of a token in it.
+    """Room for some tokens in every layer. A *KV slot* is the index of a token in it.
 
     A sequence has consecutive slots (``KvCache``). Where the free slots are scattered, sequences
     are moved together, so ``allocate`` finds room whenever there are enough free slots in all.
@@ -29,27 +29,22 @@ class KvPool:
     steps that were launched before still find the old slots.
 
     Args:
-        tokens: number of slots, beside the null slot.
-        trim: called with (layer tensor, first slot, end) for slots that were freed, for memory
-            that the system can take back; None keeps it.
+        layers: L tensors [2, kv_heads, slots, head_dim], keys, then values, of which slot 0 is the
+            null slot.
+        trim: called with (first slot, end) of slots that were freed, for memory that the system
+            can take back; None keeps it.
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        tokens: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        trim: Callable[[Tensor, int, int], None] | None = None,
+        self, layers: Sequence[Tensor], trim: Callable[[int, int], None] | None = None
     ) -> None:
-        shape = (2, spec.kv_heads, tokens + 1, spec.head_dim)
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in spec.layers]
-        """L tensors [2, kv_heads, tokens + 1, head_dim]: keys, then values."""
-        for layer in self.layers:
+        self.layers = layers
+        for layer in layers:
             layer[:, :, NULL_SLOT].zero_()
+        tokens = layers[0].shape[2] - 1
         self.tokens = tokens
-        self.token_bytes = kv_bytes(spec, dtype, 1)
+        """Number of slots, beside the null slot."""
+        self.token_bytes = sum(layer[:, :, 0].nbytes for layer in layers)
         self._trim = trim
         self._caches: set[KvCache] = set()
         self._holes = [(NULL_SLOT + 1, tokens + 1)]  # (first slot, end) of free slots, ascending
@@ -176,8 +171,7 @@ class KvPool:
 
     def _trim_slots(self, first: int, end: int) -> None:
         if self._trim is not None and end > first:
-            for layer in self.layers:
-                self._trim(layer, first, end)
+            self._trim(first, end)
 
 
 def _slots(layer: Tensor, cache: KvCache, first: int) -> Tensor:

@@ -43,7 +43,7 @@ class Decoder:
 
     def new_pool(self, tokens: int) -> KvPool:
         """Room for that many tokens of any number of sequences."""
-        return KvPool(self.spec, tokens, dtype=self.dtype, device=self.device)
+        return self.backend.new_pool(self.spec, tokens)
 
     def new_cache(self, capacity: int) -> KvCache:
         """An empty cache for that many tokens, in a pool of its own."""
@@ -84,9 +84,7 @@ class Decoder:
         attention = self.backend.prefill_attention(self.spec, runs, positions)
         return self.embed(token_ids, positions), attention
 
-    def forward(
-        self, x: Tensor, attention: Attention, ff: Callable[[int], RunFF]
-    ) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention, ff: Callable[[int], RunFF]) -> Tensor:
         """x [N, D] through all layers.
 
         Args:

@@ -15,19 +15,20 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from griffin_core.backends.select import backend_for
 from griffin_core.errors import (
     BadModelFile,
     DeviceMemoryExhausted,
     InvalidRequest,
     ModelError,
 )
-from griffin_core.backends.select import backend_for
 from griffin_core.model.checkpoint import check_complete, left_over, stored_tensors
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.families.config_fields import shown
 from griffin_core.model.families.config_file import read_config
 from griffin_core.model.families.registry import weights_from_state
 from griffin_core.model.files import CONFIG_NAME, check_files, local_directory, one_line
+from griffin_core.model.fingerprint import fingerprint
 from griffin_core.model.generation_config import (
     SamplingDefaults,
     load_generation_config,
@@ -35,7 +36,6 @@ from griffin_core.model.generation_config import (
 )
 from griffin_core.model.hub import Progress, resolve
 from griffin_core.model.trial import try_token
-from griffin_core.model.fingerprint import fingerprint
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -185,9 +185,7 @@ def decoder_on_device(
     )
 
 
-def decoder_of(
-    spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device
-) -> Decoder:
+def decoder_of(spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device) -> Decoder:
     """The decoder of a state dict whose tensors are on the device, all of one dtype."""
     dtype = next(iter(state.values())).dtype
     backend = backend_for(device, dtype)

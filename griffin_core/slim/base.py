@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from griffin_core.backends.base import Backend, Layout, RunFF
+from griffin_core.backends.base import Layout, RunFF
 from griffin_core.backends.batch import RowTable
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.weights import Layer
@@ -45,7 +45,7 @@ class SlimForm(Protocol):
     layers and holds no state of any.
     """
 
-    def build(self, backend: Backend, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:
+    def build(self, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:
         """The layer's FF block on ``experts`` [K], ascending int32 on any device. All neurons give
         the layer's own dense block.
 
@@ -54,7 +54,7 @@ class SlimForm(Protocol):
         """
         ...
 
-    def planned_bytes(self, backend: Backend, layer: Layer, k: int) -> int:
+    def planned_bytes(self, layer: Layer, k: int) -> int:
         """Most bytes that ``build`` holds beyond the model's own weights for K = k: known before
         any expert is chosen."""
         ...

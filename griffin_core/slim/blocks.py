@@ -30,7 +30,7 @@ class BlockTable:
 
     def __init__(self, decoder: Decoder) -> None:
         self.masks = RowMasks()
-        """Of the rows that ran zeroed in the last step."""
+        """Masks of the rows that ran zeroed in the last step."""
         self._decoder = decoder
         self._views: WeakValueDictionary[int, BlockView] = WeakValueDictionary()
         self._numbers = count(DENSE + 1)
@@ -127,7 +127,7 @@ def _grouped(
     def run(x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         if norm is not None:
             x = backend.norm(x, norm)
-        parts = zip(x.split(sizes), groups, strict=True)
+        parts = zip(torch.split_with_sizes(x, sizes), groups, strict=True)
         y = torch.cat([block(layer)(rows) for rows, (_, block) in parts])
         return y if residual is None else y.add_(residual)
 

@@ -191,8 +191,8 @@ def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
     k = Selection(density=0.5).experts_of(spec.ff_width)
     experts = torch.arange(k, dtype=torch.int32)
     dense: list[RunFF] = [layer.ff for layer in layers]
-    one = [form.build(decoder.backend, layer, experts, "gemv") for layer in layers]
-    many = [form.build(decoder.backend, layer, experts, "gemm") for layer in layers]
+    one = [form.build(layer, experts, "gemv") for layer in layers]
+    many = [form.build(layer, experts, "gemm") for layer in layers]
     candidates: dict[Candidate, Callable[[], Tensor]] = {}
     for rows in _ROWS:
         x = torch.ones((rows, spec.width), dtype=decoder.dtype, device=decoder.device)

@@ -7,14 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from griffin_core.backends.base import Backend, Layout, RunFF
+from griffin_core.backends.base import Layout, RunFF
 from griffin_core.model.weights import Layer
 
 
 class Masked:
     """Runs all neurons and keeps the activations of the experts."""
 
-    def build(self, backend: Backend, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:
+    def build(self, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:
         if experts.shape[0] == layer.ff.weights.count:
             return layer.ff
         down = layer.ff.weights.down
@@ -22,7 +22,7 @@ class Masked:
         keep[:, experts.long().to(keep.device)] = 1
         return partial(_masked, layer, keep)
 
-    def planned_bytes(self, backend: Backend, layer: Layer, k: int) -> int:
+    def planned_bytes(self, layer: Layer, k: int) -> int:
         down = layer.ff.weights.down
         return 0 if k == down.shape[0] else down.shape[0] * down.element_size()
 

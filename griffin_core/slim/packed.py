@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from griffin_core.backends.base import Backend, Layout, RunFF
+from griffin_core.backends.base import Layout, RunFF
 from griffin_core.model.weights import Layer
 
 
@@ -15,11 +15,10 @@ class Packed:
     A layer whose experts change is packed anew.
     """
 
-    def build(self, backend: Backend, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:
+    def build(self, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:
         if experts.shape[0] == layer.ff.weights.count:
             return layer.ff
-        return backend.pack_ff(layer.ff.weights.gather(experts), layout)
+        return layer.ff.gather(experts, layout)
 
-    def planned_bytes(self, backend: Backend, layer: Layer, k: int) -> int:
-        weights = layer.ff.weights
-        return 0 if k == weights.count else backend.ff_bytes(weights, k)
+    def planned_bytes(self, layer: Layer, k: int) -> int:
+        return 0 if k == layer.ff.weights.count else layer.ff.gathered_bytes(k)

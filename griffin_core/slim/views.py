@@ -122,8 +122,7 @@ class SlimViews:
             return 0
         if self._form is None:
             return self._table.set_bytes(k)
-        backend, layers = self._decoder.backend, self._decoder.layers
-        return sum(self._form.planned_bytes(backend, layer, k) for layer in layers)
+        return sum(self._form.planned_bytes(layer, k) for layer in self._decoder.layers)
 
     def zeroed_bytes(self, k: int) -> int:
         """Most bytes a session of k experts a layer holds to run zeroed: none where views are
@@ -235,7 +234,7 @@ class SlimViews:
                 view.layers[layer] = of.ff  # the old copy goes first: never two of a layer
             try:
                 assert self._form is not None
-                block = self._form.build(self._decoder.backend, of, experts, view.layout)
+                block = self._form.build(of, experts, view.layout)
                 if layer < len(view.layers):
                     view.layers[layer] = block
                 else:

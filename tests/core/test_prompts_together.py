@@ -53,7 +53,7 @@ def assert_same(one: PromptRead, other: PromptRead) -> None:
     length = one.prompt.cache.length
     assert length == other.prompt.cache.length
     for layer in range(len(one.s2)):
-        close(*(each.prompt.cache.room(layer, 0, length) for each in (one, other)))
+        close(*(each.prompt.cache.slice(layer, 0, length) for each in (one, other)))
 
 
 # -- a pass ----------------------------------------------------------------------------------------

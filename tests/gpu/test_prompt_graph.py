@@ -34,7 +34,7 @@ def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -
         for run in (launch, graphs.launch):
             cache = decoder.new_cache(tokens + 3)
             for layer in range(len(decoder.layers)):
-                cache.room(layer, 0, tokens + 3).fill_(torch.nan)
+                cache.slice(layer, 0, tokens + 3).fill_(torch.nan)
             prompt = Prompt(decoder, range(5, 5 + tokens), Selection(density=0.5), cache=cache)
             made += run(decoder, [Part(prompt=prompt, tokens=tokens)]).end()
         kept.append((made[0], made[1]))
@@ -44,5 +44,5 @@ def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -
         assert error(got.s2, exact.s2) < 2e-2
         for layer in range(len(decoder.layers)):
             theirs, ours = (each.prompt.cache for each in (exact, got))
-            assert error(ours.room(layer, 0, tokens), theirs.room(layer, 0, tokens)) < 2e-2
-            assert ours.room(layer, tokens, tokens + 3).isnan().all()
+            assert error(ours.slice(layer, 0, tokens), theirs.slice(layer, 0, tokens)) < 2e-2
+            assert ours.slice(layer, tokens, tokens + 3).isnan().all()

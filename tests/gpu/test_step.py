@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from griffin_core.backends.base import RunFF
 from griffin_core.forward.decode import StepRow, StepTokens, decode_tokens
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
-from griffin_core.slim.base import SlimFF
 from griffin_core.slim.masked import Masked
 from tests.gpu.devices import needs_cuda
 from tests.tiny import MODELS
@@ -31,7 +31,7 @@ ERROR = 4e-2
 """Relative, of float16 logits against float32 ones, over three layers of random weights."""
 
 PROMPTS = ([1, 2, 3, 4, 5], [7, 8, 9], [11] * 12)
-View = list[SlimFF]
+View = list[RunFF]
 
 
 def decoder_of(where: Path, dtype: torch.dtype, device: str = "cuda") -> Decoder:
@@ -42,9 +42,9 @@ def decoder_of(where: Path, dtype: torch.dtype, device: str = "cuda") -> Decoder
 def prefilled(decoder: Decoder, prompt: list[int], capacity: int = 40) -> KvCache:
     cache = decoder.new_cache(capacity)
     ids = torch.tensor(prompt, device=decoder.device)
-    x, batch = decoder.begin(ids, [(cache, len(prompt))])
+    x, attention = decoder.prepare_batch(ids, [(cache, len(prompt))])
     for index, layer in enumerate(decoder.layers):
-        x = decoder.layer(index, x, batch, layer.ff)
+        x = decoder.layer(index, x, attention, layer.ff)
     cache.advance(len(prompt))
     return cache
 
@@ -84,7 +84,7 @@ def dense(decoder: Decoder) -> View:
 
 
 def on(form: Masked | Indexed, decoder: Decoder, sets: list[Tensor]) -> View:
-    return [form.build(layer, own, "one") for layer, own in zip(decoder.layers, sets, strict=True)]
+    return [form.build(layer, own, "gemv") for layer, own in zip(decoder.layers, sets, strict=True)]
 
 
 def views(kind: str, half: Decoder, single: Decoder) -> tuple[list[View], list[View]]:

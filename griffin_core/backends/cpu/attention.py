@@ -24,8 +24,8 @@ from griffin_core.backends.cpu.team import (
     team_rank,
     team_size,
 )
-from griffin_core.backends.transfers import float_bits
 from griffin_core.backends.cpu.vectors import BLOCK_WIDTH, gather_loop, place, score_loop
+from griffin_core.backends.transfers import float_bits
 
 BLOCK = 128
 """Cached tokens whose scores are held at once."""
@@ -206,8 +206,8 @@ def attend_rows(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Rotates queries and keys, stores keys and values, and attends over all tokens up to each row's
-    own.
+    """Rotates queries and keys, stores keys and values, and lets each row attend over its sequence
+    up to itself.
 
     Args:
         qkv: [N, H + 2 · kv_heads, head_dim].

@@ -13,6 +13,7 @@ from griffin_core.backends.attention import Rope
 from griffin_core.backends.base import Attention, FeedForward, Layout, Linear, SamplerSlots
 from griffin_core.backends.batch import RowTable
 from griffin_core.backends.cpu.attention import attend_kernel, attend_rows
+from griffin_core.backends.cpu.memory import LazyTensors
 from griffin_core.backends.cpu.norm import MAX_VALUES, rms_norm
 from griffin_core.backends.cpu.rows import feedforward_row, linear_row
 from griffin_core.backends.cpu.sampling import CpuSlots
@@ -102,9 +103,7 @@ class RowsAttention:
         self._rows = rows
         self._ropes: Sequence[Rope] = backend.ropes(spec, rows.positions)
 
-    def __call__(
-        self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None
-    ) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         spec, own = self._spec, self._spec.layers[layer]
         heads = spec.heads
         if q_norm is not None and k_norm is not None:
@@ -144,17 +143,8 @@ class CpuBackend(TorchBackend):
     def pack_ff(self, weights: FFWeights, layout: Layout = "both") -> FeedForward:
         return CpuFeedForward(self, weights, layout, kernels=self._kernels)
 
-    def ff_bytes(self, weights: FFWeights, k: int) -> int:
-        width = weights.down.shape[1]
-        biases = ((weights.up_bias, k), (weights.down_bias, width))
-        return (
-            self._linear_bytes(weights.w_in.shape[0] * k, width)
-            + self._linear_bytes(width, k)
-            + sum(n * self.dtype.itemsize for bias, n in biases if bias is not None)
-        )
-
-    def _linear_bytes(self, rows: int, columns: int) -> int:
-        """Most bytes of a packed weight [rows, columns]: blocks are padded."""
+    def linear_bytes(self, rows: int, columns: int) -> int:
+        # oneDNN pads its blocks.
         return -(-rows // 64) * 64 * (-(-columns // 64) * 64) * self.dtype.itemsize
 
     def norm(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
@@ -187,6 +177,11 @@ class CpuBackend(TorchBackend):
     def statistic(self, z: Tensor) -> Tensor:
         return s2_rows(z) if self._kernels and z.dtype is self.dtype else super().statistic(z)
 
+    def new_pool(self, spec: ModelSpec, tokens: int) -> KvPool:
+        shape = (2, spec.kv_heads, tokens + 1, spec.head_dim)
+        memory = LazyTensors(len(spec.layers), shape, self.dtype)
+        return KvPool(memory.tensors, memory.trim)
+
     def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
         return CpuSlots(slots=slots, vocabulary=vocabulary)
 
@@ -194,7 +189,7 @@ class CpuBackend(TorchBackend):
 @cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN has this product on this CPU."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

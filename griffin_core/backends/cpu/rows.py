@@ -16,6 +16,7 @@ from griffin_core.backends.cpu.arithmetic import activate, add, dot, widen_all
 from griffin_core.backends.cpu.bfloat16 import at, narrow, widen
 from griffin_core.backends.cpu.team import Kernel, address, team_barrier, team_rank, team_size
 
+
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [1, in], weight [out, in], bias [out] -> x weightᵀ + bias [1, out]."""
     out, inner = weight.shape

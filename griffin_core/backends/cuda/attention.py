@@ -23,6 +23,7 @@ LEAST = tl.constexpr(-1e30)
 """Below every score. Infinity less infinity would be no number."""
 MAX_SPLITS = 32
 
+
 @dataclass(frozen=True, kw_only=True)
 class SplitPlan:
     """Number of KV splits, and block size.
@@ -150,9 +151,7 @@ def _attend(
     in_group = (g < GROUP) & (d < SIZE)
     q_at = (head * GROUP + g) * SIZE
     turn = row * SIZE
-    q = _head(
-        own, cos + turn, sin + turn, q_norm, eps, q_at, d, in_group, SIZE, HAS_NORM, ROTATES
-    )
+    q = _head(own, cos + turn, sin + turn, q_norm, eps, q_at, d, in_group, SIZE, HAS_NORM, ROTATES)
     # Every place of a block keeps sums of its own, weighed against its own largest score, so that
     # nothing passes between threads until the end.
     most = tl.full((ROWS, BLOCK, 1), LEAST, tl.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from griffin_core.backends.activations import ACTIVATION_CODES
@@ -80,12 +79,12 @@ class PlainCudaBackend(TorchBackend):
         torch.cuda.synchronize(self.device)
 
     def moment(self) -> Moment:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def event(self) -> torch.cuda.Event | None:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record()
         return event
 
@@ -186,9 +185,7 @@ class DecodeAttention:
             rows.table.shape[1], spec.heads, spec.kv_heads, spec.head_dim, backend.programs
         )
 
-    def __call__(
-        self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None
-    ) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         """See ``base.Attention``."""
         spec, own, rows = self._spec, self._spec.layers[layer], self._rows
         norms = None
@@ -270,12 +267,14 @@ class CudaBackend(PlainCudaBackend):
         if rows.most_new_tokens <= MOST_NEW_TOKENS:
             return DecodeAttention(self, spec, pool, rows)
         return PrefillAttention(
-            self, spec, decode_runs(pool, rows), self.ropes(spec, rows.positions), rows.kv_slots + rows.positions
+            self,
+            spec,
+            decode_runs(pool, rows),
+            self.ropes(spec, rows.positions),
+            rows.kv_slots + rows.positions,
         )
 
-    def add_statistic(
-        self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns
-    ) -> None:
+    def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
         assert squares is not None
         add_s2_columns(s2, z, squares, runs.on_device)
 

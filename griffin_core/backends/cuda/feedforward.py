@@ -1,7 +1,8 @@
 """FF blocks on experts, read by index from a layer's resident weights.
 
 The sets stand in tensors, so that a captured graph runs on whatever they hold. Without sets, all
-neurons are run. Down projections are split over the neurons and summed in a fixed order, so results repeat to the bit.
+neurons are run. Down projections are split over the neurons and summed in a fixed order, so results
+repeat to the bit.
 """
 
 from __future__ import annotations

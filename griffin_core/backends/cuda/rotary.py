@@ -8,6 +8,7 @@ from torch import Tensor
 
 from griffin_core.backends.cuda.tuning import TRITON_DTYPES
 
+
 @triton.jit
 def _rotate_and_store(
     qkv,

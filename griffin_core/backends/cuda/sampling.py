@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin_core.backends.transfers import float_bits
 from griffin_core.backends.cuda.tuning import pdl_options, pdl_wait
+from griffin_core.backends.transfers import float_bits
 
 if TYPE_CHECKING:
     from griffin_core.sampling.params import SamplingParams

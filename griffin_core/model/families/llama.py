@@ -124,6 +124,7 @@ def llama_weights(reader: TensorReader) -> DecoderWeights:
         head=reader.head(embedding),
     )
 
+
 def _layer(reader: TensorReader, prefix: str) -> Layer:
     s = reader.spec
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
@@ -144,4 +145,3 @@ def _layer(reader: TensorReader, prefix: str) -> Layer:
         if s.sandwich_norms
         else None,
     )
-

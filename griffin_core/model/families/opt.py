@@ -39,7 +39,6 @@ def opt_spec(c: ConfigReader) -> ModelSpec:
     )
 
 
-
 def opt_weights(reader: TensorReader) -> DecoderWeights:
     """The weights of an OPT model."""
     s = reader.spec
@@ -56,6 +55,7 @@ def opt_weights(reader: TensorReader) -> DecoderWeights:
         project_out=reader.optional(f"{root}project_out.weight"),
     )
 
+
 def _layer(reader: TensorReader, prefix: str) -> Layer:
     s = reader.spec
     attention = f"{prefix}self_attn."
@@ -66,4 +66,3 @@ def _layer(reader: TensorReader, prefix: str) -> Layer:
         attention_norm=reader.norm(f"{prefix}self_attn_layer_norm", s.width),
         ff_norm=reader.norm(f"{prefix}final_layer_norm", s.width),
     )
-

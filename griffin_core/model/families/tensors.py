@@ -22,9 +22,7 @@ class TensorReader:
         backend: lays out what it multiplies with.
     """
 
-    def __init__(
-        self, spec: ModelSpec, state: Mapping[str, Tensor], backend: Backend
-    ) -> None:
+    def __init__(self, spec: ModelSpec, state: Mapping[str, Tensor], backend: Backend) -> None:
         self.spec = spec
         self.used: set[str] = set()
         """Names that were asked for."""
@@ -65,9 +63,7 @@ class TensorReader:
         biases = [b for name in names if (b := self.optional(f"{name}.bias")) is not None]
         if len(biases) not in (0, len(names)):
             raise BadModelFile(f"weights: some of {attention}[qkv]_proj have a bias, others none")
-        return self._backend.pack_linear(
-            torch.cat(weights), torch.cat(biases) if biases else None
-        )
+        return self._backend.pack_linear(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def norm(self, name: str, size: int) -> Norm:
         """A norm over ``size`` values."""

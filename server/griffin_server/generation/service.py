@@ -28,7 +28,7 @@ from griffin_core.engine.prefill_queue import PrefillBegun, PrefillTask
 from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.errors import CapacityExhausted, EngineFault, GriffinError
 from griffin_core.forward.prefill import LayerActivations, LayerExperts
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
