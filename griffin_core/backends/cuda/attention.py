@@ -130,7 +130,7 @@ def _attend(
     position = tl.load(positions + row).to(tl.int32)
     first_slot = tl.load(first_slots + row)
     keys = kv + (head.to(tl.int64) * slots + first_slot) * SIZE
-    values = keys + KV_HEADS * slots.to(tl.int64) * SIZE
+    values = keys + KV_HEADS * tl.cast(slots, tl.int64) * SIZE  # slots may be a constant 1
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(0, position + 1 - window)
