@@ -35,7 +35,8 @@ class Running:
     target: str
 
     def client(self) -> GriffinClient:
-        return GriffinClient(self.target)
+        """A client that does not retry: a test sees each error of the server."""
+        return GriffinClient(self.target, max_retries=0)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,8 @@ from griffin_client import (
     Finished,
     GriffinClientError,
     ModelInfo,
-    Sampling,
     Sharing,
     Started,
-    Stopping,
     Tokens,
 )
 
@@ -44,7 +42,7 @@ class Load:
         prompt_tokens: (least, most) tokens of a random prompt, drawn uniformly.
         output_tokens: (least, most) tokens of a completion, drawn uniformly. A completion does not
             end before it has as many tokens as asked for.
-        sampling: how tokens are drawn; each request gets a seed of its own.
+        sampling: the client's sampling options; each request gets its own seed.
         densities: taken in turn; None is the server's default.
         seed: seed of lengths, prompts and moments.
         timeout_s: deadline of each request, or None.
@@ -56,7 +54,7 @@ class Load:
     prompts: Sequence[str] | None
     prompt_tokens: tuple[int, int]
     output_tokens: tuple[int, int]
-    sampling: Sampling
+    sampling: Mapping[str, Any]
     densities: Sequence[float | None]
     sharing: Sharing | None
     seed: int
@@ -99,10 +97,10 @@ class Results:
     """What came back. Times in seconds, on this side's monotonic clock.
 
     Args:
-        sampling: how tokens were drawn.
+        sampling: the client's sampling options that were used.
     """
 
-    sampling: Sampling
+    sampling: Mapping[str, Any]
     first_token_s: list[float] = field(default_factory=list)
     stream_token_s: list[float] = field(default_factory=list)
     """Of each stream: (last token - first token) / (tokens - 1)."""
@@ -122,11 +120,7 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """For machines: seconds, counts, tokens a second."""
         return {
-            "sampling": {
-                "temperature": self.sampling.temperature,
-                "top_p": self.sampling.top_p,
-                "top_k": self.sampling.top_k,
-            },
+            "sampling": {name: self.sampling[name] for name in ("temperature", "top_p", "top_k")},
             "completed": len(self.end_to_end_s),
             "errors": dict(self.errors),
             "error_messages": self.messages,
@@ -164,8 +158,8 @@ async def run_load(target: str, load: Load, console: Console) -> Results:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    async with AsyncGriffinClient(target) as client:
-        model = await client.model_info(timeout_s=10)
+    async with AsyncGriffinClient(target, max_retries=0) as client:
+        model = await client.model_info(timeout=10)
         clock = time.monotonic()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("requests", total=load.requests, note="")
@@ -209,7 +203,7 @@ async def _one(
 ) -> None:
     draw = random.Random(f"{load.seed} {number}")
     prompt = _prompt(load, number, model, draw)
-    stopping = Stopping(max_tokens=draw.randint(*load.output_tokens), ignore_eos=True)
+    max_tokens = draw.randint(*load.output_tokens)
     begin = last = time.monotonic()
     first, tokens = 0.0, 0
     try:
@@ -217,9 +211,11 @@ async def _one(
             **prompt,
             density=load.densities[number % len(load.densities)],
             sharing=load.sharing,
-            sampling=replace(load.sampling, seed=number),
-            stopping=stopping,
-            timeout_s=load.timeout_s,
+            **load.sampling,
+            seed=number,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            timeout=load.timeout_s,
         ):
             now = time.monotonic()
             if isinstance(event, Tokens) and event.ids:

@@ -28,10 +28,8 @@ from griffin_client import (
     Finished,
     GriffinClient,
     GriffinClientError,
-    Message,
-    Sampling,
+    SamplingDefaults,
     Started,
-    Stopping,
     Tokens,
 )
 from griffin_server.bench import Load, print_results, read_prompts, run_load
@@ -146,65 +144,31 @@ def generate(
     text = _read(prompt)
     variables = _json_object("chat-template-kwargs", chat_template_kwargs)
     with GriffinClient(target) as client, _errors():
-        as_chat = not raw and client.model_info(timeout_s=timeout).has_chat_template
+        as_chat = not raw and client.model_info(timeout=timeout).has_chat_template
         events = client.generate(
             None if as_chat else text,
             messages=[("user", text)] if as_chat else None,
             density=density,
             policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
-            sampling=Sampling(
-                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
-            ),
-            stopping=Stopping(max_tokens=max_tokens, stop=stop or ()),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop=stop,
             chat_template_kwargs=variables if as_chat else None,
-            timeout_s=timeout,
+            timeout=timeout,
         )
         _show(events, as_json=as_json)
-
-
-@app.command()
-def chat(
-    target: Target = "localhost:50051",
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    density: Density = None,
-    policy: Policy = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    as_json: AsJson = False,
-) -> None:
-    """Talk with the model. An empty line or end of input ends it."""
-    history = [Message(role="system", content=system)] if system else []
-    variables = _json_object("chat-template-kwargs", chat_template_kwargs)
-    with GriffinClient(target) as client, _errors():
-        if not client.model_info().has_chat_template:
-            _fail("this server's model has no chat template; use `griffin generate --raw`")
-        while text := _ask(as_json):
-            history.append(Message(role="user", content=text))
-            events = client.generate(
-                messages=history,
-                density=density,
-                policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
-                sampling=Sampling(
-                    temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
-                ),
-                stopping=Stopping(max_tokens=max_tokens),
-                chat_template_kwargs=variables,
-            )
-            reply = _show(events, as_json=as_json)
-            history.append(Message(role="assistant", content=reply))
 
 
 @app.command()
 def info(target: Target = "localhost:50051", as_json: AsJson = False) -> None:
     """Show the server's model and its sessions."""
     with GriffinClient(target) as client, _errors():
-        model = client.model_info(timeout_s=10)
-        sessions = client.list_sessions(timeout_s=10)
+        model = client.model_info(timeout=10)
+        sessions = client.list_sessions(timeout=10)
     if as_json:
         print(json.dumps({"model": asdict(model), "sessions": [asdict(s) for s in sessions]}))
         return
@@ -285,28 +249,19 @@ def _analyzer(
     """How many layers a model has, and what analyzes prompts: a server, or the model itself."""
     if model is None:
         with GriffinClient(target) as client:
-            layers = client.model_info(timeout_s=timeout_s).layers
-            yield layers, partial(client.analyze_prompt, timeout_s=timeout_s)
+            layers = client.model_info(timeout=timeout_s).layers
+            yield layers, partial(client.analyze_prompt, timeout=timeout_s)
         return
     # Imported here because they bring torch, which the other commands do without.
-    from griffin_client.convert import analysis, analyze_request  # noqa: PLC0415
+    from griffin_client.requests import analyze_request  # noqa: PLC0415
+    from griffin_client.responses import analysis  # noqa: PLC0415
     from griffin_core.errors import GriffinError  # noqa: PLC0415
     from griffin_core.experts.selection import Selection  # noqa: PLC0415
     from griffin_core.model.load import load_model  # noqa: PLC0415
     from griffin_server.generation.analysis import analyze_here  # noqa: PLC0415
 
     def analyze(prompt: str, **options: Any) -> Analysis:
-        request = analyze_request(
-            prompt,
-            messages=None,
-            token_ids=None,
-            seed=None,
-            request_id=None,
-            continue_final_message=False,
-            chat_template_kwargs=None,
-            add_special_tokens=None,
-            **options,
-        )
+        request = analyze_request(prompt, options)
         return analysis(analyze_here(loaded, request, Selection(density=1.0)))
 
     try:
@@ -433,7 +388,7 @@ def bench(
         prompts=texts,
         prompt_tokens=_range("prompt-tokens", prompt_tokens),
         output_tokens=_range("output-tokens", output_tokens),
-        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k},
         densities=density or [None],
         sharing=sharing,  # type: ignore[arg-type]  # the server names the allowed ones
         seed=seed,
@@ -478,7 +433,7 @@ def top(
             _fail(gone(target, error))
 
 
-def _sampling_text(sampling: Sampling) -> str:
+def _sampling_text(sampling: SamplingDefaults) -> str:
     """The fields that are set; "greedy" if none is."""
     given = {name: value for name, value in asdict(sampling).items() if value is not None}
     return ", ".join(f"{name} {value:g}" for name, value in given.items()) or "greedy"
@@ -551,12 +506,6 @@ def _range(name: str, text: str) -> tuple[int, int]:
     return values
 
 
-def _ask(as_json: bool) -> str:
-    if not as_json and sys.stdin.isatty():
-        err.print("[bold]>[/bold] ", end="")
-    return sys.stdin.readline().strip()
-
-
 class _errors:  # reads as a statement
     """Turns a failed call into one line on stderr and exit status 1."""
 
@@ -584,3 +533,9 @@ def _ended_by_signals() -> Iterator[None]:
 def _fail(message: str, *, status: int = 1) -> NoReturn:
     err.print(f"griffin: {message}", markup=False, soft_wrap=True)
     raise typer.Exit(status)
+
+
+# Imported last, since it uses what is above.
+from griffin_server.commands.chat import chat  # noqa: E402
+
+app.command()(chat)

@@ -183,8 +183,8 @@ def look(client: GriffinClient) -> Look:
     Raises:
         GriffinClientError: it did not answer.
     """
-    model = client.model_info(timeout_s=TIMEOUT_S)
-    sessions = client.list_sessions(timeout_s=TIMEOUT_S)
+    model = client.model_info(timeout=TIMEOUT_S)
+    sessions = client.list_sessions(timeout=TIMEOUT_S)
     return Look(at_s=time.monotonic(), model=model, sessions=sessions)
 
 
@@ -194,7 +194,7 @@ def look_twice(target: str, interval_s: float) -> Frame:
     Raises:
         GriffinClientError: it did not answer.
     """
-    with GriffinClient(target) as client:
+    with GriffinClient(target, max_retries=0) as client:
         before = look(client)
         time.sleep(interval_s)
         return Frame(target=target, activity=compare(before, look(client)))
@@ -246,7 +246,7 @@ def _follow(target: str, interval_s: float, live: Live) -> GriffinClientError:
     """
     before: Look | None = None
     try:
-        with GriffinClient(target) as client:
+        with GriffinClient(target, max_retries=0) as client:
             while True:
                 now = look(client)
                 frame = Frame(target=target, activity=compare(before, now))

@@ -273,13 +273,13 @@ def test_scoring_runs_beside_generation(model: Model) -> None:
 def chunks_and_steps(model: Model, monkeypatch: pytest.MonkeyPatch, share: float) -> list[str]:
     """What the model runs, in order, while a long prompt arrives beside a stream."""
     log: list[str] = []
-    begin = Decoder.begin
+    embed = Decoder.embed
 
-    def noted(self: Decoder, ids: torch.Tensor, runs: object) -> object:
+    def noted(self: Decoder, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         log.append("chunk" if len(ids) == 8 else "step")
-        return begin(self, ids, runs)
+        return embed(self, ids, positions)
 
-    monkeypatch.setattr(Decoder, "begin", noted)
+    monkeypatch.setattr(Decoder, "embed", noted)
     stopping = StoppingParams(max_tokens=250, ignore_eos=True)
     stream = GenerateTask(prompt=(1, 2, 3), stopping=stopping)
     long = GenerateTask(prompt=tuple(range(160)), stopping=StoppingParams(max_tokens=1))
@@ -579,7 +579,7 @@ def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_on
 def test_batch_invariant_is_refused_where_it_does_not_hold(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_core.engine.engine.rows_stay_apart", lambda decoder: False)
+    monkeypatch.setattr(InvariantStep, "rows_stay_apart", lambda step: False)
     running = Engine(model, batch_invariant=True)
     running.start()
     with pytest.raises(InvalidRequest, match=r"batch_invariant: got true with .*float32"):

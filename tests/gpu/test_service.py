@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_client import Finished, GriffinClient, Stopping, Tokens
+from griffin_client import Finished, GriffinClient, Tokens
 from griffin_core.engine.task import ScoreTask
 from griffin_core.forward.prefill import LayerKv
 from griffin_core.model.load import Model, load_model
@@ -33,8 +33,8 @@ HANDOFFS = {"CudaReader": "auto", "SharedMemoryReader": "shared_memory", "ChunkR
 
 
 def generate(client: GriffinClient, density: float) -> list[int]:
-    stopping = Stopping(max_tokens=TOKENS, ignore_eos=True)
-    events = list(client.generate(token_ids=PROMPT, density=density, stopping=stopping))
+    stopping = {"max_tokens": TOKENS, "ignore_eos": True}
+    events = list(client.generate(token_ids=PROMPT, density=density, **stopping))
     assert isinstance(events[-1], Finished)
     return [token for event in events if isinstance(event, Tokens) for token in event.ids]
 

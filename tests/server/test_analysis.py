@@ -21,7 +21,6 @@ from griffin_client import (
     GriffinClient,
     InvalidArgument,
     ResourceExhausted,
-    Stopping,
 )
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill
@@ -64,7 +63,7 @@ def test_what_comes_is_what_a_prefill_finds(name: str, tiny: Callable[[str], Mod
 
 def test_the_tokens_are_those_generate_would_read(client: GriffinClient) -> None:
     found = client.analyze_prompt(PROMPT, request_id="of-mine")
-    done = client.complete(PROMPT, stopping=Stopping(max_tokens=1))
+    done = client.complete(PROMPT, max_tokens=1)
     assert len(found.token_ids) == done.started.prompt_tokens
     assert "".join(found.texts).strip() == PROMPT
     assert found.request_id == "of-mine"
@@ -142,7 +141,7 @@ def test_a_call_that_ends_early_leaves_nothing_behind(tiny: Callable[[str], Mode
             assert next(call).HasField("started")
             call.cancel()
         with pytest.raises(DeadlineExceeded):
-            client.analyze_prompt("x" * 200, timeout_s=0.001)
+            client.analyze_prompt("x" * 200, timeout=0.001)
         eventually(lambda: not server.app.engine.snapshot().result(10).prefills.queued)
         assert client.analyze_prompt(PROMPT).layers
         assert client.list_sessions() == []
@@ -162,7 +161,7 @@ def test_a_reader_that_stops_is_given_up_and_the_next_has_its_turn(
             call = generation_pb2_grpc.GenerationServiceStub(channel).AnalyzePrompt(request)
             assert next(call).HasField("started")
             # One at a time, since no reservation covers their caches.
-            assert client.analyze_prompt(PROMPT, timeout_s=20).layers
+            assert client.analyze_prompt(PROMPT, timeout=20).layers
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)
         assert caught.value.code() is grpc.StatusCode.ABORTED

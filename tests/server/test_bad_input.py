@@ -15,8 +15,6 @@ from griffin_client import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
-    Sampling,
-    Stopping,
 )
 from griffin_core.model.load import Model
 from tests.servers import Running, running
@@ -30,7 +28,7 @@ def client(tiny_server: Running) -> Iterator[GriffinClient]:
 
 
 def serves(client: GriffinClient) -> None:
-    done = client.complete("all is well", stopping=Stopping(max_tokens=3, ignore_eos=True))
+    done = client.complete("all is well", max_tokens=3, ignore_eos=True)
     assert done.finished.usage.generated_tokens == 3
     assert client.list_sessions() == []
 
@@ -53,41 +51,41 @@ BAD = [
     ({"prompt": None, "token_ids": [1] * CONTEXT}, "token_ids", "256 tokens", "at most 255"),
     ({"prompt": None, "messages": [("", "b")]}, "messages[0].role", "''", "not empty"),
     ({"prompt": None, "messages": [("tool", "b")]}, "messages", "roles tool", "no tools"),
-    ({"sampling": Sampling(top_p=2.0)}, "sampling.top_p", "2.0", "(0, 1]"),
-    ({"sampling": Sampling(top_p=0.0)}, "sampling.top_p", "0.0", "(0, 1]"),
-    ({"sampling": Sampling(top_p=NAN)}, "sampling.top_p", "nan", "(0, 1]"),
-    ({"sampling": Sampling(temperature=-1.0)}, "sampling.temperature", "-1.0", ">= 0"),
-    ({"sampling": Sampling(temperature=INFINITY)}, "sampling.temperature", "inf", ">= 0"),
-    ({"sampling": Sampling(temperature=NAN)}, "sampling.temperature", "nan", ">= 0"),
-    ({"sampling": Sampling(min_p=1.5)}, "sampling.min_p", "1.5", "[0, 1]"),
+    ({"top_p": 2.0}, "sampling.top_p", "2.0", "(0, 1]"),
+    ({"top_p": 0.0}, "sampling.top_p", "0.0", "(0, 1]"),
+    ({"top_p": NAN}, "sampling.top_p", "nan", "(0, 1]"),
+    ({"temperature": -1.0}, "sampling.temperature", "-1.0", ">= 0"),
+    ({"temperature": INFINITY}, "sampling.temperature", "inf", ">= 0"),
+    ({"temperature": NAN}, "sampling.temperature", "nan", ">= 0"),
+    ({"min_p": 1.5}, "sampling.min_p", "1.5", "[0, 1]"),
     (
-        {"sampling": Sampling(repetition_penalty=0.0)},
+        {"repetition_penalty": 0.0},
         "sampling.repetition_penalty",
         "0.0",
         "[0.01, 100]",
     ),
-    ({"sampling": Sampling(presence_penalty=3.0)}, "sampling.presence_penalty", "3.0", "[-2, 2]"),
-    ({"sampling": Sampling(frequency_penalty=-3.0)}, "sampling.frequency_penalty", "-3.0", "2"),
-    ({"sampling": Sampling(logit_bias={1: 101.0})}, "sampling.logit_bias[1]", "101", "[-100, 100]"),
-    ({"sampling": Sampling(logit_bias={1: NAN})}, "sampling.logit_bias[1]", "nan", "[-100, 100]"),
-    ({"sampling": Sampling(logit_bias={260: 1.0})}, "sampling.logit_bias[0]", "260", "[0, 260)"),
+    ({"presence_penalty": 3.0}, "sampling.presence_penalty", "3.0", "[-2, 2]"),
+    ({"frequency_penalty": -3.0}, "sampling.frequency_penalty", "-3.0", "2"),
+    ({"logit_bias": {1: 101.0}}, "sampling.logit_bias[1]", "101", "[-100, 100]"),
+    ({"logit_bias": {1: NAN}}, "sampling.logit_bias[1]", "nan", "[-100, 100]"),
+    ({"logit_bias": {260: 1.0}}, "sampling.logit_bias[0]", "260", "[0, 260)"),
     (
-        {"sampling": Sampling(logit_bias=dict.fromkeys(range(1025), 1.0))},
+        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
         "sampling.logit_bias",
         "1025",
         "1024",
     ),
-    ({"stopping": Stopping(max_tokens=0)}, "stopping.max_tokens", "0", ">= 1"),
-    ({"stopping": Stopping(stop=["x"] * 300)}, "stopping.stop", "300", "16"),
-    ({"stopping": Stopping(stop=["x", ""])}, "stopping.stop[1]", "0 characters", "1 to 256"),
-    ({"stopping": Stopping(stop=["x" * 257])}, "stopping.stop[0]", "257", "1 to 256"),
+    ({"max_tokens": 0}, "stopping.max_tokens", "0", ">= 1"),
+    ({"stop": ["x"] * 300}, "stopping.stop", "300", "16"),
+    ({"stop": ["x", ""]}, "stopping.stop[1]", "0 characters", "1 to 256"),
+    ({"stop": ["x" * 257]}, "stopping.stop[0]", "257", "1 to 256"),
     (
-        {"stopping": Stopping(stop_token_ids=[260])},
+        {"stop_token_ids": [260]},
         "stopping.stop_token_ids[0]",
         "260",
         "[0, 260)",
     ),
-    ({"stopping": Stopping(stop_token_ids=range(65))}, "stopping.stop_token_ids", "65", "64"),
+    ({"stop_token_ids": range(65)}, "stopping.stop_token_ids", "65", "64"),
     ({"top_logprobs": 21}, "top_logprobs", "21", "[0, 20]"),
     ({"request_id": "x" * 129}, "request_id", "xxx", "128"),
     ({"request_id": "a\nb"}, "request_id", r"a\nb", "printable ASCII"),
@@ -108,7 +106,7 @@ def test_a_value_out_of_range_is_refused_by_name(
 ) -> None:
     options = {"prompt": "a", **request_}
     with pytest.raises(InvalidArgument) as caught:
-        client.complete(**options, timeout_s=30)  # type: ignore[arg-type]
+        client.complete(**options, timeout=30)  # type: ignore[arg-type]
     error = caught.value
     assert error.reason == "INVALID_REQUEST"
     assert list(error.violations) == [field]

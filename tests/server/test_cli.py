@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,12 @@ def griffin(
         capture_output=True,
         text=True,
         timeout=60,
-        env={"PATH": "/usr/bin:/bin", "TERM": "dumb", **environment},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "TERM": "dumb",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            **environment,
+        },
         check=False,
     )
     assert done.returncode == status, done.stderr
@@ -85,8 +91,12 @@ def test_chat_remembers_what_was_said(tiny_server: Running) -> None:
     target = ("--target", tiny_server.target, "--max-tokens", "3", "--json")
     out, _ = griffin("chat", *target, "--system", "Be brief.", given="hi\nwhy\n\n")
     started = [event for event in lines(out) if event["event"] == "started"]
-    assert len(started) == 2
-    assert started[1]["prompt_tokens"] > started[0]["prompt_tokens"] + len("<user>why\n")
+    first, second = started
+    assert second["session_id"] == first["session_id"]  # which holds the first turn
+    # The last token of the first reply, which was only drawn, and what is new. A byte is a token.
+    assert second["prompt_tokens"] == 1 + len("\n<user>why\n<assistant>")
+    with tiny_server.client() as client:
+        assert client.list_sessions() == []
 
 
 def test_chat_without_a_template_says_what_to_do(tiny: Callable[[str], Model]) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_client import Sampling, Stopping
-from griffin_client import convert as client_convert
+from griffin_client import requests, responses
 from griffin_client import types as client_types
 from griffin_core.engine import events
 from griffin_core.engine.sessions import SessionInfo, State
@@ -51,42 +50,37 @@ def over_the_wire(message: pb.GenerateResponse) -> pb.GenerateResponse:
 
 
 def test_everything_the_client_sets_reaches_the_task(model: Model) -> None:
-    request = client_convert.generate_request(
+    request = requests.generate_request(
+        "generate",
         None,
-        messages=None,
-        token_ids=[1, 2, 3],
-        density=0.25,
-        policy="topk_sampled",
-        sharing="shared",
-        sampling=Sampling(
-            temperature=0.5,
-            top_k=7,
-            top_p=0.75,
-            min_p=0.125,
-            repetition_penalty=1.5,
-            presence_penalty=-0.5,
-            frequency_penalty=0.25,
-            seed=2**63 + 1,
-            logit_bias={5: -1.5},
-            bad_words=["bad"],
-            allowed_token_ids=[1, 5, 7],
-        ),
-        stopping=Stopping(
-            max_tokens=9,
-            stop=["a", "é"],
-            stop_token_ids=[3],
-            ignore_eos=True,
-            min_tokens=2,
-            include_stop_string=True,
-            skip_special_tokens=False,
-        ),
-        top_logprobs=0,
-        session_id="s",
-        keep_session=True,
-        request_id="r",
-        continue_final_message=False,
-        chat_template_kwargs=None,
-        add_special_tokens=None,
+        {
+            "token_ids": [1, 2, 3],
+            "density": 0.25,
+            "policy": "topk_sampled",
+            "sharing": "shared",
+            "temperature": 0.5,
+            "top_k": 7,
+            "top_p": 0.75,
+            "min_p": 0.125,
+            "repetition_penalty": 1.5,
+            "presence_penalty": -0.5,
+            "frequency_penalty": 0.25,
+            "seed": 2**63 + 1,
+            "logit_bias": {5: -1.5},
+            "bad_words": ["bad"],
+            "allowed_token_ids": [1, 5, 7],
+            "max_tokens": 9,
+            "stop": ["a", "é"],
+            "stop_token_ids": [3],
+            "ignore_eos": True,
+            "min_tokens": 2,
+            "include_stop_string": True,
+            "skip_special_tokens": False,
+            "top_logprobs": 0,
+            "session_id": "s",
+            "keep_session": True,
+            "request_id": "r",
+        },
     )
     task = task_of(model, pb.GenerateRequest.FromString(request.SerializeToString()))
     assert task == GenerateTask(
@@ -148,14 +142,14 @@ def test_every_policy_survives_the_way_there_and_back(policy: str) -> None:
     assert convert.policy_from_pb("policy", number) == policy
     figures = convert.figures_to_pb(FIGURES)
     figures.policy = number
-    assert client_convert.figures(figures).policy == policy
+    assert responses.figures(figures).policy == policy
 
 
 def test_started_reaches_the_client_whole() -> None:
     event = events.Started(
         session_id="s", prompt_tokens=3, prefill_s=0.5, selection_s=0.1, pruning=FIGURES
     )
-    received = client_convert.event(over_the_wire(convert.started_to_pb(event, "r")))
+    received = responses.event(over_the_wire(convert.started_to_pb(event, "r")))
     assert isinstance(received, client_types.Started)
     assert (received.session_id, received.request_id) == ("s", "r")
     assert (received.prompt_tokens, received.prefill_s) == (3, 0.5)
@@ -166,7 +160,7 @@ def test_tokens_reach_the_client_whole(model: Model) -> None:
     event = events.TokensMade(
         ids=(65, 66), text="é", logprobs=(Logprobs(chosen=-0.5, top=((65, -0.5), (66, -1.0))),) * 2
     )
-    received = client_convert.event(over_the_wire(convert.tokens_to_pb(event, model.tokenizer)))
+    received = responses.event(over_the_wire(convert.tokens_to_pb(event, model.tokenizer)))
     assert isinstance(received, client_types.Tokens)
     assert (received.ids, received.text) == ((65, 66), "é")
     assert [item.logprob for item in received.logprobs] == [-0.5, -0.5]
@@ -186,7 +180,7 @@ def test_finished_reaches_the_client_whole(reason: FinishReason) -> None:
         pruning=FIGURES,
         kept=True,
     )
-    received = client_convert.event(over_the_wire(convert.finished_to_pb(event)))
+    received = responses.event(over_the_wire(convert.finished_to_pb(event)))
     assert isinstance(received, client_types.Finished)
     assert received.reason == reason.name.lower()
     assert received.usage == client_types.Usage(
@@ -208,7 +202,7 @@ def test_a_session_reaches_the_client_whole(state: State) -> None:
         reserved_bytes=5,
         pruning=FIGURES,
     )
-    received = client_convert.session(convert.session_to_pb(info))
+    received = responses.session(convert.session_to_pb(info))
     assert received.state == state.name.lower()
     assert (received.context_tokens, received.generated_tokens) == (1, 2)
     assert (received.age_s, received.idle_s) == (3.0, 4.0)

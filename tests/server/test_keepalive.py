@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from griffin_client.client import CHANNEL_OPTIONS
+from griffin_client.channel import CHANNEL_OPTIONS
 from griffin_core.model.load import Model
 from griffin_server.ops import connections
 from griffin_server.ops.connections import (

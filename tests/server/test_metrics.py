@@ -13,7 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from griffin_client import GriffinClientError, Sampling, Started, Stopping
+from griffin_client import GriffinClientError, Started
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
 from griffin_server.ops.metrics import FINE, Metrics
@@ -99,7 +99,8 @@ def test_a_completion_is_counted_once_in_everything_it_has(scraped: Scraped) -> 
             client.generate(
                 token_ids=range(number, number + 20),
                 density=0.5,
-                stopping=Stopping(max_tokens=6, ignore_eos=True),
+                max_tokens=6,
+                ignore_eos=True,
             )
         )
     client.score([1, 2, 3], [4, 5], density=0.5)
@@ -138,16 +139,16 @@ def test_a_completion_is_counted_once_in_everything_it_has(scraped: Scraped) -> 
 
 def test_bad_input_a_cancel_and_a_deadline_are_told_apart(scraped: Scraped) -> None:
     client = scraped.server.client()
-    endless = Stopping(max_tokens=200, ignore_eos=True)
+    endless = {"max_tokens": 200, "ignore_eos": True}
     with pytest.raises(GriffinClientError):
-        list(client.generate(token_ids=[1, 2], sampling=Sampling(top_p=7.0)))
-    for event in client.generate(token_ids=[1, 2], stopping=endless):
+        list(client.generate(token_ids=[1, 2], top_p=7.0))
+    for event in client.generate(token_ids=[1, 2], **endless):
         if isinstance(event, Started):
             break  # closes the call
     eventually(lambda: scraped.sample("griffin_aborts_total", origin="client") == 1)
     with pytest.raises(GriffinClientError):
         for _ in range(50):
-            list(client.generate(token_ids=[1, 2], stopping=endless, timeout_s=0.05))
+            list(client.generate(token_ids=[1, 2], **endless, timeout=0.05))
     eventually(lambda: scraped.sample("griffin_aborts_total", origin="deadline") == 1)
     assert scraped.sample("griffin_rejections_total", reason="INVALID_REQUEST") == 1
     assert scraped.sample("griffin_rejections_total") == 1
@@ -225,10 +226,8 @@ def test_labels_name_no_session_and_no_request(scraped: Scraped) -> None:
     client = scraped.server.client()
 
     def ask(request_id: str) -> str:
-        stopping = Stopping(max_tokens=2, ignore_eos=True)
-        (started, *_) = client.generate(
-            token_ids=range(5), request_id=request_id, stopping=stopping
-        )
+        stopping = {"max_tokens": 2, "ignore_eos": True}
+        (started, *_) = client.generate(token_ids=range(5), request_id=request_id, **stopping)
         assert isinstance(started, Started)
         return started.session_id
 

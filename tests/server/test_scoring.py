@@ -128,7 +128,7 @@ def test_a_score_whose_caller_gives_up_leaves_nothing(mode: Any, server: Running
     engine = server.app.engine
     with server.client() as client:
         with pytest.raises(DeadlineExceeded):
-            client.score_choices([1, 2], [[3] * 250] * 256, mode=mode, density=0.5, timeout_s=0.2)
+            client.score_choices([1, 2], [[3] * 250] * 256, mode=mode, density=0.5, timeout=0.2)
         eventually(lambda: engine.holdings().result(10).kv_cache_bytes == 0)
         assert engine.sessions().result(10) == []
         assert len(client.score([1, 2], [3, 4], mode=mode).tokens) == 2

@@ -23,9 +23,8 @@ from griffin_client import (
     Finished,
     GriffinClient,
     NotFound,
-    Sampling,
+    SamplingDefaults,
     Sharing,
-    Stopping,
     Tokens,
     Unavailable,
 )
@@ -40,7 +39,7 @@ from tests.servers import Running, running
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-LONG = Stopping(max_tokens=200, ignore_eos=True)
+LONG = {"max_tokens": 200, "ignore_eos": True}
 
 
 @pytest.fixture
@@ -58,16 +57,16 @@ def channel(tiny_server: Running) -> Iterator[grpc.Channel]:
 @pytest.mark.parametrize("sharing", ["private", "shared"])
 def test_a_completion_says_what_its_tokens_ran_on(client: GriffinClient, sharing: Sharing) -> None:
     """The first token comes of the prompt, which runs dense."""
-    six = Stopping(max_tokens=6, ignore_eos=True)
-    dense = client.complete(token_ids=range(20), density=1.0, sharing=sharing, stopping=six)
+    six = {"max_tokens": 6, "ignore_eos": True}
+    dense = client.complete(token_ids=range(20), density=1.0, sharing=sharing, **six)
     assert (dense.finished.pruning.mean_density, dense.finished.pruning.dense_tokens) == (1.0, 6)
-    half = client.complete(token_ids=range(20), density=0.5, sharing=sharing, stopping=six)
+    half = client.complete(token_ids=range(20), density=0.5, sharing=sharing, **six)
     assert half.finished.pruning.mean_density == pytest.approx((1 + 5 * 0.5) / 6)
     assert half.finished.pruning.dense_tokens == 1
 
 
 def test_auto_says_how_much_of_a_completion_ran_dense(client: GriffinClient) -> None:
-    made = client.complete(token_ids=range(20), density=0.5, sharing="auto", stopping=LONG)
+    made = client.complete(token_ids=range(20), density=0.5, sharing="auto", **LONG)
     pruning = made.finished.pruning
     assert 1 <= pruning.dense_tokens <= 200
     slim = 200 - pruning.dense_tokens
@@ -83,7 +82,7 @@ def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], M
     assert (info.vocabulary, info.context_length) == (260, 256)
     assert (info.dtype, info.device, info.role) == ("float32", "cpu", "all")
     assert info.has_chat_template and (info.default_density, info.default_policy) == (1.0, "topk")
-    assert info.default_sampling == Sampling()
+    assert info.default_sampling == SamplingDefaults()
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -107,10 +106,8 @@ def opinionated(tiny: Callable[[str], Model]) -> Model:
 
 def test_a_request_that_sets_no_sampling_is_greedy(opinionated: Model) -> None:
     with running(opinionated) as server, server.client() as client:
-        said = [client.complete("a", stopping=Stopping(max_tokens=20)).token_ids for _ in range(3)]
-        greedy = client.complete(
-            "a", stopping=Stopping(max_tokens=20), sampling=Sampling(temperature=0)
-        )
+        said = [client.complete("a", max_tokens=20).token_ids for _ in range(3)]
+        greedy = client.complete("a", max_tokens=20, temperature=0)
     assert said == [greedy.token_ids] * 3
 
 
@@ -118,22 +115,20 @@ def test_the_models_own_sampling_is_the_default_if_the_server_is_told_so(
     opinionated: Model,
 ) -> None:
     with running(opinionated, sampling_defaults="model") as server, server.client() as client:
-        assert client.model_info().default_sampling == Sampling(
+        assert client.model_info().default_sampling == SamplingDefaults(
             temperature=1.5, top_k=40, repetition_penalty=1.25
         )
 
-        def said(sampling: Sampling) -> tuple[int, ...]:
-            return client.complete(
-                "a", stopping=Stopping(max_tokens=20, ignore_eos=True), sampling=sampling
-            ).token_ids
+        def said(**sampling: float) -> tuple[int, ...]:
+            return client.complete("a", max_tokens=20, ignore_eos=True, **sampling).token_ids
 
-        whole = Sampling(temperature=1.5, top_k=40, repetition_penalty=1.25, seed=3)
-        assert said(Sampling(seed=3)) == said(whole)
+        whole = {"temperature": 1.5, "top_k": 40, "repetition_penalty": 1.25, "seed": 3}
+        assert said(seed=3) == said(**whole)
         # What a request sets wins, field by field: also where that is a plain default.
-        greedy = Sampling(temperature=0, repetition_penalty=1.25)
-        assert said(Sampling(temperature=0)) == said(greedy)
-        plain = Sampling(temperature=0, top_k=0, repetition_penalty=1)
-        assert said(plain) != said(greedy)
+        greedy = {"temperature": 0, "repetition_penalty": 1.25}
+        assert said(temperature=0) == said(**greedy)
+        plain = {"temperature": 0, "top_k": 0, "repetition_penalty": 1}
+        assert said(**plain) != said(**greedy)
 
 
 def test_sampling_defaults_that_no_request_could_have_stop_the_start(
@@ -153,8 +148,8 @@ def stub(channel: grpc.Channel) -> generation_pb2_grpc.GenerationServiceStub:
 @pytest.fixture
 def kept(client: GriffinClient) -> Iterator[list[str]]:
     """The ids of seven kept sessions, oldest first."""
-    two = Stopping(max_tokens=2, ignore_eos=True)
-    made = [client.complete("one", stopping=two, keep_session=True) for _ in range(7)]
+    two = {"max_tokens": 2, "ignore_eos": True}
+    made = [client.complete("one", **two, keep_session=True) for _ in range(7)]
     ids = [each.started.session_id for each in made]
     yield ids
     for session_id in ids:
@@ -194,8 +189,8 @@ def test_pages_go_on_whatever_has_ended_or_opened_meanwhile(
     first = stub.ListSessions(pb.ListSessionsRequest(page_size=3))
     for session_id in (*kept[:4], kept[5]):
         client.close_session(session_id)
-    two = Stopping(max_tokens=2, ignore_eos=True)
-    later = client.complete("two", stopping=two, keep_session=True).started.session_id
+    two = {"max_tokens": 2, "ignore_eos": True}
+    later = client.complete("two", **two, keep_session=True).started.session_id
     kept.append(later)
     rest = stub.ListSessions(pb.ListSessionsRequest(page_size=9, page_token=first.next_page_token))
     assert [session.session_id for session in rest.sessions] == [kept[4], kept[6], later]
@@ -241,8 +236,8 @@ def test_a_page_token_that_this_server_has_not_made_is_refused(
 
 
 def test_a_kept_session_is_listed_continued_and_closed(client: GriffinClient) -> None:
-    two = Stopping(max_tokens=2, ignore_eos=True)
-    first = client.complete("one", stopping=two, density=0.5, keep_session=True)
+    two = {"max_tokens": 2, "ignore_eos": True}
+    first = client.complete("one", **two, density=0.5, keep_session=True)
     session_id = first.started.session_id
     assert first.finished.session_kept
 
@@ -253,7 +248,7 @@ def test_a_kept_session_is_listed_continued_and_closed(client: GriffinClient) ->
     assert session.pruning.density == 0.5
     assert session.pruning.kv_cache_bytes > 0
 
-    second = client.complete(" two", stopping=two, session_id=session_id, keep_session=True)
+    second = client.complete(" two", **two, session_id=session_id, keep_session=True)
     assert second.started.session_id == session_id
     assert second.finished.pruning.density == 0.5  # inherited
     assert second.finished.usage.context_tokens == 3 + 2 + 4 + 2
@@ -264,7 +259,7 @@ def test_a_kept_session_is_listed_continued_and_closed(client: GriffinClient) ->
 
 
 def test_closing_a_running_session_ends_its_stream(client: GriffinClient) -> None:
-    events = client.generate("a", stopping=LONG)
+    events = client.generate("a", **LONG)
     session_id = next(events).session_id  # type: ignore[union-attr]
     client.close_session(session_id)
     with pytest.raises(Cancelled, match="was closed"):
@@ -272,9 +267,9 @@ def test_closing_a_running_session_ends_its_stream(client: GriffinClient) -> Non
 
 
 def test_a_session_takes_one_turn_at_a_time(client: GriffinClient) -> None:
-    kept = client.complete("a", stopping=Stopping(max_tokens=1), keep_session=True)
+    kept = client.complete("a", max_tokens=1, keep_session=True)
     session_id = kept.started.session_id
-    events = client.generate("b", stopping=LONG, session_id=session_id, keep_session=True)
+    events = client.generate("b", **LONG, session_id=session_id, keep_session=True)
     next(events)
     with pytest.raises(FailedPrecondition, match="still in an earlier turn"):
         client.complete("c", session_id=session_id)
@@ -315,7 +310,7 @@ def test_the_prefill_server_logs_the_same_request_id(
         running(tiny("llama"), role="decode", prefill_target=prefill.target) as decode,
         decode.client() as client,
     ):
-        client.complete("a", stopping=Stopping(max_tokens=1), request_id="both-sides")
+        client.complete("a", max_tokens=1, request_id="both-sides")
     lines = [line for line in capfd.readouterr().out.splitlines() if "both-sides" in line]
     assert any("PrefillService/Prefill" in line for line in lines)
     assert any("GenerationService/Generate" in line for line in lines)
@@ -371,8 +366,8 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
 ) -> None:
     app = App(Settings(port=0, density=1.0), tiny("llama"))
     await app.start()
-    async with AsyncGriffinClient(str(app.listener.address)) as client:
-        stream = client.generate("a", stopping=Stopping(max_tokens=250, ignore_eos=True))
+    async with AsyncGriffinClient(str(app.listener.address), max_retries=0) as client:
+        stream = client.generate("a", max_tokens=250, ignore_eos=True)
         await anext(stream)
         stopping = asyncio.create_task(app.stop())
         while app.listener.calls.serving:  # noqa: ASYNC110  # nothing announces it
@@ -399,7 +394,7 @@ async def test_until_the_engine_is_ready_calls_are_refused(
     assert app.listener.address.port
     async with grpc.aio.insecure_channel(str(app.listener.address)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        client = AsyncGriffinClient(channel=channel)
+        client = AsyncGriffinClient(channel=channel, max_retries=0)
         request = health_pb2.HealthCheckRequest()
         assert (await health.Check(request, wait_for_ready=True)).status == NOT_SERVING
         with pytest.raises(Unavailable, match="starting"):

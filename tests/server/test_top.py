@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from griffin_client import ModelInfo, PruningFigures, Session, Stopping
+from griffin_client import ModelInfo, PruningFigures, Session
 from griffin_core.model.load import Model
 from griffin_server.top import Frame, Look, compare
 from tests.server.test_cli import griffin
@@ -177,8 +177,8 @@ def generating(server: Running, streams: int = 2) -> Iterator[None]:
     def stream() -> None:
         with server.client() as client:
             while not done.is_set():
-                endless = Stopping(max_tokens=4000, ignore_eos=True)
-                with closing(client.generate("a", stopping=endless)) as events:
+                endless = {"max_tokens": 4000, "ignore_eos": True}
+                with closing(client.generate("a", **endless)) as events:
                     for _ in events:
                         if done.is_set():
                             break
@@ -288,7 +288,7 @@ class Terminal:
 def test_a_terminal_follows_a_server_that_goes_and_comes_back(
     tiny: Callable[[str], Model],
 ) -> None:
-    model, kept = tiny("llama"), {"stopping": Stopping(max_tokens=2), "keep_session": True}
+    model, kept = tiny("llama"), {"max_tokens": 2, "keep_session": True}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     target = f"127.0.0.1:{port}"

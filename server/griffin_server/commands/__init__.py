@@ -1,0 +1,1 @@
+"""The commands of `griffin`, one file each."""
