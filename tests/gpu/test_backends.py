@@ -36,7 +36,6 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         properties = SimpleNamespace(multi_processor_count=2)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def backend_of(dtype: torch.dtype) -> Backend:

@@ -88,7 +88,7 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """q [rows, 1, SIZE], k [1, T, SIZE] -> scores [rows, T, 1]."""
     s = tl.sum(q * k, axis=2, keep_dims=True) * scale
     if HAS_SOFTCAP:
-        s = softcap * (1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * s / softcap) + 1.0))
+        s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2_E) / softcap) + 1.0))
     return s
 
 
