@@ -170,13 +170,13 @@ def decoder_on_device(
             while they are laid out, when some are there twice.
     """
     if device.type != "cuda":
-        return decoder_of(spec, state, device), state
+        return decoder_of(spec, state), state
     size = sum(tensor.nbytes for tensor in state.values())
     free, _ = torch.cuda.mem_get_info(device)
     if size <= free:
         try:
             state = {name: tensor.to(device) for name, tensor in state.items()}
-            return decoder_of(spec, state, device), state
+            return decoder_of(spec, state), state
         except torch.OutOfMemoryError:
             pass
     raise DeviceMemoryExhausted(
