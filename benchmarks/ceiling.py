@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
 
 
@@ -13,7 +13,7 @@ def step_bytes(decoder: Decoder, density: float, cached_tokens: int) -> float:
     spec = decoder.spec
     heads = 2 * (spec.heads + spec.kv_heads) * spec.head_dim  # queries and out, keys and values
     attention = len(spec.layers) * heads * spec.width * decoder.dtype.itemsize
-    ff = sum(layer.neurons.nbytes for layer in decoder.layers)
+    ff = sum(layer.ff.weights.nbytes for layer in decoder.layers)
     head = spec.vocabulary * spec.width * decoder.dtype.itemsize
     return attention + ff * density + head + kv_bytes(spec, decoder.dtype, cached_tokens)
 

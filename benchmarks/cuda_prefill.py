@@ -44,7 +44,7 @@ def waited(work: Callable[[], object]) -> Callable[[], float]:
 def measure(name: str, rate: float) -> list[dict[str, Any]]:
     """A row for each chunk size."""
     decoder, rows = random_decoder(name), []
-    spec, neurons = decoder.spec, decoder.layers[0].neurons
+    spec, neurons = decoder.spec, decoder.layers[0].ff.weights
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
     per_layer = (heads + (neurons.w_in.shape[0] + 1) * spec.ff_width) * spec.width
     ceiling_ms = 2e3 * len(spec.layers) * per_layer * PROMPT / rate

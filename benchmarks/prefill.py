@@ -22,9 +22,9 @@ def without_statistic(decoder: Decoder, ids: torch.Tensor, chunk_tokens: int) ->
     """The same chunks, layers and cache, the plain FF blocks; the final hidden state [1, D]."""
     cache = decoder.new_cache(len(ids))
     for chunk in torch.split(ids, chunk_tokens):
-        hidden, batch = decoder.begin(chunk, [(cache, len(chunk))])
+        hidden, attention = decoder.prepare_batch(chunk, [(cache, len(chunk))])
         for layer, block in enumerate(decoder.layers):
-            hidden = decoder.layer(layer, hidden, batch, block.ff)
+            hidden = decoder.layer(layer, hidden, attention, block.ff)
         cache.advance(len(chunk))
     return decoder.final_hidden(hidden[-1:])
 

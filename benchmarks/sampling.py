@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Rounds, finish, read_bandwidth
+from griffin_core.backends.select import backend_for
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
 
@@ -39,7 +40,9 @@ REPLAYS = 20
 def run_of(logits: Tensor, params: SamplingParams) -> Callable[[], float]:
     """Draws once for each row; seconds of a draw."""
     rows, vocabulary = logits.shape
-    sampler = Sampler(slots=rows, vocabulary=vocabulary, device=logits.device)
+    sampler = Sampler(
+        slots=rows, vocabulary=vocabulary, backend=backend_for(logits.device, torch.float32)
+    )
     for slot in range(rows):
         sampler.open(slot, params, SEEN)
     slots = torch.arange(rows, device=logits.device)

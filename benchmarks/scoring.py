@@ -84,7 +84,7 @@ def ceiling(answer: dict[str, Any], items: Sequence[Item], decoder: Decoder) -> 
     spec = decoder.spec
     heads = 2 * (spec.heads + spec.kv_heads) * spec.head_dim  # queries and out, keys and values
     weights = sum(
-        heads * spec.width + layer.neurons.w_in.numel() + layer.neurons.down.numel()
+        heads * spec.width + layer.ff.weights.w_in.numel() + layer.ff.weights.down.numel()
         for layer in decoder.layers
     )
     scored = sum(tokens for item in answer["scores"] for _, tokens in item)

@@ -23,11 +23,11 @@ from griffin_core.model.checkpoint import left_over, stored_tensors
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.families.config_fields import FieldUse
 from griffin_core.model.families.config_file import read_config
+from griffin_core.model.families.registry import examine_config
 from griffin_core.model.files import local_directory, one_line
 from griffin_core.model.gguf import Understood, understand
 from griffin_core.model.hub import Progress, gguf_file, resolve
 from griffin_core.model.load import Model, load_model, quiet
-from griffin_core.spec.model import examine_config
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2; naïve café, 東京 🙂"
 MOST_TOKENS = 32

@@ -25,8 +25,7 @@ from griffin_core.engine.task import (
 )
 from griffin_core.errors import CapacityExhausted, EngineFault, EngineStopped, InvalidRequest
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import default_chunk_tokens
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.offline.batch import run_tasks
@@ -163,7 +162,7 @@ class LLM:
                 max_sessions=max_sessions,
                 max_queue=2**31,  # each call submits a bounded number
                 memory_fraction=memory_fraction,
-                chunk_tokens=default_chunk_tokens(model.decoder.device),
+                chunk_tokens=model.decoder.backend.default_chunk_tokens,
                 prefill_share=1.0,  # nobody reads along: the sooner a step has all its rows
             ),
             selection=Selection(density=density, policy=policy),

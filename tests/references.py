@@ -59,11 +59,11 @@ def decoder_logits(decoder: Decoder) -> Tensor:
     cache = decoder.new_cache(len(tokens))
     logits = []
     for part in tokens.split(16):
-        x, batch = decoder.begin(part, [(cache, len(part))])
+        x, attention = decoder.prepare_batch(part, [(cache, len(part))])
         for index, layer in enumerate(decoder.layers):
-            x = decoder.layer(index, x, batch, layer.ff)
+            x = decoder.layer(index, x, attention, layer.ff)
         cache.advance(len(part))
-        logits.append(decoder.head(decoder.final_hidden(x)))
+        logits.append(decoder.logits(x))
     return torch.cat(logits)
 
 

@@ -11,8 +11,11 @@ from page_parts import table
 from transformers import CONFIG_MAPPING
 
 from griffin_core.model.checkpoint import LEFT_OVER, STORED_DTYPES
+from griffin_core.model.families.activations import ACTIVATIONS
 from griffin_core.model.families.config_fields import NEUTRAL, WITHOUT_EFFECT
 from griffin_core.model.families.config_file import QUANTIZATION_FIELDS
+from griffin_core.model.families.registry import FAMILIES, examine_config
+from griffin_core.model.families.rotary import ROPE_TYPES
 from griffin_core.model.files import REFUSED_FILES
 from griffin_core.model.gguf import SAMPLING
 from griffin_core.model.gguf.file import QUANTIZATION_TYPES
@@ -20,8 +23,6 @@ from griffin_core.model.gguf.keys import ARCHITECTURE_KEYS, ARCHITECTURES, IGNOR
 from griffin_core.model.gguf.keys import Key as GgufKey
 from griffin_core.model.gguf.tensors import LEFT_OVER as GGUF_LEFT_OVER
 from griffin_core.model.gguf.words import WORDS
-from griffin_core.spec.model import ACTIVATIONS, FAMILIES, examine_config
-from griffin_core.spec.rope import ROPE_TYPES
 
 PAGE = Path(__file__).with_name("models.md")
 

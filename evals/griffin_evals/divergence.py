@@ -38,7 +38,7 @@ def logprobs(
     events = prefill(decoder, token_ids[:prompt_tokens], selection, cache=cache)
     experts = [event.experts for event in events if isinstance(event, LayerExperts)]
     layers = zip(decoder.layers, experts, strict=True)
-    view = [Packed().build(layer, kept, "many") for layer, kept in layers]
+    view = [Packed().build(layer, kept, "gemm") for layer, kept in layers]
     rest = StepTokens(cache=cache, view=view, token_ids=token_ids[prompt_tokens:])
     return decode_tokens(decoder, [rest])[0].log_softmax(dim=1)
 

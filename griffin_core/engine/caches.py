@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from griffin_core.engine.sessions import Session
 from griffin_core.kv.budget import Budget
-from griffin_core.kv.cache import KvCache, kv_bytes
+from griffin_core.kv.cache import KvCache
+from griffin_core.kv.pool import KvPool, kv_bytes
 from griffin_core.model.decoder import Decoder
 
 
@@ -18,6 +19,16 @@ class Caches:
     def __init__(self, decoder: Decoder, budget: Budget) -> None:
         self._decoder = decoder
         self._budget = budget
+        self._pool: KvPool | None = None
+
+    def open(self, pool: KvPool) -> None:
+        """Sets the pool that caches are allocated from, which has a slot for every token that the
+        budget allows."""
+        self._pool = pool
+
+    def close(self) -> None:
+        """Lets go of the pool."""
+        self._pool = None
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of a cache for that many tokens."""
@@ -43,7 +54,8 @@ class Caches:
         size = self.nbytes(session.capacity)
         self._budget.take(size)
         try:
-            session.cache = self._decoder.new_cache(session.capacity)
+            assert self._pool is not None, "no session is admitted before there is memory"
+            session.cache = self._pool.allocate(session.capacity)
         except BaseException:
             self._budget.give_back(size)
             raise
@@ -55,11 +67,12 @@ class Caches:
         self._budget.take(taken)
         try:
             cache.resize(capacity)
-        finally:  # halfway, some layers have the old size and some the new
+        finally:
             self._budget.give_back(held + taken - cache.nbytes)
 
     def free(self, session: Session) -> None:
         """Drops a session's cache, if it has one."""
         if session.cache is not None:
             self._budget.give_back(session.cache.nbytes)
+            session.cache.free()
             session.cache = None

@@ -1,13 +1,12 @@
 """How many bytes sessions may hold, from what the device has left.
 
-On a GPU that is what is free once the weights are loaded, the graphs captured and the memory that a
-prompt's chunk works in set aside, times a fraction. The bytes are then claimed: torch's allocator
-takes them from the device at once, in one piece, and hands them out to KV caches and slim views as
-these come. So the next server on the same GPU finds only what this one has left, and takes its own
-fraction of that.
+On a GPU that is what is free once the weights are loaded, and once the memory of the steps' graphs
+and of a prompt's chunk is set aside, times a fraction. The bytes are then claimed: the KV pool
+takes them from the device at once. So the next server on the same GPU finds only what this one has
+left, and takes its own fraction of that.
 
-On a CPU it is a fraction of what is available to the process. Nothing is claimed there: caches take
-pages as they are filled, other programs take theirs, and the default fraction leaves them half.
+On a CPU it is a fraction of what is available to the process. Nothing is claimed there: the pool
+takes pages as it is filled, other programs take theirs, and the default fraction leaves them half.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from griffin_core.engine.cgroup import memory_left
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import prefill
-from griffin_core.kv.budget import Budget
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -42,6 +40,13 @@ MEMINFO = Path("/proc/meminfo")
 
 ASSUMED_BYTES = 8 * GIB
 """Taken for available on a CPU whose system does not tell (it is not Linux)."""
+
+LARGEST_GRAPH, GRAPH_MODES, WORKING_LOGITS = 64, 4, 3
+"""Rows of the largest captured step, ways in which it is captured, and how many times the logits of
+the largest step the sampler holds."""
+
+GRAPH_OVERHEAD = 512 << 20
+"""Bytes of the graphs themselves and of a step's other intermediate results."""
 
 ATTEMPTS = 3
 """Tries to claim memory that another process may take first."""
@@ -99,20 +104,18 @@ class DeviceShare:
 
     Args:
         decoder: its device, and what a token of KV takes.
-        budget: of the sessions' bytes; what it holds is allocated already.
         chunk_tokens: prompt tokens that run at once.
     """
 
     _claims: ClassVar[dict[torch.device, list[DeviceShare]]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, decoder: Decoder, budget: Budget, chunk_tokens: int) -> None:
+    def __init__(self, decoder: Decoder, chunk_tokens: int) -> None:
         self._decoder = decoder
         self._device = decoder.device
-        self._budget = budget
         self._chunk_tokens = chunk_tokens
-        self.workspace = 0
-        """Bytes that a chunk of a prompt works in."""
+        self.unused = 0
+        """Bytes that were promised and that no tensor holds yet."""
 
     @classmethod
     def claims(cls) -> int:
@@ -120,34 +123,40 @@ class DeviceShare:
         with cls._lock:
             return sum(len(shares) for shares in cls._claims.values())
 
-    def claim(self, fraction: float, wanted: int | None) -> int:
+    def claim(self, fraction: float, wanted: int | None, graphs: int) -> int:
         """Takes bytes for sessions from the device, and keeps them until ``release``.
 
         Args:
             fraction: of what is free.
             wanted: so many bytes instead.
+            graphs: bytes to leave for the steps' graphs, which are captured later.
 
         Returns:
-            The bytes of the budget.
+            The bytes of the budget. ``allocated`` is to be called when tensors hold them.
 
         Raises:
             DeviceMemoryExhausted: less is free than is wanted, or too little for any session.
         """
         with self._lock:
-            self.workspace = self.measure_workspace()
+            workspace = self.measure_workspace() + graphs
             for _ in range(ATTEMPTS):
-                room = self._room()
+                room = self._room(workspace)
                 size = check_room(
                     room, fraction, wanted, self._smallest_bytes(), device=str(self._device)
                 )
-                if self._take(size + self.workspace):
-                    self._budget.limit = size
+                if self._take(size + workspace):
+                    self.unused = size + workspace
                     self._claims.setdefault(self._device, []).append(self)
                     return size
         raise DeviceMemoryExhausted(
             f"session memory: another process takes the memory of {self._device} as fast as it is "
             f"counted; {said_size(room.free)} were free. Start one server after the other"
         )
+
+    def allocated(self, size: int) -> None:
+        """Notes that tensors hold so many of the bytes."""
+        with self._lock:
+            self.unused = max(0, self.unused - size)
 
     def release(self) -> None:
         """Gives back what no tensor uses any more."""
@@ -161,25 +170,22 @@ class DeviceShare:
         tokens = min(self._chunk_tokens, spec.context_length)
         return kv_bytes(spec, self._decoder.dtype, tokens)
 
-    def _unused(self) -> int:
-        """Bytes promised to sessions that do not hold them yet."""
-        return self._budget.limit - self._budget.held + self.workspace
-
-    def _room(self) -> Room:
-        torch.cuda.empty_cache()  # what loading and capturing have left
+    def _room(self, workspace: int) -> Room:
+        torch.cuda.empty_cache()  # what loading has left
         free, _ = torch.cuda.mem_get_info(self._device)
-        others = sum(share._unused() for share in self._claims.get(self._device, []))
         return Room(
-            free=max(0, free + cached_bytes(self._device) - others), workspace=self.workspace
+            free=max(0, free + cached_bytes(self._device) - self._unused_by_others()),
+            workspace=workspace,
         )
 
     def _take(self, size: int) -> bool:
         """Has torch's allocator hold that many unused bytes, beside those that other engines of
-        this process were promised. What it holds need not be in one piece: caches are taken by
-        layers."""
-        others = sum(share._unused() for share in self._claims.get(self._device, []))
-        missing = size + others - cached_bytes(self._device)
+        this process were promised."""
+        missing = size + self._unused_by_others() - cached_bytes(self._device)
         return missing <= 0 or grow(missing, self._device)
+
+    def _unused_by_others(self) -> int:
+        return sum(share.unused for share in self._claims.get(self._device, []))
 
     def measure_workspace(self) -> int:
         """Runs a chunk of a prompt at the end of the longest context that there is room for: where
@@ -219,6 +225,20 @@ class DeviceShare:
             pass
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before
+
+
+def graph_bytes(decoder: Decoder, sessions: int) -> int:
+    """About how many bytes the graphs of decode steps take: each keeps its logits, and all share
+    what a step works in.
+
+    Args:
+        sessions: most sessions of a step.
+    """
+    if not decoder.backend.captures:
+        return 0
+    rows = 2 << (min(sessions, LARGEST_GRAPH) - 1).bit_length()  # of all sizes together
+    logits = 4 * decoder.spec.vocabulary * rows
+    return GRAPH_MODES * logits + WORKING_LOGITS * logits + GRAPH_OVERHEAD
 
 
 def check_room(

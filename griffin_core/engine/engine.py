@@ -18,12 +18,12 @@ from typing import TypeVar
 
 import torch
 
-from griffin_core.backends.cuda import runs_cuda_kernels
 from griffin_core.engine.cpu_share import INTERVAL_S, CpuShare
 from griffin_core.engine.device_memory import (
     DeviceShare,
     budget_from_cpu,
     fraction_of,
+    graph_bytes,
     said_size,
     tokens_held,
 )
@@ -47,11 +47,14 @@ from griffin_core.errors import (
     InvalidRequest,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.invariant import rows_stay_apart
-from griffin_core.forward.prefill import PrefillEvent, Prompt
+from griffin_core.forward.decode import EagerStep, Stepper
+from griffin_core.forward.invariant import InvariantStep
+from griffin_core.forward.prefill import PrefillEvent, Prompt, launch
+from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.slim.base import SlimForm
+from griffin_core.slim.base import SlimForm, SlimTable
+from griffin_core.slim.blocks import BlockTable
 from griffin_core.slim.costs import ASSUMED_COSTS, EVEN_COSTS, StepCosts, measure_costs
 from griffin_core.slim.packed import Packed
 
@@ -111,10 +114,11 @@ class Engine:
         self.limits = limits or Limits()
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
-        self._slim = slim or _slim_form(model.decoder)
+        self._slim = slim or (None if model.decoder.backend.captures else Packed())
+        self._slims = _slim_table(model.decoder, self._slim, self.limits.max_sessions)
         self._measures_costs = costs is None and not batch_invariant
         self.batch_invariant = batch_invariant
-        device = model.decoder.device
+        backend = model.decoder.backend
         observer = observer or Observer()
         self._prefills = PrefillQueue(
             model.decoder,
@@ -128,10 +132,11 @@ class Engine:
             limits=self.limits,
             selection=self.selection,
             sharing=sharing,
+            slims=self._slims,
             slim=self._slim,
             costs=EVEN_COSTS if batch_invariant else costs or ASSUMED_COSTS,
             batch_invariant=batch_invariant,
-            overlap=device.type == "cuda" if overlap is None else overlap,
+            overlap=backend.overlaps if overlap is None else overlap,
             prefills=self._prefills,
             observer=observer,
             stream_interval=stream_interval,
@@ -308,10 +313,10 @@ class Engine:
                 if self._threads is not None:
                     torch.set_num_threads(self.threads)
                 self._follow_load()  # so that the first turn knows what there was beside the start
-                measure = self._prepare()
+                self.model.decoder.backend.prepare_thread()
+                measure = self._prepare(self._new_pool())
                 if self._measures_costs:
                     self._decoding.costs(measure())
-                self._set_memory()
                 self.ready.set_result(None)
                 while not self._stopping:
                     self._turn()
@@ -324,6 +329,8 @@ class Engine:
             self._take_commands(wait=False)
             self._decoding.end(EngineStopped(_STOPPING))
             self._prefills.end(EngineStopped(_STOPPING))
+        self._decoding.release()
+        self._prefills.launch = launch
         if self._share is not None:
             self._share.release()
         if not self.ready.done():
@@ -333,46 +340,55 @@ class Engine:
         else:
             self.ended.set_exception(fault)
 
-    def _prepare(self) -> Callable[[], StepCosts]:
-        """As ``_prepare_step``; a device that is full is told in a sentence."""
+    def _prepare(self, pool: KvPool) -> Callable[[], StepCosts]:
+        """As ``_prepare_step``; a device that is full is reported in a sentence."""
         try:
-            return self._prepare_step()
+            return self._prepare_step(pool)
         except torch.OutOfMemoryError as error:
             device = self.model.decoder.device
             free, _ = torch.cuda.mem_get_info(device)
             raise DeviceMemoryExhausted(
                 f"the steps' graphs do not fit {device}: {said_size(free)} are free beside the "
-                "weights"
+                "weights and the sessions' memory"
             ) from error
 
-    def _prepare_step(self) -> Callable[[], StepCosts]:
+    def _prepare_step(self, pool: KvPool) -> Callable[[], StepCosts]:
         """Sets what runs a step, and returns what measures its costs."""
-        decoder = self.model.decoder
-        if decoder.device.type == "cuda":
-            torch.cuda.set_device(decoder.device)  # of this thread; kernels run on the current one
-        if runs_cuda_kernels(decoder.dtype, decoder.device):
-            from griffin_core.backends.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
-            from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
+        decoder, sampler = self.model.decoder, self._decoding.sampler
+        if self._slim is None:
+            from griffin_core.forward.graphs import GraphStep  # noqa: PLC0415  # needs triton
+            from griffin_core.slim.indexed import IndexTable  # noqa: PLC0415
 
             if self._cuda_graphs:
-                from griffin_core.backends.cuda.prompt_graph import PromptGraphs  # noqa: PLC0415
+                from griffin_core.forward.prompt_graphs import PromptGraphs  # noqa: PLC0415
 
                 self._prefills.launch = PromptGraphs(
-                    decoder, most_tokens=self.limits.chunk_tokens, progress=self._note_start
+                    decoder, pool, most_tokens=self.limits.chunk_tokens, progress=self._note_start
                 ).launch
-            if isinstance(self._slim, Indexed):  # other forms have no addresses
-                step = CudaStep(
-                    decoder,
-                    self._decoding.sampler,
-                    max_tokens=self.limits.max_sessions,
-                    graphs=self._cuda_graphs,
-                    apart=self.batch_invariant,
-                    progress=self._note_start,
-                )
-                self._decoding.stepper = step
-                self._check_invariance(step.rows_stay_apart)
-                return step.measure_costs
-        self._check_invariance(partial(rows_stay_apart, decoder))
+            assert isinstance(self._slims, IndexTable)
+            step = GraphStep(
+                decoder=decoder,
+                pool=pool,
+                sampler=sampler,
+                slims=self._slims,
+                max_sequences=self.limits.max_sessions,
+                graphs=self._cuda_graphs,
+                apart=self.batch_invariant,
+                progress=self._note_start,
+            )
+            self._decoding.open(pool, step)
+            self._check_invariance(step.rows_stay_apart)
+            return step.measure_costs
+        assert isinstance(self._slims, BlockTable)
+        stepper: Stepper
+        if self.batch_invariant:
+            stepper = apart = InvariantStep(
+                decoder=decoder, pool=pool, sampler=sampler, slims=self._slims
+            )
+            self._check_invariance(apart.rows_stay_apart)
+        else:
+            stepper = EagerStep(decoder=decoder, pool=pool, sampler=sampler, slims=self._slims)
+        self._decoding.open(pool, stepper)
         return partial(measure_costs, decoder, self._slim)
 
     def _check_invariance(self, holds: Callable[[], bool]) -> None:
@@ -384,20 +400,21 @@ class Engine:
                 "false: its products of equally many rows depend on a row's place",
             )
 
-    def _set_memory(self) -> None:
-        """Sets what sessions may hold: as the limits say, or from what the device has left.
+    def _new_pool(self) -> KvPool:
+        """Sets what sessions may hold, as the limits say or from what the device has left, and
+        takes the memory of their keys and values.
 
         Raises:
-            DeviceMemoryExhausted: that is too little.
+            DeviceMemoryExhausted: there is too little.
         """
         limits, decoder, budget = self.limits, self.model.decoder, self._decoding.budget
         size = limits.session_bytes
         if size == 0:
-            return
+            return decoder.new_pool(0)
         fraction = fraction_of(decoder.device, limits.memory_fraction)
-        if decoder.device.type == "cuda":
-            share = DeviceShare(decoder, budget, limits.chunk_tokens)
-            size = share.claim(fraction, size)
+        if decoder.backend.claims_memory:
+            share = DeviceShare(decoder, limits.chunk_tokens)
+            size = share.claim(fraction, size, graph_bytes(decoder, limits.max_sessions))
             self._share = share
         elif size is None:
             size = budget_from_cpu(decoder, fraction, limits.chunk_tokens)
@@ -411,6 +428,10 @@ class Engine:
                 f"{tokens:,}",
                 f"{decoder.spec.context_length:,}",
             )
+        pool = decoder.new_pool(tokens)
+        if self._share is not None:
+            self._share.allocated(size)
+        return pool
 
     def _note_start(self, message: str) -> None:
         if self._stopping:
@@ -429,8 +450,8 @@ class Engine:
                 decoding.flush()
             clock = time.monotonic()
             self._prefills.turn()
-            if decoding.has_work and self.model.decoder.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()  # else the step is charged with the chunk
+            if decoding.has_work:
+                self.model.decoder.backend.synchronize()  # else the step is charged with the chunk
             share = self.limits.prefill_share
             self._owed_s = (time.monotonic() - clock) * (1 - share) / share
             self._take_commands(wait=False)
@@ -441,7 +462,7 @@ class Engine:
     def _follow_load(self) -> None:
         """Runs on more or fewer threads from here on, if the machine's load says so."""
         share = self._threads
-        if self.model.decoder.device.type != "cpu" or not isinstance(share, CpuShare):
+        if self.model.decoder.backend.overlaps or not isinstance(share, CpuShare):
             return
         if self.batch_invariant:  # sums are divided among threads
             return
@@ -469,12 +490,13 @@ class Engine:
             log.exception("command failed")
 
 
-def _slim_form(decoder: Decoder) -> SlimForm:
-    if not runs_cuda_kernels(decoder.dtype, decoder.device):
-        return Packed()
-    from griffin_core.slim.indexed import Indexed  # noqa: PLC0415  # needs triton
+def _slim_table(decoder: Decoder, form: SlimForm | None, sessions: int) -> SlimTable:
+    if form is not None:
+        return BlockTable(decoder)
+    from griffin_core.slim.indexed import IndexTable  # noqa: PLC0415  # needs triton
 
-    return Indexed()
+    # A score may run on a set beside that of its session.
+    return IndexTable(decoder, sets=2 * sessions)
 
 
 def _refuse(sink: Sink[Failed], error: Exception) -> None:

@@ -15,22 +15,20 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from griffin_core.engine.sessions import RunView, Session, Sharing, ViewPool
+from griffin_core.backends.base import Layout
+from griffin_core.engine.sessions import Session, Sharing, ViewPool
 from griffin_core.engine.snapshot import GroupSnapshot, GroupsSnapshot, RunForm
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import PolicyName, Selection, select_experts
 from griffin_core.experts.statistic import group_score
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.linear import Rows
-from griffin_core.slim.base import SlimFF
+from griffin_core.slim.base import RunView
 from griffin_core.slim.costs import StepCosts
-from griffin_core.slim.views import SlimView, SlimViews
-from griffin_core.slim.zeroed import ZeroedLayers
+from griffin_core.slim.views import SlimView, SlimViews, WholeView
 
 STEPS_HELD = 16
 """Steps for which a group keeps its set, and ``auto`` its form."""
@@ -51,14 +49,6 @@ Kind = tuple[float, PolicyName]
 
 Form = Literal["own", "shared", "dense"]
 """What a session runs on: its own set, that of its group, or all neurons."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WholeView:
-    """All weights, dense or zeroed outside a set."""
-
-    layers: Sequence[SlimFF]
-    experts: ExpertSet | None
 
 
 class Seat:
@@ -94,12 +84,12 @@ class Seat:
     def one_row(self) -> bool:
         """Whether it mostly runs one token at a time; a copy does not pay for the few steps of
         other sessions."""
-        return self.session.work.rows == "one"
+        return self.session.work.layout == "gemv"
 
-    def zeroed(self, decoder: Decoder) -> WholeView:
+    def zeroed(self, views: SlimViews) -> WholeView:
         """All weights, zeroed outside its own set."""
         if self._zeroed is None:
-            self._zeroed = _zeroed(decoder, self.experts)
+            self._zeroed = views.zeroed(self.experts)
         return self._zeroed
 
 
@@ -160,21 +150,21 @@ class ExpertGroup:
         """Sees that the view is laid out for as many rows as it is used for."""
         assert self.experts is not None
         alone = len(self.members) == 1
-        rows: Rows = "one" if alone and self.members[0].one_row else "many"
-        other = self.view is not None and self.view.rows != rows and views.copies
+        layout: Layout = "gemv" if alone and self.members[0].one_row else "gemm"
+        other = self.view is not None and self.view.layout != layout and views.copies
         # A layout for one row is slow with two; the other way round there is no hurry.
-        if other and (rows == "many" or step - self._laid_out >= STEPS_HELD):
+        if other and (layout == "gemm" or step - self._laid_out >= STEPS_HELD):
             self.drop_view(views)
         wanted = not views.copies or not alone or self.members[0].one_row
         if self.view is None and wanted and views.builds:
-            self.view = views.acquire(self.experts, rows, own=True)
+            self.view = views.acquire(self.experts, layout, own=True)
             self._laid_out = step
 
-    def zeroed(self, decoder: Decoder) -> WholeView:
+    def zeroed(self, views: SlimViews) -> WholeView:
         """All weights, zeroed outside the group's set."""
         if self._zeroed is None:
             assert self.experts is not None
-            self._zeroed = _zeroed(decoder, self.experts)
+            self._zeroed = views.zeroed(self.experts)
         return self._zeroed
 
     def drop_view(self, views: SlimViews) -> None:
@@ -198,7 +188,6 @@ class ExpertGroups:
         self._decoder = decoder
         self._views = views
         self.costs = costs
-        self._dense = WholeView(layers=[layer.ff for layer in decoder.layers], experts=None)
         self._seats: dict[str, Seat] = {}  # by session id
         self._shared: dict[Kind, ExpertGroup] = {}
         self._building: list[Seat] = []  # whose own view is on its way
@@ -335,7 +324,7 @@ class ExpertGroups:
                 self._join_group(seat)
             if self._wants_view(seat) and seat.view is None:
                 try:
-                    seat.view = self._views.acquire(seat.experts, seat.session.work.rows)
+                    seat.view = self._views.acquire(seat.experts, seat.session.work.layout)
                     self._building.append(seat)
                 except Exception as error:  # it must not end whatever session came or went
                     self._failed.append((seat.session, error))
@@ -429,12 +418,12 @@ class ExpertGroups:
         session = seat.session
         owner = seat if seat.group is None else seat.group
         held = owner.view
-        runs_on: RunView = self._dense
+        runs_on: RunView = self._views.dense
         if seat.form != "dense" and held is not None and _runs(held):
             runs_on = held
             session.clock.view_ready = session.clock.view_ready or time.monotonic()
         elif seat.form != "dense" and not seat.auto:
-            runs_on = owner.zeroed(self._decoder)
+            runs_on = owner.zeroed(self._views)
         if session.view is not runs_on:
             session.use(runs_on)
         session.view_bytes = seat.zeroed_bytes + (0 if held is None else held.nbytes)
@@ -498,7 +487,3 @@ def kept_where_alike(old: ExpertSet, new: ExpertSet, share: float) -> ExpertSet:
 
 def _runs(view: SlimView | None) -> bool:
     return view is not None and view.ready and view.error is None
-
-
-def _zeroed(decoder: Decoder, experts: ExpertSet) -> WholeView:
-    return WholeView(layers=ZeroedLayers(decoder, experts), experts=experts)

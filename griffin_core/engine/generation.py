@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 
+from griffin_core.backends.base import Layout
 from griffin_core.engine.events import Finished, Timings, TokensMade
 from griffin_core.engine.held import held_after_stop
 from griffin_core.engine.sessions import Session
 from griffin_core.engine.task import GenerateTask
 from griffin_core.errors import NonFiniteLogits
-from griffin_core.forward.decode import Drawn
-from griffin_core.model.linear import Rows
+from griffin_core.forward.draws import Drawn
 from griffin_core.model.load import Model
 from griffin_core.sampling.bans import Bans
 from griffin_core.sampling.logprobs import Logprobs
@@ -59,7 +59,7 @@ class Generation:
         InvalidRequest: the request bans every token.
     """
 
-    rows: Rows = "one"
+    layout: Layout = "gemv"
     chooses = False
 
     def __init__(self, model: Model, task: GenerateTask, pace: Pace) -> None:

@@ -85,7 +85,7 @@ class Intake:
             stream = torch.cuda.current_stream()
             stream.wait_event(event.ready)
             event.kv.record_stream(stream)
-        self._cache.room(event.layer, received, received + tokens).copy_(event.kv)
+        self._cache.slice(event.layer, received, received + tokens).copy_(event.kv)
         self._received[event.layer] += tokens
 
     def _take_experts(self, event: LayerExperts) -> None:

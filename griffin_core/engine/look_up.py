@@ -14,9 +14,10 @@ from torch import Tensor
 from griffin_core.engine.scoring import Chance, Scoring, Stage
 from griffin_core.engine.sessions import Session
 from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.forward.decode import decode_tokens
+from griffin_core.forward.decode import Stepper
 from griffin_core.forward.prefill import launch
 from griffin_core.model.decoder import Decoder
+from griffin_core.slim.views import SlimViews
 
 STEP_TOKENS = 256
 """Most rows of logits in a step, over all sessions that score: bounds the logits to this × V."""
@@ -53,7 +54,9 @@ def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
     return [pieces for pieces in together.values() if pieces]
 
 
-def look_up(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
+def look_up(
+    decoder: Decoder, stepper: Stepper, views: SlimViews, pieces: Sequence[Piece]
+) -> list[list[Chance]]:
     """Runs pieces of one stage in one batch, and looks up the tokens that follow. If it raises, all
     sessions are as they were before, and the same pieces may be run again.
 
@@ -69,24 +72,26 @@ def look_up(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
         case Stage.COUNTED:
             return _look_up_counted(decoder, pieces)
         case Stage.VIEW | Stage.CHOSEN:
-            return _look_up_on_experts(decoder, pieces)
+            return _look_up_on_experts(stepper, views, pieces)
 
 
-def _look_up_on_experts(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
-    runs = [piece.work.on_experts(piece.session, piece.rows) for piece in pieces]
-    lengths = [run.cache.length for run in runs]
-    try:
-        return chances_of(pieces, decode_tokens(decoder, runs))
-    except BaseException:
-        for run, length in zip(runs, lengths, strict=True):
-            run.cache.rewind(length)
-        raise
+def _look_up_on_experts(
+    stepper: Stepper, views: SlimViews, pieces: Sequence[Piece]
+) -> list[list[Chance]]:
+    sequences = [piece.work.on_experts(piece.session, piece.rows, views) for piece in pieces]
+    logits = stepper.launch(sequences, [None] * len(sequences)).logits
+    rows = [piece.rows for piece in pieces]
+    chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
+    for piece in pieces:
+        assert piece.session.cache is not None
+        piece.session.cache.advance(piece.rows)
+    return chances
 
 
 def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
     parts = [piece.work.counted(piece.session, piece.rows) for piece in pieces]
     run = launch(decoder, parts)
-    logits = decoder.head(decoder.final_hidden(run.hidden))
+    logits = decoder.logits(run.hidden)
     rows = [piece.rows for piece in pieces]
     chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
     read = {id(each.prompt): each for each in run.end()}

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from griffin_core.backends.cuda import on_device
+from griffin_core.backends.batch import StepSequence
+from griffin_core.backends.transfers import on_device
 from griffin_core.engine.caches import Caches
 from griffin_core.engine.events import Admitted, Event, Failed, Finished, Scored, Sink, Started
 from griffin_core.engine.expert_groups import ExpertGroups
@@ -56,16 +57,8 @@ from griffin_core.errors import (
     SessionNotFound,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.decode import (
-    DrawLost,
-    Drawn,
-    Draws,
-    LayeredStep,
-    Stepper,
-    StepRow,
-    draw_of,
-)
-from griffin_core.forward.invariant import RowsApart
+from griffin_core.forward.decode import Stepper
+from griffin_core.forward.draws import Draw, DrawLost, Drawn, Draws
 from griffin_core.forward.prefill import (
     LayerActivations,
     PrefillEvent,
@@ -74,9 +67,10 @@ from griffin_core.forward.prefill import (
     Prompt,
 )
 from griffin_core.kv.budget import Budget
+from griffin_core.kv.pool import KvPool
 from griffin_core.model.load import Model
 from griffin_core.sampling.sampler import Sampler
-from griffin_core.slim.base import SlimForm
+from griffin_core.slim.base import SlimForm, SlimTable
 from griffin_core.slim.costs import StepCosts
 from griffin_core.slim.views import SlimViews
 
@@ -113,7 +107,8 @@ class Decoding:
         model: what to run.
         limits: what may be held.
         selection, sharing: of requests that name none.
-        slim: how sessions run on their experts.
+        slims: what slim ids stand for.
+        slim: how blocks on experts are built; None where ``slims`` holds the sets.
         costs: see ``slim.costs``.
         batch_invariant: see ``Engine``.
         stream_interval: see ``Pace``.
@@ -133,7 +128,8 @@ class Decoding:
         limits: Limits,
         selection: Selection,
         sharing: Sharing,
-        slim: SlimForm,
+        slims: SlimTable,
+        slim: SlimForm | None,
         costs: StepCosts,
         batch_invariant: bool,
         overlap: bool,
@@ -154,8 +150,8 @@ class Decoding:
         self.budget = Budget(0)  # until the engine knows what the device has left
         self.scheduler = Scheduler(limits, self.budget, self._free)
         self._caches = Caches(model.decoder, self.budget)
-        builds = not (batch_invariant and slim.copies)
-        self._views = SlimViews(model.decoder, slim, self.budget, builds=builds)
+        builds = slim is None or not batch_invariant
+        self._views = SlimViews(model.decoder, slims, slim, self.budget, builds=builds)
         self._groups = ExpertGroups(model.decoder, self._views, costs)
         # By the id of the turn, so that no turn of a session reaches into another.
         self._turns: dict[str, Session] = {}
@@ -163,21 +159,32 @@ class Decoding:
         self._own_prefills: dict[str, PrefillRun] = {}
         decoder = model.decoder
         self.sampler = Sampler(
-            slots=limits.max_sessions, vocabulary=decoder.spec.vocabulary, device=decoder.device
+            slots=limits.max_sessions, vocabulary=decoder.spec.vocabulary, backend=decoder.backend
         )
         self._free_slots = list(reversed(range(limits.max_sessions)))
         self._batch_invariant = batch_invariant
-        self.stepper: Stepper = LayeredStep(
-            decoder=decoder,
-            sampler=self.sampler,
-            apart=RowsApart(decoder) if batch_invariant else None,
-        )
-        """What runs a step; the engine sets a faster one where the device has it."""
+        self._stepper: Stepper | None = None  # until ``open``
         self._overlap = overlap
         self._prompts_read: list[tuple[str, Session, Tensor]] = []
         """Turns that have no token yet, and what the head reads for their first, [D]."""
         self._under_way: list[UnderWay] = []
         self._step_s = 0.0  # what the last step took
+
+    def open(self, pool: KvPool, stepper: Stepper) -> None:
+        """Sets where caches lie and what runs a step. Before the first session."""
+        self._caches.open(pool)
+        self._stepper = stepper
+
+    def release(self) -> None:
+        """Lets go of what ``open`` was given, once all sessions have ended."""
+        self._caches.close()
+        self._stepper = None
+
+    @property
+    def stepper(self) -> Stepper:
+        """What runs a step."""
+        assert self._stepper is not None, "no step runs before there is memory"
+        return self._stepper
 
     def costs(self, costs: StepCosts) -> None:
         """Sets what steps cost. Before the first session."""
@@ -413,11 +420,17 @@ class Decoding:
 
     def _check_device(self) -> None:
         """After an error: a GPU that is lost says so again, and the engine ends."""
-        if self._decoder.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._decoder.backend.synchronize()
 
     def _launch_step(self, sessions: list[Session]) -> Draws:
-        return self.stepper.launch([_step_row(session) for session in sessions])
+        draws = self.stepper.launch(
+            [_step_sequence(session) for session in sessions],
+            [_generation(session).top_logprobs for session in sessions],
+        )
+        for session in sessions:
+            assert session.cache is not None
+            session.cache.advance(1)
+        return draws
 
     def _launch_first(self) -> list[UnderWay]:
         """Has the first token of every prompt that has been read drawn, in one batch: a first
@@ -439,7 +452,11 @@ class Decoding:
                 on_device(slots, torch.int64, logits.device),
                 on_device(positions, torch.int64, logits.device),
             )
-            return draw_of(tokens, [_generation(s).top_logprobs for s in sessions], logits)
+            tops = [_generation(s).top_logprobs for s in sessions]
+            try:
+                return Draw(tokens, logits, range(len(sessions)), tops)
+            except Exception as error:
+                raise DrawLost from error
 
         return self._launch(sessions, launch) if sessions else []
 
@@ -495,7 +512,7 @@ class Decoding:
         """Runs pieces together; if that fails, each alone, so that it costs only the session whose
         fault it is."""
         try:
-            looked_up = look_up(self._decoder, pieces)
+            looked_up = look_up(self._decoder, self.stepper, self._views, pieces)
         except Exception as error:
             self._check_device()
             if len(pieces) == 1:
@@ -746,13 +763,13 @@ class Decoding:
         self._fail(session, error=error)
 
 
-def _step_row(session: Session) -> StepRow:
-    assert session.cache is not None and session.view is not None and session.slot is not None
-    return StepRow(
-        cache=session.cache,
-        view=session.view.layers,
+def _step_sequence(session: Session) -> StepSequence:
+    assert session.cache is not None and session.view is not None
+    return StepSequence(
+        first_slot=session.cache.first_slot,
+        cached=session.cache.length,
+        slim_id=session.view.slim_id,
         slot=session.slot,
-        top_logprobs=_generation(session).top_logprobs,
     )
 
 

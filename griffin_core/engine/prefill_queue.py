@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from griffin_core.engine.events import Failed, Sink
 from griffin_core.engine.observer import Observer
 from griffin_core.engine.snapshot import PrefillsSnapshot
@@ -225,8 +223,7 @@ class PrefillQueue:
         try:
             read = self._read(taken)
         except Exception as error:
-            if self._decoder.device.type == "cuda":
-                torch.cuda.synchronize()  # a device that is lost says so again: the engine ends
+            self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
             if len(taken) == 1:
                 self._fail(taken[0][0], error)
                 return

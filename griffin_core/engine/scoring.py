@@ -23,17 +23,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from griffin_core.backends.base import Layout
+from griffin_core.backends.batch import StepSequence
 from griffin_core.engine.events import ContinuationScored, Scored
 from griffin_core.engine.sessions import Session
 from griffin_core.engine.task import ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.decode import StepTokens
 from griffin_core.forward.prefill import Part, Prompt
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.linear import Rows
-from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
+from griffin_core.slim.views import SlimViews, WholeView
+from griffin_core.slim.zeroed import zeroed_bytes
 
 
 class Stage(Enum):
@@ -70,7 +71,7 @@ class Scoring:
         selection: how experts are chosen.
     """
 
-    rows: Rows = "many"
+    layout: Layout = "gemm"
 
     def __init__(self, decoder: Decoder, task: ScoreTask, selection: Selection) -> None:
         neurons = decoder.spec.ff_width
@@ -83,6 +84,7 @@ class Scoring:
         self._context_hidden: Tensor | None = None
         self._context_choice: tuple[Tensor, ExpertSet, tuple[float, ...]] | None = None
         self._dense_tail: Prompt | None = None
+        self._chosen_view: WholeView | None = None  # what stage CHOSEN runs on
 
     def begin(self, session: Session, hidden: Tensor) -> None:
         """Called once the context has been read.
@@ -135,17 +137,25 @@ class Scoring:
         assert self._context_hidden is not None
         return self._context_hidden
 
-    def on_experts(self, session: Session, rows: int) -> StepTokens:
+    def on_experts(self, session: Session, rows: int, views: SlimViews) -> StepSequence:
         """In stages VIEW and CHOSEN: the next tokens of the tail, and what they run on."""
         assert session.cache is not None
         begin = len(self._scored[self._index])
         tokens = self._tail[begin : begin + rows]
         if self.stage is Stage.CHOSEN:
-            assert session.experts is not None
-            zeroed = ZeroedLayers(self._decoder, session.experts)
-            return StepTokens(cache=session.cache, view=zeroed, token_ids=tokens)
-        assert session.view is not None
-        return StepTokens(cache=session.cache, view=session.view.layers, token_ids=tokens)
+            if self._chosen_view is None:
+                assert session.experts is not None
+                self._chosen_view = views.zeroed(session.experts)
+            slim_id = self._chosen_view.slim_id
+        else:
+            assert session.view is not None
+            slim_id = session.view.slim_id
+        return StepSequence(
+            first_slot=session.cache.first_slot,
+            cached=session.cache.length,
+            token_ids=tuple(tokens),
+            slim_id=slim_id,
+        )
 
     def counted(self, session: Session, rows: int) -> Part:
         """In stage COUNTED: the next tokens of the tail."""
@@ -185,6 +195,7 @@ class Scoring:
             session.ran(1.0, len(chances))
         else:
             self._scored[self._index] += chances
+            self._chosen_view = None
             session.ran(self._density(session, stage), len(chances))
         if not self._go_on(session):
             return None

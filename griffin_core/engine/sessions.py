@@ -10,12 +10,12 @@ from typing import Protocol, get_args
 
 from torch import Tensor
 
+from griffin_core.backends.base import Layout
 from griffin_core.engine.events import Event, PruningFigures, Sink
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import PolicyName, Selection
 from griffin_core.kv.cache import KvCache
-from griffin_core.model.linear import Rows
-from griffin_core.slim.base import SlimFF
+from griffin_core.slim.base import RunView
 from griffin_core.spec import choices
 
 Sharing = choices.Sharing
@@ -126,26 +126,12 @@ class Clock:
     selection_s: float = 0.0
 
 
-class RunView(Protocol):
-    """What a session's FF runs on: a slim view, all weights zeroed outside its set, or all."""
-
-    @property
-    def layers(self) -> Sequence[SlimFF]:
-        """The FF block of each layer. Sessions with the same list share every product."""
-        ...
-
-    @property
-    def experts(self) -> ExpertSet | None:
-        """The set; None for all neurons."""
-        ...
-
-
 class Work(Protocol):
     """What a session does once its prompt is read: ``Generation`` or ``Scoring``. It puts events
     into the session's sink, but for the last one, which it returns."""
 
-    rows: Rows
-    """How many tokens it mostly runs at once."""
+    layout: Layout
+    """For how many rows at once its slim view is laid out."""
     chooses: bool
     """Whether it sees to its experts itself: ``ExpertGroups`` then has it on all neurons."""
 

@@ -1,324 +1,184 @@
-"""The model in the generation phase: one run for all sessions, each on its own experts.
+"""Decode steps: a few new tokens of many sequences through the model, each on its own experts.
 
-``decode_tokens`` gives logits of given tokens. A ``Stepper`` runs a step of the engine's loop: each
-session's last token through the model, and its next one drawn, without the host knowing either.
+``step_logits`` is the one forward pass of a step. An ``EagerStep`` runs it operation by operation,
+on any device; ``graphs.GraphStep`` replays it as captured graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from griffin_core.backends.cuda import on_device, to_host
+from griffin_core.backends.base import RunFF
+from griffin_core.backends.batch import RowTable, StepBatch, StepSequence
+from griffin_core.backends.transfers import on_device
+from griffin_core.forward.draws import Draw, Draws
 from griffin_core.kv.cache import KvCache
-from griffin_core.model.decoder import Decoder, RunFF
-from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
+from griffin_core.kv.pool import KvPool
+from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.sampler import Sampler
-from griffin_core.slim.base import SlimFF
-from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
-
-if TYPE_CHECKING:
-    from griffin_core.forward.invariant import RowsApart
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTokens:
-    """Given tokens of one session.
-
-    Args:
-        cache: holds what is before them; must have room for them.
-        view: the FF block of each layer. Sessions with the same list share every product.
-        token_ids: at least one.
-    """
-
-    cache: KvCache
-    view: Sequence[SlimFF]
-    token_ids: Sequence[int]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.token_ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRow:
-    """One session in a step of the loop: the token that its slot drew last is run, and its next
-    one is drawn.
-
-    Args:
-        cache: holds what is before that token; must have room for it.
-        view: as in ``StepTokens``.
-        slot: of the sampler.
-        top_logprobs: how many log-probabilities to give with the token; None for none at all.
-    """
-
-    cache: KvCache
-    view: Sequence[SlimFF]
-    slot: int
-    top_logprobs: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        return 1
-
-
-Run = StepTokens | StepRow
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A session's next token.
-
-    Args:
-        token: its id; -1 if the logits were not finite.
-        logprobs: if they were asked for.
-    """
-
-    token: int
-    logprobs: Logprobs | None = None
-
-
-class Draw:
-    """Tokens that a device draws, perhaps still at work.
-
-    Args:
-        tokens: [N] int64 on the device.
-        top_logprobs: for each row as in ``StepRow``.
-        logits: [N, V] float32 that the tokens were drawn from. What is needed of them is taken now:
-            they may be gone with the next step.
-    """
-
-    def __init__(self, tokens: Tensor, top_logprobs: Sequence[int | None], logits: Tensor) -> None:
-        self.logits = logits
-        self._asked = {row: top for row, top in enumerate(top_logprobs) if top is not None}
-        self._logprobs: RowLogprobs | None = None
-        if self._asked:
-            rows = on_device(list(self._asked), torch.int64, tokens.device)
-            most = max(self._asked.values())
-            self._logprobs = logprobs_of(logits, rows, tokens, most).to_host()
-        self._tokens = to_host(tokens)
-        self._ready: torch.cuda.Event | None = None
-        if tokens.device.type == "cuda":
-            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record()
-
-    def wait(self) -> list[Drawn]:
-        """The tokens of all rows; waits for the device."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        drawn = [Drawn(token=token) for token in self._tokens.tolist()]
-        if self._logprobs is not None:
-            for index, (row, top) in enumerate(self._asked.items()):
-                logprobs = self._logprobs.read(index, top)
-                drawn[row] = Drawn(token=drawn[row].token, logprobs=logprobs)
-        return drawn
-
-
-class DrawLost(Exception):
-    """Tokens were drawn and cannot be read. The sampler has moved on, so the rows must not be run
-    again; the cause is what went wrong."""
-
-
-def draw_of(tokens: Tensor, top_logprobs: Sequence[int | None], logits: Tensor) -> Draw:
-    """As ``Draw``.
-
-    Raises:
-        DrawLost: what is needed of it cannot be taken.
-    """
-    try:
-        return Draw(tokens, top_logprobs, logits)
-    except Exception as error:
-        raise DrawLost from error
-
-
-class Draws(Protocol):
-    """Tokens that a device draws, of one ``Draw`` or several."""
-
-    @property
-    def logits(self) -> Tensor:
-        """See ``Draw``."""
-        ...
-
-    def wait(self) -> list[Drawn]:
-        """The tokens of all rows; waits for the device."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinedDraws:
-    """Several draws, the rows of one after those of another."""
-
-    parts: Sequence[Draws]
-
-    @property
-    def logits(self) -> Tensor:
-        return torch.cat([part.logits for part in self.parts])
-
-    def wait(self) -> list[Drawn]:
-        return [drawn for part in self.parts for drawn in part.wait()]
+from griffin_core.slim.base import SlimTable
+from griffin_core.slim.blocks import BlockTable
+from griffin_core.slim.views import WholeView
 
 
 class Stepper(Protocol):
     """Runs steps of the engine's loop."""
 
-    def launch(self, rows: Sequence[StepRow]) -> Draws:
-        """Runs each row's last token after its cached ones and draws its next token, all in one
-        batch. On return every cache has moved on by one token, which the device may still be
-        writing.
+    def launch(
+        self, sequences: Sequence[StepSequence], top_logprobs: Sequence[int | None]
+    ) -> Draws:
+        """Runs the tokens of all sequences in one batch and draws the next token of those that have
+        a sampler slot. The device may still be at work on return.
+
+        Args:
+            top_logprobs: for each sequence how many log-probabilities to report with its token;
+                None for none at all.
 
         Raises:
-            DrawLost: the tokens were drawn and are lost: the rows' sessions must end.
-            Exception: anything else. No cache has moved on, and the same rows may be run again.
+            DrawLost: tokens were drawn and cannot be read: the sequences must end.
+            Exception: anything else. The same sequences may be run again.
         """
         ...
 
 
+def token_ids(rows: RowTable, drawn: Tensor) -> Tensor:
+    """The tokens [N] to run: those given, or what the rows' slots drew last.
+
+    A row whose logits were not finite has drawn -1; its session is about to be told, and token 0
+    runs in its place.
+    """
+    given = rows.token_ids
+    return torch.where(given < 0, drawn[rows.slots].clamp_(min=0), given)
+
+
+def step_logits(
+    decoder: Decoder, pool: KvPool, rows: RowTable, ids: Tensor, ff: Callable[[int], RunFF]
+) -> Tensor:
+    """Logits [N, V] float32 after each of ids [N]; stores their keys and values in the pool."""
+    x = decoder.embed(ids, rows.positions)
+    attention = decoder.backend.decode_attention(decoder.spec, pool, rows)
+    return decoder.logits(decoder.forward(x, attention, ff))
+
+
 @dataclass(frozen=True, kw_only=True)
-class LayeredStep:
-    """Runs a step layer by layer, on any device.
+class EagerStep:
+    """Runs a step operation by operation, on any device.
 
     Args:
-        masks: kept from step to step where sessions run zeroed, so that they are made once for the
-            same sessions.
-        apart: if given, it runs the model: see ``decode.apart``.
+        slims: what the slim ids stand for.
     """
 
     decoder: Decoder
+    pool: KvPool
     sampler: Sampler
-    masks: RowMasks = field(default_factory=RowMasks)
-    apart: RowsApart | None = None
+    slims: SlimTable
 
     @torch.inference_mode()
-    def launch(self, rows: Sequence[StepRow]) -> Draw:
-        order = _by_view(self.decoder, rows)
-        ordered = [rows[i] for i in order]
-        device = self.decoder.device
-        slots = on_device([row.slot for row in ordered], torch.int64, device)
-        # A row whose logits were not finite has drawn -1; its session is about to be told.
-        ids = self.sampler.drawn[slots].clamp_(min=0)
-        if self.apart is None:
-            logits = _forward(self.decoder, ordered, ids, self.masks)
-        else:
-            logits = self.apart.forward(ordered, ids)
-        starts = [row.cache.length + 1 for row in ordered]
-        positions = on_device(starts, torch.int64, device)
-        if order != sorted(order):  # back to the order of the rows
-            places = sorted(range(len(order)), key=order.__getitem__)
-            back = on_device(places, torch.int64, device)
-            logits, slots, positions = logits[back], slots[back], positions[back]
+    def launch(
+        self, sequences: Sequence[StepSequence], top_logprobs: Sequence[int | None]
+    ) -> Draws:
+        """See ``Stepper``."""
+        order = order_of(self.slims, sequences)
+        ordered = tuple(sequences[i] for i in order)
+        rows = RowTable.of(
+            StepBatch(sequences=ordered, padding=self.sampler.padding), self.decoder.device
+        )
+        ids = token_ids(rows, self.sampler.drawn)
+        logits = step_logits(self.decoder, self.pool, rows, ids, self.slims.run(rows))
+        slots, positions = rows.slots, rows.positions + 1
+        if order != sorted(order):
+            back = rows_back(ordered, order)
+            index = on_device(back, torch.int64, logits.device)
+            logits, slots, positions = logits[index], slots[index], positions[index]
         tokens = self.sampler.sample(logits, slots, positions)
-        for row in rows:
-            row.cache.advance(1)
-        return draw_of(tokens, [row.top_logprobs for row in rows], logits)
+        return Draw.of(tokens, logits, sequences, top_logprobs)
+
+
+def order_of(slims: SlimTable, sequences: Sequence[StepSequence]) -> list[int]:
+    """The order in which a step has its sequences: those of one product side by side."""
+    return sorted(range(len(sequences)), key=lambda i: slims.order(sequences[i].slim_id))
+
+
+def rows_back(ordered: Sequence[StepSequence], order: Sequence[int]) -> list[int]:
+    """For each row in the order that was asked for, its row in the step.
+
+    Args:
+        ordered: the sequences as the step has them.
+        order: for each of them its place in what was asked for.
+    """
+    spans: dict[int, range] = {}
+    begin = 0
+    for place, each in zip(order, ordered, strict=True):
+        spans[place] = range(begin, begin + len(each.token_ids))
+        begin += len(each.token_ids)
+    return [row for place in sorted(spans) for row in spans[place]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTokens:
+    """Given tokens of one sequence, for callers without an engine.
+
+    Args:
+        cache: holds what is before them; must have room for them.
+        view: the FF block of each layer. Sequences with the same list share every product.
+        token_ids: at least one.
+    """
+
+    cache: KvCache
+    view: Sequence[RunFF]
+    token_ids: Sequence[int]
 
 
 @torch.inference_mode()
 def decode_tokens(
-    decoder: Decoder, sessions: Sequence[StepTokens], masks: RowMasks | None = None
+    decoder: Decoder, steps: Sequence[StepTokens], table: BlockTable | None = None
 ) -> list[Tensor]:
-    """Runs each session's tokens after its cached ones, all in one batch. If it raises, no cache
+    """Runs each sequence's tokens after its cached ones, all in one batch. If it raises, no cache
     has moved on, and the same tokens may be run again.
 
     Args:
-        masks: kept from step to step, as in ``LayeredStep``.
+        steps: their caches are of one pool.
+        table: keeps masks from call to call, for sequences that run zeroed.
 
     Returns:
-        Logits [T, V] float32 for each session, one row after each of its tokens.
+        Logits [T, V] float32 for each sequence, one row after each of its tokens.
+
+    Raises:
+        ValueError: the caches are of different pools, or tokens do not fit one.
     """
-    order = _by_view(decoder, sessions)
-    ordered = [sessions[i] for i in order]
-    ids = torch.tensor([t for s in ordered for t in s.token_ids], device=decoder.device)
-    logits = _forward(decoder, ordered, ids, masks or RowMasks())
-    parts = torch.split_with_sizes(logits, [s.tokens for s in ordered])
-    for session in ordered:
-        session.cache.advance(session.tokens)
-    by_session = dict(zip(order, parts, strict=True))
-    return [by_session[index] for index in range(len(sessions))]
-
-
-def _forward(decoder: Decoder, runs: Sequence[Run], ids: Tensor, masks: RowMasks) -> Tensor:
-    """Logits [N, V] after each of ids [N], of runs in the order of their views."""
-    x, batch = decoder.begin(ids, [(run.cache, run.tokens) for run in runs])
-    groups = _groups(decoder, runs, masks)
-    for layer in range(len(decoder.layers)):
-        x = decoder.layer(layer, x, batch, _grouped(groups, layer))
-    return decoder.head(decoder.final_hidden(x))
-
-
-def _by_view(decoder: Decoder, runs: Sequence[Run]) -> list[int]:
-    """Their order with those of one product side by side."""
-    ranks: dict[int, int] = {}
-    for run in runs:
-        ranks.setdefault(id(run.view), len(ranks))
-    return sorted(
-        range(len(runs)),
-        key=lambda i: (_kind(decoder, runs[i].view), ranks[id(runs[i].view)]),
-    )
-
-
-DENSE, ZEROED, SLIM = range(3)
-"""Kinds of views, in the order in which a step has their sessions."""
-
-BlockOf = Callable[[int], RunFF]
-"""A layer's number -> the FF block of some rows."""
-
-
-def _kind(decoder: Decoder, view: Sequence[SlimFF]) -> int:
-    if isinstance(view, ZeroedLayers):
-        return ZEROED
-    return DENSE if view[0] is decoder.layers[0].ff else SLIM
-
-
-def _groups(decoder: Decoder, ordered: Sequence[Run], masks: RowMasks) -> list[tuple[int, BlockOf]]:
-    """Rows that run one product together, as (how many, their block in each layer): those that run
-    on all weights, dense or zeroed, and those of each slim view."""
-    groups: list[tuple[int, BlockOf]] = []
-    whole = [s for s in ordered if _kind(decoder, s.view) != SLIM]
-    if whole:
-        groups.append((sum(s.tokens for s in whole), _on_all(decoder, whole, masks)))
-    last: Sequence[SlimFF] | None = None
-    for session in ordered[len(whole) :]:
-        rows = session.tokens
-        if session.view is last:
-            rows += groups.pop()[0]
-        last = session.view
-        groups.append((rows, last.__getitem__))
-    return groups
-
-
-def _on_all(decoder: Decoder, sessions: Sequence[Run], masks: RowMasks) -> BlockOf:
-    """The dense block of sessions that run on all weights, those that run zeroed at the end."""
-    zeroed = [(s.view, s.tokens) for s in sessions if isinstance(s.view, ZeroedLayers)]
-    if not zeroed:
-        return lambda layer: decoder.layers[layer].ff
-    views = [view for view, _ in zeroed]
-    if len(sessions) == 1:
-        return views[0].__getitem__
-    if all(tokens == 1 for _, tokens in zeroed):
-        of_rows = masks.of(views, decoder.dtype)
-        return lambda layer: partial(decoder.layers[layer].ff.zeroed, keep=of_rows[layer])
-    counts = torch.tensor([tokens for _, tokens in zeroed], device=decoder.device)
-
-    def block(layer: int) -> RunFF:
-        keep = torch.stack([view.keep[layer] for view in views])
-        rows = keep.repeat_interleave(counts, dim=0).to(decoder.dtype)
-        return partial(decoder.layers[layer].ff.zeroed, keep=rows)
-
-    return block
-
-
-def _grouped(groups: Sequence[tuple[int, BlockOf]], layer: int) -> RunFF:
-    if len(groups) == 1:
-        return groups[0][1](layer)
-    sizes = [rows for rows, _ in groups]
-
-    def run(x: Tensor) -> Tensor:
-        parts = zip(torch.split_with_sizes(x, sizes), groups, strict=True)
-        return torch.cat([block(layer)(rows) for rows, (_, block) in parts])
-
-    return run
+    pool, table = steps[0].cache.pool, table or BlockTable(decoder)
+    views: dict[int, WholeView] = {}
+    sequences = []
+    for step in steps:
+        cache, end = step.cache, step.cache.length + len(step.token_ids)
+        if cache.pool is not pool:
+            raise ValueError("caches of different pools cannot run in one batch")
+        if end > cache.capacity:
+            raise ValueError(f"tokens {cache.length}..{end} do not fit a cache of {cache.capacity}")
+        view = views.get(id(step.view))
+        if view is None:
+            view = views[id(step.view)] = WholeView(step.view)
+            if step.view[0] is not decoder.layers[0].ff:
+                view.slim_id = table.add(view)
+        sequences.append(
+            StepSequence(
+                first_slot=cache.first_slot,
+                cached=cache.length,
+                token_ids=tuple(step.token_ids),
+                slim_id=view.slim_id,
+            )
+        )
+    order = order_of(table, sequences)
+    ordered = tuple(sequences[i] for i in order)
+    rows = RowTable.of(StepBatch(sequences=ordered), decoder.device)
+    logits = step_logits(decoder, pool, rows, rows.token_ids, table.run(rows))
+    parts = torch.split_with_sizes(logits, [len(each.token_ids) for each in ordered])
+    for step in steps:
+        step.cache.advance(len(step.token_ids))
+    by_place = dict(zip(order, parts, strict=True))
+    return [by_place[place] for place in range(len(steps))]

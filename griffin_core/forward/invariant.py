@@ -2,9 +2,9 @@
 
 In which order a library adds up the terms of a product depends on how many rows the product has. So
 every product of such a step has the same number of rows: those of some sessions, filled up with
-rows that belong to none. Everything else is either exact (sums, masks, copies) or a row's own:
-attention, norms, activations. All sessions run on all weights, dense or zeroed outside their set,
-for a copy of a set adds up in another order, too.
+padding. Everything else is either exact (sums, masks, copies) or a row's own: attention, norms,
+activations. All sessions run on all weights, dense or zeroed outside their set, because a copy of a
+set adds up in another order, too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.forward.decode import Run, StepTokens
+from griffin_core.backends.base import FeedForward, RunFF
+from griffin_core.backends.batch import PADDING, RowTable, StepBatch, StepSequence
+from griffin_core.forward.decode import EagerStep, order_of, rows_back, step_logits, token_ids
+from griffin_core.forward.draws import Draw, Draws
+from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
-from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
+from griffin_core.sampling.sampler import Sampler
+from griffin_core.slim.blocks import BlockTable
+from griffin_core.slim.zeroed import RowMasks
+from griffin_core.spec.weights import Norm
 
 ROWS = 8
 """Rows of each product. Of SmolLM2 in bfloat16 a step of 1, 4 and 16 sessions took 1.8, 1.4 and 1.3
@@ -28,55 +34,96 @@ times as long as one of any number of rows; with 16 rows it was 2.1, 1.5 and 1.0
 kernel of one row called for each 1.0, 2.2 and 3.7 times."""
 
 
-class RowsApart:
-    """Runs one token of each of several sessions, no row's result depending on other rows."""
+class InvariantStep:
+    """A ``Stepper`` in which no row's result depends on other rows.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Sequences that draw run together, in products of ``ROWS`` rows. A sequence that draws none (a
+    score) must be the only one of its step, and runs by itself.
+
+    Args:
+        slims: of views that run dense or zeroed.
+    """
+
+    def __init__(
+        self, *, decoder: Decoder, pool: KvPool, sampler: Sampler, slims: BlockTable
+    ) -> None:
         self._decoder = decoder
-        self._padding = [decoder.new_cache(1) for _ in range(ROWS - 1)]
-        self._masks: dict[int, RowMasks] = defaultdict(RowMasks)  # by the first row of a part
+        self._pool = pool
+        self._sampler = sampler
+        self.slims = slims
+        self._alone = EagerStep(decoder=decoder, pool=pool, sampler=sampler, slims=slims)
+        self._masks: dict[int, RowMasks] = defaultdict(RowMasks)  # by the first row of a product
 
-    def forward(self, runs: Sequence[Run], ids: Tensor) -> Tensor:
-        """Runs a token of each run; no cache moves on.
+    @torch.inference_mode()
+    def launch(
+        self, sequences: Sequence[StepSequence], top_logprobs: Sequence[int | None]
+    ) -> Draws:
+        """See ``Stepper``."""
+        if any(each.slot is None for each in sequences):
+            assert len(sequences) == 1
+            return self._alone.launch(sequences, top_logprobs)
+        order = order_of(self.slims, sequences)
+        ordered = [sequences[i] for i in order]
+        parts = [
+            self._product(first, ordered[first : first + ROWS])
+            for first in range(0, len(ordered), ROWS)
+        ]
+        index = torch.tensor(rows_back(ordered, order))
+        logits = torch.cat([logits for logits, _ in parts])[index]
+        table = torch.cat([rows.table for _, rows in parts], dim=1)[:, index]
+        rows = RowTable(table=table)
+        tokens = self._sampler.sample(logits, rows.slots, rows.positions + 1)
+        return Draw.of(tokens, logits, sequences, top_logprobs)
 
-        Args:
-            runs: of one token each, those that run dense before those that run zeroed.
-            ids: [N] int64, the tokens.
+    def _product(self, first: int, sequences: Sequence[StepSequence]) -> tuple[Tensor, RowTable]:
+        """Logits [n, V] of up to ``ROWS`` rows, and their table."""
+        missing = ROWS - len(sequences)
+        batch = StepBatch(
+            sequences=(PADDING,) * missing + tuple(sequences), padding=self._sampler.padding
+        )
+        rows = RowTable.of(batch, self._decoder.device)
+        ids = token_ids(rows, self._sampler.drawn)
+        slim_ids = [each.slim_id for each in sequences]
+        keep = self.slims.keeps(slim_ids, self._masks[first])
+        ff = partial(_by_rows, self._decoder, keep)
+        logits = step_logits(self._decoder, self._pool, rows, ids, ff)
+        return logits[missing:], RowTable(table=rows.table[:, missing:])
 
-        Returns:
-            Logits [N, V] float32.
-        """
-        firsts = range(0, len(runs), ROWS)
-        parts = [self._part(i, runs[i : i + ROWS], ids[i : i + ROWS]) for i in firsts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    @torch.inference_mode()
+    def rows_stay_apart(self) -> bool:
+        """Whether it works on this machine, by trial: a token's logits are the same in each of the
+        places of a product, beside whatever tokens. To be called before the first session."""
+        draw = random.Random(0)
+        vocabulary = self._decoder.spec.vocabulary
+        token, *others = (draw.randrange(vocabulary) for _ in range(ROWS))
+        alone = self._trial([token])[0]
+        beside = [
+            self._trial([*others[:place], token, *others[place:]])[place] for place in range(ROWS)
+        ]
+        return all(torch.equal(alone, own) for own in beside)
 
-    def _part(self, first: int, runs: Sequence[Run], ids: Tensor) -> Tensor:
-        decoder, missing = self._decoder, ROWS - len(runs)
-        caches = [*self._padding[:missing], *(run.cache for run in runs)]
-        x, batch = decoder.begin(F.pad(ids, (missing, 0)), [(cache, 1) for cache in caches])
-        zeroed = [run.view for run in runs if isinstance(run.view, ZeroedLayers)]
-        keep = self._masks[first].of(zeroed, decoder.dtype) if zeroed else None
-        for index, layer in enumerate(decoder.layers):
-            own = None if keep is None else keep[index]
-            x = decoder.layer(index, x, batch, partial(layer.ff.apart, keep=own))
-        return decoder.head(decoder.final_hidden(x))[missing:]
-
-
-@torch.inference_mode()
-def rows_stay_apart(decoder: Decoder) -> bool:
-    """Whether that holds on this machine, by trial: a token's logits are the same in each of the
-    places of a product, beside whatever tokens."""
-    draw, apart = random.Random(0), RowsApart(decoder)
-    dense = [layer.ff for layer in decoder.layers]
-
-    def logits(tokens: Sequence[int]) -> Tensor:
-        runs = [
-            StepTokens(cache=decoder.new_cache(1), view=dense, token_ids=[token])
+    def _trial(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [N, V] of a step that runs each token as the first of a sequence."""
+        pool = self._decoder.new_pool(len(tokens))
+        sequences = [
+            StepSequence(first_slot=pool.allocate(1).first_slot, cached=0, token_ids=(token,))
             for token in tokens
         ]
-        return apart.forward(runs, torch.tensor(tokens, device=decoder.device))
+        trial = InvariantStep(
+            decoder=self._decoder, pool=pool, sampler=self._sampler, slims=self.slims
+        )
+        return trial._product(0, sequences)[0]
 
-    token, *others = (draw.randrange(decoder.spec.vocabulary) for _ in range(ROWS))
-    alone = logits([token])[0]
-    beside = [logits([*others[:place], token, *others[place:]])[place] for place in range(ROWS)]
-    return all(torch.equal(alone, own) for own in beside)
+
+def _by_rows(decoder: Decoder, keep: Sequence[Tensor] | None, layer: int) -> RunFF:
+    return partial(_rows, decoder.layers[layer].ff, None if keep is None else keep[layer])
+
+
+def _rows(
+    ff: FeedForward,
+    keep: Tensor | None,
+    x: Tensor,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return ff.by_rows(x, keep, norm, residual)

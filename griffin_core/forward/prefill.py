@@ -8,7 +8,6 @@ its passes, but for rounding.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -17,31 +16,21 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from griffin_core.backends.cuda import on_device
+from griffin_core.backends.base import Moment, RunFF
+from griffin_core.backends.batch import RowRuns
+from griffin_core.backends.transfers import on_device
 from griffin_core.experts.selection import Selection, select_together
-from griffin_core.experts.statistic import RowRuns, add_s2, relative
+from griffin_core.experts.statistic import relative
 from griffin_core.kv.cache import KvCache
-from griffin_core.model.decoder import Decoder, RunFF
+from griffin_core.model.decoder import Decoder
+from griffin_core.spec.weights import Norm
 
 CHUNK_TOKENS = 512
-
-GPU_CHUNK_TOKENS = 4096
-"""On a GPU: eight prompts of 512 tokens in a pass, which takes an 8B model on an H100 some 105 ms,
-the longest that other sessions then wait."""
 
 MAX_TOGETHER = 16
 """Most prompts of one pass. Each has its statistic in it, L · F float32 (1.8 MB for Llama-3-8B),
 and each costs every layer an attention call of its own: that many prompts of 128 tokens already
 fill a pass of 2,048."""
-
-Moment = float | torch.cuda.Event
-"""Seconds on the host's clock, or a place in the order of a GPU's work."""
-
-
-def default_chunk_tokens(device: torch.device) -> int:
-    """Tokens of a pass on a device: so many that products run at its rate, and no more, since
-    streams wait meanwhile."""
-    return GPU_CHUNK_TOKENS if device.type == "cuda" else CHUNK_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +250,7 @@ class Pass:
         Returns:
             One for each prompt that is read to its end, in the order of the parts.
         """
-        ended = moment(self.decoder.device)
+        ended = self.decoder.backend.moment()
         total = self.rows[-1]
         last = [index for index, part in enumerate(self.parts) if part.is_last]
         sums = [self._s2_so_far(index) for index in range(len(self.parts))]
@@ -288,11 +277,11 @@ class Pass:
         ends = [self.rows[index + 1] for index in last]
         rows = torch.cat([self.hidden[end - 1 : end] for end in ends])
         hidden = decoder.final_hidden(rows).float().unbind()
-        selecting = moment(decoder.device)
+        selecting = decoder.backend.moment()
         experts = select_together(
             s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
         )
-        selected = moment(decoder.device)
+        selected = decoder.backend.moment()
         # What is kept is the square of what a handoff brings, so that it is the same, to the bit,
         # wherever a prompt is read.
         s2s = [s2.sqrt().square() for s2 in s2s]
@@ -340,13 +329,13 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
             of the device's work.
     """
     device = decoder.device
-    began = moment(device)
+    began = decoder.backend.moment()
     rows = (0, *accumulate(part.tokens for part in parts))
     runs = RowRuns.of(rows, device)
     spec = decoder.spec
     s2 = torch.zeros((len(parts), len(decoder.layers), spec.ff_width), device=device)
     ids = [part.prompt.next_ids(part.tokens) for part in parts]
-    hidden, batch = decoder.begin(
+    hidden, attention = decoder.prepare_batch(
         ids[0] if len(ids) == 1 else torch.cat(ids),
         [(part.prompt.cache, part.tokens) for part in parts],
     )
@@ -356,10 +345,12 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
 
     for layer in range(len(decoder.layers)):
         kept = activations if layer in watched else None
-        hidden = decoder.layer(layer, hidden, batch, counting_ff(decoder, layer, s2, runs, kept))
+        hidden = decoder.layer(
+            layer, hidden, attention, counting_ff(decoder, layer, s2, runs, kept)
+        )
         if readers or layer in watched:
             z = activations.pop(layer, None)
-            ready = _event(device) if readers else None
+            ready = decoder.backend.event() if readers else None
             for index, part in enumerate(parts):
                 of_part = None if z is None else z[rows[index] : rows[index + 1]]
                 _tell_layer(part, layer, ready, of_part, tell)
@@ -379,14 +370,14 @@ def counting_ff(
         runs: whose rows are whose.
         activations: gets Z [N, F], if given.
     """
-    ff = decoder.layers[layer].ff
+    ff, backend = decoder.layers[layer].ff, decoder.backend
 
-    def run(x: Tensor) -> Tensor:
-        z, squares = ff.activations_and_squares(x)
-        add_s2(s2[:, layer], z, squares, runs)
+    def run(x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        z, squares = ff.activations(x if norm is None else backend.norm(x, norm))
+        backend.add_statistic(s2[:, layer], z, squares, runs)
         if activations is not None:
             activations[layer] = z
-        return ff.output(z)
+        return ff.output(z, residual)
 
     return run
 
@@ -400,7 +391,7 @@ def _tell_layer(
         return
     start = prompt.cache.length
     if prompt.wants_kv:
-        kv = prompt.cache.room(layer, start, start + part.tokens)
+        kv = prompt.cache.slice(layer, start, start + part.tokens)
         tell(prompt, LayerKv(layer=layer, first_token=start, kv=kv, ready=ready))
     if z is not None and layer in prompt.watch:
         tell(prompt, LayerActivations(layer=layer, first_token=start, values=relative(z)))
@@ -454,24 +445,6 @@ def _norm_mass(s2: Tensor, experts: Tensor) -> Tensor:
         return torch.ones_like(total)
     kept = s2.gather(1, experts.long()).sum(dim=1)
     return torch.where(total > 0, kept / total, 1.0)
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    """On a GPU, when it has done what it was given so far; it is not waited for."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def moment(device: torch.device) -> Moment:
-    """Now, or on a GPU when it has done what it was given so far: it is not waited for."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 def _seconds(begin: Moment, end: Moment) -> float:

@@ -1,50 +1,39 @@
-"""Keys and values of one session."""
+"""Keys and values of one sequence."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from griffin_core.spec.model import ModelSpec
-
-
-def kv_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes a cache for that many tokens takes."""
-    return len(spec.layers) * 2 * spec.kv_heads * spec.head_dim * tokens * dtype.itemsize
+if TYPE_CHECKING:
+    from griffin_core.kv.pool import KvPool
 
 
 class KvCache:
-    """Room for ``capacity`` tokens in every layer, taken at once, filled from the front.
+    """Consecutive slots of a pool, filled from the front. Made by ``KvPool.allocate``.
 
     A layer is written as its tokens pass through it, so within a step layers differ in how far
     they are filled; ``length`` is how many tokens every layer holds and moves with ``advance``.
 
     Args:
+        first_slot: KV slot of the first token. It may change when the pool makes room.
         capacity: most tokens.
     """
 
-    def __init__(
-        self, spec: ModelSpec, capacity: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (2, spec.kv_heads, capacity, spec.head_dim)
-        self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in spec.layers]
-        self._addresses: list[int] | None = None
+    def __init__(self, pool: KvPool, first_slot: int, capacity: int) -> None:
+        self.pool = pool
+        self.first_slot = first_slot
         self.capacity = capacity
         self.length = 0
 
     @property
-    def addresses(self) -> list[int]:
-        """Where each layer [2, kv_heads, capacity, head_dim] lies."""
-        if self._addresses is None:
-            self._addresses = [layer.data_ptr() for layer in self._layers]
-        return self._addresses
-
-    @property
     def nbytes(self) -> int:
-        return sum(layer.numel() * layer.element_size() for layer in self._layers)
+        """Bytes of its slots in all layers."""
+        return self.capacity * self.pool.token_bytes
 
     def write(self, layer: int, start: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts keys and values at positions start..start+T.
+        """Writes keys and values at positions start..start+T.
 
         Args:
             kv: [T, 2 · kv_heads, head_dim], the heads of the keys, then those of the values.
@@ -55,35 +44,40 @@ class KvCache:
         """
         tokens, _, head_dim = kv.shape
         end = start + tokens
-        self.room(layer, start, end).copy_(kv.view(tokens, 2, -1, head_dim).permute(1, 2, 0, 3))
-        keys, values = self._layers[layer][:, :, :end].unbind()
+        own = kv.view(tokens, 2, -1, head_dim).permute(1, 2, 0, 3)
+        self.slice(layer, start, end).copy_(own)
+        keys, values = self.slice(layer, 0, end).unbind()
         return keys, values
 
-    def room(self, layer: int, start: int, end: int) -> Tensor:
-        """A view [2, kv_heads, end - start, head_dim] of keys and values, to read or to fill."""
+    def slice(self, layer: int, start: int, end: int) -> Tensor:
+        """A view [2, kv_heads, end - start, head_dim] of keys and values, to read or to fill.
+
+        Raises:
+            ValueError: positions outside the cache.
+        """
         if not 0 <= start <= end <= self.capacity:
             raise ValueError(f"tokens {start}..{end} do not fit a cache of {self.capacity}")
-        return self._layers[layer][:, :, start:end]
+        first = self.first_slot
+        return self.pool.layers[layer][:, :, first + start : first + end]
 
     def advance(self, tokens: int) -> None:
-        """Says that every layer now holds that many tokens more."""
+        """Notes that every layer now holds that many tokens more."""
         self.length += tokens
 
     def rewind(self, length: int) -> None:
-        """Forgets what is after the first ``length`` tokens."""
+        """Forgets what is after the first ``length`` tokens.
+
+        Raises:
+            ValueError: the cache holds fewer tokens.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind {self.length} tokens to {length}")
         self.length = length
 
     def resize(self, capacity: int) -> None:
-        """Makes room for ``capacity`` tokens in all, or gives room back, by a copy of one layer
-        after the other."""
-        if not self.length <= capacity:
-            raise ValueError(f"{self.length} tokens do not fit a cache of {capacity}")
-        for index, old in enumerate(self._layers):
-            heads, head_dim = old.shape[1], old.shape[3]
-            new = old.new_empty((2, heads, capacity, head_dim))
-            new[:, :, : self.length] = old[:, :, : self.length]
-            self._layers[index] = new
-        self._addresses = None
-        self.capacity = capacity
+        """Makes room for ``capacity`` tokens in all, or gives room back; see ``KvPool.resize``."""
+        self.pool.resize(self, capacity)
+
+    def free(self) -> None:
+        """Gives all room back."""
+        self.pool.free(self)

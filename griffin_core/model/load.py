@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from griffin_core.backends.select import backend_for
 from griffin_core.errors import (
     BadModelFile,
     DeviceMemoryExhausted,
@@ -25,7 +26,9 @@ from griffin_core.model.checkpoint import check_complete, left_over, stored_tens
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.families.config_fields import shown
 from griffin_core.model.families.config_file import read_config
+from griffin_core.model.families.registry import weights_from_state
 from griffin_core.model.files import CONFIG_NAME, check_files, local_directory, one_line
+from griffin_core.model.fingerprint import fingerprint
 from griffin_core.model.generation_config import (
     SamplingDefaults,
     load_generation_config,
@@ -33,7 +36,6 @@ from griffin_core.model.generation_config import (
 )
 from griffin_core.model.hub import Progress, resolve
 from griffin_core.model.trial import try_token
-from griffin_core.model.weights import fingerprint, weights_from_state
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -168,19 +170,26 @@ def decoder_on_device(
             while they are laid out, when some are there twice.
     """
     if device.type != "cuda":
-        return Decoder(spec, weights_from_state(spec, state)), state
+        return decoder_of(spec, state), state
     size = sum(tensor.nbytes for tensor in state.values())
     free, _ = torch.cuda.mem_get_info(device)
     if size <= free:
         try:
             state = {name: tensor.to(device) for name, tensor in state.items()}
-            return Decoder(spec, weights_from_state(spec, state)), state
+            return decoder_of(spec, state), state
         except torch.OutOfMemoryError:
             pass
     raise DeviceMemoryExhausted(
         f"the weights need {size / (1 << 30):.1f} GiB of {device}, and room to lay them out; "
         f"{free / (1 << 30):.1f} GiB are free there"
     )
+
+
+def decoder_of(spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device) -> Decoder:
+    """The decoder of a state dict whose tensors are on the device, all of one dtype."""
+    dtype = next(iter(state.values())).dtype
+    backend = backend_for(device, dtype)
+    return Decoder(spec, weights_from_state(spec, state, backend), backend)
 
 
 def check_weights(directory: Path, config: PreTrainedConfig) -> None:

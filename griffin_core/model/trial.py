@@ -31,10 +31,9 @@ def try_token(decoder: Decoder, bos_id: object) -> None:
     try:
         cache = decoder.new_cache(len(tokens))
         ids = torch.tensor(tokens, device=decoder.device)
-        x, batch = decoder.begin(ids, [(cache, len(tokens))])
-        for index, layer in enumerate(decoder.layers):
-            x = decoder.layer(index, x, batch, layer.ff)
-        finite = bool(decoder.head(decoder.final_hidden(x)).isfinite().all())
+        x, attention = decoder.prepare_batch(ids, [(cache, len(tokens))])
+        x = decoder.forward(x, attention, decoder.dense)
+        finite = bool(decoder.logits(x).isfinite().all())
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryExhausted(f"no room to run one token: {one_line(error)}") from error
     except Exception as error:  # weights of any shape and value meet kernels here

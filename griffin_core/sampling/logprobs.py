@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from griffin_core.backends.cuda import to_host
+from griffin_core.backends.transfers import to_host
 
 MAX_TOP_LOGPROBS = 20
 
@@ -58,11 +58,11 @@ def logprobs_of(logits: Tensor, rows: Tensor, tokens: Tensor, top: int) -> RowLo
     Args:
         logits: [N, V] float32.
         rows: [R] int64, on the same device: the rows that are asked for.
-        tokens: [N] int64, on the same device: what each row took; -1, of a row whose logits are not
-            finite, counts as 0.
+        tokens: [R] int64, on the same device: what those rows took; -1, of a row whose logits are
+            not finite, counts as 0.
         top: K, the most that any of them asks for, at most V.
     """
     values = logits.index_select(0, rows).log_softmax(dim=1)
-    taken = tokens.index_select(0, rows).clamp(min=0)
+    taken = tokens.clamp(min=0)
     best, ids = values.topk(top, dim=1)
     return RowLogprobs(chosen=values.gather(1, taken[:, None])[:, 0], values=best, ids=ids)

@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from griffin_core.backends.cpu.sampling import CpuSlots
+from griffin_core.backends.base import Backend
 from griffin_core.sampling.params import SamplingParams
-
-
-class Slots(Protocol):
-    """What a device keeps for each slot, and draws with. See ``Sampler``."""
-
-    drawn: Tensor
-
-    @property
-    def nbytes(self) -> int: ...
-
-    @property
-    def in_use(self) -> frozenset[int]: ...
-
-    def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None: ...
-
-    def ban(self, slot: int, tokens: Sequence[int]) -> None: ...
-
-    def close(self, slot: int) -> None: ...
-
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor: ...
 
 
 class Sampler:
@@ -47,18 +25,13 @@ class Sampler:
     Args:
         slots: most sessions at once.
         vocabulary: V.
+        backend: where the logits are.
     """
 
-    def __init__(self, *, slots: int, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, *, slots: int, vocabulary: int, backend: Backend) -> None:
         self.padding = slots
         """The slot of rows that belong to no session."""
-        self._slots: Slots
-        if device.type == "cuda":
-            from griffin_core.backends.cuda.sampling import CudaSlots  # noqa: PLC0415 - needs triton
-
-            self._slots = CudaSlots(slots=slots, vocabulary=vocabulary, device=device)
-        else:
-            self._slots = CpuSlots(slots=slots, vocabulary=vocabulary)
+        self._slots = backend.sampler_slots(slots, vocabulary)
 
     @property
     def drawn(self) -> Tensor:

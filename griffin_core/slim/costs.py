@@ -16,9 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from griffin_core.backends.base import RunFF
+from griffin_core.backends.batch import RowTable, StepBatch, StepSequence
 from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
-from griffin_core.slim.base import SlimFF, SlimForm
+from griffin_core.slim.base import SlimForm
+from griffin_core.spec.weights import Norm
 
 MOST_COPIES = 16
 """No more sessions are given a set each as copies, whatever was measured."""
@@ -184,12 +187,12 @@ def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
     """Times FF blocks for 1 to 16 rows over enough layers to be read from memory, dense and on half
     of the neurons, and the rest of a step after ``_CACHED`` tokens."""
     spec = decoder.spec
-    layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].neurons.nbytes))]
+    layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].ff.weights.nbytes))]
     k = Selection(density=0.5).experts_of(spec.ff_width)
     experts = torch.arange(k, dtype=torch.int32)
-    dense: list[SlimFF] = [layer.ff for layer in layers]
-    one = [form.build(layer, experts, "one") for layer in layers]
-    many = [form.build(layer, experts, "many") for layer in layers]
+    dense: list[RunFF] = [layer.ff for layer in layers]
+    one = [form.build(layer, experts, "gemv") for layer in layers]
+    many = [form.build(layer, experts, "gemm") for layer in layers]
     candidates: dict[Candidate, Callable[[], Tensor]] = {}
     for rows in _ROWS:
         x = torch.ones((rows, spec.width), dtype=decoder.dtype, device=decoder.device)
@@ -197,7 +200,7 @@ def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
         half = one if rows == 1 else many
         candidates["half", rows] = lambda x=x, half=half: _run(half, x)  # type: ignore[misc]
         candidates["rest", rows] = _rest(decoder, rows, len(layers))
-        candidates["head", rows] = lambda x=x: decoder.head(decoder.final_hidden(x))  # type: ignore[misc]
+        candidates["head", rows] = lambda x=x: decoder.logits(x)  # type: ignore[misc]
     times = _seconds(candidates)
     share = len(decoder.layers) / len(layers)
     return BlockCosts(
@@ -207,7 +210,7 @@ def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
     )
 
 
-def _run(blocks: Sequence[SlimFF], x: Tensor) -> Tensor:
+def _run(blocks: Sequence[RunFF], x: Tensor) -> Tensor:
     for block in blocks:
         y = block(x)
     return y
@@ -215,20 +218,29 @@ def _run(blocks: Sequence[SlimFF], x: Tensor) -> Tensor:
 
 def _rest(decoder: Decoder, rows: int, layers: int) -> Callable[[], Tensor]:
     """Runs some layers for several sessions without their FF."""
-    caches = [decoder.new_cache(_CACHED) for _ in range(rows)]
+    pool = decoder.new_pool(rows * _CACHED)
+    caches = [pool.allocate(_CACHED) for _ in range(rows)]
     for cache in caches:
         for layer in range(layers):
-            cache.room(layer, 0, _CACHED).zero_()
-        cache.advance(_CACHED - 1)
-    ids = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
+            cache.slice(layer, 0, _CACHED).zero_()
+    sequences = tuple(
+        StepSequence(first_slot=cache.first_slot, cached=_CACHED - 1, token_ids=(0,))
+        for cache in caches
+    )
 
     def run() -> Tensor:
-        x, batch = decoder.begin(ids, [(cache, 1) for cache in caches])
+        table = RowTable.of(StepBatch(sequences=sequences), decoder.device)
+        attention = decoder.backend.decode_attention(decoder.spec, pool, table)
+        x = decoder.embed(table.token_ids, table.positions)
         for layer in range(layers):
-            x = decoder.layer(layer, x, batch, lambda x: x)
+            x = decoder.layer(layer, x, attention, _no_ff)
         return x
 
     return run
+
+
+def _no_ff(x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+    return x
 
 
 def _seconds(candidates: Mapping[Candidate, Callable[[], Tensor]]) -> dict[Candidate, float]:

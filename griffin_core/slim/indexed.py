@@ -1,71 +1,150 @@
-"""Index sets into the resident weights: the form for CUDA. No weight is copied."""
+"""Slim ids of the CUDA backend: expert sets as numbers, in tensors that captured steps read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
-from griffin_core.backends.cuda.expert_table import ExpertTable, IndexSets, set_bytes
-from griffin_core.backends.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
-from griffin_core.model.decoder import Layer
-from griffin_core.model.feedforward import FeedForward, Neurons
-from griffin_core.model.linear import Rows
-from griffin_core.slim.base import SlimFF
+from griffin_core.backends.base import RunFF
+from griffin_core.backends.batch import DENSE, RowTable
+from griffin_core.backends.cuda.backend import CudaFeedForward
+from griffin_core.backends.cuda.expert_rows import ExpertRows
+from griffin_core.experts.selection import Selection
+from griffin_core.model.decoder import Decoder
+from griffin_core.slim.base import BlockView
+from griffin_core.spec.weights import Norm
+
+FFMode = Literal["dense", "shared", "private", "zeroed"]
+"""How the FF of a step runs: on all neurons; all rows on one set; each row on a set of its own,
+which few rows are fastest with; or zeroed: all weights read once for all rows and each one's
+activations zeroed outside its set, which gives the same as private at what dense costs."""
+
+MODES: tuple[FFMode, ...] = ("dense", "shared", "private", "zeroed")
 
 
-class IndexedFF:
-    """A layer's FF block on one set: [T, D] -> [T, D]. A decode step needs only its address.
+class IndexTable:
+    """A ``SlimTable`` of sets of neuron numbers; no weight is copied.
 
     Args:
-        sets: on the weights' device.
-        row: which of them.
+        sets: most sets at once, beside that of all neurons.
     """
 
-    def __init__(self, neurons: Neurons, sets: IndexSets, row: int) -> None:
-        self._neurons = neurons
-        self._row = row
+    def __init__(self, decoder: Decoder, *, sets: int) -> None:
+        self._decoder = decoder
+        layers, neurons = len(decoder.layers), decoder.spec.ff_width
+        shape = (layers, sets + 2, neurons)
+        device = decoder.device
+        self._indices = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._keep = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._device_counts = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         self.sets = sets
-        self.address = sets.addresses[row]
-        self.count = sets.count
+        self.padding = sets + 1
+        """The slim id of rows that pad a step: one neuron, the least that a row can read."""
+        self.counts = [0] * (sets + 2)
+        """By slim id, the neurons of all layers together; 0 for an id that is not given out."""
+        self._free = list(range(sets, 0, -1))
+        every = torch.arange(neurons, dtype=torch.int32, device=device)
+        self._write(DENSE, every.repeat(layers, 1))
+        self._write(self.padding, every[:1].repeat(layers, 1))
 
-    @cached_property
-    def _table(self) -> ExpertTable:
-        device = self.sets.indices.device
-        numbers = torch.tensor([[self.address], [self.count]], device=device)
-        return ExpertTable(addresses=numbers[0], counts=numbers[1], shared=True)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table on the device, taken from the start."""
+        return self._indices.nbytes + self._keep.nbytes + self._device_counts.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float32:  # for tests: the kernels are for half precision
-            return FeedForward(self._neurons.take(self.sets.indices[self._row]))(x)
-        parts = torch.split(x, MAX_SHARED_TOKENS)
-        return torch.cat([feedforward(part, self._neurons, self._table) for part in parts])
+    @property
+    def all_neurons(self) -> int:
+        """The neurons of all layers together."""
+        return self.counts[DENSE]
+
+    def add(self, view: BlockView) -> int:
+        """See ``SlimTable``."""
+        if not self._free:
+            raise MemoryError(f"slim table: all {self.sets} sets are in use")
+        assert view.experts is not None
+        slim_id = self._free.pop()
+        self._write(slim_id, view.experts.indices)
+        finalize(view, self._release, slim_id)
+        return slim_id
+
+    def update(self, view: BlockView) -> None:
+        """See ``SlimTable``. In the order of the device's work: steps that were launched before
+        still read the old set."""
+        assert view.experts is not None
+        self._write(view.slim_id, view.experts.indices)
+
+    def set_bytes(self, k: int) -> int:
+        """See ``SlimTable``."""
+        layers, _, neurons = self._indices.shape
+        return 0 if k == neurons else layers * (4 * k + neurons)
+
+    def order(self, slim_id: int) -> tuple[int, int]:
+        """See ``SlimTable``. Rows may stand in any order."""
+        return (0, 0)
+
+    def run(self, rows: RowTable, mode: FFMode = "zeroed") -> Callable[[int], RunFF]:
+        """See ``SlimTable``.
+
+        Args:
+            mode: must suit the rows: "shared" only rows of one id, "dense" only rows of id 0.
+        """
+        if mode == "dense":
+            return self._decoder.dense
+        counts = self._device_counts.index_select(1, rows.slim_ids)
+        return partial(self._block, rows, counts, mode)
+
+    def write_random(self, density: float, sets: int) -> None:
+        """Gives the ids from 1 to ``sets``, or to the last there is, random sets, for measurements
+        before the first view."""
+        layers, _, neurons = self._indices.shape
+        k = Selection(density=density).experts_of(neurons)
+        for slim_id in range(1, 1 + min(sets, self.sets)):
+            score = torch.rand((layers, neurons), device=self._indices.device)
+            self._write(slim_id, score.topk(k).indices.sort(dim=1).values.int())
+            self.counts[slim_id] = 0
+
+    def _block(self, rows: RowTable, counts: Tensor, mode: FFMode, layer: int) -> RunFF:
+        sets = ExpertRows(
+            indices=self._indices[layer],
+            keep=self._keep[layer],
+            slim_ids=rows.slim_ids,
+            counts=counts[layer],
+            shared=mode == "shared",
+        )
+        ff = self._decoder.layers[layer].ff
+        assert isinstance(ff, CudaFeedForward)
+        return partial(_run, ff, sets, mode)
+
+    def _write(self, slim_id: int, experts: Tensor) -> None:
+        """Writes a set [L, K], ascending int32 on any device."""
+        there = experts.to(self._indices.device, torch.int32, non_blocking=True)
+        layers, k = there.shape
+        self._indices[:, slim_id, :k].copy_(there)
+        self._keep[:, slim_id].zero_()
+        self._keep[:, slim_id].scatter_(1, there.long(), 1)
+        self._device_counts[:, slim_id].fill_(k)
+        self.counts[slim_id] = layers * k
+
+    def _release(self, slim_id: int) -> None:
+        self.counts[slim_id] = 0
+        self._free.append(slim_id)
 
 
-class Indexed:
-    """Builds ``IndexedFF`` blocks."""
-
-    copies = False
-
-    def build(self, layer: Layer, experts: Tensor, rows: Rows) -> SlimFF:
-        blocks = self.build_all([layer], experts[None])
-        return blocks[0]
-
-    def build_all(self, layers: Sequence[Layer], experts: Tensor) -> list[SlimFF]:
-        neurons = layers[0].neurons
-        if experts.shape[1] == neurons.count:
-            return [layer.ff for layer in layers]
-        device = neurons.down.device
-        sets = IndexSets(experts.to(device, torch.int32, non_blocking=True), neurons.count)
-        return [IndexedFF(layer.neurons, sets, row) for row, layer in enumerate(layers)]
-
-    def rewrite(self, blocks: Sequence[SlimFF], experts: Tensor) -> bool:
-        first = blocks[0]
-        assert isinstance(first, IndexedFF)
-        first.sets.write(experts.to(first.sets.indices.device, torch.int32, non_blocking=True))
-        return True
-
-    def planned_bytes(self, layer: Layer, k: int) -> int:
-        return 0 if k == layer.neurons.count else set_bytes(k, layer.neurons.count)
+def _run(
+    ff: CudaFeedForward,
+    sets: ExpertRows,
+    mode: FFMode,
+    x: Tensor,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    if mode == "shared":
+        return ff.shared(x, sets, norm, residual)
+    if mode == "private":
+        return ff.private(x, sets, norm, residual)
+    return ff.on_all(x, sets, norm, residual)

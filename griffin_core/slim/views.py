@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 import torch
 
+from griffin_core.backends.base import Layout, RunFF
+from griffin_core.backends.batch import DENSE
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.kv.budget import Budget
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.linear import Rows
-from griffin_core.slim.base import SlimFF, SlimForm
-from griffin_core.slim.zeroed import zeroed_bytes
+from griffin_core.slim.base import SlimForm, SlimTable
+from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
 
-Key = tuple[bytes, Rows]
+Key = tuple[bytes, Layout]
 
 MOST_UNUSED = 8
 """Views that are kept though no session uses them. A prompt that is asked again finds its view if
@@ -28,15 +29,17 @@ class SlimView:
 
     Args:
         experts: the set it is, or is coming to be, built of.
-        rows: for how many at once.
+        layout: for how many rows at once.
         nbytes: the most it will hold beyond the model's own weights.
     """
 
-    def __init__(self, experts: ExpertSet, rows: Rows, nbytes: int) -> None:
+    def __init__(self, experts: ExpertSet, layout: Layout, nbytes: int) -> None:
         self.experts = experts
-        self.rows: Rows = rows
+        self.layout: Layout = layout
         self.nbytes = nbytes
-        self.layers: list[SlimFF] = []
+        self.slim_id = DENSE
+        """See ``SlimTable``; set once the view has a place in it."""
+        self.layers: list[RunFF] = []
         """The blocks that are built; those of all layers once the view is ready. The list is the
         same for as long as the view lives."""
         self.pending: deque[int] = deque(range(len(experts.layers)))
@@ -48,12 +51,25 @@ class SlimView:
     @property
     def key(self) -> Key:
         """What views are told apart by."""
-        return self.experts.digest, self.rows
+        return self.experts.digest, self.layout
 
     @property
     def ready(self) -> bool:
         """Whether all layers can run. Some may still run on the experts before a ``change``."""
         return len(self.layers) == len(self.experts.layers)
+
+
+class WholeView:
+    """All weights, dense or zeroed outside a set.
+
+    Args:
+        experts: the set; None for all neurons.
+    """
+
+    def __init__(self, layers: Sequence[RunFF], experts: ExpertSet | None = None) -> None:
+        self.layers = layers
+        self.experts = experts
+        self.slim_id = DENSE
 
 
 class SlimViews:
@@ -63,15 +79,27 @@ class SlimViews:
     chooses the same experts: a prompt that is asked again, a kept session's next turn.
 
     Args:
+        table: gives the views their slim ids.
+        form: how blocks are built; None where the table itself holds the sets, and a step decides
+            how it runs them: views are then complete at once.
         budget: what the views' bytes are taken from; when it runs short, unused views go first.
         builds: whether there are views at all; else sessions run on all weights, dense or zeroed.
     """
 
     def __init__(
-        self, decoder: Decoder, form: SlimForm, budget: Budget, *, builds: bool = True
+        self,
+        decoder: Decoder,
+        table: SlimTable,
+        form: SlimForm | None,
+        budget: Budget,
+        *,
+        builds: bool = True,
     ) -> None:
         self.builds = builds
+        self.dense = WholeView([layer.ff for layer in decoder.layers])
+        """What sessions on all neurons run on."""
         self._decoder = decoder
+        self._table = table
         self._form = form
         self._budget = budget
         self._views: OrderedDict[Key, SlimView] = OrderedDict()  # longest unused first
@@ -85,13 +113,15 @@ class SlimViews:
 
     @property
     def copies(self) -> bool:
-        """See ``SlimForm``."""
-        return self._form.copies
+        """Whether views are blocks that take memory and time to build."""
+        return self._form is not None
 
     def planned_bytes(self, k: int) -> int:
         """Most bytes a view of k experts a layer holds."""
         if not self.builds:
             return 0
+        if self._form is None:
+            return self._table.set_bytes(k)
         return sum(self._form.planned_bytes(layer, k) for layer in self._decoder.layers)
 
     def zeroed_bytes(self, k: int) -> int:
@@ -110,21 +140,32 @@ class SlimViews:
         self._budget.give_back(size)
         self._zeroed -= size
 
-    def acquire(self, experts: ExpertSet, rows: Rows, *, own: bool = False) -> SlimView:
+    def zeroed(self, experts: ExpertSet) -> WholeView:
+        """A view of all weights, zeroed outside a set. It needs no building.
+
+        Raises:
+            MemoryError: the table has no place for another set.
+        """
+        layers = ZeroedLayers(self._decoder, experts) if self.copies else self.dense.layers
+        view = WholeView(layers, experts)
+        view.slim_id = self._table.add(view)
+        return view
+
+    def acquire(self, experts: ExpertSet, layout: Layout, *, own: bool = False) -> SlimView:
         """The view of an expert set, perhaps still to be built. ``release`` it after use.
 
         Args:
-            rows: how many tokens its users together will mostly run at once.
+            layout: for how many tokens its users together mostly run at once.
             own: for one user alone, who may ``change`` it.
         """
         # A digest takes the set to the host, which waits for the device; numbers that are there at
         # once are not worth it.
         own = own or not self.copies
-        view = self._views.get((experts.digest, rows)) if self.copies else None
+        view = self._views.get((experts.digest, layout)) if self.copies else None
         if own and view is not None and view.users:
             view = None
         if view is None:
-            view = SlimView(experts, rows, self.planned_bytes(experts.indices.shape[1]))
+            view = SlimView(experts, layout, self.planned_bytes(experts.indices.shape[1]))
             self._budget.take(view.nbytes)
             self._begin(view)
         elif own:
@@ -139,22 +180,23 @@ class SlimViews:
 
     def _begin(self, view: SlimView) -> None:
         try:
-            blocks = self._form.build_all(self._decoder.layers, view.experts.indices)
+            view.slim_id = self._table.add(view)
         except Exception as error:
             view.error = error
             return
-        if blocks is None:
+        if self.copies:
             self._unbuilt.append(view)
         else:
-            view.layers += blocks
+            view.layers += self.dense.layers  # never run: a step reads the set from the table
             view.pending.clear()
 
     def change(self, view: SlimView, experts: ExpertSet) -> None:
         """Lets a view of ``acquire(own=True)`` run on other experts, as many: at once where the
-        form can rewrite its blocks, else layer by layer as ``build`` comes to them. Until then a
-        layer runs on its old ones. Layers whose experts stay are not touched."""
-        if view.ready and self._form.rewrite(view.layers, experts.indices):
+        table holds the sets, else layer by layer as ``build`` comes to them. Until then a layer
+        runs on its old ones. Layers whose experts stay are not touched."""
+        if not self.copies:
             view.experts = experts
+            self._table.update(view)
             return
         pairs = zip(view.experts.layers, experts.layers, strict=True)
         changed = [layer for layer, (old, new) in enumerate(pairs) if not torch.equal(old, new)]
@@ -191,7 +233,8 @@ class SlimViews:
             if layer < len(view.layers):
                 view.layers[layer] = of.ff  # the old copy goes first: never two of a layer
             try:
-                block = self._form.build(of, experts, view.rows)
+                assert self._form is not None
+                block = self._form.build(of, experts, view.layout)
                 if layer < len(view.layers):
                     view.layers[layer] = block
                 else:

@@ -1,8 +1,8 @@
-"""The dense FF for several sessions at once, each one's activations zeroed outside its own set.
+"""The dense FF for several sessions at once, with each one's activations zeroed outside its set.
 
 All weights are read once for all rows, so a step costs what a dense one does, and each session has
-the same result as on a copy of its experts. This is what sessions run on where copies do not pay,
-and until one is built.
+the same result as on a copy of its experts. Sessions run this way where copies do not pay, and
+until one is built.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from griffin_core.backends.base import FeedForward
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.feedforward import FeedForward
+from griffin_core.spec.weights import Norm
 
 
 class ZeroedFF:
@@ -26,11 +27,13 @@ class ZeroedFF:
     """
 
     def __init__(self, ff: FeedForward, keep: Tensor) -> None:
-        self.ff = ff
-        self.keep = keep
+        self._ff = ff
+        self._keep = keep
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ff.on(x, self.keep)
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return self._ff.zeroed(x, self._keep, norm, residual)
 
 
 class ZeroedLayers(Sequence[ZeroedFF]):

@@ -12,7 +12,6 @@ from griffin_core.engine.engine import Engine
 from griffin_core.engine.scheduler import Limits
 from griffin_core.errors import BadModelFile, DeviceMemoryExhausted, EngineFault, InvalidRequest
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import default_chunk_tokens
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
@@ -106,7 +105,7 @@ class App:
                 session_ttl_s=settings.session_ttl_s,
                 reader_timeout_s=settings.reader_timeout_s,
                 chunk_tokens=settings.prefill_chunk_tokens
-                or default_chunk_tokens(model.decoder.device),
+                or model.decoder.backend.default_chunk_tokens,
                 prefill_share=settings.prefill_share or _prefill_share(model.decoder.device),
             ),
             cuda_graphs=settings.cuda_graphs and settings.role != "prefill",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right
 
-from griffin_core.model.attention import Visible, attend, visible_tokens
+from griffin_core.backends.attention import AttentionMask, attend, attention_mask
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -17,8 +17,8 @@ def test_the_form_without_a_mask_shows_what_the_mask_does(
 ) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(5, heads, 16), torch.randn(2, 12, 16), torch.randn(2, 12, 16)
-    masked = visible_tokens(7, 5, None, torch.device("cpu"))
+    masked = attention_mask(7, 5, None, torch.device("cpu"))
     assert masked.mask is not None
-    shifted = Visible(first=0, causal=False, mask=None, shifted=causal_lower_right(5, 12))
+    shifted = AttentionMask(first=0, causal=False, mask=None, shifted=causal_lower_right(5, 12))
     got, exact = (attend(q, k, v, seen, 0.25, softcap) for seen in (shifted, masked))
     torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6)

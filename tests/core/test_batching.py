@@ -15,6 +15,8 @@ from weakref import ref
 import pytest
 import torch
 
+from griffin_core.backends.base import RunFF
+from griffin_core.backends.batch import StepSequence
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, Finished, Scored, Started, TokensMade
 from griffin_core.engine.observer import Observer
@@ -25,18 +27,21 @@ from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.invariant import RowsApart, rows_stay_apart
+from griffin_core.forward.invariant import InvariantStep
 from griffin_core.forward.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
 from griffin_core.kv.cache import KvCache
+from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import Model, load_model
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.slim.base import SlimFF
+from griffin_core.slim.blocks import BlockTable
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
+from griffin_core.slim.views import WholeView
 from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
@@ -97,9 +102,10 @@ def test_a_step_of_several_sessions_is_several_steps_of_one(
 ) -> None:
     """Ragged lengths, several tokens at once, dense, zeroed and slim views, in every family."""
     decoder = tiny(name).decoder
+    pool = decoder.new_pool(12 * 64)
 
-    def session(number: int) -> tuple[KvCache, Sequence[SlimFF]]:
-        cache = decoder.new_cache(64)
+    def session(number: int) -> tuple[KvCache, Sequence[RunFF]]:
+        cache = pool.allocate(64)
         ids = [(7 * number + i) % 256 for i in range(1 + 9 * number)]
         selection = Selection(density=(1.0, 0.5, 0.25)[number % 3])
         events = prefill(decoder, ids, selection, cache=cache)
@@ -108,9 +114,9 @@ def test_a_step_of_several_sessions_is_several_steps_of_one(
             every = ExpertSet(ff_width=decoder.spec.ff_width, indices=torch.stack(experts))
             return cache, ZeroedLayers(decoder, every)
         layers = zip(decoder.layers, experts, strict=True)
-        return cache, [Packed().build(layer, kept, "many") for layer, kept in layers]
+        return cache, [Packed().build(layer, kept, "gemm") for layer, kept in layers]
 
-    def steps(sessions: list[tuple[KvCache, Sequence[SlimFF]]]) -> list[StepTokens]:
+    def steps(sessions: list[tuple[KvCache, Sequence[RunFF]]]) -> list[StepTokens]:
         return [
             StepTokens(cache=cache, view=view, token_ids=range(5, 6 + number))
             for number, (cache, view) in enumerate(sessions)
@@ -131,7 +137,8 @@ def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
     name: str, tiny: Callable[[str], Model]
 ) -> None:
     """Copies, zeroed with others, zeroed alone, masked: log-probabilities within 1e-5."""
-    decoder, masks = tiny(name).decoder, RowMasks()
+    decoder = tiny(name).decoder
+    table, pool = BlockTable(decoder), decoder.new_pool(4 * 32)
     width = decoder.spec.ff_width
 
     def random_set(seed: int) -> ExpertSet:
@@ -139,15 +146,15 @@ def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
         chosen = torch.rand((len(decoder.layers), width), generator=generator).topk(width // 2)
         return ExpertSet(ff_width=width, indices=chosen.indices.sort(dim=1).values.int())
 
-    def of(form: Packed | Masked, experts: ExpertSet) -> list[SlimFF]:
+    def of(form: Packed | Masked, experts: ExpertSet) -> list[RunFF]:
         pairs = zip(decoder.layers, experts.layers, strict=True)
-        return [form.build(layer, own, "one") for layer, own in pairs]
+        return [form.build(layer, own, "gemv") for layer, own in pairs]
 
     mine, zeroed = of(Packed(), random_set(0)), ZeroedLayers(decoder, random_set(0))
     dense = [layer.ff for layer in decoder.layers]
     others = [ZeroedLayers(decoder, random_set(seed)) for seed in (1, 2)]
     shared = of(Packed(), random_set(3))
-    batches: list[list[Sequence[SlimFF]]] = [
+    batches: list[list[Sequence[RunFF]]] = [
         [mine],
         [zeroed],
         [zeroed, *others],
@@ -157,7 +164,7 @@ def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
         [mine, dense, *others],
         [zeroed, *others],
     ]
-    caches = [decoder.new_cache(32) for _ in range(4)]
+    caches = [pool.allocate(32) for _ in range(4)]
     alone = decoder.new_cache(32)
     for token, batch in enumerate(batches, start=40):
         place = next(i for i, view in enumerate(batch) if view in (mine, zeroed))
@@ -169,7 +176,7 @@ def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
             StepTokens(cache=cache, view=view, token_ids=[token])
             for cache, view in zip(used, batch, strict=True)
         ]
-        got = decode_tokens(decoder, steps, masks)[place].log_softmax(dim=1)
+        got = decode_tokens(decoder, steps, table)[place].log_softmax(dim=1)
         masked = StepTokens(cache=alone, view=of(Masked(), random_set(0)), token_ids=[token])
         exact = decode_tokens(decoder, [masked])[0].log_softmax(dim=1)
         torch.testing.assert_close(got, exact, rtol=0, atol=1e-5)
@@ -226,16 +233,17 @@ def test_sessions_with_one_view_share_its_products(model: Model) -> None:
     decoder = model.decoder
     rows: list[int] = []
 
-    def view() -> list[SlimFF]:
-        def block(x: torch.Tensor) -> torch.Tensor:
+    def view() -> list[RunFF]:
+        def block(x: torch.Tensor, norm: object = None, residual: object = None) -> torch.Tensor:
             rows.append(x.shape[0])
             return x
 
         return [block for _ in decoder.layers]
 
     one, other = view(), view()
+    pool = decoder.new_pool(5 * 4)
     steps = [
-        StepTokens(cache=decoder.new_cache(4), view=each, token_ids=[3])
+        StepTokens(cache=pool.allocate(4), view=each, token_ids=[3])
         for each in (one, other, one, other, one)
     ]
     decode_tokens(decoder, steps)
@@ -265,13 +273,13 @@ def test_scoring_runs_beside_generation(model: Model) -> None:
 def chunks_and_steps(model: Model, monkeypatch: pytest.MonkeyPatch, share: float) -> list[str]:
     """What the model runs, in order, while a long prompt arrives beside a stream."""
     log: list[str] = []
-    begin = Decoder.begin
+    embed = Decoder.embed
 
-    def noted(self: Decoder, ids: torch.Tensor, runs: object) -> object:
+    def noted(self: Decoder, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         log.append("chunk" if len(ids) == 8 else "step")
-        return begin(self, ids, runs)
+        return embed(self, ids, positions)
 
-    monkeypatch.setattr(Decoder, "begin", noted)
+    monkeypatch.setattr(Decoder, "embed", noted)
     stopping = StoppingParams(max_tokens=250, ignore_eos=True)
     stream = GenerateTask(prompt=(1, 2, 3), stopping=stopping)
     long = GenerateTask(prompt=tuple(range(160)), stopping=StoppingParams(max_tokens=1))
@@ -489,21 +497,45 @@ def test_a_row_that_stays_apart_makes_what_it_makes_otherwise(
 ) -> None:
     """In float32 within 1e-5, and in bfloat16 the same wherever it stands."""
     decoder = tiny(name).decoder
-    assert rows_stay_apart(bfloat16(name).decoder)
+    assert invariant(bfloat16(name).decoder).rows_stay_apart()
     experts = ExpertSet(
         ff_width=decoder.spec.ff_width,
         indices=torch.arange(40, dtype=torch.int32).repeat(len(decoder.layers), 1),
     )
     views = [[layer.ff for layer in decoder.layers]] * 5 + [ZeroedLayers(decoder, experts)] * 6
+    pool = decoder.new_pool(2 * len(views))
     with torch.inference_mode():
-        steps = [
-            StepTokens(cache=decoder.new_cache(2), view=view, token_ids=[7 * number])
-            for number, view in enumerate(views)
+        zeroed = WholeView(views[-1], experts)
+        step = invariant(decoder, pool)
+        zeroed.slim_id = step.slims.add(zeroed)
+        caches = [pool.allocate(2) for _ in views]
+        sequences = [
+            StepSequence(
+                first_slot=cache.first_slot,
+                cached=0,
+                token_ids=(7 * number,),
+                slim_id=zeroed.slim_id if number >= 5 else 0,
+                slot=number,
+            )
+            for number, cache in enumerate(caches)
         ]
-        ids = torch.tensor([step.token_ids[0] for step in steps])
-        apart = RowsApart(decoder).forward(steps, ids)
+        apart = step.launch(sequences, [None] * len(sequences)).logits
+        steps = [
+            StepTokens(cache=cache, view=view, token_ids=[7 * number])
+            for number, (cache, view) in enumerate(zip(caches, views, strict=True))
+        ]
         together = torch.cat(decode_tokens(decoder, steps))
     torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-5)
+
+
+def invariant(decoder: Decoder, pool: KvPool | None = None) -> InvariantStep:
+    sampler = Sampler(slots=16, vocabulary=decoder.spec.vocabulary, backend=decoder.backend)
+    return InvariantStep(
+        decoder=decoder,
+        pool=pool or decoder.new_pool(0),
+        sampler=sampler,
+        slims=BlockTable(decoder),
+    )
 
 
 def test_batch_invariant_sessions_have_no_copies_and_auto_runs_dense(
@@ -547,7 +579,7 @@ def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_on
 def test_batch_invariant_is_refused_where_it_does_not_hold(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_core.engine.engine.rows_stay_apart", lambda decoder: False)
+    monkeypatch.setattr(InvariantStep, "rows_stay_apart", lambda step: False)
     running = Engine(model, batch_invariant=True)
     running.start()
     with pytest.raises(InvalidRequest, match=r"batch_invariant: got true with .*float32"):

@@ -14,7 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from griffin_core.model.families.config_fields import NEUTRAL
-from griffin_core.spec.model import FAMILIES, examine_config
+from griffin_core.model.families.registry import FAMILIES, examine_config
 from tests.references import assert_equal_or_refused
 from tests.tiny import MODELS, roughen
 

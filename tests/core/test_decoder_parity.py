@@ -67,7 +67,7 @@ def test_half_density_equals_transformers_with_the_other_neurons_masked(
     events = list(prefill(decoder, ids[:16].tolist(), Selection(density=0.5), cache=cache))
     experts = [event.experts for event in events if isinstance(event, LayerExperts)]
     layers = zip(decoder.layers, experts, strict=True)
-    view = [Masked().build(layer, kept, "many") for layer, kept in layers]
+    view = [Masked().build(layer, kept, "gemm") for layer, kept in layers]
     step = StepTokens(cache=cache, view=view, token_ids=ids[16:].tolist())
     ours = decode_tokens(decoder, [step])[0]
 

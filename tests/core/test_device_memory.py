@@ -23,8 +23,7 @@ from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished
 from griffin_core.engine.scheduler import Limits
 from griffin_core.errors import DeviceMemoryExhausted
-from griffin_core.kv.budget import Budget
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model, decoder_on_device
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
@@ -218,29 +217,31 @@ class Gpu:
 def test_what_an_engine_claims_is_gone_from_the_device(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, budget = Gpu(monkeypatch, 61 * GIB), Budget(0)
-    share = DeviceShare(model.decoder, budget, 64)
-    assert share.claim(0.5, None) == budget.limit == 30 * GIB
-    assert (gpu.free, gpu.cached) == (30 * GIB, 31 * GIB)  # with what a prompt works in
+    gpu = Gpu(monkeypatch, 62 * GIB)
+    share = DeviceShare(model.decoder, 64)
+    assert share.claim(0.5, None, GIB) == 30 * GIB
+    assert (gpu.free, gpu.cached) == (30 * GIB, 32 * GIB)  # with what prompts and graphs take
     share.release()
     gpu.empty_cache()
-    other = DeviceShare(model.decoder, Budget(0), 64)
-    assert other.claim(0.5, 50 * GIB) == 50 * GIB
+    other = DeviceShare(model.decoder, 64)
+    assert other.claim(0.5, 50 * GIB, 0) == 50 * GIB
     other.release()
     assert DeviceShare.claims() == 0
 
 
+@pytest.mark.parametrize("allocated", [False, True])
 def test_two_engines_of_one_process_do_not_promise_the_same_bytes(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    allocated: bool, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, first, second = Gpu(monkeypatch, 61 * GIB), Budget(0), Budget(0)
-    one = DeviceShare(model.decoder, first, 64)
-    one.claim(0.5, None)
-    first.take(10 * GIB)  # sessions that hold their KV
-    gpu.cached -= 10 * GIB
-    other = DeviceShare(model.decoder, second, 64)
-    assert other.claim(0.5, None) == (30 - 1) * GIB // 2
-    assert gpu.free == 30 * GIB - second.limit - GIB
+    gpu = Gpu(monkeypatch, 61 * GIB)
+    one = DeviceShare(model.decoder, 64)
+    size = one.claim(0.5, None, 0)
+    if allocated:  # the pool that holds the sessions' KV
+        one.allocated(size)
+        gpu.cached -= size
+    other = DeviceShare(model.decoder, 64)
+    assert other.claim(0.5, None, 0) == (30 - 1) * GIB // 2
+    assert gpu.free == 30 * GIB - (30 - 1) * GIB // 2 - GIB
     for share in (one, other):
         share.release()
     assert DeviceShare.claims() == 0
@@ -258,12 +259,12 @@ def test_memory_that_a_neighbour_takes_meanwhile_is_counted_again(
         return grow(size, device)
 
     monkeypatch.setattr(device_memory, "grow", beaten)
-    share = DeviceShare(model.decoder, Budget(0), 64)
-    assert share.claim(0.9, None) == 18 * GIB
+    share = DeviceShare(model.decoder, 64)
+    assert share.claim(0.9, None, 0) == 18 * GIB
     share.release()
     monkeypatch.setattr(device_memory, "grow", lambda *_: False)
     with pytest.raises(DeviceMemoryExhausted, match=r"21\.0 GiB were free"):
-        share.claim(0.9, None)
+        share.claim(0.9, None, 0)
 
 
 def test_weights_that_do_not_fit_are_not_begun_to_be_copied(

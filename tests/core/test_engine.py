@@ -28,7 +28,7 @@ from griffin_core.errors import (
 )
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import LayerExperts, PrefillFinished
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams

@@ -20,10 +20,12 @@ from griffin_core.engine.scheduler import Limits, Scheduler
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import EngineFault, NonFiniteLogits, SessionNotFound
 from griffin_core.forward.decode import Draw
-from griffin_core.kv.cache import KvCache, kv_bytes
+from griffin_core.kv.cache import KvCache
+from griffin_core.kv.pool import KvPool, kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.slim import views
 from griffin_core.slim.packed import Packed
 from tests.core.engines import Busy, Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
@@ -155,7 +157,7 @@ def test_a_mask_that_cannot_be_made_ends_its_session_alone(
     whole = PruningParams(density=1.0)
     bystander = submit(running, task(200, pruning=whole))[1]
     bystander.until(TokensMade)
-    once = Once(monkeypatch, sharing, "ZeroedLayers", lambda *_: True)
+    once = Once(monkeypatch, views, "ZeroedLayers", lambda *_: True)
     hit = submit(running, task(first=50, pruning=PruningParams(density=0.5, sharing="private")))[1]
     assert isinstance(hit.until(Finished).error, EngineFault)
     assert once.failed
@@ -187,30 +189,19 @@ def test_a_prompt_that_is_cancelled_holds_no_cache_that_is_counted_as_free(
 def test_a_cache_that_cannot_be_made_holds_nothing(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Once(monkeypatch, Decoder, "new_cache", lambda *_: True)
+    Once(monkeypatch, KvPool, "allocate", lambda *_: True)
     assert isinstance(submit(running, task())[1].until(Finished).error, EngineFault)
     eventually(lambda: at_baseline(running))
     assert running.held_bytes == 0
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_cache_that_breaks_while_it_grows_holds_nothing(
-    layer: int, running: Engine, monkeypatch: pytest.MonkeyPatch
+    running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = task(5, keep=True, pruning=PruningParams(density=1.0))
     complete(running, first)
     assert len(running.sessions().result(10)) == 1  # and its cache has shrunk
-    calls: list[int] = []
-    empty = torch.Tensor.new_empty
-
-    def limited(self: torch.Tensor, size: object, **named: object) -> torch.Tensor:
-        if isinstance(size, tuple) and len(size) == 4:
-            calls.append(1)
-            if len(calls) == layer + 1:
-                raise MemoryError("no memory for this layer")
-        return empty(self, size, **named)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", limited)
+    Once(monkeypatch, KvPool, "resize", lambda *_: True)
     hit = submit(running, task(continues=first.turn_id))[1].until(Finished)
     assert isinstance(hit.error, EngineFault)
     eventually(lambda: at_baseline(running))
@@ -273,12 +264,12 @@ def test_a_score_of_logits_that_are_not_finite_is_an_error(
     assert submit(running, scoring())[1].until(Scored).continuations
 
 
-@pytest.mark.parametrize("method", ["head", "final_hidden", "layer"])
+@pytest.mark.parametrize("method", ["head", "embed", "layer"])
 def test_a_step_that_fails_is_run_again_and_changes_no_token(
     method: str, running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [complete(running, task(60, first=n))[0] for n in (1, 90)]
-    rows = {"head": 1, "final_hidden": 1, "layer": 2}[method]
+    rows = {"head": 1, "embed": 1, "layer": 2}[method]
     once = Once(monkeypatch, Decoder, method, lambda *a: a[rows].shape[0] == 2)
     inboxes = [submit(running, task(60, first=n))[1] for n in (1, 90)]
     assert [finish(inbox)[0] for inbox in inboxes] == alone

@@ -27,6 +27,7 @@ from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
+from griffin_core.slim.blocks import BlockTable
 from griffin_core.slim.costs import BlockCosts
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.views import SlimView, SlimViews
@@ -55,7 +56,7 @@ class House:
 
     def __init__(self, model: Model, costs: BlockCosts | None = None) -> None:
         self.budget = Budget(0)
-        self.views = SlimViews(model.decoder, Packed(), self.budget)
+        self.views = SlimViews(model.decoder, BlockTable(model.decoder), Packed(), self.budget)
         self.groups = ExpertGroups(model.decoder, self.views, costs or flat())
         self.sessions: list[Session] = []
         self._model = model
@@ -67,7 +68,7 @@ class House:
         session = Session(f"{seed}")
         session.selection = Selection(density=density)
         session.sharing = how
-        session.work = cast(Any, SimpleNamespace(rows="one", chooses=False))
+        session.work = cast(Any, SimpleNamespace(layout="gemv", chooses=False))
         session.clock = Clock()
         if s2 is None:
             s2 = torch.rand((L, F), generator=torch.Generator().manual_seed(seed))
@@ -304,7 +305,7 @@ def test_a_score_is_never_made_dense_by_auto(model: Model) -> None:
     house = House(model)
     session = house.add(1, "auto")
     house.remove(session)
-    session.work = cast(Any, SimpleNamespace(rows="many", chooses=False))
+    session.work = cast(Any, SimpleNamespace(layout="gemm", chooses=False))
     house.sessions.append(session)
     house.reserve()
     house.groups.join(session)

@@ -29,6 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.tokenization_utils_base import generate_merges
 
 from griffin_core.errors import BadModelFile, ModelNotFound, UnknownFamily
+from griffin_core.model.families.registry import spec_from_config
 from griffin_core.model.gguf import understand
 from griffin_core.model.gguf.file import QUANTIZATION_TYPES
 from griffin_core.model.gguf.keys import ARCHITECTURES
@@ -36,7 +37,6 @@ from griffin_core.model.gguf.tokenizer import END_TEXTS
 from griffin_core.model.gguf.words import WORDS
 from griffin_core.model.hub import packaged_default, resolve
 from griffin_core.model.load import Model, load_model
-from griffin_core.spec.model import spec_from_config
 from tests.gguf_files import (
     CONTEXT,
     FAMILIES,

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.backends.cpu.attention import attend_rows, cache_table
+from griffin_core.backends.activations import ACTIVATION_CODES, ACTIVATIONS
+from griffin_core.backends.attention import apply_rope
+from griffin_core.backends.cpu.attention import attend_rows
 from griffin_core.backends.cpu.norm import rms_norm
-from griffin_core.backends.cpu.rows import ACTIVATION_CODES, feedforward_row, linear_row
+from griffin_core.backends.cpu.rows import feedforward_row, linear_row
 from griffin_core.backends.cpu.statistic import s2_rows
 from griffin_core.backends.cpu.team import runs_kernels
-from griffin_core.model.attention import rotate
-from griffin_core.model.feedforward import ACTIVATIONS
+from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.model.load import load_model
 from tests.exact import attention
 from tests.tiny import MODELS
@@ -105,32 +106,52 @@ def test_results_are_rounded_as_torch_rounds(value: float) -> None:
     ("heads", "kv_heads", "size"),
     [(9, 3, 64), (2, 1, 34), (4, 4, 16), (4, 1, 256), (2, 2, 32), (3, 1, 96)],
 )
-def test_attention_over_caches_of_many_lengths(
+def test_attention_over_sequences_of_many_lengths(
     heads: int, kv_heads: int, size: int, rotates: bool, window: int | None, softcap: float | None
 ) -> None:
-    lengths = (0, 1, 6, 127, 128, 300)
-    rows, scale = len(lengths), size**-0.5
-    caches = [torch.full((2, kv_heads, n + 3, size), math.nan).bfloat16() for n in lengths]
-    for cache, length in zip(caches, lengths, strict=True):
-        cache[:, :, :length] = torch.randn(2, kv_heads, length, size).bfloat16()
-    qkv = torch.randn(rows, heads + 2 * kv_heads, size).bfloat16()
-    rotation = torch.randn(2, rows, 1, size).bfloat16().unbind() if rotates else None
-    table = cache_table([([c.data_ptr()], n, n + 3) for c, n in zip(caches, lengths, strict=True)])
-    before = [cache.double() for cache in caches]
-    got = attend_rows(qkv, heads, rotation, table, 0, window=window, scale=scale, softcap=softcap)
-    for row, length in enumerate(lengths):
-        q, k, v = qkv[row : row + 1].double().split([heads, kv_heads, kv_heads], dim=1)
-        if rotation is not None:
-            by = rotation[0][row : row + 1].double(), rotation[1][row : row + 1].double()
-            rotate(q, by)
-            rotate(k, by)
-        close(caches[row][0, :, length], k[0])
-        close(caches[row][1, :, length], v[0])
-        assert caches[row][:, :, length + 1 :].isnan().all()
-        keys, values = before[row][:, :, : length + 1].unbind()
-        keys[:, length], values[:, length] = caches[row][0, :, length].double(), v[0]
-        exact = attention(q[0], keys, values, scale, window, softcap)
-        close(got[row], exact)
+    runs = ((0, 1), (1, 1), (6, 3), (127, 1), (128, 2), (300, 1))  # tokens cached, and new ones
+    scale = size**-0.5
+    new = sum(n for _, n in runs)
+    slots = 1 + sum(cached + n + 2 for cached, n in runs)
+    kv = torch.full((2, kv_heads, slots, size), math.nan).bfloat16()
+    firsts, rows_of, slot, row = [], [], 1, 0
+    for cached, n in runs:
+        kv[:, :, slot : slot + cached] = torch.randn(2, kv_heads, cached, size).bfloat16()
+        firsts.append(slot)
+        rows_of.append(range(row, row + n))
+        slot, row = slot + cached + n + 2, row + n
+    qkv = torch.randn(new, heads + 2 * kv_heads, size).bfloat16()
+    rope = torch.randn(2, new, 1, size).bfloat16().unbind() if rotates else None
+    first_slots = [first for first, (_, n) in zip(firsts, runs, strict=True) for _ in range(n)]
+    positions = [cached + place for cached, n in runs for place in range(n)]
+    before = kv.double()
+    got = attend_rows(
+        qkv,
+        heads,
+        rope,
+        kv,
+        torch.tensor(first_slots),
+        torch.tensor(positions),
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
+    for first, (cached, n), rows in zip(firsts, runs, rows_of, strict=True):
+        end = cached + n
+        keys, values = before[:, :, first : first + end].unbind()
+        for row, position in zip(rows, range(cached, end), strict=True):
+            q, k, v = qkv[row : row + 1].double().split([heads, kv_heads, kv_heads], dim=1)
+            if rope is not None:
+                by = rope[0][row : row + 1].double(), rope[1][row : row + 1].double()
+                apply_rope(q, by)
+                apply_rope(k, by)
+            close(kv[0, :, first + position], k[0])
+            close(kv[1, :, first + position], v[0])
+            keys[:, position], values[:, position] = kv[0, :, first + position].double(), v[0]
+            seen = slice(0, position + 1)
+            exact = attention(q[0], keys[:, seen], values[:, seen], scale, window, softcap)
+            close(got[row], exact)
+        assert kv[:, :, first + end : first + end + 2].isnan().all()
 
 
 def test_scratch_does_not_follow_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +171,8 @@ def test_scratch_does_not_follow_the_default_dtype(monkeypatch: pytest.MonkeyPat
         feedforward_row(x, w[None], w, None, None, 0)
         s2_rows(x)
         held = weight(2, 1, 4, 8)
-        table = cache_table([([held.data_ptr()], 1, 4)])
-        qkv = weight(1, 3, 8)
-        attend_rows(qkv, 1, None, table, 0, window=None, scale=1.0, softcap=None)
+        qkv, zero = weight(1, 3, 8), torch.zeros(1, dtype=torch.int64)
+        attend_rows(qkv, 1, None, held, zero, zero + 1, window=None, scale=1.0, softcap=None)
     finally:
         torch.set_default_dtype(torch.float32)
     assert len(made) == 5
@@ -189,14 +209,12 @@ def test_a_step_in_bfloat16_gives_what_a_prefill_does(
         decoder = load_model(str(tiny_directory(name)), dtype=dtype).decoder
         cache, rows = decoder.new_cache(24), []
         for start in range(0, 24, at_once):
-            ids = torch.arange(10 + start, 10 + start + at_once)
-            x, batch = decoder.begin(ids, [(cache, at_once)])
-            for index, layer in enumerate(decoder.layers):
-                x = decoder.layer(index, x, batch, layer.ff)
-            cache.advance(at_once)
-            rows.append(decoder.head(decoder.final_hidden(x)))
+            ids = range(10 + start, 10 + start + at_once)
+            view = [layer.ff for layer in decoder.layers]
+            rows += decode_tokens(decoder, [StepTokens(cache=cache, view=view, token_ids=ids)])
         return torch.cat(rows).double()
 
     exact = hidden(torch.float32, 24)
-    steps, prefill = (hidden(torch.bfloat16, n) for n in (1, 24))
+    steps, few, prefill = (hidden(torch.bfloat16, n) for n in (1, 6, 24))
     assert (steps - exact).norm() < 1.5 * (prefill - exact).norm()
+    assert (few - exact).norm() < 1.5 * (prefill - exact).norm()

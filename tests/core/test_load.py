@@ -14,9 +14,9 @@ from transformers import MambaConfig
 
 from griffin_core.errors import BadModelFile, ModelError, ModelNotFound, UnknownFamily
 from griffin_core.model.decoder import Decoder
+from griffin_core.model.families.registry import spec_from_config
 from griffin_core.model.hub import DEFAULT_MODEL, packaged_default, resolve
 from griffin_core.model.load import Model, load_model
-from griffin_core.spec.model import spec_from_config
 
 Capture = pytest.CaptureFixture[str]
 

@@ -19,9 +19,9 @@ from griffin_core.engine.scheduler import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.forward.decode import LayeredStep
+from griffin_core.forward.decode import EagerStep
 from griffin_core.kv.cache import KvCache
-from griffin_core.model.decoder import Decoder
+from griffin_core.kv.pool import KvPool
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
@@ -81,13 +81,13 @@ def turns(model: Model, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> list[
     observer = Counting()
     found: list[Any] = []
     caches: list[KvCache] = []  # of the whole completion, and of the session
-    new_cache = Decoder.new_cache
+    allocate = KvPool.allocate
 
-    def noted(decoder: Decoder, capacity: int) -> KvCache:
-        caches.append(new_cache(decoder, capacity))
+    def noted(pool: KvPool, capacity: int) -> KvCache:
+        caches.append(allocate(pool, capacity))
         return caches[-1]
 
-    monkeypatch.setattr(Decoder, "new_cache", noted)
+    monkeypatch.setattr(KvPool, "allocate", noted)
     with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
         whole = complete(running, stopping_task())[0]
         session_id = None
@@ -106,7 +106,7 @@ def turns(model: Model, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> list[
                     (info.context_tokens, info.generated_tokens, info.pruning.kv_cache_bytes),
                     (kept.cache.tokens, kept.cache.capacity, kept.tokens, kept.in_flight),
                     kept.statistic.tolist(),
-                    caches[1].room(1, 0, kept.cache.tokens).tolist(),
+                    caches[1].slice(1, 0, kept.cache.tokens).tolist(),
                 )
             )
         found.append((observer.steps, observer.chosen))
@@ -156,13 +156,13 @@ def test_no_ban_comes_late(model: Model) -> None:
 def test_steps_are_launched_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the suites above would compare a loop with itself."""
     launches: list[Any] = []
-    launch = LayeredStep.launch
+    launch = EagerStep.launch
 
-    def noted(step: LayeredStep, rows: Any) -> Any:
-        launches.append(rows)
-        return launch(step, rows)
+    def noted(step: EagerStep, sequences: Any, top_logprobs: Any) -> Any:
+        launches.append(sequences)
+        return launch(step, sequences, top_logprobs)
 
-    monkeypatch.setattr(LayeredStep, "launch", noted)
+    monkeypatch.setattr(EagerStep, "launch", noted)
     steps = {}
     for overlap in (False, True):
         with engine(model, own_prefill_tokens=None, overlap=overlap) as running:

@@ -23,6 +23,7 @@ from transformers import (
 
 from griffin_core.backends.cpu.philox import philox
 from griffin_core.backends.cpu.team import Kernel
+from griffin_core.backends.select import backend_for
 from griffin_core.errors import InvalidRequest
 from griffin_core.sampling.logprobs import logprobs_of
 from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
@@ -30,7 +31,7 @@ from griffin_core.sampling.sampler import Sampler
 from tests.reference_sampler import chi_square, probabilities
 
 V = 500
-CPU = torch.device("cpu")
+CPU_BACKEND = backend_for(torch.device("cpu"), torch.float32)
 DRAWS = [2_000, pytest.param(100_000, marks=pytest.mark.slow)]
 ALWAYS = 300.0
 """Added to a logit, it makes a token certain."""
@@ -40,7 +41,7 @@ def sampler_for(
     *requests: SamplingParams, vocabulary: int = V, seen: Sequence[int] = ()
 ) -> Sampler:
     """A sampler with a slot for each."""
-    sampler = Sampler(slots=len(requests), vocabulary=vocabulary, device=CPU)
+    sampler = Sampler(slots=len(requests), vocabulary=vocabulary, backend=CPU_BACKEND)
     for slot, params in enumerate(requests):
         sampler.open(slot, params, seen)
     return sampler
@@ -131,7 +132,7 @@ def made_after_output(
     its own, since it is counted."""
     slots = min(count, 1_000)
     every = list(range(slots))
-    sampler = Sampler(slots=slots, vocabulary=len(logits), device=CPU)
+    sampler = Sampler(slots=slots, vocabulary=len(logits), backend=CPU_BACKEND)
     counts = torch.zeros(len(logits), dtype=torch.int64)
     for first in range(0, count, slots):
         for slot in every:
@@ -413,7 +414,7 @@ def test_a_slot_that_is_opened_again_knows_nothing_of_its_last_request() -> None
 
 
 def test_a_closed_slot_holds_no_memory() -> None:
-    sampler = Sampler(slots=2, vocabulary=V, device=CPU)
+    sampler = Sampler(slots=2, vocabulary=V, backend=CPU_BACKEND)
     before = sampler.nbytes
     sampler.open(1, SamplingParams(presence_penalty=1.0, logit_bias={3: 1.0}), [])
     assert sampler.nbytes == before + 4 * V + 8 + 4
@@ -498,9 +499,10 @@ def test_it_draws_the_same_where_torch_has_other_threads_than_libgomp() -> None:
     code = """
 import torch
 from griffin_core.backends.cpu import team
+from griffin_core.backends.select import backend_for
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
-sampler = Sampler(slots=1, vocabulary=400, device=torch.device("cpu"))
+sampler = Sampler(slots=1, vocabulary=400, backend=backend_for(torch.device("cpu"), torch.float32))
 sampler.open(0, SamplingParams(temperature=0.7, top_p=0.9, seed=3), [])
 logits = torch.randn(8, 400, generator=torch.Generator().manual_seed(1))
 tokens = sampler.sample(logits, torch.zeros(8, dtype=torch.int64), torch.arange(8))
@@ -523,7 +525,7 @@ tokens = sampler.sample(logits, torch.zeros(8, dtype=torch.int64), torch.arange(
 def test_logprobs_are_of_the_models_own_distribution() -> None:
     logits = torch.randn(5, V)
     tokens = torch.tensor([1, 17, 3, -1, 9])
-    made = logprobs_of(logits, torch.tensor([1, 4]), tokens, 3).to_host()
+    made = logprobs_of(logits, torch.tensor([1, 4]), tokens[[1, 4]], 3).to_host()
     for row, (source, top) in enumerate(((1, 3), (4, 0))):
         expected = logits[source].log_softmax(0)
         got = made.read(row, top)

@@ -21,7 +21,7 @@ from griffin_core.engine.sessions import Clock, Reservation, Session, State
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import CapacityExhausted, SessionNotFound
 from griffin_core.kv.budget import Budget
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import Inbox, complete, engine, finish, submit

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from griffin_core.model.decoder import Layer, Norm
-from griffin_core.model.feedforward import FeedForward, Neurons
-from griffin_core.model.linear import Linear, Rows
+from griffin_core.backends.base import Layout
+from griffin_core.backends.select import backend_for
+from griffin_core.model.weights import Layer
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.zeroed import ZeroedFF
 from griffin_core.spec.model import Activation
+from griffin_core.spec.weights import FFWeights, Norm
 
 D, F = 40, 67
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -21,7 +22,8 @@ def random_layer(activation: Activation, *, gated: bool, bias: bool, dtype: torc
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)
 
-    neurons = Neurons(
+    backend = backend_for(torch.device("cpu"), dtype)
+    weights = FFWeights(
         activation=activation,
         w_in=weight(2 if gated else 1, F, D),
         down=weight(F, D),
@@ -29,12 +31,11 @@ def random_layer(activation: Activation, *, gated: bool, bias: bool, dtype: torc
         down_bias=weight(D) if bias else None,
     )
     norm = Norm(kind="rms", eps=1e-5, weight=None)
-    unused = Linear(weight(D, D))
+    unused = backend.pack_linear(weight(D, D))
     return Layer(
         qkv=unused,
         o=unused,
-        neurons=neurons,
-        ff=FeedForward(neurons),
+        ff=backend.pack_ff(weights),
         attention_norm=norm,
         ff_norm=norm,
     )
@@ -45,21 +46,21 @@ def random_layer(activation: Activation, *, gated: bool, bias: bool, dtype: torc
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("k", [1, 33, F])
-@pytest.mark.parametrize(("rows", "tokens"), [("one", 1), ("one", 5), ("many", 1), ("many", 5)])
+@pytest.mark.parametrize(("layout", "tokens"), [("gemv", 1), ("gemv", 5), ("gemm", 1), ("gemm", 5)])
 def test_packed_is_masked(
     activation: Activation,
     gated: bool,
     bias: bool,
     dtype: torch.dtype,
     k: int,
-    rows: Rows,
+    layout: Layout,
     tokens: int,
 ) -> None:
     layer = random_layer(activation, gated=gated, bias=bias, dtype=dtype)
     experts = torch.randperm(F)[:k].sort().values.int()
     x = torch.randn(tokens, D).to(dtype)
-    packed = Packed().build(layer, experts, rows)(x)
-    masked = Masked().build(layer, experts, rows)(x)
+    packed = Packed().build(layer, experts, layout)(x)
+    masked = Masked().build(layer, experts, layout)(x)
     scale = masked.float().abs().max().item()
     torch.testing.assert_close(packed, masked, atol=TOLERANCE[dtype] * scale, rtol=0)
     keep = torch.zeros(F, dtype=torch.bool).index_fill_(0, experts.long(), True)
@@ -75,21 +76,21 @@ def test_packed_is_masked(
 @pytest.mark.parametrize("k", [1, 33, F - 1])
 def test_planned_bytes_are_never_less_than_the_rows_themselves(gated: bool, k: int) -> None:
     layer = random_layer("silu", gated=gated, bias=not gated, dtype=torch.float32)
-    rows = layer.neurons.take(torch.arange(k))
+    rows = layer.ff.weights.gather(torch.arange(k))
     assert Packed().planned_bytes(layer, k) >= rows.nbytes
 
 
 @pytest.mark.parametrize("form", [Packed(), Masked()], ids=["packed", "masked"])
 def test_all_neurons_are_the_dense_block_and_cost_nothing(form: Packed | Masked) -> None:
     layer = random_layer("silu", gated=True, bias=False, dtype=torch.float32)
-    assert form.build(layer, torch.arange(F, dtype=torch.int32), "one") is layer.ff
+    assert form.build(layer, torch.arange(F, dtype=torch.int32), "gemv") is layer.ff
     assert form.planned_bytes(layer, F) == 0
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_row_does_not_depend_on_the_rows_beside_it(gated: bool) -> None:
     layer = random_layer("silu", gated=gated, bias=not gated, dtype=torch.float32)
-    slim = Packed().build(layer, torch.arange(0, F, 2, dtype=torch.int32), "many")
+    slim = Packed().build(layer, torch.arange(0, F, 2, dtype=torch.int32), "gemm")
     x = torch.randn(32, D)
     alone = torch.cat([slim(row[None]) for row in x])
     for rows in (2, 3, 7, 16, 32):
@@ -97,8 +98,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(gated: bool) -> None:
 
 
 def test_magnitude_is_the_row_norm_or_for_gated_ff_the_product_of_row_norms() -> None:
-    plain = random_layer("relu", gated=False, bias=True, dtype=torch.float32).neurons
+    plain = random_layer("relu", gated=False, bias=True, dtype=torch.float32).ff.weights
     torch.testing.assert_close(plain.magnitude(), plain.w_in[0].norm(dim=1))
-    gated = random_layer("silu", gated=True, bias=False, dtype=torch.float32).neurons
+    gated = random_layer("silu", gated=True, bias=False, dtype=torch.float32).ff.weights
     gate, up = gated.w_in
     torch.testing.assert_close(gated.magnitude(), up.norm(dim=1) * gate.norm(dim=1))

@@ -10,6 +10,7 @@ import torch
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
+from griffin_core.slim.blocks import BlockTable
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.views import MOST_UNUSED, SlimView, SlimViews
 
@@ -26,13 +27,15 @@ def experts(first: int, k: int = 44) -> ExpertSet:
 
 def views_of(model: Model, room: float) -> tuple[SlimViews, Budget]:
     """Room for so many views of 44 experts."""
-    size = SlimViews(model.decoder, Packed(), Budget(1)).planned_bytes(44)
+    size = SlimViews(model.decoder, BlockTable(model.decoder), Packed(), Budget(1)).planned_bytes(
+        44
+    )
     budget = Budget(int(room * size))
-    return SlimViews(model.decoder, Packed(), budget), budget
+    return SlimViews(model.decoder, BlockTable(model.decoder), Packed(), budget), budget
 
 
 def built(views: SlimViews, of: ExpertSet) -> SlimView:
-    view = views.acquire(of, "one")
+    view = views.acquire(of, "gemv")
     while not view.ready:
         views.build(0.0)
     return view
@@ -40,7 +43,7 @@ def built(views: SlimViews, of: ExpertSet) -> SlimView:
 
 def test_a_view_is_built_layer_by_layer(model: Model) -> None:
     views, _ = views_of(model, 1)
-    view = views.acquire(experts(0), "one")
+    view = views.acquire(experts(0), "gemv")
     for layers in range(3):
         assert len(view.layers) == layers and not view.ready
         views.build(0.0)
@@ -56,7 +59,7 @@ def test_equal_sets_share_a_view(model: Model) -> None:
 
 def test_a_view_for_one_row_is_another_than_one_for_many(model: Model) -> None:
     views, _ = views_of(model, 2)
-    assert views.acquire(experts(0), "one") is not views.acquire(experts(0), "many")
+    assert views.acquire(experts(0), "gemv") is not views.acquire(experts(0), "gemm")
 
 
 def test_all_neurons_hold_nothing(model: Model) -> None:
@@ -72,11 +75,11 @@ def test_unused_views_stay_until_their_bytes_are_needed_the_longest_unused_first
     first, second = built(views, experts(0)), built(views, experts(1))
     views.release(first)
     views.release(second)
-    assert views.acquire(experts(0), "one") is first  # still there, and in use again
+    assert views.acquire(experts(0), "gemv") is first  # still there, and in use again
     views.release(first)
     built(views, experts(2))  # one must go, and first was used last
     assert len(views) == 2
-    assert views.acquire(experts(0), "one") is first
+    assert views.acquire(experts(0), "gemv") is first
     assert budget.peak <= budget.limit
 
 
@@ -93,12 +96,12 @@ def test_a_view_in_use_never_gives_way(model: Model) -> None:
     views, _ = views_of(model, 1.5)
     built(views, experts(0))
     with pytest.raises(MemoryError, match="session memory"):
-        views.acquire(experts(1), "one")
+        views.acquire(experts(1), "gemv")
 
 
 def test_a_view_that_is_dropped_half_built_is_forgotten(model: Model) -> None:
     views, budget = views_of(model, 1)
-    view = views.acquire(experts(0), "one")
+    view = views.acquire(experts(0), "gemv")
     views.build(0.0)
     views.release(view)
     assert not views.building and len(views) == 0 and budget.held == 0

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
+from griffin_core.backends.select import backend_for
 from griffin_core.model.conversion_cache import cache_directory
 from griffin_core.model.hub import resolve
 from griffin_core.sampling.params import SamplingParams
@@ -122,7 +123,9 @@ def test_sampled_streams_are_transformers_logits_and_text(
     with torch.inference_mode():
         logits = reference.model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
     vocabulary = logits.shape[1]
-    sampler = Sampler(slots=1, vocabulary=vocabulary, device=torch.device("cpu"))
+    sampler = Sampler(
+        slots=1, vocabulary=vocabulary, backend=backend_for(torch.device("cpu"), torch.float32)
+    )
     sampler.open(0, SamplingParams(temperature=1.0, seed=seed), before)
     positions = torch.arange(len(before), len(before) + TOKENS)
     slots = torch.zeros(TOKENS, dtype=torch.int64)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from griffin_core.backends.base import RunFF
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.forward.decode import StepTokens, decode_tokens
@@ -15,7 +16,6 @@ from griffin_core.forward.prefill import LayerActivations, LayerKv, Part, Prompt
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
-from griffin_core.slim.base import SlimFF
 from griffin_core.slim.zeroed import ZeroedLayers
 
 
@@ -59,7 +59,7 @@ def read(
 @torch.inference_mode()
 def logprobs_of(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Output of the last layer [T, D] -> log-probabilities [T, V] of the token after each."""
-    return decoder.head(decoder.final_hidden(hidden)).log_softmax(dim=1)
+    return decoder.logits(hidden).log_softmax(dim=1)
 
 
 def choose(decoder: Decoder, s2: Tensor, selection: Selection) -> Tensor:
@@ -67,7 +67,7 @@ def choose(decoder: Decoder, s2: Tensor, selection: Selection) -> Tensor:
     return select_experts(s2, selection, magnitude=decoder.magnitudes)
 
 
-def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[SlimFF]:
+def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[RunFF]:
     """The FF block of each layer on experts [L, K]. Activations outside are zeroed, which gives
     the results of packed copies without the time to make them."""
     return ZeroedLayers(decoder, ExpertSet(ff_width=decoder.spec.ff_width, indices=experts))
@@ -75,7 +75,7 @@ def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[SlimFF]:
 
 @torch.inference_mode()
 def forced(
-    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[SlimFF]
+    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[RunFF]
 ) -> Tensor:
     """Teacher-forces tokens after those in the cache: log-probabilities [T, V] of the token after
     each. The cache is left as it was."""
@@ -87,13 +87,13 @@ def forced(
 
 @torch.inference_mode()
 def advance(
-    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[SlimFF]
+    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[RunFF]
 ) -> Tensor:
     """Runs tokens on a view without the head, and appends them to the cache: hidden [T, D]."""
     ids = torch.tensor(list(token_ids), device=decoder.device)
-    hidden, batch = decoder.begin(ids, [(cache, len(token_ids))])
+    hidden, attention = decoder.prepare_batch(ids, [(cache, len(token_ids))])
     for layer in range(len(decoder.layers)):
-        hidden = decoder.layer(layer, hidden, batch, view[layer])
+        hidden = decoder.layer(layer, hidden, attention, view[layer])
     cache.advance(len(token_ids))
     return hidden
 
@@ -116,7 +116,8 @@ def generate(
     decoder = model.decoder
     dense = [layer.ff for layer in decoder.layers]
     ends = torch.tensor(sorted(model.eos_ids), dtype=torch.int64, device=decoder.device)
-    caches = [decoder.new_cache(len(prompt) + tokens) for prompt in prompts]
+    pool = decoder.new_pool(sum(len(prompt) + tokens for prompt in prompts))
+    caches = [pool.allocate(len(prompt) + tokens) for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     made: list[list[int]] = [[] for _ in prompts]
     hidden = [

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from griffin_core.backends.base import RunFF
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
-from griffin_core.slim.base import SlimFF
 from griffin_core.slim.packed import Packed
 from griffin_evals.study.estimates import estimate
 from griffin_evals.study.reading import choose, read
@@ -32,11 +32,11 @@ def time_steps(
     decoder = model.decoder
     cache = decoder.new_cache(len(prompt) + steps)
     s2 = read(decoder, prompt, cache).s2
-    views: dict[float, Sequence[SlimFF]] = {1.0: [layer.ff for layer in decoder.layers]}
+    views: dict[float, Sequence[RunFF]] = {1.0: [layer.ff for layer in decoder.layers]}
     for density in densities:
         experts = choose(decoder, s2, Selection(density=density))
         layers = zip(decoder.layers, experts, strict=True)
-        views[density] = [Packed().build(layer, own, "one") for layer, own in layers]
+        views[density] = [Packed().build(layer, own, "gemv") for layer, own in layers]
     took: dict[float, list[float]] = {density: [] for density in views}
     for number in range(rounds + 1):
         for density, view in views.items():
@@ -60,7 +60,7 @@ def time_steps(
 
 
 def _median_step(
-    model: Model, cache: KvCache, view: Sequence[SlimFF], prompt: Sequence[int], steps: int
+    model: Model, cache: KvCache, view: Sequence[RunFF], prompt: Sequence[int], steps: int
 ) -> float:
     """Median seconds of a step, including the choice of its token."""
     took = []

@@ -1,4 +1,4 @@
-"""Attention of one new token of each session over what its own cache holds, all in one call.
+"""Attention of a few new tokens of each sequence over its own slots of the pool, all in one call.
 
 torch's CPU has no attention over many lengths that does not pad them to the longest. All tensors
 are bfloat16 on the CPU and contiguous; scores and sums are float32.
@@ -6,8 +6,6 @@ are bfloat16 on the CPU and contiguous; scores and sums are float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,46 +20,15 @@ from griffin_core.backends.cpu.team import (
     FAST,
     Kernel,
     address,
-    float_bits,
     team_barrier,
     team_rank,
     team_size,
 )
 from griffin_core.backends.cpu.vectors import BLOCK_WIDTH, gather_loop, place, score_loop
+from griffin_core.backends.transfers import float_bits
 
 BLOCK = 128
 """Cached tokens whose scores are held at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheTable:
-    """Where the caches of a step's sessions lie.
-
-    Args:
-        layers: [L, N] int64, the address of each layer of each cache.
-        starts: [N] int64, the position of each new token.
-        capacities: [N] int64, tokens each cache has room for.
-    """
-
-    layers: Tensor
-    starts: Tensor
-    capacities: Tensor
-
-
-def cache_table(caches: Sequence[tuple[Sequence[int], int, int]]) -> CacheTable:
-    """From (addresses of the layers, start, capacity) of each cache.
-
-    Raises:
-        ValueError: a cache is full.
-    """
-    addresses, starts, capacities = zip(*caches, strict=True)
-    if any(start >= capacity for _, start, capacity in caches):
-        raise ValueError(f"a token at each of {starts} does not fit caches of {capacities}")
-    return CacheTable(
-        layers=torch.tensor(addresses).t().contiguous(),
-        starts=torch.tensor(starts),
-        capacities=torch.tensor(capacities),
-    )
 
 
 def _plain_score_loop(size: int, group: int) -> Any:
@@ -105,7 +72,7 @@ def attend_kernel(size: int, group: int) -> Kernel:
 
     @njit(inline="always")
     def rotated(x, cos, sin, i):
-        """Element i of a head after rotation; see ``attention.rotate``."""
+        """Element i of a head after rotation; see ``attention.apply_rope``."""
         other = i + size // 2 if i < size // 2 else i - size // 2
         return widen(x[i]) * widen(cos[i]) + widen(x[other]) * widen(sin[i])
 
@@ -145,8 +112,8 @@ def attend_kernel(size: int, group: int) -> Kernel:
         return weight
 
     def attend(a):
-        addresses, starts = at(a[4], types.int64), at(a[5], types.int64)
-        capacities = at(a[6], types.int64)
+        first_slots, positions = at(a[5], types.int64), at(a[6], types.int64)
+        slots = a[14]
         rows, kv_heads, window, parts = a[8], a[9], a[10], a[11]
         scale, softcap = float_of(types.int32(a[12])), float_of(types.int32(a[13]))
         heads, rotates, head_bytes = group * kv_heads, a[2] != 0, 2 * size
@@ -156,10 +123,10 @@ def attend_kernel(size: int, group: int) -> Kernel:
             cos = at(a[2] + row * head_bytes, types.uint16)
             sin = at(a[3] + row * head_bytes, types.uint16)
             source = a[0] + row * row_bytes + (heads + head) * head_bytes
-            target = addresses[row] + (head * capacities[row] + starts[row]) * head_bytes
+            target = a[4] + (head * slots + first_slots[row] + positions[row]) * head_bytes
             new_key, key = at(source, types.uint16), at(target, types.uint16)
             new_value = at(source + kv_heads * head_bytes, types.uint16)
-            value = at(target + kv_heads * capacities[row] * head_bytes, types.uint16)
+            value = at(target + kv_heads * slots * head_bytes, types.uint16)
             for i in range(size):
                 key[i] = narrow(rotated(new_key, cos, sin, i)) if rotates else new_key[i]
                 value[i] = new_value[i]
@@ -183,10 +150,10 @@ def attend_kernel(size: int, group: int) -> Kernel:
                     q[g * size + position(i)] = x * scale
                     total[g * size + i] = np.float32(0.0)
                 weights[g], largest[g] = np.float32(0.0), np.float32(-1e30)
-            first = max(0, starts[row] + 1 - window) if window > 0 else 0
-            seen = starts[row] + 1 - first
-            keys = addresses[row] + head * capacities[row] * head_bytes
-            values = keys + kv_heads * capacities[row] * head_bytes
+            first = max(0, positions[row] + 1 - window) if window > 0 else 0
+            seen = positions[row] + 1 - first
+            keys = a[4] + (head * slots + first_slots[row]) * head_bytes
+            values = keys + kv_heads * slots * head_bytes
             end = first + seen * (part + 1) // parts
             for block in range(first + seen * part // parts, end, BLOCK):
                 count = min(BLOCK, end - block)
@@ -230,20 +197,26 @@ def attend_kernel(size: int, group: int) -> Kernel:
 def attend_rows(
     qkv: Tensor,
     heads: int,
-    rotation: tuple[Tensor, Tensor] | None,
-    table: CacheTable,
-    layer: int,
+    rope: tuple[Tensor, Tensor] | None,
+    kv: Tensor,
+    first_slots: Tensor,
+    positions: Tensor,
     *,
     window: int | None,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Rotates queries and keys, puts keys and values into the caches, and attends.
+    """Rotates queries and keys, stores keys and values, and lets each row attend over its sequence
+    up to itself.
 
     Args:
         qkv: [N, H + 2 · kv_heads, head_dim].
         heads: H.
-        rotation: factors [N, 1, head_dim] as of ``attention.rotation``; None for no rotation.
+        rope: factors [N, 1, head_dim] as of ``attention.rope_factors``; None for no rotation.
+        kv: [2, kv_heads, slots, head_dim], one layer of the pool.
+        first_slots: [N] int64, the KV slot of the first token of each row's sequence.
+        positions: [N] int64, each row's position in its sequence. The keys and values before it
+            are in the pool, or are those of other rows.
         window: tokens a query sees, itself included; None for no limit.
         scale, softcap: as in ``attention.attend``.
 
@@ -260,15 +233,15 @@ def attend_rows(
         threads * group * (size + BLOCK) + rows * kv_heads * parts * group * (size + 2),
         dtype=torch.float32,
     )
-    cos, sin = rotation or (None, None)
+    cos, sin = rope or (None, None)
     attend_kernel(size, group)(
         qkv.data_ptr(),
         out.data_ptr(),
         address(cos),
         address(sin),
-        table.layers.data_ptr() + 8 * rows * layer,
-        table.starts.data_ptr(),
-        table.capacities.data_ptr(),
+        kv.data_ptr(),
+        first_slots.data_ptr(),
+        positions.data_ptr(),
         scratch.data_ptr(),
         rows,
         kv_heads,
@@ -276,5 +249,6 @@ def attend_rows(
         parts,
         float_bits(scale),
         float_bits(softcap or 0.0),
+        kv.shape[2],
     )
     return out

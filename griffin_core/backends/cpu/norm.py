@@ -7,7 +7,8 @@ from numba import types
 from torch import Tensor
 
 from griffin_core.backends.cpu.bfloat16 import at, float_of, narrow, widen
-from griffin_core.backends.cpu.team import Kernel, float_bits
+from griffin_core.backends.cpu.team import Kernel
+from griffin_core.backends.transfers import float_bits
 
 MAX_VALUES = 1 << 15
 """Up to so many values one thread is as fast as several."""

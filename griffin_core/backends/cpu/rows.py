@@ -16,8 +16,6 @@ from griffin_core.backends.cpu.arithmetic import activate, add, dot, widen_all
 from griffin_core.backends.cpu.bfloat16 import at, narrow, widen
 from griffin_core.backends.cpu.team import Kernel, address, team_barrier, team_rank, team_size
 
-ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-
 
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [1, in], weight [out, in], bias [out] -> x weightᵀ + bias [1, out]."""
@@ -57,8 +55,8 @@ def feedforward_row(
 
     Args:
         x: [1, D].
-        w_in, down, up_bias, down_bias: as in ``Neurons``.
-        activation: of ``ACTIVATION_CODES``.
+        w_in, down, up_bias, down_bias: as in ``FFWeights``.
+        activation: as of ``activations.ACTIVATION_CODES``.
         keep: [F] bool, contiguous: the neurons that are run; None for all. All rows are read
             nevertheless: to leave out every other one takes longer (docs/LOG.md).
 

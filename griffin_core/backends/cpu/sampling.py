@@ -27,7 +27,8 @@ from torch import Tensor
 from griffin_core.backends.cpu.arithmetic import exp
 from griffin_core.backends.cpu.bfloat16 import at, bits_of, float_of
 from griffin_core.backends.cpu.philox import philox
-from griffin_core.backends.cpu.team import FAST, Kernel, address, float_bits, team_rank, team_size
+from griffin_core.backends.cpu.team import FAST, Kernel, address, team_rank, team_size
+from griffin_core.backends.transfers import float_bits
 
 if TYPE_CHECKING:
     from griffin_core.sampling.params import SamplingParams

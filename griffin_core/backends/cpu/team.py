@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Callable
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import llvmlite.binding
@@ -120,9 +119,3 @@ def compile_kernels() -> None:
 def address(tensor: Tensor | None) -> int:
     """Where its first value lies; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-@lru_cache(maxsize=1024)
-def float_bits(value: float) -> int:
-    """A float32 as the int32 of the same bits: how a kernel is passed one."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin_core.backends.cuda.expert_table import ExpertTable
+from griffin_core.backends.cuda.expert_rows import ExpertRows
 
 BLOCK = 4096
 """Wide, because what weighs the rows reads a sum of squares from each."""
@@ -71,8 +71,8 @@ def activate_rows(h: Tensor, code: int, *, gated: bool) -> tuple[Tensor, Tensor]
 @triton.jit
 def _activate_own(
     h,
-    addresses,
-    counts,
+    keep,
+    slim_ids,
     z,
     width,
     CODE: tl.constexpr,
@@ -85,9 +85,8 @@ def _activate_own(
     inside = columns < width
     own = inside
     if HAS_MASK:
-        # The bytes of a set come right after its numbers, four bytes each.
-        at = tl.load(addresses + token) + 4 * tl.load(counts + token)
-        own = tl.load(at.to(tl.pointer_type(tl.uint8)) + columns, mask=inside, other=0) != 0
+        own_keep = keep + tl.load(slim_ids + token) * width
+        own = tl.load(own_keep + columns, mask=inside, other=0) != 0
     row = h + token * width * (2 if GATED else 1) + columns
     y = activate(tl.load(row, mask=own, other=0.0).to(tl.float32), CODE)
     if GATED:
@@ -96,13 +95,13 @@ def _activate_own(
     tl.store(z + token * width + columns, y.to(z.dtype.element_ty), mask=inside)
 
 
-def activate_own(h: Tensor, code: int, table: ExpertTable | None, *, gated: bool) -> Tensor:
+def activate_own(h: Tensor, code: int, sets: ExpertRows | None, *, gated: bool) -> Tensor:
     """Activations of h [N, 2F] or, of a plain FF, [N, F], each row's zeroed outside its own set.
 
     Args:
         h: bfloat16 or float16, contiguous.
         code: of ``ACTIVATION_CODES``.
-        table: whose set each row runs on, of ``IndexSets``; None for all neurons.
+        sets: what each row runs on; None for all neurons.
 
     Returns:
         z [N, F].
@@ -112,13 +111,13 @@ def activate_own(h: Tensor, code: int, table: ExpertTable | None, *, gated: bool
     z = h.new_empty((tokens, width))
     _activate_own[(triton.cdiv(width, ZEROED_BLOCK), tokens)](
         h,
-        None if table is None else table.addresses,
-        None if table is None else table.counts,
+        None if sets is None else sets.keep,
+        None if sets is None else sets.slim_ids,
         z,
         width,
         CODE=code,
         GATED=gated,
-        HAS_MASK=table is not None,
+        HAS_MASK=sets is not None,
         BLOCK=ZEROED_BLOCK,
         num_warps=4,
     )

@@ -1,8 +1,10 @@
-"""Attention of one new token of each session over its own cache, whatever its length.
+"""Attention of a few new tokens of each sequence over its own slots of the KV pool.
 
-Caches are found by their addresses in a table in device memory, so a captured graph runs on
-whatever stands there. A cache's tokens are split among programs; the last of them also rotates the
-new key, uses it, and writes key and value into the cache. Scores and sums are float32.
+Where a sequence lies and how long it is stands in tensors, so a captured graph runs on whatever
+they hold. A row's cached tokens are split among programs. The last of them also takes the new
+tokens of the row's sequence, up to the row's own, from the batch: it normalizes and rotates their
+keys anew, so that no program waits for another, and stores the row's own key and value. Scores and
+sums are float32.
 """
 
 from __future__ import annotations
@@ -14,55 +16,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin_core.backends.cuda.tuning import others_may_begin_and_i_wait, overlap
+from griffin_core.backends.cuda.tuning import TRITON_DTYPES, pdl_options, pdl_wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1e30)
 """Below every score. Infinity less infinity would be no number."""
 MAX_SPLITS = 32
 
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceCaches:
-    """Where the caches of a step's sessions lie, in device memory.
+class SplitPlan:
+    """Number of KV splits, and block size.
 
     Args:
-        addresses: [L, N] int64, of each layer of each cache.
-        starts: [N] int64, the position of each new token.
-        capacities: [N] int64, tokens each cache has room for.
-    """
-
-    addresses: Tensor
-    starts: Tensor
-    capacities: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How the work is cut up.
-
-    Args:
-        splits: programs a cache and key head.
-        block: cached tokens at once.
+        splits: programs for a row and a key head.
+        block: cached tokens that a program reads at once.
     """
 
     splits: int
     block: int
 
 
-def plan(rows: int, heads: int, kv_heads: int, size: int, programs: int) -> Plan:
-    """The one for so many caches. Graphs outlive the lengths they were captured at, so nothing
-    depends on them.
+def split_plan(rows: int, heads: int, kv_heads: int, size: int, programs: int) -> SplitPlan:
+    """The plan for a number of rows. Graphs outlive the lengths they were captured at, so it does
+    not depend on lengths.
 
     Args:
-        programs: how many the device runs at once.
+        size: head_dim.
+        programs: how many programs the device runs at once.
     """
     splits = max(1, min(MAX_SPLITS, programs // (rows * kv_heads)))
     # A block's sums are what registers hold most of.
     block = 8192 // (triton.next_power_of_2(heads // kv_heads) * triton.next_power_of_2(size))
-    return Plan(splits=splits, block=max(4, block))
+    return SplitPlan(splits=splits, block=max(4, block))
 
 
 @triton.jit
@@ -102,7 +88,7 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """q [rows, 1, SIZE], k [1, T, SIZE] -> scores [rows, T, 1]."""
     s = tl.sum(q * k, axis=2, keep_dims=True) * scale
     if HAS_SOFTCAP:
-        s = softcap * (1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * s / softcap) + 1.0))
+        s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2_E) / softcap) + 1.0))
     return s
 
 
@@ -113,9 +99,10 @@ def _attend(
     sin,
     q_norm,
     k_norm,
-    table,
-    starts,
-    capacities,
+    kv,
+    first_slots,
+    cached,
+    positions,
     sums,
     weights,
     largest,
@@ -123,6 +110,7 @@ def _attend(
     scale,
     softcap,
     window,
+    slots,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -138,16 +126,16 @@ def _attend(
     OVERLAPS: tl.constexpr,
 ):
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts + row).to(tl.int32)
-    capacity = tl.load(capacities + row)
-    cache = tl.load(table + row).to(tl.pointer_type(DTYPE))
-    # Of 16 bytes; only what is known to be so is read in pieces of that size.
-    keys = tl.multiple_of(cache, 16) + head * capacity * SIZE
-    values = keys + KV_HEADS * capacity * SIZE
+    start = tl.load(cached + row).to(tl.int32)
+    position = tl.load(positions + row).to(tl.int32)
+    first_slot = tl.load(first_slots + row)
+    keys = kv + (head.to(tl.int64) * slots + first_slot) * SIZE
+    values = keys + KV_HEADS * tl.cast(slots, tl.int64) * SIZE  # slots may be a constant 1
     first = 0
     if HAS_WINDOW:
-        first = tl.maximum(0, start + 1 - window)
-    share = tl.cdiv(tl.cdiv(start - first, SPLITS), BLOCK) * BLOCK
+        first = tl.maximum(0, position + 1 - window)
+    in_pool = tl.maximum(0, start - first)
+    share = tl.cdiv(tl.cdiv(in_pool, SPLITS), BLOCK) * BLOCK
     begin = first + split * share
     end = tl.minimum(begin + share, start)
     d = tl.arange(0, WIDTH)[None, None, :]
@@ -156,14 +144,14 @@ def _attend(
     k_ahead = tl.load(keys + t * SIZE + d, mask=(t < end) & (d < SIZE), other=0.0)
     v_ahead = tl.load(values + t * SIZE + d, mask=(t < end) & (d < SIZE), other=0.0)
 
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     heads: tl.constexpr = KV_HEADS * GROUP
-    own = qkv + row * (heads + 2 * KV_HEADS) * SIZE
-    cos += row * SIZE
-    sin += row * SIZE
+    width: tl.constexpr = (heads + 2 * KV_HEADS) * SIZE
+    own = qkv + row * width
     in_group = (g < GROUP) & (d < SIZE)
     q_at = (head * GROUP + g) * SIZE
-    q = _head(own, cos, sin, q_norm, eps, q_at, d, in_group, SIZE, HAS_NORM, ROTATES)
+    turn = row * SIZE
+    q = _head(own, cos + turn, sin + turn, q_norm, eps, q_at, d, in_group, SIZE, HAS_NORM, ROTATES)
     # Every place of a block keeps sums of its own, weighed against its own largest score, so that
     # nothing passes between threads until the end.
     most = tl.full((ROWS, BLOCK, 1), LEAST, tl.float32)
@@ -191,10 +179,28 @@ def _attend(
         one = tl.zeros((1, 1, 1), tl.int32)
         k_at = (heads + head + one) * SIZE
         inside = d < SIZE
-        k_new = _head(own, cos, sin, k_norm, eps, k_at, d, inside, SIZE, HAS_NORM, ROTATES)
-        k_new = k_new.to(DTYPE)
+        new_tokens = position - start  # before the row's own
+        for ahead in range(tl.maximum(0, first - start), new_tokens):
+            of = row - new_tokens + ahead
+            other = qkv + of * width
+            c_other, s_other = cos + of * SIZE, sin + of * SIZE
+            k_other = _head(
+                other, c_other, s_other, k_norm, eps, k_at, d, inside, SIZE, HAS_NORM, ROTATES
+            ).to(DTYPE)
+            v_at = (heads + KV_HEADS + head) * SIZE + d
+            v_other = tl.load(other + v_at, mask=inside, other=0.0).to(tl.float32)
+            score = _scores(q, k_other.to(tl.float32), scale, softcap, HAS_SOFTCAP)
+            above = tl.maximum(highest, score)
+            weight_other = tl.exp2((score - above) * LOG2_E)
+            fade = tl.exp2((highest - above) * LOG2_E)
+            weight = weight * fade + weight_other
+            total = total * fade + weight_other * v_other
+            highest = above
+        k_new = _head(
+            own, cos + turn, sin + turn, k_norm, eps, k_at, d, inside, SIZE, HAS_NORM, ROTATES
+        ).to(DTYPE)
         v_new = tl.load(own + (heads + KV_HEADS + head) * SIZE + d, mask=inside, other=0.0)
-        to = start.to(tl.int64) * SIZE + d
+        to = position.to(tl.int64) * SIZE + d
         tl.store(keys + to, k_new, mask=inside)
         tl.store(values + to, v_new, mask=inside)
         s = _scores(q, k_new.to(tl.float32), scale, softcap, HAS_SOFTCAP)
@@ -225,7 +231,7 @@ def _combine(
     unit = tl.program_id(0)
     d, split = tl.arange(0, WIDTH), tl.arange(0, PADDED)
     there = split < SPLITS
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     most = tl.load(largest + unit * SPLITS + split, mask=there, other=float("-inf"))
     share = tl.exp2((most - tl.max(most, axis=0)) * LOG2_E)
     weight = tl.load(weights + unit * SPLITS + split, mask=there, other=0.0)
@@ -238,42 +244,49 @@ def _combine(
     tl.store(out + unit * SIZE + d, y.to(out.dtype.element_ty), mask=d < SIZE)
 
 
-def attend_caches(
+def attend_rows(
     qkv: Tensor,
     heads: int,
-    rotation: tuple[Tensor, Tensor] | None,
+    rope: tuple[Tensor, Tensor] | None,
     norms: tuple[Tensor, Tensor, float] | None,
-    caches: DeviceCaches,
-    layer: int,
+    kv: Tensor,
+    first_slots: Tensor,
+    cached: Tensor,
+    positions: Tensor,
     *,
     window: int | None,
     scale: float,
     softcap: float | None,
-    how: Plan,
+    plan: SplitPlan,
 ) -> Tensor:
-    """Normalizes and rotates queries and keys, puts keys and values into the caches, and attends.
+    """Normalizes and rotates queries and keys, stores keys and values, and attends over all tokens
+    up to each row's own.
 
     Args:
         qkv: [N, H + 2 · kv_heads, head_dim], bfloat16 or float16, contiguous.
         heads: H.
-        rotation: factors [N, 1, head_dim] as of ``attention.rotation``; None for no rotation.
+        rope: factors [N, 1, head_dim] as of ``attention.rope_factors``; None for no rotation.
         norms: RMSNorm weights [head_dim] float32 of queries and of keys, and eps; or None.
+        kv: [2, kv_heads, slots, head_dim], one layer of the pool, of qkv's dtype.
+        first_slots: [N] int64, the KV slot of the first token of each row's sequence.
+        cached: [N] int64, tokens of the sequence that the pool holds.
+        positions: [N] int64, each row's position in its sequence. The rows before it hold the
+            sequence's tokens from position ``cached`` on.
         window: tokens a query sees, itself included; None for no limit.
         scale, softcap: as in ``attention.attend``.
-        how: the work is cut up.
 
     Returns:
         [N, H · head_dim].
     """
     rows, all_heads, size = qkv.shape
     kv_heads = (all_heads - heads) // 2
-    splits = how.splits
+    splits = plan.splits
     units = rows, heads, splits
     sums = torch.empty((*units, size), dtype=torch.float32, device=qkv.device)
     weights = torch.empty(units, dtype=torch.float32, device=qkv.device)
     largest = torch.empty_like(weights)
     out = torch.empty((rows, heads * size), dtype=qkv.dtype, device=qkv.device)
-    cos, sin = rotation or (qkv, qkv)
+    cos, sin = rope or (qkv, qkv)
     width = triton.next_power_of_2(size)
     _attend[(splits, kv_heads, rows)](
         qkv,
@@ -281,9 +294,10 @@ def attend_caches(
         sin,
         norms[0] if norms else None,
         norms[1] if norms else None,
-        caches.addresses[layer],
-        caches.starts,
-        caches.capacities,
+        kv,
+        first_slots,
+        cached,
+        positions,
         sums,
         weights,
         largest,
@@ -291,19 +305,20 @@ def attend_caches(
         scale,
         softcap or 0.0,
         window or 0,
+        kv.shape[2],
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         SIZE=size,
         ROWS=triton.next_power_of_2(heads // kv_heads),
         WIDTH=width,
         SPLITS=splits,
-        BLOCK=how.block,
-        DTYPE=_DTYPES[qkv.dtype],
-        ROTATES=rotation is not None,
+        BLOCK=plan.block,
+        DTYPE=TRITON_DTYPES[qkv.dtype],
+        ROTATES=rope is not None,
         HAS_NORM=norms is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
-        **overlap(),
+        **pdl_options(),
         num_warps=4,
         num_stages=1,
     )
@@ -316,7 +331,7 @@ def attend_caches(
         WIDTH=width,
         SPLITS=splits,
         PADDED=triton.next_power_of_2(splits),
-        **overlap(),
+        **pdl_options(),
         num_warps=2,
     )
     return out

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin_core.backends.cpu.rows import ACTIVATION_CODES
+from griffin_core.backends.activations import ACTIVATION_CODES
 from griffin_core.backends.cuda.activation import activate
-from griffin_core.backends.cuda.expert_table import ExpertTable, room_for_splits
+from griffin_core.backends.cuda.expert_rows import ExpertRows, room_for_splits
 from griffin_core.backends.cuda.rows import neurons_at, split_range, tile
-from griffin_core.backends.cuda.tuning import config, others_may_begin_and_i_wait, overlap, tuned
-from griffin_core.model.feedforward import Neurons
+from griffin_core.backends.cuda.tuning import config, pdl_options, pdl_wait, tuned
+from griffin_core.spec.weights import FFWeights
 
 
 @tuned(
@@ -31,7 +31,8 @@ def _activations(
     x,
     w_in,
     bias,
-    addresses,
+    indices,
+    slim_ids,
     counts,
     z,
     tokens,
@@ -48,16 +49,16 @@ def _activations(
     begin = tl.program_id(0) * NEURONS
     count = tl.load(counts).to(tl.int32)
     if begin >= count:
-        others_may_begin_and_i_wait(OVERLAPS)  # whoever comes behind relies on the order
+        pdl_wait(OVERLAPS)  # later launches rely on the order
         return
     at = begin + tl.arange(0, NEURONS)
     live = at < count
-    experts = tl.load(addresses).to(tl.pointer_type(tl.int32))
+    experts = indices + tl.load(slim_ids) * neurons
     rows = neurons_at(experts, at, count, INDEXED=True)
     up = w_in + neurons.to(tl.int64) * width
     token = tl.arange(0, TOKENS)
     there = token < tokens
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     first = tl.zeros((TOKENS, NEURONS), tl.float32)
     second = tl.zeros((TOKENS, NEURONS), tl.float32)
     for start in range(0, width, BLOCK):
@@ -100,7 +101,8 @@ def _activations(
 def _down(
     z,
     down,
-    addresses,
+    indices,
+    slim_ids,
     counts,
     partial,
     tokens,
@@ -116,11 +118,11 @@ def _down(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     count = tl.load(counts).to(tl.int32)
-    experts = tl.load(addresses).to(tl.pointer_type(tl.int32))
+    experts = indices + tl.load(slim_ids) * neurons
     begin, end = split_range(count, split, SPLITS, NEURONS)
     token = tl.arange(0, TOKENS)
     there = token < tokens
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     total = tl.zeros((TOKENS, BLOCK), tl.float32)
     for start in range(begin, end, NEURONS):
         at = start + tl.arange(0, NEURONS)
@@ -140,46 +142,48 @@ def _down(
     )
 
 
-def activations(x: Tensor, neurons: Neurons, table: ExpertTable) -> Tensor:
+def activations(x: Tensor, weights: FFWeights, sets: ExpertRows) -> Tensor:
     """x [N, D] -> Z [N, F], of which the first K values of a row are those of the experts."""
     tokens, width = x.shape
-    count = neurons.count
+    count = weights.count
     z = x.new_empty((tokens, count))
     _activations[lambda meta: (triton.cdiv(count, meta["NEURONS"]),)](
         x,
-        neurons.w_in,
-        neurons.up_bias,
-        table.addresses,
-        table.counts,
+        weights.w_in,
+        weights.up_bias,
+        sets.indices,
+        sets.slim_ids,
+        sets.counts,
         z,
         tokens,
         width,
         count,
-        CODE=ACTIVATION_CODES[neurons.activation],
-        GATED=neurons.gated,
-        HAS_BIAS=neurons.up_bias is not None,
+        CODE=ACTIVATION_CODES[weights.activation],
+        GATED=weights.gated,
+        HAS_BIAS=weights.up_bias is not None,
         TOKENS=_padded(tokens),
-        **overlap(),
+        **pdl_options(),
     )
     return z
 
 
-def down(z: Tensor, neurons: Neurons, table: ExpertTable) -> tuple[Tensor, int]:
+def down(z: Tensor, weights: FFWeights, sets: ExpertRows) -> tuple[Tensor, int]:
     """Z [N, F] as of ``activations`` -> sums of splits [N, n, D] float32, and how many n there
     are of them."""
-    tokens, width = z.shape[0], neurons.down.shape[1]
+    tokens, width = z.shape[0], weights.down.shape[1]
     partial = room_for_splits(z, width, _down)
     _down[lambda meta: (triton.cdiv(width, meta["BLOCK"]), meta["SPLITS"])](
         z,
-        neurons.down,
-        table.addresses,
-        table.counts,
+        weights.down,
+        sets.indices,
+        sets.slim_ids,
+        sets.counts,
         partial,
         tokens,
         width,
-        neurons.count,
+        weights.count,
         TOKENS=_padded(tokens),
-        **overlap(),
+        **pdl_options(),
     )
     splits: int = _down.best_config.kwargs["SPLITS"]
     return partial, splits

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin_core.backends.cpu.rows import ACTIVATION_CODES
+from griffin_core.backends.activations import ACTIVATION_CODES
 from griffin_core.backends.cuda.activation import activate
-from griffin_core.backends.cuda.expert_table import ExpertTable, room_for_splits
+from griffin_core.backends.cuda.expert_rows import ExpertRows, room_for_splits
 from griffin_core.backends.cuda.rows import neurons_at, split_range, tile
-from griffin_core.backends.cuda.tuning import config, others_may_begin_and_i_wait, overlap, tuned
-from griffin_core.model.feedforward import Neurons
+from griffin_core.backends.cuda.tuning import config, pdl_options, pdl_wait, tuned
+from griffin_core.spec.weights import FFWeights
 
 
 @tuned(
@@ -35,7 +35,8 @@ def _activations(
     w_in,
     bias,
     norm,
-    addresses,
+    indices,
+    slim_ids,
     counts,
     z,
     width,
@@ -52,16 +53,16 @@ def _activations(
 ):
     token = tl.program_id(1)
     count = neurons
-    experts = addresses
+    experts = indices
     if INDEXED:
         count = tl.load(counts + token).to(tl.int32)
-        experts = tl.load(addresses + token).to(tl.pointer_type(tl.int32))
+        experts = indices + tl.load(slim_ids + token) * neurons
     up = w_in + neurons.to(tl.int64) * width
     # Of a set of more than half of the neurons, programs run twice: see the grid.
     stride = tl.num_programs(0) * ROWS
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = neurons_at(experts, at, count, INDEXED)
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     for begin in range(tl.program_id(0) * ROWS, count, stride):
         at = begin + tl.arange(0, ROWS)
         live = at < count
@@ -111,7 +112,8 @@ def _activations(
 def _down(
     z,
     down,
-    addresses,
+    indices,
+    slim_ids,
     counts,
     partial,
     width,
@@ -126,14 +128,14 @@ def _down(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     count = neurons
-    experts = addresses
+    experts = indices
     if INDEXED:
         count = tl.load(counts + token).to(tl.int32)
-        experts = tl.load(addresses + token).to(tl.pointer_type(tl.int32))
+        experts = indices + tl.load(slim_ids + token) * neurons
     begin, end = split_range(count, split, SPLITS, NEURONS)
     at = begin + tl.arange(0, NEURONS)
     ahead = tile(down, neurons_at(experts, at, end, INDEXED), at < end, columns, width)
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     total = tl.zeros((NEURONS, BLOCK), tl.float32)
     for start in range(begin, end, NEURONS):
         at = start + tl.arange(0, NEURONS)
@@ -148,49 +150,51 @@ def _down(
 
 
 def activations(
-    x: Tensor, neurons: Neurons, table: ExpertTable | None, norm: tuple[Tensor, float] | None
+    x: Tensor, weights: FFWeights, sets: ExpertRows | None, norm: tuple[Tensor, float] | None
 ) -> Tensor:
     """x [N, D] -> Z [N, F], of which the first K values of a row are those of its experts."""
     tokens, width = x.shape
-    count = neurons.count
+    count = weights.count
     z = x.new_empty((tokens, count))
-    rows = count if table is None else (count + 1) // 2  # how many a table has is not known
+    rows = count if sets is None else (count + 1) // 2  # how many a set has is not known here
     _activations[lambda meta: (triton.cdiv(rows, meta["ROWS"]), tokens)](
         x,
-        neurons.w_in,
-        neurons.up_bias,
+        weights.w_in,
+        weights.up_bias,
         norm[0] if norm else None,
-        table.addresses if table else None,
-        table.counts if table else None,
+        sets.indices if sets else None,
+        sets.slim_ids if sets else None,
+        sets.counts if sets else None,
         z,
         width,
         count,
         norm[1] if norm else 0.0,
-        CODE=ACTIVATION_CODES[neurons.activation],
-        GATED=neurons.gated,
-        INDEXED=table is not None,
+        CODE=ACTIVATION_CODES[weights.activation],
+        GATED=weights.gated,
+        INDEXED=sets is not None,
         HAS_NORM=norm is not None,
-        HAS_BIAS=neurons.up_bias is not None,
-        **overlap(),
+        HAS_BIAS=weights.up_bias is not None,
+        **pdl_options(),
     )
     return z
 
 
-def down(z: Tensor, neurons: Neurons, table: ExpertTable | None) -> tuple[Tensor, int]:
+def down(z: Tensor, weights: FFWeights, sets: ExpertRows | None) -> tuple[Tensor, int]:
     """Z [N, F] as of ``activations`` -> sums of splits [N, n, D] float32, and how many n there
     are of them."""
-    tokens, width = z.shape[0], neurons.down.shape[1]
+    tokens, width = z.shape[0], weights.down.shape[1]
     partial = room_for_splits(z, width, _down)
     _down[lambda meta: (triton.cdiv(width, meta["BLOCK"]), meta["SPLITS"], tokens)](
         z,
-        neurons.down,
-        table.addresses if table else None,
-        table.counts if table else None,
+        weights.down,
+        sets.indices if sets else None,
+        sets.slim_ids if sets else None,
+        sets.counts if sets else None,
         partial,
         width,
-        neurons.count,
-        INDEXED=table is not None,
-        **overlap(),
+        weights.count,
+        INDEXED=sets is not None,
+        **pdl_options(),
     )
     splits: int = _down.best_config.kwargs["SPLITS"]
     return partial, splits

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from griffin_core.backends.cuda.rows import tile
-from griffin_core.backends.cuda.tuning import config, others_may_begin_and_i_wait, overlap, tuned
+from griffin_core.backends.cuda.tuning import config, pdl_options, pdl_wait, tuned
 
 
 @tuned(
@@ -52,7 +52,7 @@ def _matvec(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < outer
     ahead = tile(weight, rows, live, tl.arange(0, BLOCK), inner)
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     square = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, inner, BLOCK):
@@ -112,7 +112,7 @@ def matvec(
         HAS_NORM=norm is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        **overlap(),
+        **pdl_options(),
     )
     return out
 
@@ -129,7 +129,7 @@ def _rms_norm(
     HAS_RESIDUAL: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -155,7 +155,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         eps,
         BLOCK=block,
         HAS_RESIDUAL=residual is not None,
-        **overlap(),
+        **pdl_options(),
         num_warps=min(16, max(1, block // 512)),
     )
     return out

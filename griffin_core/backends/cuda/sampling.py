@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin_core.backends.cpu.team import float_bits
-from griffin_core.backends.cuda.tuning import others_may_begin_and_i_wait, overlap
+from griffin_core.backends.cuda.tuning import pdl_options, pdl_wait
+from griffin_core.backends.transfers import float_bits
 
 if TYPE_CHECKING:
     from griffin_core.sampling.params import SamplingParams
@@ -154,7 +154,7 @@ class CudaSlots:
         tops, bests = slots.new_empty((rows, splits)), slots.new_empty((rows, splits))
         bottoms = slots.new_empty((rows, splits), dtype=torch.int32)
         tokens = slots.new_empty(rows)
-        options = {"SPLITS": splits, "BLOCK": BLOCK, **overlap()}
+        options = {"SPLITS": splits, "BLOCK": BLOCK, **pdl_options()}
         _shape[rows, splits](
             logits,
             slots,
@@ -311,7 +311,7 @@ def _shape(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     biased, penalized = _number(table, slot, _BIASED), _number(table, slot, _PENALIZED)
@@ -376,7 +376,7 @@ def _count(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     by_count = _number(table, slot, _TOP_K) != 0
@@ -420,7 +420,7 @@ def _race(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     if _number(table, slot, _SAMPLES) != 0:
@@ -500,7 +500,7 @@ def _finish(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    others_may_begin_and_i_wait(OVERLAPS)
+    pdl_wait(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     packed = _top(tops, row, SPLITS)

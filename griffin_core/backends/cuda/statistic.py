@@ -56,7 +56,7 @@ def _add_s2(
 
 
 def add_s2_columns(s2: Tensor, z: Tensor, squares: Tensor, bounds: Tensor) -> None:
-    """See ``experts.statistic.add_s2``.
+    """See ``Backend.add_statistic``.
 
     Args:
         s2: [R, F] float32, each row contiguous.

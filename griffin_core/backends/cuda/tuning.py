@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -28,7 +30,7 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Any:
 
 
 @cache
-def overlap() -> dict[str, Any]:
+def pdl_options() -> dict[str, Any]:
     """Options of a launch: on Hopper and later, that a kernel may begin before the one ahead of it
     has ended (programmatic dependent launch). It then reads weights, and waits before it touches
     what others write; ``OVERLAPS`` tells it so."""
@@ -37,7 +39,7 @@ def overlap() -> dict[str, Any]:
 
 
 @triton.jit
-def others_may_begin_and_i_wait(OVERLAPS: tl.constexpr):
+def pdl_wait(OVERLAPS: tl.constexpr):
     """Lets the next kernel begin, and waits for the end of the one ahead."""
     if OVERLAPS:
         gdc_launch_dependents()
@@ -45,5 +47,5 @@ def others_may_begin_and_i_wait(OVERLAPS: tl.constexpr):
 
 
 def config(warps: int, stages: int, **blocks: int) -> Any:
-    """One of them."""
+    """A Triton autotuning configuration."""
     return triton.Config(blocks, num_warps=warps, num_stages=stages)

@@ -14,8 +14,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from griffin_core.errors import BadModelFile, ModelError
 from griffin_core.model.families.config_fields import shown
+from griffin_core.model.families.registry import FAMILIES, check_family, spec_from_config
 from griffin_core.model.files import CONFIG_NAME, one_line, read_json_object
-from griffin_core.spec.model import FAMILIES, ModelSpec, check_family, spec_from_config
+from griffin_core.spec.model import ModelSpec
 
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
 """Fields of a config.json that say how weights were quantized."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from griffin_core.errors import ModelError
+from griffin_core.model.families.registry import spec_from_config
 from griffin_core.model.gguf.config import config_of
 from griffin_core.model.gguf.file import GgufFile, one_line, part_paths, read_gguf
 from griffin_core.model.gguf.keys import (
@@ -31,7 +32,6 @@ from griffin_core.model.gguf.keys import (
 )
 from griffin_core.model.gguf.tensors import Wanted, check_tensors, converted_state, wanted_tensors
 from griffin_core.model.gguf.tokenizer import end_tokens, tokenizer_of
-from griffin_core.spec.model import spec_from_config
 
 __all__ = ["CONVERTER_VERSION", "Understood", "part_paths", "understand", "write_model"]
 

@@ -12,7 +12,7 @@ from griffin_core.engine.prefill_queue import PrefillBegun, PrefillTask
 from griffin_core.errors import CapacityExhausted
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill
-from griffin_core.kv.cache import kv_bytes
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_server.rpc.messages.prompt_analysis import analyze_task, event_to_pb, started_to_pb
 from griffin_server.rpc.output_queue import LoopBridge

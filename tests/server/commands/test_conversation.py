@@ -101,7 +101,7 @@ def test_a_message_that_the_server_refuses_is_not_kept(tiny_server: Running) -> 
     ],
 )
 def test_an_answer_ends_where_a_token_begins(texts: tuple[str, ...], begins: int | None) -> None:
-    assert conversation._boundary(texts, "Certainly") == begins
+    assert conversation.boundary(texts, "Certainly") == begins
 
 
 def test_the_history_is_in_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:

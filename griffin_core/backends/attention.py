@@ -1,4 +1,4 @@
-"""Attention of new tokens over cached ones, and rotary positions."""
+"""Attention of new tokens over cached ones, and rotary positions, in plain torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from griffin_core.backends.cuda import runs_cuda_kernels
 from griffin_core.spec.rope import RotarySpec
 
-Rotation = tuple[Tensor, Tensor]
-"""Factors of ``rotate`` for some positions, two [N, 1, head_dim]."""
+Rope = tuple[Tensor, Tensor]
+"""Factors of ``apply_rope`` for some positions, two [N, 1, head_dim]: cos, and sin with the sign of
+the half it falls on."""
 
 
-def rotation(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> Rotation:
-    """cos, and sin with the sign of the half it falls on, for positions [N]."""
+def rope_factors(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """The factors for positions [N]."""
     angles = positions[:, None].float() * _frequencies(spec, positions.device)
     cos, sin = angles.cos() * spec.scale, angles.sin() * spec.scale
     return torch.cat((cos, cos), 1)[:, None].to(dtype), torch.cat((-sin, sin), 1)[:, None].to(dtype)
@@ -26,25 +26,20 @@ def rotation(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> Rotatio
 
 @cache
 def _frequencies(spec: RotarySpec, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it serves whoever comes
+    with torch.inference_mode(False):  # also used outside inference mode
         return torch.tensor(spec.inverse_frequencies, device=device)
 
 
-def rotate(x: Tensor, by: Rotation) -> None:
+def apply_rope(x: Tensor, rope: Rope) -> None:
     """Rotates pairs (i, i + head_dim / 2) of x [N, heads, head_dim] in place, in the layout of
     Hugging Face checkpoints."""
-    cos, sin = by
-    if runs_cuda_kernels(x.dtype, x.device):
-        from griffin_core.backends.cuda.rotary import rotate_rows  # noqa: PLC0415  # needs triton
-
-        rotate_rows(x, cos, sin)
-        return
+    cos, sin = rope
     swapped = x.roll(x.shape[-1] // 2, -1).mul_(sin)
     x.mul_(cos).add_(swapped)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visible:
+class AttentionMask:
     """Which cached tokens each new token sees.
 
     Args:
@@ -62,7 +57,9 @@ class Visible:
     shifted: CausalBias | None = None
 
 
-def visible_tokens(start: int, count: int, window: int | None, device: torch.device) -> Visible:
+def attention_mask(
+    start: int, count: int, window: int | None, device: torch.device
+) -> AttentionMask:
     """Causal visibility for ``count`` new tokens at positions start, start + 1, ...
 
     Args:
@@ -71,21 +68,23 @@ def visible_tokens(start: int, count: int, window: int | None, device: torch.dev
     end = start + count
     first = 0 if window is None else max(0, start - window + 1)
     if count == 1:
-        return Visible(first=first, causal=False, mask=None)
+        return AttentionMask(first=first, causal=False, mask=None)
     if start == 0 and (window is None or window >= end):
-        return Visible(first=0, causal=True, mask=None)
+        return AttentionMask(first=0, causal=True, mask=None)
     if device.type == "cuda" and first == 0 and (window is None or window >= end):
-        return Visible(first=0, causal=False, mask=None, shifted=causal_lower_right(count, end))
+        return AttentionMask(
+            first=0, causal=False, mask=None, shifted=causal_lower_right(count, end)
+        )
     queries = torch.arange(start, end, device=device)[:, None]
     keys = torch.arange(first, end, device=device)[None, :]
     mask = keys <= queries
     if window is not None:
         mask &= keys > queries - window
-    return Visible(first=first, causal=False, mask=mask)
+    return AttentionMask(first=first, causal=False, mask=mask)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, softcap: float | None
 ) -> Tensor:
     """Softmax attention with grouped heads.
 
@@ -99,8 +98,8 @@ def attend(
         [T, H * head_dim].
     """
     tokens, heads, head_dim = q.shape
-    if visible.first:
-        k, v = k[:, visible.first :], v[:, visible.first :]
+    if mask.first:
+        k, v = k[:, mask.first :], v[:, mask.first :]
     if softcap is None and tokens == 1:
         # The heads of a group read the same keys, so they pass as one head's rows: with enable_gqa
         # torch's CPU kernel reads them once for each, in bfloat16 four times slower (docs/LOG.md).
@@ -110,25 +109,25 @@ def attend(
     q = q.transpose(0, 1)
     group = heads // k.shape[0]
     # On a GPU only the form without a mask takes grouped heads in a fused kernel.
-    if softcap is not None or (visible.mask is not None and k.is_cuda):
+    if softcap is not None or (mask.mask is not None and k.is_cuda):
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
     if softcap is None:
         out = F.scaled_dot_product_attention(
             q[None],
             k[None],
             v[None],
-            attn_mask=visible.mask if visible.shifted is None else visible.shifted,
-            is_causal=visible.causal,
+            attn_mask=mask.mask if mask.shifted is None else mask.shifted,
+            is_causal=mask.causal,
             scale=scale,
             enable_gqa=k.shape[0] != heads,
         )[0]
     else:  # no fused kernel of torch knows a soft cap
         scores = softcap * torch.tanh((q @ k.transpose(1, 2)) * scale / softcap)
-        mask = visible.mask
-        if visible.causal or visible.shifted is not None:
-            mask = torch.ones(tokens, k.shape[1], dtype=torch.bool, device=q.device)
-            mask = mask.tril(k.shape[1] - tokens)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+        seen = mask.mask
+        if mask.causal or mask.shifted is not None:
+            seen = torch.ones(tokens, k.shape[1], dtype=torch.bool, device=q.device)
+            seen = seen.tril(k.shape[1] - tokens)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
         out = scores.float().softmax(dim=-1).to(v.dtype) @ v
     return out.transpose(0, 1).reshape(tokens, -1)

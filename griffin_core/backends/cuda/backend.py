@@ -1,0 +1,302 @@
+"""The CUDA backend: Triton kernels for bfloat16 and float16, torch for the rest.
+
+All operations of a step may be captured in a CUDA graph: they read lengths, KV slots and slim ids
+from tensors, and wait for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from griffin_core.backends.activations import ACTIVATION_CODES
+from griffin_core.backends.attention import Rope
+from griffin_core.backends.base import (
+    Attention,
+    Backend,
+    FeedForward,
+    Layout,
+    Linear,
+    Moment,
+    SamplerSlots,
+)
+from griffin_core.backends.batch import RowRuns, RowTable
+from griffin_core.backends.cuda.activation import activate_own, activate_rows
+from griffin_core.backends.cuda.attention import attend_rows, split_plan
+from griffin_core.backends.cuda.expert_rows import ExpertRows
+from griffin_core.backends.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
+from griffin_core.backends.cuda.matvec import matvec, rms_norm
+from griffin_core.backends.cuda.rotary import rotate_and_store
+from griffin_core.backends.cuda.sampling import CudaSlots
+from griffin_core.backends.cuda.statistic import add_s2_columns
+from griffin_core.backends.torch import (
+    Run,
+    TorchAttention,
+    TorchBackend,
+    TorchFeedForward,
+    decode_runs,
+    prefill_runs,
+)
+from griffin_core.kv.cache import KvCache
+from griffin_core.kv.pool import KvPool
+from griffin_core.spec.model import ModelSpec
+from griffin_core.spec.weights import FFWeights, Norm
+
+PROGRAMS = 2
+"""Attention programs resident per streaming multiprocessor."""
+
+CHUNK_TOKENS = 4096
+"""Eight prompts of 512 tokens in a pass, which takes an 8B model on an H100 some 105 ms, the
+longest that other sessions then wait."""
+
+MOST_NEW_TOKENS = 8
+"""Most new tokens of a sequence that the decode kernel attends for where a step is not captured;
+torch's attention reads keys once for many."""
+
+
+def cuda_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for a GPU: with kernels for half precision, else plain."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return CudaBackend(device, dtype) if half else PlainCudaBackend(device, dtype)
+
+
+class PlainCudaBackend(TorchBackend):
+    """torch's own operations on a GPU, and the compiled sampler."""
+
+    default_chunk_tokens = CHUNK_TOKENS
+    claims_memory = True
+    overlaps = True
+
+    def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
+        return CudaSlots(slots=slots, vocabulary=vocabulary, device=self.device)
+
+    def prepare_thread(self) -> None:
+        torch.cuda.set_device(self.device)  # kernels run on the current device of the thread
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def moment(self) -> Moment:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def event(self) -> torch.cuda.Event | None:
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+
+class CudaFeedForward(TorchFeedForward):
+    """An FF block whose activations and expert sets have kernels."""
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        code = ACTIVATION_CODES[self.weights.activation]
+        return activate_rows(self.inner(x), code, gated=self.weights.gated)
+
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        if x.shape[0] == 1:
+            return self.private(x, None, norm, residual)
+        return self.on_all(x, None, norm, residual)
+
+    def private(
+        self, x: Tensor, sets: ExpertRows | None, norm: Norm | None, residual: Tensor | None
+    ) -> Tensor:
+        """Each row on a set of its own, or on all neurons, read by index."""
+        if norm is not None and not _is_rms(norm):
+            x, norm = self._backend.norm(x, norm), None
+        return feedforward(x, self.weights, sets, norm=_fused(norm), residual=residual)
+
+    def shared(
+        self, x: Tensor, sets: ExpertRows, norm: Norm | None, residual: Tensor | None
+    ) -> Tensor:
+        """All rows on the set of the first."""
+        if norm is not None:
+            x = self._backend.norm(x, norm)
+        if x.shape[0] <= MAX_SHARED_TOKENS:
+            return feedforward(x, self.weights, sets, residual=residual)
+        parts = x.split(MAX_SHARED_TOKENS)
+        y = torch.cat([feedforward(part, self.weights, sets) for part in parts])
+        return y if residual is None else y.add_(residual)
+
+    def on_all(
+        self, x: Tensor, sets: ExpertRows | None, norm: Norm | None, residual: Tensor | None
+    ) -> Tensor:
+        """All weights read once for all rows, each row's activations zeroed outside its own set:
+        what private sets give, at what dense costs."""
+        if norm is not None:
+            x = self._backend.norm(x, norm)
+        code = ACTIVATION_CODES[self.weights.activation]
+        return self.output(
+            activate_own(self.inner(x), code, sets, gated=self.weights.gated), residual
+        )
+
+
+class PrefillAttention(TorchAttention):
+    """Attention of prompts: one kernel rotates all rows and stores their keys and values.
+
+    Args:
+        places: [N] int64, the KV slot of each row; below 0 for padding.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        spec: ModelSpec,
+        runs: Sequence[Run],
+        ropes: Sequence[Rope],
+        places: Tensor,
+    ) -> None:
+        super().__init__(backend, spec, runs, ropes)
+        self._places = places
+        self._pools = _by_pool(runs)
+
+    def rotate_and_store(self, layer: int, qkv: Tensor, rope: Rope | None) -> None:
+        """See ``TorchAttention``."""
+        for layers, begin, end in self._pools:
+            own = None if rope is None else (rope[0][begin:end], rope[1][begin:end])
+            rotate_and_store(
+                qkv[begin:end], self.spec.heads, own, layers[layer], self._places[begin:end]
+            )
+
+    def keys_and_values(self, layer: int, qkv: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """See ``TorchAttention``."""
+        if run.start:
+            return super().keys_and_values(layer, qkv, run)
+        # The pool holds what stands in these rows.
+        own = qkv[run.begin : run.end, self.spec.heads :].transpose(0, 1)
+        return own[: self.spec.kv_heads], own[self.spec.kv_heads :]
+
+
+class DecodeAttention:
+    """Attention of a step's rows over the pool, in two launches a layer."""
+
+    def __init__(self, backend: CudaBackend, spec: ModelSpec, pool: KvPool, rows: RowTable) -> None:
+        self._backend = backend
+        self._spec = spec
+        self._pool = pool
+        self._rows = rows
+        self._ropes = backend.ropes(spec, rows.positions)
+        self._plan = split_plan(
+            rows.table.shape[1], spec.heads, spec.kv_heads, spec.head_dim, backend.programs
+        )
+
+    def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
+        """See ``base.Attention``."""
+        spec, own, rows = self._spec, self._spec.layers[layer], self._rows
+        norms = None
+        if q_norm is not None and k_norm is not None:
+            assert q_norm.weight is not None and k_norm.weight is not None
+            norms = q_norm.weight, k_norm.weight, q_norm.eps
+        return attend_rows(
+            qkv,
+            spec.heads,
+            None if own.rotary is None else self._ropes[own.rotary],
+            norms,
+            self._pool.layers[layer],
+            rows.kv_slots,
+            rows.cached,
+            rows.positions,
+            window=own.window,
+            scale=spec.query_scale,
+            softcap=spec.attention_softcap,
+            plan=self._plan,
+        )
+
+
+class CudaBackend(PlainCudaBackend):
+    """See ``Backend``."""
+
+    captures = True
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype)
+        properties = torch.cuda.get_device_properties(device)
+        self.programs = PROGRAMS * properties.multi_processor_count
+
+    def pack_ff(self, weights: FFWeights, layout: Layout = "both") -> FeedForward:
+        return CudaFeedForward(self, weights, layout)
+
+    def norm(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
+        if _is_rms(norm) and x.is_contiguous():
+            assert norm.weight is not None
+            width = x.shape[-1:]
+            flat = None if residual is None else residual.view(-1, *width)
+            return rms_norm(x.view(-1, *width), norm.weight, norm.eps, flat).view(x.shape)
+        return super().norm(x, norm, residual)
+
+    def linear(
+        self, x: Tensor, w: Linear, *, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        assert w.weight is not None
+        # The FF's way out is a transposed view; its kernels read the neurons themselves.
+        if x.shape[0] > 1 or not w.weight.is_contiguous():
+            return super().linear(x, w, norm=norm, residual=residual)
+        if norm is not None and not _is_rms(norm):
+            x, norm = self.norm(x, norm), None
+        return matvec(x, w.weight, w.bias, norm=_fused(norm), residual=residual)
+
+    def prefill_attention(
+        self, spec: ModelSpec, runs: Sequence[tuple[KvCache, int]], positions: Tensor
+    ) -> Attention:
+        found = prefill_runs(runs)
+        spans = [
+            torch.arange(run.start, run.stop, device=self.device).add_(run.first_slot)
+            for run in found
+        ]
+        places = spans[0] if len(spans) == 1 else torch.cat(spans)
+        return PrefillAttention(self, spec, found, self.ropes(spec, positions), places)
+
+    def padded_prefill_attention(
+        self, spec: ModelSpec, pool: KvPool, positions: Tensor, places: Tensor
+    ) -> Attention:
+        """Attention of one prompt from its first token on, with rows that pad it.
+
+        Args:
+            positions: [N] int64, 0 to N - 1.
+            places: [N] int64, the KV slot of each row; below 0 for padding.
+        """
+        rows = positions.shape[0]
+        run = Run(layers=pool.layers, first_slot=0, start=0, begin=0, end=rows)
+        return PrefillAttention(self, spec, [run], self.ropes(spec, positions), places)
+
+    def decode_attention(self, spec: ModelSpec, pool: KvPool, rows: RowTable) -> Attention:
+        if rows.most_new_tokens <= MOST_NEW_TOKENS:
+            return DecodeAttention(self, spec, pool, rows)
+        return PrefillAttention(
+            self,
+            spec,
+            decode_runs(pool, rows),
+            self.ropes(spec, rows.positions),
+            rows.kv_slots + rows.positions,
+        )
+
+    def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
+        assert squares is not None
+        add_s2_columns(s2, z, squares, runs.on_device)
+
+
+def _is_rms(norm: Norm) -> bool:
+    return norm.kind == "rms" and norm.weight is not None
+
+
+def _fused(norm: Norm | None) -> tuple[Tensor, float] | None:
+    if norm is None:
+        return None
+    assert norm.weight is not None
+    return norm.weight, norm.eps
+
+
+def _by_pool(runs: Sequence[Run]) -> list[tuple[Sequence[Tensor], int, int]]:
+    """(layers of the pool, first row, end) of each stretch of rows of one pool."""
+    stretches: list[tuple[Sequence[Tensor], int, int]] = []
+    for run in runs:
+        if stretches and stretches[-1][0] is run.layers:
+            stretches[-1] = (run.layers, stretches[-1][1], run.end)
+        else:
+            stretches.append((run.layers, run.begin, run.end))
+    return stretches

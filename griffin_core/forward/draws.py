@@ -1,0 +1,128 @@
+"""Tokens that a device draws, perhaps still at work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from griffin_core.backends.batch import StepSequence
+from griffin_core.backends.transfers import on_device, to_host
+from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A sequence's next token.
+
+    Args:
+        token: its id; -1 if the logits were not finite.
+        logprobs: if they were asked for.
+    """
+
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class DrawLost(Exception):
+    """Tokens were drawn and cannot be read. The sampler has moved on, so the sequences must not be
+    run again; the cause is what went wrong."""
+
+
+class Draws(Protocol):
+    """Tokens that a device draws, of one ``Draw`` or several."""
+
+    @property
+    def logits(self) -> Tensor:
+        """[N, V] float32, one row for each token that was run."""
+        ...
+
+    def wait(self) -> list[Drawn]:
+        """The next token of each sequence; waits for the device."""
+        ...
+
+
+class Draw:
+    """The draw of one batch.
+
+    Args:
+        tokens: [B] int64 on the device, one for each sequence.
+        logits: [N, V] float32, of all rows. What is needed of them is taken now: they may be gone
+            with the next step.
+        last_rows: [B], the row of each sequence whose logits the token was drawn from.
+        top_logprobs: for each sequence as in ``Stepper.launch``.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        last_rows: Sequence[int],
+        top_logprobs: Sequence[int | None],
+    ) -> None:
+        self.logits = logits
+        self._asked = {place: top for place, top in enumerate(top_logprobs) if top is not None}
+        self._logprobs: RowLogprobs | None = None
+        if self._asked:
+            rows = on_device([last_rows[i] for i in self._asked], torch.int64, tokens.device)
+            places = on_device(list(self._asked), torch.int64, tokens.device)
+            most = max(self._asked.values())
+            self._logprobs = logprobs_of(logits, rows, tokens[places], most).to_host()
+        self._tokens = to_host(tokens)
+        self._ready: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
+
+    @staticmethod
+    def of(
+        tokens: Tensor,
+        logits: Tensor,
+        sequences: Sequence[StepSequence],
+        top_logprobs: Sequence[int | None],
+    ) -> Draw:
+        """The draw of sequences whose rows stand in their order.
+
+        Args:
+            tokens: [N] int64 on the device, one for each row.
+
+        Raises:
+            DrawLost: what is needed of it cannot be taken.
+        """
+        last_rows = [end - 1 for end in accumulate(len(each.token_ids) for each in sequences)]
+        try:
+            if len(last_rows) < len(tokens):
+                tokens = tokens[on_device(last_rows, torch.int64, tokens.device)]
+            return Draw(tokens, logits, last_rows, top_logprobs)
+        except Exception as error:
+            raise DrawLost from error
+
+    def wait(self) -> list[Drawn]:
+        """See ``Draws``."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        drawn = [Drawn(token=token) for token in self._tokens.tolist()]
+        if self._logprobs is not None:
+            for index, (place, top) in enumerate(self._asked.items()):
+                logprobs = self._logprobs.read(index, top)
+                drawn[place] = Drawn(token=drawn[place].token, logprobs=logprobs)
+        return drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedDraws:
+    """Several draws, the sequences of one after those of another."""
+
+    parts: Sequence[Draws]
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat([part.logits for part in self.parts])
+
+    def wait(self) -> list[Drawn]:
+        """See ``Draws``."""
+        return [drawn for part in self.parts for drawn in part.wait()]

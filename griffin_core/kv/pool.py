@@ -1,0 +1,180 @@
+"""One memory for the keys and values of all sequences, handed out by the token."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from griffin_core.kv.cache import KvCache
+from griffin_core.spec.model import ModelSpec
+
+NULL_SLOT = 0
+"""The KV slot of rows that pad a step: written by all of them, read by none that matters."""
+
+
+def kv_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the keys and values of that many tokens, in all layers."""
+    return len(spec.layers) * 2 * spec.kv_heads * spec.head_dim * tokens * dtype.itemsize
+
+
+class KvPool:
+    """Room for some tokens in every layer. A *KV slot* is the index of a token in it.
+
+    A sequence has consecutive slots (``KvCache``). Where the free slots are scattered, sequences
+    are moved together, so ``allocate`` finds room whenever there are enough free slots in all.
+    Owned by one thread. On a GPU, moves take their place in the order of the device's work, so
+    steps that were launched before still find the old slots.
+
+    Args:
+        layers: L tensors [2, kv_heads, slots, head_dim], keys, then values, of which slot 0 is the
+            null slot.
+        trim: called with (first slot, end) of slots that were freed, for memory that the system
+            can take back; None keeps it.
+    """
+
+    def __init__(
+        self, layers: Sequence[Tensor], trim: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.layers = layers
+        for layer in layers:
+            layer[:, :, NULL_SLOT].zero_()
+        tokens = layers[0].shape[2] - 1
+        self.tokens = tokens
+        """Number of slots, beside the null slot."""
+        self.token_bytes = sum(layer[:, :, 0].nbytes for layer in layers)
+        self._trim = trim
+        # Weak, so that a pool of one cache goes with it at once, without a collection of cycles.
+        self._caches: WeakSet[KvCache] = WeakSet()
+        self._holes = [(NULL_SLOT + 1, tokens + 1)]  # (first slot, end) of free slots, ascending
+        self.free_tokens = tokens
+        """Slots that belong to no sequence."""
+
+    def allocate(self, capacity: int) -> KvCache:
+        """An empty cache for that many tokens.
+
+        Raises:
+            MemoryError: fewer slots are free.
+        """
+        self._check_free(capacity)
+        first = self._take(capacity)
+        if first is None:
+            self._compact()
+            first = self._take(capacity)
+            assert first is not None
+        cache = KvCache(self, first, capacity)
+        self._caches.add(cache)
+        return cache
+
+    def free(self, cache: KvCache) -> None:
+        """Takes a cache's slots back. Without effect if it has none any more."""
+        if cache in self._caches:
+            self._caches.remove(cache)
+            self._give_back(cache.first_slot, cache.first_slot + cache.capacity)
+            cache.capacity = cache.length = 0
+
+    def resize(self, cache: KvCache, capacity: int) -> None:
+        """Gives a cache room for ``capacity`` tokens in all; it may move.
+
+        Raises:
+            ValueError: it holds more tokens.
+            MemoryError: fewer slots are free.
+        """
+        if capacity < cache.length:
+            raise ValueError(f"{cache.length} tokens do not fit a cache of {capacity}")
+        end, more = cache.first_slot + cache.capacity, capacity - cache.capacity
+        if more <= 0:
+            cache.capacity = capacity
+            self._give_back(end + more, end)
+            return
+        self._check_free(more)
+        if self._take(more, at=end) is None:
+            first = self._take(capacity)
+            if first is None:
+                self._compact(last=cache)
+                self._take(more, at=cache.first_slot + cache.capacity)
+            else:
+                old = cache.first_slot
+                self._move([(cache, first)])
+                self._give_back(old, end)
+        cache.capacity = capacity
+
+    def _check_free(self, tokens: int) -> None:
+        if tokens > self.free_tokens:
+            raise MemoryError(f"KV pool: {tokens} tokens asked for, {self.free_tokens} are free")
+
+    def _take(self, tokens: int, at: int | None = None) -> int | None:
+        """Takes slots from the first hole that is large enough, or from the one that begins at a
+        slot. Returns the first of them, or None if there is no such hole."""
+        holes = self._holes
+        if at is None:
+            index = next((i for i, (a, b) in enumerate(holes) if b - a >= tokens), len(holes))
+        else:
+            index = bisect_left(holes, (at, at))
+        if index == len(holes):
+            return None
+        first, end = holes[index]
+        if (at is not None and first != at) or end - first < tokens:
+            return None
+        holes[index : index + 1] = [(first + tokens, end)] if end - first > tokens else []
+        self.free_tokens -= tokens
+        return first
+
+    def _give_back(self, first: int, end: int) -> None:
+        if first == end:
+            return
+        self._trim_slots(first, end)
+        self.free_tokens += end - first
+        holes = self._holes
+        index = bisect_left(holes, (first, end))
+        if index < len(holes) and holes[index][0] == end:
+            end = holes.pop(index)[1]
+        if index and holes[index - 1][1] == first:
+            index -= 1
+            first = holes.pop(index)[0]
+        holes.insert(index, (first, end))
+
+    def _compact(self, last: KvCache | None = None) -> None:
+        """Moves all caches to the front, ``last`` after all others."""
+        moves, end = [], NULL_SLOT + 1
+        others = [cache for cache in self._caches if cache is not last]
+        for cache in sorted(others, key=lambda each: each.first_slot):
+            moves.append((cache, end))
+            end += cache.capacity
+        self._move(moves, None if last is None else (last, end))
+        end += 0 if last is None else last.capacity
+        self._holes = [(end, self.tokens + 1)] if end <= self.tokens else []
+        self._trim_slots(end, self.tokens + 1)
+
+    def _move(
+        self, moves: Sequence[tuple[KvCache, int]], last: tuple[KvCache, int] | None = None
+    ) -> None:
+        """Moves caches to other first slots, in order, with a copy of one layer of one cache as the
+        most that is held beside the pool.
+
+        Args:
+            moves: none may overwrite a cache whose move comes later, but its own old slots.
+            last: may be overwritten by the others; is written after them.
+        """
+        for layer in self.layers:
+            saved = None if last is None else _slots(layer, last[0], last[0].first_slot).clone()
+            for cache, to in moves:
+                if to != cache.first_slot:
+                    kv = _slots(layer, cache, cache.first_slot)
+                    apart = abs(to - cache.first_slot) >= cache.capacity
+                    _slots(layer, cache, to).copy_(kv if apart else kv.clone())
+            if saved is not None and last is not None:
+                _slots(layer, *last).copy_(saved)
+        for cache, to in [*moves, *([] if last is None else [last])]:
+            cache.first_slot = to
+
+    def _trim_slots(self, first: int, end: int) -> None:
+        if self._trim is not None and end > first:
+            self._trim(first, end)
+
+
+def _slots(layer: Tensor, cache: KvCache, first: int) -> Tensor:
+    return layer[:, :, first : first + cache.capacity]
