@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 import pytest
@@ -153,8 +154,8 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def events_of(kind: Any, stub: Stub, **options: Any) -> list[Any]:
-    client = kind("localhost:1")
-    client._stub = stub
+    with patch("griffin.v1.generation_pb2_grpc.GenerationServiceStub", lambda channel: stub):
+        client = kind("localhost:1")
     if kind is GriffinClient:
         return list(client.generate("a", **options))
     return [event async for event in client.generate("a", **options)]

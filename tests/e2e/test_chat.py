@@ -15,7 +15,6 @@ import pytest
 
 from griffin_client import GriffinClient
 from griffin_core.model.load import Model
-from griffin_server.cli import app  # noqa: F401  # defines the commands before one is imported
 from griffin_server.commands.conversation import Conversation, TurnFormat
 from tests.servers import Running, eventually
 

@@ -24,7 +24,7 @@ from griffin_client import (
 from griffin_core.forward.prefill import Prompt
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
-from griffin_server.handoff.shared_memory import DIRECTORY
+from griffin_server.transfer.shared_memory import DIRECTORY
 from tests.e2e.texts import LICENCE, cut
 from tests.servers import Process, Running, eventually, running
 

@@ -22,7 +22,7 @@ from griffin_client import (
     ResourceExhausted,
 )
 from griffin_core.model.load import Model
-from griffin_server.handoff.shared_memory import DIRECTORY
+from griffin_server.transfer.shared_memory import DIRECTORY
 from tests.core.engines import at_baseline
 from tests.servers import SMALL_WINDOW, Process, Running, eventually, running
 
@@ -183,7 +183,7 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
         decode.client() as client,
     ):
         processes = [one, other]
-        servers = decode.app.prefill_servers.servers
+        servers = decode.app.prefill_router.clients
         targets = [server.target for server in servers]
         for _ in range(2):
             made: list[int] = []
@@ -198,11 +198,11 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
             processes[busy].kill()
             thread.join(60)
             assert tuple(made) == expected
-            assert servers[busy].set_aside
+            assert servers[busy].health.ejected
             port = targets[busy].rpartition(":")[2]
             again = Process(*prefill_command(directory), "--port", port)
             processes[busy] = stack.enter_context(again)
             processes[busy].target()
-            eventually(lambda set_aside=servers[busy]: not set_aside.set_aside)
+            eventually(lambda client=servers[busy]: not client.health.ejected)
         eventually(lambda: at_baseline(decode.app.engine))
     assert set(DIRECTORY.glob("griffin-*")) == segments

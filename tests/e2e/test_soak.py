@@ -116,7 +116,7 @@ def test_prefill_servers_killed_every_20_seconds_fail_no_request_and_change_no_t
             model, role="decode", density=0.5, prefill_target=[one.target(), other.target()]
         ) as decode,
     ):
-        servers = decode.app.prefill_servers.servers
+        servers = decode.app.prefill_router.clients
         processes, done, failures = [one, other], Counter(), []
         until = time.monotonic() + 130
 

@@ -24,7 +24,7 @@ from griffin_client import (
     Unavailable,
 )
 from griffin_core.model.load import Model
-from griffin_server.ops.tracing import Tracing
+from griffin_server.telemetry.tracing import Tracing
 from tests.otlp import Receiver, Span
 from tests.servers import Process, running
 
@@ -231,7 +231,7 @@ def test_a_handoff_that_fails_shows_each_server_that_was_tried(
 def test_a_receiver_that_does_not_answer_holds_a_stop_up_only_briefly(
     tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_server.ops.tracing.FLUSH_S", 0.2)
+    monkeypatch.setattr("griffin_server.telemetry.tracing.FLUSH_S", 0.2)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with running(tiny("llama")) as server, server.client() as client:
         client.complete("abc", **SIX)
@@ -243,7 +243,7 @@ OFF = """
 import asyncio, sys
 from griffin_client import AsyncGriffinClient
 from griffin_server.app import App, load
-from griffin_server.ops.settings import Settings
+from griffin_server.settings import Settings
 
 async def main():
     settings = Settings(model=sys.argv[1], port=0)

@@ -22,12 +22,12 @@ from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
 from griffin_client import AsyncGriffinClient, Unavailable
 from griffin_core.model.load import Model
+from griffin_server.address import ListenError
 from griffin_server.listener import GENERATION, Listener
-from griffin_server.ops.address import ListenError
-from griffin_server.ops.reflection import SERVICES, V1
-from griffin_server.ops.settings import Settings
+from griffin_server.rpc.reflection import SERVICES, V1
+from griffin_server.settings import Settings
+from tests.server.telemetry.test_metrics import free_port
 from tests.server.test_address import needs_ipv6
-from tests.server.test_metrics import free_port
 from tests.servers import running
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -272,7 +272,7 @@ def test_reflections_versions_differ_in_their_names_alone() -> None:
 def test_what_listens_first_brings_no_torch() -> None:
     """Or nobody would be answered for seconds."""
     code = (
-        "import sys, griffin_server.cli, griffin_server.serve; "
+        "import sys, griffin_server.commands.serve, griffin_server.lifecycle; "
         "print({'torch', 'transformers', 'numpy', 'numba'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,11 @@ from typing import Annotated
 import typer
 
 from griffin_client import GriffinClient
-from griffin_server.cli import (
+from griffin_server.commands.arguments import json_object
+from griffin_server.commands.calls import call_errors
+from griffin_server.commands.conversation import Conversation
+from griffin_server.commands.failures import err, fail
+from griffin_server.commands.options import (
     AsJson,
     Density,
     MaxTokens,
@@ -24,20 +28,18 @@ from griffin_server.cli import (
     TemplateKwargs,
     TopK,
     TopP,
-    _errors,
-    _fail,
-    _json_object,
-    _show,
-    err,
 )
-from griffin_server.commands.conversation import Conversation
+from griffin_server.commands.show import show
 
 HISTORY_LINES = 1000
 """Most lines that the history file keeps."""
 
 PROMPT = "> "
 
+app = typer.Typer()
 
+
+@app.command()
 def chat(
     target: Target = "localhost:50051",
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
@@ -57,7 +59,7 @@ def chat(
     Ctrl-C during a reply ends the reply. Ctrl-C or Ctrl-D at the prompt, or an empty line, ends the
     program.
     """
-    variables = _json_object("chat-template-kwargs", chat_template_kwargs)
+    variables = json_object("chat-template-kwargs", chat_template_kwargs)
     options = {
         "density": density,
         "policy": policy,
@@ -68,16 +70,16 @@ def chat(
         "min_p": min_p,
         "seed": seed,
     }
-    with GriffinClient(target) as client, _errors():
+    with GriffinClient(target) as client, call_errors():
         if not client.model_info().has_chat_template:
-            _fail("this server's model has no chat template; use `griffin generate --raw`")
+            fail("this server's model has no chat template; use `griffin generate --raw`")
         conversation = Conversation(client, system=system, variables=variables, options=options)
         on_terminal = not as_json and sys.stdin.isatty() and sys.stdout.isatty()
         with closing(conversation), _line_editing(on_terminal):
             while text := _ask(on_terminal):
                 try:
                     with closing(conversation.reply(text)) as events:
-                        _show(events, as_json=as_json)
+                        show(events, as_json=as_json)
                 except KeyboardInterrupt:
                     print(flush=True)
                     err.print("[dim]the reply was ended[/dim]")

@@ -67,7 +67,7 @@ class TurnFormat:
             chat = client.analyze_prompt(
                 messages=[*messages, *pairs], chat_template_kwargs=variables
             )
-            begin = _boundary(chat.texts, ANSWER)
+            begin = boundary(chat.texts, ANSWER)
             if begin is None:
                 return None
             # The end token is in the session already if the model has drawn it.
@@ -99,7 +99,7 @@ class TurnFormat:
         return f"{self.before}{text}{self.after}" if ended_by == self.end_id else None
 
 
-def _boundary(texts: tuple[str, ...], words: str) -> int | None:
+def boundary(texts: tuple[str, ...], words: str) -> int | None:
     """The index of the token that begins where the last occurrence of some words ends; None if none
     begins there."""
     text = "".join(texts)
