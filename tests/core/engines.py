@@ -41,8 +41,10 @@ class Inbox:
 @contextlib.contextmanager
 def engine(model: Model, **options: Any) -> Iterator[Engine]:
     """Runs an engine; whose caller brings it every prompt's prefill, unless told otherwise. By
-    default sessions are private, so that what one makes does not depend on the others."""
-    running = Engine(model, **{"own_prefill_tokens": 0, "sharing": "private", **options})
+    default sessions are private, so that what one makes does not depend on the others, and the
+    engine runs on one thread, however many another engine of this process has left set."""
+    defaults = {"own_prefill_tokens": 0, "sharing": "private", "threads": 1}
+    running = Engine(model, **{**defaults, **options})
     running.start()
     try:
         yield running
