@@ -547,7 +547,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
             [TopKLogitsWarper(50), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
         ),
     ],
-    ids=str,
+    ids=["top_k", "top_p", "min_p", "all"],
 )
 def test_the_references_truncation_is_transformers(
     kept: dict[str, float], warpers: list[object]

@@ -116,7 +116,9 @@ def test_it_sends_no_signals_by_descriptor_either() -> None:
     assert "Operation not permitted" in verdict.reason
 
 
-@pytest.mark.parametrize("signal_target", ["-1", "0", "os.getppid()", str(os.getpid())])
+@pytest.mark.parametrize(
+    "signal_target", ["-1", "0", "os.getppid()", pytest.param(str(os.getpid()), id="its starter")]
+)
 def test_it_sends_no_signals(signal_target: str) -> None:
     verdict = run_program(f"import os; os.kill({signal_target}, 9)")
     assert not verdict.passed

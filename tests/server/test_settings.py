@@ -54,7 +54,7 @@ def test_the_file_may_be_named_by_the_environment(
     assert load_settings([]).density == 0.1
 
 
-@pytest.mark.parametrize("name", Settings.model_fields.keys() - {"config"})
+@pytest.mark.parametrize("name", sorted(Settings.model_fields.keys() - {"config"}))
 def test_every_setting_is_a_flag_and_an_environment_variable_and_a_line_of_the_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

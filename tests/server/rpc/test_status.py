@@ -40,7 +40,7 @@ def subclasses(kind: type) -> set[type]:
 
 REQUEST_ERRORS = [
     kind
-    for kind in subclasses(GriffinError)
+    for kind in sorted(subclasses(GriffinError), key=lambda kind: kind.__name__)
     if kind.__module__ == errors.__name__
     # These end a server's start, never a call.
     and not issubclass(kind, (errors.ModelError, errors.DeviceMemoryExhausted))
@@ -58,7 +58,9 @@ def test_reasons_are_distinct() -> None:
     assert len(set(reasons)) == len(reasons)
 
 
-@pytest.mark.parametrize("code", {code for code, _ in CODES.values()}, ids=lambda code: code.name)
+@pytest.mark.parametrize(
+    "code", dict.fromkeys(code for code, _ in CODES.values()), ids=lambda code: code.name
+)
 def test_every_code_has_an_exception_in_the_client(code: grpc.StatusCode) -> None:
     kind = client_errors.EXCEPTIONS.get(code, client_errors.ServerFault)
     assert (kind is client_errors.ServerFault) == (code is grpc.StatusCode.INTERNAL)
