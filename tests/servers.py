@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from griffin_core.model.load import Model
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.app import App
 from griffin_server.settings import Settings
+from griffin_server.transfer.shared_memory import DIRECTORY
 
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0)]
 """Options of a channel; with them a server notices soon that its client does not read."""
@@ -43,9 +45,10 @@ class Running:
 def running(model: Model, **settings: Any) -> Iterator[Running]:
     """Runs a server with an event loop on another thread; in role decode, one that prefills
     nothing itself. Sessions are private, so that what one makes depends on nothing else; in which
-    form they run is not measured either, since on tiny models that would be chance."""
-    defaults = {"port": 0, "density": 1.0, "sharing": "private", "own_prefill_tokens": 0}
-    app = App(Settings(**{**defaults, **settings}), model)
+    form they run is not measured either, since on tiny models that would be chance. The model runs
+    on one thread, which is the fastest for tiny ones."""
+    defaults = {"port": 0, "threads": 1, "density": 1.0, "sharing": "private"}
+    app = App(Settings(**{**defaults, "own_prefill_tokens": 0, **settings}), model)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -124,6 +127,12 @@ class Process:
         self._reader.join()
         assert self._process.stderr is not None
         self._process.stderr.close()
+
+
+def segments(*pids: int) -> set[Path]:
+    """The shared-memory segments that these processes have made; by default those of this one.
+    Other tests may run beside this one, and make segments of their own."""
+    return {path for pid in pids or (os.getpid(),) for path in DIRECTORY.glob(f"griffin-{pid}-*")}
 
 
 def eventually(holds: Callable[[], bool], *, within_s: float = 10) -> None:

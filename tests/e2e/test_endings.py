@@ -24,9 +24,8 @@ from griffin_client import (
 from griffin_core.forward.prefill import Prompt
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
-from griffin_server.transfer.shared_memory import DIRECTORY
 from tests.e2e.texts import LICENCE, cut
-from tests.servers import Process, Running, eventually, running
+from tests.servers import Process, Running, eventually, running, segments
 
 pytestmark = pytest.mark.e2e
 
@@ -114,7 +113,7 @@ def test_a_client_that_cancels_during_decode_leaves_nothing(one_at_a_time: Runni
 @pytest.mark.parametrize("handoff", ["shared_memory", "messages"])
 def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) -> None:
     options = ("--role", "prefill", "--dtype", "float32", "--prefill-chunk-tokens", "64")
-    segments = set(DIRECTORY.glob("griffin-*"))
+    before = segments()
     with Process(*options) as prefill:
         target = prefill.target()
         with (
@@ -151,7 +150,7 @@ def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) 
                 again.target()
                 done = client.complete("a", **FEW)
                 assert done.finished.usage.generated_tokens == 3
-    assert set(DIRECTORY.glob("griffin-*")) == segments
+    assert segments() == before
 
 
 @pytest.mark.timeout(180)
@@ -190,6 +189,7 @@ def test_sigterm_during_8_streams(tokens: int, grace_s: float, finish: bool) -> 
             assert isinstance(end, Unavailable) and end.reason == "SHUTTING_DOWN"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals) -> None:
     """By the server's own doing, since process 1 of a container has nothing else."""
@@ -221,7 +221,6 @@ def test_a_second_signal_ends_what_the_first_lets_run(
 def test_a_server_that_has_shut_down_leaves_no_segments(
     tiny_directory: Callable[[str], Path],
 ) -> None:
-    before = set(DIRECTORY.glob("griffin-*"))
     model = ("--model", str(tiny_directory("llama")), "--dtype", "float32")
     with (
         Process(*model, "--role", "prefill") as prefill,
@@ -232,4 +231,4 @@ def test_a_server_that_has_shut_down_leaves_no_segments(
         for process in (decode, prefill):
             process.terminate()
             assert process.wait() == 0
-    assert set(DIRECTORY.glob("griffin-*")) == before
+    assert segments(decode.pid, prefill.pid) == set()

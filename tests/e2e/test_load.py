@@ -22,9 +22,8 @@ from griffin_client import (
     ResourceExhausted,
 )
 from griffin_core.model.load import Model
-from griffin_server.transfer.shared_memory import DIRECTORY
 from tests.core.engines import at_baseline
-from tests.servers import SMALL_WINDOW, Process, Running, eventually, running
+from tests.servers import SMALL_WINDOW, Process, Running, eventually, running, segments
 
 pytestmark = pytest.mark.e2e
 
@@ -168,7 +167,7 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
     handoff: str, model: Model, tiny_directory: Callable[[str], object]
 ) -> None:
     directory = str(tiny_directory("llama-long"))
-    segments = set(DIRECTORY.glob("griffin-*"))
+    before = segments()
     with (
         running(model, density=0.5) as alone,
         alone.client() as client,
@@ -205,4 +204,4 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
             processes[busy].target()
             eventually(lambda client=servers[busy]: not client.health.ejected)
         eventually(lambda: at_baseline(decode.app.engine))
-    assert set(DIRECTORY.glob("griffin-*")) == segments
+    assert segments() == before

@@ -23,8 +23,8 @@ from griffin_server.transfer import negotiation, shared_memory
 from griffin_server.transfer.base import KvImporter, MemoryNotShared
 from griffin_server.transfer.messages import MessagesImporter
 from griffin_server.transfer.shape import HandoffShape
-from griffin_server.transfer.shared_memory import DIRECTORY, Segment, SegmentPool
-from tests.servers import Running, running
+from griffin_server.transfer.shared_memory import Segment, SegmentPool
+from tests.servers import Running, running, segments
 
 TASK = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
 
@@ -32,7 +32,7 @@ TASK = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
 async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
     tiny: Callable[[str], Model], tiny_server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = set(DIRECTORY.glob("griffin-*"))
+    before = segments()
     begun, go_on = threading.Event(), threading.Event()
     create = shared_memory.create_segment
 
@@ -50,7 +50,7 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
         await pull
     go_on.set()
     await source.close()
-    assert set(DIRECTORY.glob("griffin-*")) == before
+    assert segments() == before
 
 
 async def test_a_server_that_does_not_prefill_is_named(tiny: Callable[[str], Model]) -> None:
