@@ -443,11 +443,12 @@ def made_beside(model: Model, others: int, **options: Any) -> list[Made]:
 def test_batch_invariant_private_sessions_make_the_same_to_the_bit_whoever_is_there(
     name: str, bfloat16: Callable[[str], Model]
 ) -> None:
-    """In bfloat16, where one row and several have other kernels; with all log-probabilities."""
+    """In bfloat16, where one row and several have other kernels, and on two threads, among which
+    sums are divided; with all log-probabilities."""
     model = bfloat16(name)
-    alone = made_alone(model, batch_invariant=True)
+    alone = made_alone(model, batch_invariant=True, threads=2)
     for others in (1, 5, 11):
-        assert made_beside(model, others, batch_invariant=True) == alone, others
+        assert made_beside(model, others, batch_invariant=True, threads=2) == alone, others
 
 
 def test_in_float32_the_tokens_are_the_same_without_it_and_the_bits_with_it(model: Model) -> None:
