@@ -26,7 +26,9 @@ def serve_arguments(section: str) -> list[list[str]]:
 
 @pytest.fixture(autouse=True)
 def model(tiny_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, for which a server compiles no kernels."""
     monkeypatch.setenv("GRIFFIN_MODEL", str(tiny_directory("llama")))
+    monkeypatch.setenv("GRIFFIN_DTYPE", "float32")
 
 
 def test_prefill_and_decode_run_as_separate_processes(tmp_path: Path) -> None:

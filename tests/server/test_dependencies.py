@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import tomllib
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def dependencies() -> list[str]:
     return [line.partition(">")[0] for line in project["optional-dependencies"]["server"]]
 
 
+@functools.cache
 def imported() -> set[str]:
     """Names of all modules that core and server import."""
     names: set[str] = set()

@@ -147,7 +147,7 @@ def test_a_port_that_is_taken_is_one_line(
 
 def test_a_device_without_room_is_one_line(tiny_directory: Callable[[str], Path]) -> None:
     model = str(tiny_directory("llama"))
-    arguments = ("--model", model, "--port", "0", "--memory-fraction", "1e-9")
+    arguments = ("--model", model, "--dtype", "float32", "--port", "0", "--memory-fraction", "1e-9")
     out, err = griffin("serve", *arguments, "--log-level", "warning", status=1)
     assert out == ""
     (line,) = err.strip().splitlines()
