@@ -7,6 +7,14 @@ STAMP := $(VENV)/.installed
 SERVER_STAMP := $(VENV)/.server-installed
 NODE_EXAMPLE := client/examples/node
 
+# Tests run in this many processes. Each takes whole files, in their order, so that what the tests of
+# a file share is made once. WORKERS=0 runs them in one process, which a debugger needs.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --durations=25 --durations-min=1
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Where ARGS chooses among the tests of two runs, one of them may have none, which pytest ends with 5.
+MAY_BE_EMPTY = $(if $(ARGS),|| [ $$? -eq 5 ])
+
 # Generates the stubs of all protos into the directory $(1).
 generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_out=quiet:$(1) \
   --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/griffin/v1/*.proto
@@ -67,16 +75,17 @@ serve: $(SERVER_STAMP)  ## serve the default model on localhost:50051; settings 
 	@$(BIN)/griffin serve $(ARGS)
 
 test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## all tests that need neither minutes nor a GPU
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(SPREAD) $(ARGS)
 
 test-e2e: $(STAMP) $(VENV)/prometheus  ## servers under load, watched, killed and ended, and the README's commands
-	@$(BIN)/python -m pytest -m 'e2e and not slow' $(ARGS)
+	@$(PYTEST) $(SPREAD) -m 'e2e and not slow and not alone' $(ARGS) $(MAY_BE_EMPTY)
+	@$(PYTEST) -m 'e2e and not slow and alone' $(ARGS) $(MAY_BE_EMPTY)
 
 test-slow: $(STAMP) $(VENV)/.gemma3  ## the tests that take minutes
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+	@$(PYTEST) -m gpu $(ARGS)
 
 lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos, and whether made files are fresh
 	@$(BIN)/ruff check .
