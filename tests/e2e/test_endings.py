@@ -24,6 +24,7 @@ from griffin_client import (
 from griffin_core.forward.prefill import Prompt
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
+from tests.e2e.test_load import PROMPT, in_handoff, prefill_command
 from tests.e2e.texts import LICENCE, cut
 from tests.servers import Process, Running, eventually, running, segments
 
@@ -111,13 +112,16 @@ def test_a_client_that_cancels_during_decode_leaves_nothing(one_at_a_time: Runni
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("handoff", ["shared_memory", "messages"])
-def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) -> None:
-    options = ("--role", "prefill", "--dtype", "float32", "--prefill-chunk-tokens", "64")
+def test_a_prefill_server_killed_during_a_handoff(
+    handoff: str, tiny: Callable[[str], Model], tiny_directory: Callable[[str], Path]
+) -> None:
+    model = tiny("llama-long")
+    options = prefill_command(str(tiny_directory("llama-long")))
     before = segments()
     with Process(*options) as prefill:
         target = prefill.target()
         with (
-            running(smollm2, role="decode", prefill_target=target, handoff=handoff) as decode,
+            running(model, role="decode", prefill_target=target, handoff=handoff) as decode,
             decode.client() as client,
         ):
             received: list[Event] = []
@@ -125,17 +129,13 @@ def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) 
 
             def call() -> None:
                 try:
-                    prompt = cut(LICENCE, 2000, smollm2.tokenizer)
-                    received.extend(client.generate(token_ids=prompt, **FEW))
+                    received.extend(client.generate(token_ids=PROMPT, **FEW))
                 except GriffinClientError as error:
                     failure.append(error)
 
             thread = threading.Thread(target=call)
             thread.start()
-            engine = decode.app.engine
-            eventually(
-                lambda: any(h.received[0] > 64 for h in engine.snapshot().result(30).handoffs)
-            )
+            eventually(lambda: in_handoff(decode))
             prefill.kill()
             thread.join(30)
             assert isinstance(failure[0], Unavailable), failure
