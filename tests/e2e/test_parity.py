@@ -127,10 +127,10 @@ def test_two_processes_generate_what_transformers_does(
     "pruning",
     [
         {"density": 0.5},
-        {"density": 0.5, "policy": "sampled"},
         {"density": 0.3, "policy": "topk_sampled"},
-        {"density": 0.5, "policy": "random"},
-        {"density": 0.75, "policy": "magnitude"},
+        pytest.param({"density": 0.5, "policy": "sampled"}, marks=pytest.mark.e2e),
+        pytest.param({"density": 0.5, "policy": "random"}, marks=pytest.mark.e2e),
+        pytest.param({"density": 0.75, "policy": "magnitude"}, marks=pytest.mark.e2e),
     ],
     ids=str,
 )
@@ -182,6 +182,7 @@ def test_scores_are_transformers_log_probabilities(
     assert not scores[1].greedy
 
 
+@pytest.mark.e2e
 def test_a_chat_of_ten_turns_is_ten_calls_with_the_whole_transcript(
     smollm2_server: Running, smollm2: Model
 ) -> None:

@@ -10,7 +10,13 @@ from griffin_evals.divergence import CONTINUATION_TOKENS, PROMPT_TOKENS, diverge
 from tests.e2e.texts import ARTICLE, LICENCE, cut
 
 
-@pytest.mark.parametrize("text", [ARTICLE, LICENCE], ids=["article", "licence"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(ARTICLE, id="article"),
+        pytest.param(LICENCE, id="licence", marks=pytest.mark.e2e),
+    ],
+)
 def test_topk_diverges_less_than_a_third_of_what_magnitude_and_random_do(
     text: str, smollm2: Model
 ) -> None:
