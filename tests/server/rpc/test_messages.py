@@ -30,6 +30,7 @@ from griffin_server.rpc.messages.responses import (
     tokens_to_pb,
 )
 from griffin_server.rpc.messages.sessions import session_to_pb
+from griffin_server.transfer.protocol import NEWEST, OLDEST
 
 FIGURES = events.PruningFigures(
     density=0.5,
