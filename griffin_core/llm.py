@@ -15,14 +15,8 @@ import torch
 from griffin_core.engine.cpu_share import CpuShare
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Event, Failed, Finished, Scored, TokensMade
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.task import (
-    SCORE_MODES,
-    GenerateTask,
-    PruningParams,
-    ScoreTask,
-    check_continuations,
-)
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask, check_continuations
 from griffin_core.errors import CapacityExhausted, EngineFault, EngineStopped, InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.kv.pool import kv_bytes
@@ -34,7 +28,7 @@ from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.bans import Bans
 from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, ScoreMode, Sharing
+from griffin_core.spec.choices import DEFAULT_MODEL, SCORE_MODES, PolicyName, ScoreMode, Sharing
 from griffin_core.text.prompt import (
     Message,
     Prompt,

@@ -20,8 +20,8 @@ from typing import Any, cast
 
 import torch
 
-from griffin_core.engine.expert_groups import STEPS_HELD, kept_where_alike, select_group
-from griffin_core.engine.sessions import Session
+from griffin_core.engine.expert_group import STEPS_HELD, kept_where_alike, select_group
+from griffin_core.engine.session import Session
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens

@@ -22,7 +22,7 @@ from griffin_core.engine.cpu_share import (
     others_cpus,
     threads_beside,
 )
-from griffin_core.engine.observer import Observer
+from griffin_core.engine.ports import Observer
 from griffin_core.model.load import Model
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
@@ -337,7 +337,7 @@ def test_steps_run_on_fewer_threads_once_others_are_busy(
     monkeypatch.setattr(cpu_share, "INTERVAL_S", 0.0)
     monkeypatch.setattr(cpu_share, "MOST_COST", float("inf"))
     counts, share = CountsThreads(), CpuShare(most=2, cpus=2, look=busy_after(12))
-    with engine(tiny("llama"), own_prefill_tokens=None, threads=share, observer=counts) as running:
+    with engine(tiny("llama"), prefill_source=None, threads=share, observer=counts) as running:
         assert running.threads == 2
         complete(running, task(60))
         assert running.threads == 1
@@ -351,7 +351,7 @@ def test_a_number_of_threads_that_is_set_stays(
 ) -> None:
     monkeypatch.setattr(cpu_share, "look", lambda: pytest.fail("looked"))
     counts = CountsThreads()
-    with engine(tiny("llama"), own_prefill_tokens=None, threads=2, observer=counts) as running:
+    with engine(tiny("llama"), prefill_source=None, threads=2, observer=counts) as running:
         complete(running, task(60))
         assert running.threads == 2
     assert set(counts.threads) == {2}

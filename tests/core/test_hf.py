@@ -325,7 +325,7 @@ def test_greedy_tokens_and_scores_are_the_engines_by_every_policy(
 ) -> None:
     model, prompt, continuation = hf(name), IDS[0, :19], IDS[1, :8]
     whole = torch.cat([prompt, continuation])
-    with engine(tiny(name), own_prefill_tokens=None) as running:
+    with engine(tiny(name), prefill_source=None) as running:
         for policy in POLICIES:
             pruning = PruningParams(density=0.5, policy=policy)
             task = GenerateTask(

@@ -12,7 +12,7 @@ import torch
 
 from griffin_core.engine.device_memory import DeviceShare
 from griffin_core.engine.events import Finished
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.model.load import Model, load_model
 from tests.core.engines import complete, engine
@@ -47,7 +47,7 @@ def free() -> int:
 
 def test_an_engine_takes_its_share_at_once_and_gives_it_back(model: Model) -> None:
     before = free()
-    with engine(model, own_prefill_tokens=None, limits=Limits(memory_fraction=0.5)) as running:
+    with engine(model, prefill_source=None, limits=Limits(memory_fraction=0.5)) as running:
         running.ready.result(300)
         size = running.session_bytes
         assert abs(size - before / 2) < LEFTOVER
@@ -62,9 +62,9 @@ def test_an_engine_takes_its_share_at_once_and_gives_it_back(model: Model) -> No
 def test_two_engines_on_one_card_divide_it(model: Model) -> None:
     before = free()
     half = Limits(memory_fraction=0.5)
-    with engine(model, own_prefill_tokens=None, limits=half) as first:
+    with engine(model, prefill_source=None, limits=half) as first:
         first.ready.result(300)
-        with engine(model, own_prefill_tokens=None, limits=half) as second:
+        with engine(model, prefill_source=None, limits=half) as second:
             second.ready.result(300)
             assert abs(second.session_bytes - first.session_bytes / 2) < LEFTOVER
             assert first.session_bytes + second.session_bytes < before
@@ -75,7 +75,7 @@ def test_two_engines_on_one_card_divide_it(model: Model) -> None:
 def test_a_budget_can_be_used_to_its_last_byte(model: Model) -> None:
     """What is claimed is there, in pieces of the size of a layer's KV."""
     limits = Limits(memory_fraction=0.5)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         running.ready.result(300)
         pieces, left = [], running.session_bytes
         while left > 64 * MIB:
