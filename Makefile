@@ -14,7 +14,7 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type protos reference bench bench-served bench-cuda bench-peers eval study clean
+.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type client protos reference bench bench-served bench-cuda bench-peers eval study clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -78,10 +78,11 @@ test-slow: $(STAMP) $(VENV)/.gemma3  ## the tests that take minutes
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos and whether the stubs are fresh
+lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos, and whether made files are fresh
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
+	@$(BIN)/python client/make_sync.py --check
 	@$(BIN)/hadolint deploy/docker/Dockerfile
 	@$(BIN)/buf lint
 	@if git rev-parse --quiet --verify origin/main >/dev/null; then \
@@ -96,6 +97,9 @@ type: $(STAMP)  ## mypy, strict
 
 reference: $(STAMP)  ## write docs/reference/models.md from the tables that loading uses
 	@$(BIN)/python docs/reference/make_models.py
+
+client: $(STAMP)  ## write the synchronous client from the asynchronous one
+	@$(BIN)/python client/make_sync.py
 
 protos: $(STAMP)  ## regenerate the stubs beside the .proto files
 	@PATH=$(CURDIR)/$(BIN):$$PATH $(call generate,protos)

@@ -19,14 +19,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.cuda_shapes import SHAPES
 from benchmarks.report import finish
-from benchmarks.steps import greedy_sampler, step_s
-from griffin_core.backends.base import RunFF
-from griffin_core.backends.cuda.step import CudaStep
-from griffin_core.kv.cache import KvCache
+from benchmarks.steps import step_s, steps_of
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
-from griffin_core.model.families.registry import spec_from_config, weights_from_state
-from griffin_core.slim.indexed import Indexed
+from griffin_core.model.families.registry import spec_from_config
+from griffin_core.model.load import decoder_of
 
 DTYPE = torch.bfloat16
 PROMPT = 2048
@@ -62,8 +59,7 @@ def random_decoder(name: str) -> Decoder:
         for key, meta in module.state_dict().items()
         if key != "lm_head.weight" or not config.tie_word_embeddings
     }
-    spec = spec_from_config(config)
-    return Decoder(spec, weights_from_state(spec, state))
+    return decoder_of(spec_from_config(config), state, torch.device("cuda"))
 
 
 def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, sets: int) -> int:
@@ -76,25 +72,6 @@ def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, se
     neurons_read = min(1.0, density * sets) * spec.ff_width if density < 1 else spec.ff_width
     weights = len(spec.layers) * (heads + of_neuron * neurons_read) + spec.vocabulary * spec.width
     return int(weights * item) + sessions * kv_bytes(spec, DTYPE, context)
-
-
-def random_view(decoder: Decoder, density: float) -> list[RunFF]:
-    if density == 1.0:
-        return [layer.ff for layer in decoder.layers]
-    every, k = decoder.spec.ff_width, int(decoder.spec.ff_width * density)
-    form = Indexed()
-    return [
-        form.build(layer, torch.randperm(every, device="cuda")[:k].sort().values.int(), "gemv")
-        for layer in decoder.layers
-    ]
-
-
-def filled_cache(decoder: Decoder, capacity: int) -> KvCache:
-    cache = decoder.new_cache(capacity)
-    for layer in range(len(decoder.layers)):
-        cache.slice(layer, 0, PROMPT).normal_()
-    cache.advance(PROMPT)
-    return cache
 
 
 @torch.inference_mode()
@@ -153,14 +130,15 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
     if not CONFIG_MAPPING[SHAPES[name][0]](**SHAPES[name][1]).tie_word_embeddings:
         weights += decoder.spec.vocabulary * decoder.spec.width * DTYPE.itemsize
     print(f"\n{name}: weights take {resident / weights:.3f} times their bytes")
+    lengths = [128, 2048] if arguments.long else [128]
+    capacity, batch = PROMPT + max(lengths) + 8, max(arguments.batch)
     clock = time.perf_counter()
-    batch = max(arguments.batch)
-    step = CudaStep(decoder, greedy_sampler(decoder, batch), max_tokens=batch, graphs=True)
+    steps = steps_of(
+        decoder, sessions=batch, tokens=batch * capacity, sets=2 * batch + len(DENSITIES)
+    )
     print(f"graphs captured in {time.perf_counter() - clock:.0f} s")
     found: list[dict[str, Any]] = []
-    lengths = [128, 2048] if arguments.long else [128]
-    capacity = PROMPT + max(lengths) + 8
-    views = {d: random_view(decoder, d) for d in DENSITIES}
+    views = {density: steps.view(density, "gemv") for density in DENSITIES}
     rows: list[tuple[int, float, str, int]] = []
     for batch in arguments.batch:
         for density in DENSITIES:
@@ -169,15 +147,15 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
                 rows.append((batch, density, "private", 128))
             if batch == 1 and arguments.long:
                 rows.append((batch, density, "shared", 2048))
-    caches = [filled_cache(decoder, capacity) for _ in range(max(arguments.batch))]
+    caches = [steps.cache(PROMPT, capacity) for _ in range(batch)]
     dense_s: dict[tuple[int, int], float] = {}
     for batch, density, sharing, tokens in rows:
         own = [
-            random_view(decoder, density) if sharing == "private" else views[density]
+            steps.view(density, "gemv") if sharing == "private" else views[density]
             for _ in range(batch)
         ]
-        step_s(step, caches[:batch], own, context=PROMPT, steps=3)  # warms up
-        seconds = step_s(step, caches[:batch], own, context=PROMPT, steps=tokens)
+        step_s(steps.step, caches[:batch], own, context=PROMPT, steps=3)  # warms up
+        seconds = step_s(steps.step, caches[:batch], own, context=PROMPT, steps=tokens)
         sets = batch if sharing == "private" else 1
         moved = step_bytes(decoder, density, PROMPT + tokens // 2, batch, sets)
         if density == 1.0:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from benchmarks.cuda_decode import DTYPE, PROMPT, SHAPES, copy_bandwidth
 from benchmarks.report import Rounds, finish
 from demo.__main__ import server
-from griffin_client import Finished, GriffinClient, Stopping
+from griffin_client import Finished, GriffinClient
 from griffin_core.model.load import load_model
 from tests.servers import running
 from tests.tiny import byte_tokenizer
@@ -43,8 +43,7 @@ def write_model(where: Path) -> int:
 def first_token_s(client: GriffinClient) -> float:
     """Seconds from the call to its end, of a completion of one token."""
     clock = time.perf_counter()
-    stopping = Stopping(max_tokens=1, ignore_eos=True)
-    *_, last = client.generate(token_ids=range(PROMPT), density=0.5, stopping=stopping)
+    *_, last = client.generate(token_ids=range(PROMPT), density=0.5, max_tokens=1, ignore_eos=True)
     assert isinstance(last, Finished)
     return time.perf_counter() - clock
 

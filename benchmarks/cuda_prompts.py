@@ -26,7 +26,7 @@ from griffin_core.engine.events import Failed, TokensMade
 from griffin_core.engine.limits import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import GPU_CHUNK_TOKENS, MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.forward.prefill import MAX_TOGETHER, Part, Prompt, launch
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="Llama-3-8B")
     parser.add_argument("--prompts", type=workload, action="append", help="16x512, repeatable")
     parser.add_argument("--density", type=float, default=1.0)
-    parser.add_argument("--chunk-tokens", type=int, default=GPU_CHUNK_TOKENS)
+    parser.add_argument("--chunk-tokens", type=int, help="default: the backend's")
     parser.add_argument(
         "--no-graphs", dest="graphs", action="store_false", help="nor for one short prompt"
     )
@@ -192,6 +192,7 @@ def main() -> None:
     rate, bandwidth = product_rate(), copy_bandwidth()
     torch.cuda.empty_cache()
     decoder = random_decoder(arguments.shape)
+    arguments.chunk_tokens = arguments.chunk_tokens or decoder.backend.default_chunk_tokens
     spec, neurons = decoder.spec, decoder.layers[0].ff.weights
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
     weights = len(spec.layers) * spec.width * (heads + (neurons.w_in.shape[0] + 1) * spec.ff_width)

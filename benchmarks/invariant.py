@@ -20,7 +20,7 @@ import uvloop
 from benchmarks.load import prompt
 from benchmarks.processes import serving
 from benchmarks.report import finish
-from griffin_client import AsyncGriffinClient, Stopping, Tokens
+from griffin_client import AsyncGriffinClient, Tokens
 from griffin_core.spec.choices import DEFAULT_MODEL
 
 PROMPT = 64
@@ -37,7 +37,8 @@ async def step_ms(target: str, streams: int, density: float, tokens: int) -> flo
             token_ids=prompt(number, PROMPT),
             density=density,
             sharing="private",
-            stopping=Stopping(max_tokens=tokens, ignore_eos=True),
+            max_tokens=tokens,
+            ignore_eos=True,
         ):
             if isinstance(event, Tokens):
                 moments.append(time.perf_counter())

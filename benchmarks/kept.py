@@ -26,10 +26,10 @@ from benchmarks.random_model import word_tokenizer
 from benchmarks.report import Rounds, finish
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
-from griffin_client import AsyncGriffinClient, GriffinClient, Stopping, Tokens
+from griffin_client import AsyncGriffinClient, GriffinClient, Tokens
 
-ONE = Stopping(max_tokens=1, ignore_eos=True)
-STREAM = Stopping(max_tokens=400, ignore_eos=True)
+ONE = {"max_tokens": 1, "ignore_eos": True}
+STREAM = {"max_tokens": 400, "ignore_eos": True}
 AT_ONCE = 16
 VOCABULARY = 1000
 
@@ -57,7 +57,7 @@ async def keep(target: str, count: int) -> None:
     async def caller(client: AsyncGriffinClient) -> None:
         for number in left:
             await client.complete(
-                token_ids=[number % VOCABULARY], stopping=ONE, keep_session=True, sharing="private"
+                token_ids=[number % VOCABULARY], **ONE, keep_session=True, sharing="private"
             )
 
     async with AsyncGriffinClient(target) as client:
@@ -69,7 +69,7 @@ def one_token(client: GriffinClient) -> float:
     seconds = []
     for number in range(50):
         clock = perf_counter()
-        client.complete(token_ids=[number], stopping=ONE)
+        client.complete(token_ids=[number], **ONE)
         seconds.append(perf_counter() - clock)
     return statistics.median(seconds)
 
@@ -77,13 +77,13 @@ def one_token(client: GriffinClient) -> float:
 def next_turn(client: GriffinClient, session_id: str) -> float:
     """Seconds of a kept session's next turn."""
     clock = perf_counter()
-    client.complete(token_ids=[1], stopping=ONE, session_id=session_id, keep_session=True)
+    client.complete(token_ids=[1], **ONE, session_id=session_id, keep_session=True)
     return perf_counter() - clock
 
 
 def step(client: GriffinClient) -> float:
     """Seconds between two tokens of a stream, the mean."""
-    events = client.generate(token_ids=[1, 2, 3], stopping=STREAM)
+    events = client.generate(token_ids=[1, 2, 3], **STREAM)
     moments = [perf_counter() for event in events if isinstance(event, Tokens)]
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 

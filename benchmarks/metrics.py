@@ -23,7 +23,7 @@ from demo.__main__ import server
 from griffin_core.engine.events import TokensMade
 from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import load_model
-from griffin_server.ops.metrics import Metrics, Request
+from griffin_server.telemetry.metrics import Metrics, Request
 
 METRICS_PORT = 19464
 TOKENS_A_MESSAGE = 4

@@ -29,7 +29,7 @@ import uvloop
 from benchmarks.load import prompt
 from benchmarks.processes import serving
 from benchmarks.report import finish
-from griffin_client import AsyncGriffinClient, Stopping, Tokens
+from griffin_client import AsyncGriffinClient, Tokens
 from griffin_core.engine.openmp import SETTINGS
 
 CPUS = 2
@@ -99,7 +99,8 @@ async def streamed(target: str, streams: int, tokens: int) -> Streamed:
         events = client.generate(
             token_ids=prompt(number, PROMPT),
             density=1.0,
-            stopping=Stopping(max_tokens=tokens, ignore_eos=True),
+            max_tokens=tokens,
+            ignore_eos=True,
         )
         made, until = [], time.perf_counter() + MOST_S
         async with contextlib.aclosing(events):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from griffin_client import AsyncGriffinClient, Sampling, Stopping, Tokens
+from griffin_client import AsyncGriffinClient, Tokens
 
 FIRST_ID, IDS = 5, 30_000
 """Prompts are random ids in [FIRST_ID, IDS), which every model's vocabulary has."""
@@ -110,15 +110,17 @@ async def run(row: Row) -> list[Stream]:
             token_ids=prompts[number],
             density=row.density,
             sharing=row.sharing,  # type: ignore[arg-type]
-            sampling=Sampling(**row.sampling, seed=1000 * row.round + number),
-            stopping=Stopping(max_tokens=row.output_tokens, ignore_eos=True),
+            **row.sampling,
+            seed=1000 * row.round + number,
+            max_tokens=row.output_tokens,
+            ignore_eos=True,
         ):
             if isinstance(event, Tokens) and event.ids:
                 messages.append((time.perf_counter() - begin, len(event.ids)))
         return Stream(messages=messages)
 
     async with AsyncGriffinClient(row.target) as client:
-        await client.model_info(timeout_s=60)  # connects
+        await client.model_info(timeout=60)  # connects
         begin = time.perf_counter()
         return await asyncio.gather(*(stream(client, number) for number in range(row.streams)))
 

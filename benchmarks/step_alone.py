@@ -15,59 +15,24 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.ceiling import step_bytes
 from benchmarks.report import read_bandwidth
-from benchmarks.steps import greedy_sampler, step_s
-from griffin_core.backends.base import RunFF
-from griffin_core.forward.decode import LayeredStep
-from griffin_core.kv.cache import KvCache
-from griffin_core.model.decoder import Decoder
-from griffin_core.model.linear import Rows
+from benchmarks.steps import step_s, steps_of
 from griffin_core.model.load import load_model
-from griffin_core.slim.base import SlimForm
-from griffin_core.slim.packed import Packed
 
 STEPS, ROUNDS = 8, 3
 """Steps of one timing, and timings, of which the median counts."""
 
 
-def context_cache(decoder: Decoder, tokens: int) -> KvCache:
-    """A cache of random keys and values, with room for the steps."""
-    cache = decoder.new_cache(tokens + 2 * STEPS)
-    for layer in range(len(decoder.layers)):
-        cache.slice(layer, 0, tokens).normal_()
-    cache.advance(tokens)
-    return cache
-
-
-def random_set(decoder: Decoder, form: SlimForm, density: float, rows: Rows) -> list[RunFF]:
-    """The view of a random expert set.
-
-    Args:
-        rows: what its products are laid out for; see ``linear.Rows``.
-    """
-    every = decoder.spec.ff_width
-    k = max(1, int(every * density))
-    return [
-        form.build(
-            layer,
-            torch.randperm(every, device=decoder.device)[:k].sort().values.int(),
-            rows,
-        )
-        for layer in decoder.layers
-    ]
-
-
 def replay_s(step: Any, sessions: int, form: str) -> float:
     """Seconds of the graph that the last step of so many sessions ran, replayed on its own."""
-    size = next(size for size in step._inputs if size >= sessions)
+    size = min(size for size, _ in step.graphs if size >= sessions)
     mode = "dense" if form == "dense" else form if sessions > 1 else "private"
-    graph, _ = step._graphs[size, mode]
+    graph, _ = step.graphs[size, mode]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(ROUNDS):
@@ -106,21 +71,20 @@ class Alone:
             decoder = cuda_decode.random_decoder(arguments.shape)
         else:
             decoder = load_model(arguments.model, device=arguments.device).decoder
-        self._step, form = _step_and_form(decoder, arguments.most)
+        most, capacity = arguments.most, self._context + 2 * STEPS
+        self._steps = steps_of(decoder, sessions=most, tokens=most * capacity, sets=most + 1)
         self.about["ceiling_ms"] = {
             f"{density:g}": round(step_bytes(decoder, density, self._context) / rate / 1e6, 2)
             for density in (1.0, self._density)
         }
-        self._caches = [context_cache(decoder, self._context) for _ in range(arguments.most)]
-        self._dense = [layer.ff for layer in decoder.layers]
-        self._private = [
-            random_set(decoder, form, self._density, "gemv") for _ in range(arguments.most)
-        ]
-        self._shared = random_set(decoder, form, self._density, "gemm")
+        self._caches = [self._steps.cache(self._context, capacity) for _ in range(most)]
+        self._dense = self._steps.view(1.0, "gemv")
+        self._private = [self._steps.view(self._density, "gemv") for _ in range(most)]
+        self._shared = self._steps.view(self._density, "gemm")
 
     def measure(self, streams: int) -> dict[str, dict[str, float]]:
         """Milliseconds of a step of so many sessions, by form."""
-        views: dict[str, Sequence[Sequence[RunFF]]] = {
+        views = {
             "dense": [self._dense] * streams,
             "shared": [self._shared if streams > 1 else self._private[0]] * streams,
             "private": self._private[:streams],
@@ -129,7 +93,7 @@ class Alone:
         for form, own in views.items():
             seconds = statistics.median(
                 step_s(
-                    self._step,
+                    self._steps.step,
                     self._caches[:streams],
                     own,
                     context=self._context,
@@ -140,8 +104,8 @@ class Alone:
             found["step_ms"][form] = 1e3 * seconds
             if self._cuda:
                 try:
-                    found["graph_ms"][form] = 1e3 * replay_s(self._step, streams, form)
-                except (KeyError, StopIteration):
+                    found["graph_ms"][form] = 1e3 * replay_s(self._steps.step, streams, form)
+                except (KeyError, ValueError):
                     continue  # a step of this form has no graph
         return found
 
@@ -163,16 +127,6 @@ def main() -> None:
     print(json.dumps(alone.about), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(alone.measure(int(line))), file=answers, flush=True)
-
-
-def _step_and_form(decoder: Decoder, most: int) -> tuple[Any, SlimForm]:
-    sampler = greedy_sampler(decoder, most)
-    if decoder.device.type != "cuda":
-        return LayeredStep(decoder=decoder, sampler=sampler), Packed()
-    from griffin_core.backends.cuda.step import CudaStep  # noqa: PLC0415  # needs triton
-    from griffin_core.slim.indexed import Indexed  # noqa: PLC0415
-
-    return CudaStep(decoder, sampler, max_tokens=most, graphs=True), Indexed()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from griffin_core.backends.base import RunFF
-from griffin_core.forward.decode import Stepper, StepRow
+import torch
+
+from griffin_core.backends.base import Layout
+from griffin_core.backends.batch import StepSequence
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.forward.decode import EagerStep
 from griffin_core.kv.cache import KvCache
+from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
+from griffin_core.slim.base import SlimForm
+from griffin_core.slim.blocks import BlockTable
+from griffin_core.slim.packed import Packed
+from griffin_core.slim.views import WholeView
 
 
 def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
@@ -22,10 +33,80 @@ def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
     return sampler
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """A decode step as the engine has it, with its KV pool and its slim table.
+
+    Args:
+        step: a ``GraphStep`` or an ``EagerStep``.
+        slims: an ``IndexTable`` or a ``BlockTable``.
+        form: how blocks are built; None where the table holds the sets.
+    """
+
+    decoder: Decoder
+    pool: KvPool
+    step: Any
+    slims: Any
+    form: SlimForm | None
+
+    def cache(self, tokens: int, capacity: int) -> KvCache:
+        """A cache of random keys and values."""
+        cache = self.pool.allocate(capacity)
+        for layer in range(len(self.decoder.layers)):
+            cache.slice(layer, 0, tokens).normal_()
+        cache.advance(tokens)
+        return cache
+
+    def view(self, density: float, layout: Layout) -> WholeView:
+        """A view of a random expert set, which keeps its slim id for as long as it lives; at
+        density 1 of all neurons.
+
+        Args:
+            layout: for how many rows at once.
+        """
+        decoder = self.decoder
+        if density == 1.0:
+            return WholeView([layer.ff for layer in decoder.layers])
+        every = decoder.spec.ff_width
+        k = max(1, int(every * density))
+        shape = (len(decoder.layers), every)
+        sets = torch.rand(shape, device=decoder.device).topk(k).indices.sort(dim=1).values.int()
+        blocks = []
+        if self.form is not None:
+            pairs = zip(decoder.layers, sets, strict=True)
+            blocks = [self.form.build(layer, experts, layout) for layer, experts in pairs]
+        view = WholeView(blocks, ExpertSet(ff_width=every, indices=sets))
+        view.slim_id = self.slims.add(view)
+        return view
+
+
+def steps_of(decoder: Decoder, *, sessions: int, tokens: int, sets: int) -> Steps:
+    """What runs a model's steps on its device; on a GPU, graphs that are captured now.
+
+    Args:
+        sessions: most of them in a step.
+        tokens: room in the KV pool.
+        sets: most expert sets at once.
+    """
+    pool, sampler = decoder.new_pool(tokens), greedy_sampler(decoder, sessions)
+    if not decoder.backend.captures:
+        blocks = BlockTable(decoder)
+        eager = EagerStep(decoder=decoder, pool=pool, sampler=sampler, slims=blocks)
+        return Steps(decoder=decoder, pool=pool, step=eager, slims=blocks, form=Packed())
+    from griffin_core.forward.graphs import GraphStep  # noqa: PLC0415  # needs triton
+    from griffin_core.slim.indexed import IndexTable  # noqa: PLC0415
+
+    table = IndexTable(decoder, sets=sets)
+    step = GraphStep(
+        decoder=decoder, pool=pool, sampler=sampler, slims=table, max_sequences=sessions
+    )
+    return Steps(decoder=decoder, pool=pool, step=step, slims=table, form=None)
+
+
 def step_s(
-    step: Stepper,
+    step: Any,
     caches: Sequence[KvCache],
-    views: Sequence[Sequence[RunFF]],
+    views: Sequence[WholeView],
     *,
     context: int,
     steps: int,
@@ -33,16 +114,31 @@ def step_s(
     """Seconds of a step, the mean over ``steps`` after ``context`` tokens, the host's work
     included. Each is launched before the tokens of the last are read, as the engine does on a GPU.
     """
-    rows = [
-        StepRow(cache=cache, view=view, slot=slot)
-        for slot, (cache, view) in enumerate(zip(caches, views, strict=True))
-    ]
+    tops = [None] * len(caches)
+
+    def launch() -> Any:
+        draws = step.launch(
+            [
+                StepSequence(
+                    first_slot=cache.first_slot,
+                    cached=cache.length,
+                    slim_id=view.slim_id,
+                    slot=slot,
+                )
+                for slot, (cache, view) in enumerate(zip(caches, views, strict=True))
+            ],
+            tops,
+        )
+        for cache in caches:
+            cache.advance(1)
+        return draws
+
     for cache in caches:
-        cache.length = context
+        cache.rewind(context)
     clock = time.perf_counter()
-    before = step.launch(rows)
+    before = launch()
     for _ in range(steps - 1):
-        now = step.launch(rows)
+        now = launch()
         before.wait()
         before = now
     before.wait()

@@ -18,7 +18,7 @@ from benchmarks.ceiling import step_ceilings_ms
 from benchmarks.load import engine_moments, prompt, step_s
 from benchmarks.report import Rounds, about, finish, read_bandwidth
 from demo.__main__ import server
-from griffin_client import AsyncGriffinClient, Stopping, Tokens
+from griffin_client import AsyncGriffinClient, Tokens
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL
@@ -37,7 +37,8 @@ async def client_moments(target: str) -> list[list[float]]:
             token_ids=prompt(number, PROMPT),
             density=DENSITY,
             sharing="shared",
-            stopping=Stopping(max_tokens=TOKENS, ignore_eos=True),
+            max_tokens=TOKENS,
+            ignore_eos=True,
         )
         return [
             time.perf_counter()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from griffin_server.cli import app
-from griffin_server.ops.metrics import GrpcCall, Metrics, Request
+from griffin_server.commands import app
+from griffin_server.telemetry.metrics import GrpcCall, Metrics, Request
 
 COUNTS = {
     Metrics: ("stepped", "prefilled", "chose", "handed_over"),

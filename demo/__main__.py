@@ -25,12 +25,11 @@ from griffin_client import (
     GriffinClientError,
     PruningFigures,
     Started,
-    Stopping,
     Tokens,
 )
 
 DENSITIES = (1.0, 0.75, 0.5)
-STOPPING = Stopping(max_tokens=48, stop=["\n\n"])
+STOPPING = {"max_tokens": 48, "stop": ["\n\n"]}
 PROMPT = Path(__file__).parent / "almanac.txt"
 WHY = (
     "The prompt shows sixteen records of the kind that is asked for, so the experts chosen from it "
@@ -93,7 +92,7 @@ def answer(client: GriffinClient, prompt: str, density: float, dense: Run | None
     """Streams an answer to the screen."""
     console.rule(f"density {density:.2f}", align="left")
     text = ""
-    for event in client.generate(prompt, density=density, sharing="private", stopping=STOPPING):
+    for event in client.generate(prompt, density=density, sharing="private", **STOPPING):
         match event:
             case Started():
                 console.print(

@@ -21,7 +21,7 @@ from griffin_client import GriffinClient
 from griffin_core.model.load import Model
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.app import App
-from griffin_server.ops.settings import Settings
+from griffin_server.settings import Settings
 
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0)]
 """Options of a channel; with them a server notices soon that its client does not read."""
@@ -35,7 +35,8 @@ class Running:
     target: str
 
     def client(self) -> GriffinClient:
-        return GriffinClient(self.target)
+        """A client that does not retry: a test sees each error of the server."""
+        return GriffinClient(self.target, max_retries=0)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,16 @@
-"""The Python SDK of Griffin: needs grpcio and protobuf only.
+"""The Python SDK of Griffin: a client for asyncio and one without. It needs grpcio, protobuf and
+googleapis-common-protos only.
 
-from griffin_client import GriffinClient
+    from griffin_client import GriffinClient
 
-with GriffinClient("localhost:50051") as client:
-    for event in client.generate("Once upon a time", density=0.5):
-        ...
+    with GriffinClient("localhost:50051") as client:
+        for text in client.stream_text("Once upon a time", max_tokens=64, density=0.5):
+            print(text, end="", flush=True)
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from griffin_client.aio import AsyncGriffinClient
 from griffin_client.client import GriffinClient
@@ -21,6 +26,7 @@ from griffin_client.errors import (
     ServerFault,
     Unavailable,
 )
+from griffin_client.options import AnalyzeOptions, GenerateOptions, ScoreOptions
 from griffin_client.types import (
     Analysis,
     Completion,
@@ -29,14 +35,14 @@ from griffin_client.types import (
     LayerAnalysis,
     Message,
     ModelInfo,
+    Policy,
     PruningFigures,
-    Sampling,
+    SamplingDefaults,
     Score,
     ScoreMode,
     Session,
     Sharing,
     Started,
-    Stopping,
     Timings,
     TokenLogprob,
     Tokens,
@@ -48,6 +54,7 @@ from griffin_client.types import (
 __all__ = [
     "Aborted",
     "Analysis",
+    "AnalyzeOptions",
     "AsyncGriffinClient",
     "Cancelled",
     "Completion",
@@ -55,6 +62,7 @@ __all__ = [
     "Event",
     "FailedPrecondition",
     "Finished",
+    "GenerateOptions",
     "GriffinClient",
     "GriffinClientError",
     "InvalidArgument",
@@ -62,16 +70,17 @@ __all__ = [
     "Message",
     "ModelInfo",
     "NotFound",
+    "Policy",
     "PruningFigures",
     "ResourceExhausted",
-    "Sampling",
+    "SamplingDefaults",
     "Score",
     "ScoreMode",
+    "ScoreOptions",
     "ServerFault",
     "Session",
     "Sharing",
     "Started",
-    "Stopping",
     "Timings",
     "TokenLogprob",
     "TokenScore",
@@ -79,4 +88,17 @@ __all__ = [
     "TopLogprob",
     "Unavailable",
     "Usage",
+    "__version__",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+
+
+def __getattr__(name: str) -> str:
+    """Reads ``__version__`` when it is asked for: importlib.metadata takes time to import."""
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415
+
+        return version("griffin-serving")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,54 +1,87 @@
-"""The asynchronous client: the synchronous one's methods, awaited."""
+"""The asynchronous client. ``client.py`` is made from this file by ``make client``."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+import asyncio
+import copy
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 import grpc
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
-from griffin_client import convert
-from griffin_client.client import channel_options
+from griffin_client import requests, responses
+from griffin_client.channel import channel_options, target_or_default
 from griffin_client.errors import from_rpc_error
-from griffin_client.tracing import trace_metadata
-from griffin_client.types import (
-    Analysis,
-    Completion,
-    Event,
-    Message,
-    ModelInfo,
-    Policy,
-    Sampling,
-    Score,
-    ScoreMode,
-    Session,
-    Sharing,
-    Stopping,
+from griffin_client.options import (
+    AnalyzeOptions,
+    CallOptions,
+    GenerateOptions,
+    ScoreOptions,
+    check_names,
 )
+from griffin_client.retry import Retries, check_max_retries, check_timeout
+from griffin_client.tracing import trace_metadata
+from griffin_client.types import Analysis, Completion, Event, ModelInfo, Score, Session, Tokens
+
+T = TypeVar("T")
 
 
 class AsyncGriffinClient:
-    """``GriffinClient`` for asyncio; arguments and errors are the same.
+    """Calls a Griffin server in role ``all`` or ``decode``. Safe to share between tasks.
+
+    Every method takes ``timeout``, in seconds, instead of the client's, and raises a
+    ``GriffinClientError`` (see ``griffin_client.errors``) if the call fails. An unknown keyword
+    raises ``TypeError``. ``griffin_client.options`` describes the keywords.
 
     Args:
-        target: host:port, or any other gRPC name.
-        channel: an existing channel to use instead; it is not closed then.
+        target: host:port, or any other name that gRPC understands. Default: the environment
+            variable GRIFFIN_TARGET, else localhost:50051.
+        timeout: seconds for each call, with its retries; None for no limit.
+        max_retries: how often a call is tried again at most if the server cannot be reached, or
+            says when it will have room. A stream is not tried again after its first event.
+        channel: an existing channel to use instead of a new one; ``close`` leaves it open.
+
+    Raises:
+        InvalidArgument: ``timeout`` or ``max_retries`` is not allowed.
     """
 
     def __init__(
-        self, target: str = "localhost:50051", *, channel: grpc.aio.Channel | None = None
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        max_retries: int = 2,
+        channel: grpc.aio.Channel | None = None,
     ) -> None:
+        self.timeout = check_timeout(timeout)
+        self.max_retries = check_max_retries(max_retries)
         self._owns_channel = channel is None
-        self._channel = channel or grpc.aio.insecure_channel(
-            target, options=channel_options(target)
-        )
-        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        if channel is None:
+            target = target_or_default(target)
+            channel = grpc.aio.insecure_channel(target, options=channel_options(target))
+        self._channel = channel
+        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+    def with_options(
+        self, *, timeout: float | None = None, max_retries: int | None = None
+    ) -> AsyncGriffinClient:
+        """A client with other settings on the same connection, which this client still owns.
+
+        Args:
+            timeout, max_retries: as in the constructor; None keeps this client's.
+        """
+        other = copy.copy(self)
+        other._owns_channel = False
+        other.timeout = self.timeout if timeout is None else check_timeout(timeout)
+        if max_retries is not None:
+            other.max_retries = check_max_retries(max_retries)
+        return other
 
     async def close(self) -> None:
-        """Ends all calls and the connection."""
+        """Ends all calls and closes the connection."""
         if self._owns_channel:
             await self._channel.close()
 
@@ -63,180 +96,185 @@ class AsyncGriffinClient:
     ) -> None:
         await self.close()
 
-    async def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Iterable[Message | tuple[str, str]] | None = None,
-        token_ids: Sequence[int] | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        sharing: Sharing | None = None,
-        sampling: Sampling | None = None,
-        stopping: Stopping | None = None,
-        top_logprobs: int | None = None,
-        session_id: str | None = None,
-        keep_session: bool = False,
-        request_id: str | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
+    def generate(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event, None]:
-        """See ``GriffinClient.generate``. Closing the iterator cancels the call."""
-        request = convert.generate_request(
-            prompt,
-            messages=messages,
-            token_ids=token_ids,
-            density=density,
-            policy=policy,
-            sharing=sharing,
-            sampling=sampling or Sampling(),
-            stopping=stopping or Stopping(),
-            top_logprobs=top_logprobs,
-            session_id=session_id,
-            keep_session=keep_session,
-            request_id=request_id,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-            add_special_tokens=add_special_tokens,
-        )
-        call: Any = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
-        try:
-            async for response in call:
-                yield convert.event(response)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        finally:
-            call.cancel()
+        """Streams the events of a completion: Started, then Tokens as they are made, then Finished.
 
-    async def complete(self, prompt: str | None = None, **options: Any) -> Completion:
-        """See ``GriffinClient.complete``."""
-        return convert.completion([item async for item in self.generate(prompt, **options)])
+        The call begins when the first event is asked for. Closing the iterator, or dropping it,
+        cancels the call.
+
+        Args:
+            prompt: a text; or set ``messages`` or ``token_ids`` instead.
+            options: see ``GenerateOptions``.
+        """
+        return self._events("generate", prompt, options)
+
+    def stream_text(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[str, None]:
+        """Streams the text of a completion, in pieces of whole characters, none of them empty.
+
+        Args:
+            prompt, options: as in ``generate``.
+        """
+        return _texts(self._events("stream_text", prompt, options))
+
+    async def complete(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Returns the whole completion at once.
+
+        Args:
+            prompt, options: as in ``generate``.
+        """
+        events = self._events("complete", prompt, options)
+        return responses.completion([event async for event in events])
 
     async def score(
         self,
         context: str | Sequence[int],
         continuation: str | Sequence[int],
-        *,
-        mode: ScoreMode | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        sharing: Sharing | None = None,
-        seed: int | None = None,
-        request_id: str | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> Score:
-        """See ``GriffinClient.score``."""
-        request = convert.score_request(
-            context,
-            continuation=continuation,
-            mode=mode,
-            density=density,
-            policy=policy,
-            sharing=sharing,
-            seed=seed,
-            request_id=request_id,
-            add_special_tokens=add_special_tokens,
-        )
-        return convert.score(await self._call(self._stub.Score, request, timeout_s))
+        """Returns the log-probabilities of a continuation.
+
+        Args:
+            context, continuation: both text, or both token ids.
+            options: see ``ScoreOptions``.
+        """
+        request = requests.score_request(context, options, continuation=continuation)
+        return responses.score(await self._call(self._stub.Score, request, options))
 
     async def score_choices(
         self,
         context: str | Sequence[int],
         continuations: Sequence[str] | Sequence[Sequence[int]],
-        *,
-        mode: ScoreMode | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        sharing: Sharing | None = None,
-        seed: int | None = None,
-        request_id: str | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> tuple[Score, ...]:
-        """See ``GriffinClient.score_choices``."""
-        request = convert.score_request(
-            context,
-            continuations=continuations,
-            mode=mode,
-            density=density,
-            policy=policy,
-            sharing=sharing,
-            seed=seed,
-            request_id=request_id,
-            add_special_tokens=add_special_tokens,
-        )
-        return convert.scores(await self._call(self._stub.Score, request, timeout_s))
+        """Returns the log-probabilities of several continuations, such as a question's choices.
+
+        Each is scored by itself after the same context, which is read once. It is one call.
+
+        Args:
+            context, continuations: all text, or all token ids; 1 to 256 continuations.
+            options: see ``ScoreOptions``.
+
+        Returns:
+            One score for each continuation, in order.
+        """
+        request = requests.score_choices_request(context, options, continuations=continuations)
+        return responses.scores(await self._call(self._stub.Score, request, options))
 
     async def analyze_prompt(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Iterable[Message | tuple[str, str]] | None = None,
-        token_ids: Sequence[int] | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        seed: int | None = None,
-        activation_layers: Sequence[int] = (),
-        request_id: str | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
+        self, prompt: str | None = None, **options: Unpack[AnalyzeOptions]
     ) -> Analysis:
-        """See ``GriffinClient.analyze_prompt``."""
-        request = convert.analyze_request(
-            prompt,
-            messages=messages,
-            token_ids=token_ids,
-            density=density,
-            policy=policy,
-            seed=seed,
-            activation_layers=activation_layers,
-            request_id=request_id,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-            add_special_tokens=add_special_tokens,
-        )
-        call: Any = self._stub.AnalyzePrompt(request, timeout=timeout_s, metadata=trace_metadata())
-        try:
-            return convert.analysis([response async for response in call])
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        finally:
-            call.cancel()
+        """Returns which neurons a prompt activates: each layer's statistic and experts.
 
-    async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """See ``GriffinClient.model_info``."""
+        Nothing is generated.
+
+        Args:
+            prompt: a text; or set ``messages`` or ``token_ids`` instead.
+            options: see ``AnalyzeOptions``.
+        """
+        request = requests.analyze_request(prompt, options)
+        stream = self._stream(self._stub.AnalyzePrompt, request, options, lambda item: item)
+        return responses.analysis([response async for response in stream])
+
+    async def model_info(self, **options: Unpack[CallOptions]) -> ModelInfo:
+        """Returns what model the server has, how it runs it, and its defaults."""
+        check_names("model_info", options, CallOptions)
         request = pb.GetModelInfoRequest()
-        return convert.model_info(await self._call(self._stub.GetModelInfo, request, timeout_s))
+        return responses.model_info(await self._call(self._stub.GetModelInfo, request, options))
 
-    async def get_session(self, session_id: str, *, timeout_s: float | None = None) -> Session:
-        """See ``GriffinClient.get_session``."""
+    async def get_session(self, session_id: str, **options: Unpack[CallOptions]) -> Session:
+        """Returns a live or kept session.
+
+        Raises:
+            NotFound: no session has this id.
+        """
+        check_names("get_session", options, CallOptions)
         request = pb.GetSessionRequest(session_id=session_id)
-        return convert.session(
-            (await self._call(self._stub.GetSession, request, timeout_s)).session
-        )
+        response = await self._call(self._stub.GetSession, request, options)
+        return responses.session(response.session)
 
-    async def list_sessions(self, *, timeout_s: float | None = None) -> list[Session]:
-        """See ``GriffinClient.list_sessions``."""
+    async def list_sessions(self, **options: Unpack[CallOptions]) -> list[Session]:
+        """Returns all live and kept sessions, oldest first.
+
+        They come in pages of up to 1000; ``timeout`` holds for each page.
+        """
+        check_names("list_sessions", options, CallOptions)
         request, sessions = pb.ListSessionsRequest(), []
         while True:
-            response = await self._call(self._stub.ListSessions, request, timeout_s)
-            sessions += [convert.session(item) for item in response.sessions]
+            response = await self._call(self._stub.ListSessions, request, options)
+            sessions += [responses.session(item) for item in response.sessions]
             if not response.next_page_token:
                 return sessions
             request.page_token = response.next_page_token
 
-    async def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
-        """See ``GriffinClient.close_session``."""
-        request = pb.CloseSessionRequest(session_id=session_id)
-        await self._call(self._stub.CloseSession, request, timeout_s)
+    async def close_session(self, session_id: str, **options: Unpack[CallOptions]) -> None:
+        """Frees a session. If it is generating, that call ends with ``Cancelled``.
 
-    async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        try:
-            return await method(request, timeout=timeout_s, metadata=trace_metadata())
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        Raises:
+            NotFound: no session has this id.
+        """
+        check_names("close_session", options, CallOptions)
+        request = pb.CloseSessionRequest(session_id=session_id)
+        await self._call(self._stub.CloseSession, request, options)
+
+    def _events(
+        self, method: str, prompt: str | None, options: GenerateOptions
+    ) -> AsyncGenerator[Event, None]:
+        """The events of a completion.
+
+        Args:
+            method: which method was called; an unknown option's error names it.
+        """
+        request = requests.generate_request(method, prompt, options)
+        return self._stream(self._stub.Generate, request, options, responses.event)
+
+    async def _call(self, method: Any, request: Any, options: CallOptions) -> Any:
+        """The response of a call, after retries if they are needed."""
+        retries = Retries(self.max_retries, options.get("timeout", self.timeout))
+        while True:
+            try:
+                return await method(
+                    request, timeout=retries.time_left_s(), metadata=trace_metadata()
+                )
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error)
+                if (wait_s := retries.wait_s(failure)) is None:
+                    raise failure from error
+            await asyncio.sleep(wait_s)
+
+    async def _stream(
+        self, method: Any, request: Any, options: CallOptions, read: Callable[[Any], T]
+    ) -> AsyncGenerator[T, None]:
+        """What ``read`` makes of each message of a stream; retries come before the first message
+        only."""
+        retries = Retries(self.max_retries, options.get("timeout", self.timeout))
+        begun = False
+        while True:
+            call: Any = method(request, timeout=retries.time_left_s(), metadata=trace_metadata())
+            try:
+                async for response in call:
+                    begun = True
+                    yield read(response)
+                return
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error)
+                if begun or (wait_s := retries.wait_s(failure)) is None:
+                    raise failure from error
+            finally:
+                call.cancel()
+            await asyncio.sleep(wait_s)
+
+
+async def _texts(events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
+    """The texts of a completion's events. Closing it closes the events, which cancels the call."""
+    try:
+        async for event in events:
+            if isinstance(event, Tokens) and event.text:
+                yield event.text
+    finally:
+        await events.aclose()

@@ -1,75 +1,87 @@
-"""The synchronous client."""
+"""The synchronous client, made from ``aio.py`` by ``make client``: edit that file."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+import time
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import grpc
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
-from griffin_client import convert
+from griffin_client import requests, responses
+from griffin_client.channel import channel_options, target_or_default
 from griffin_client.errors import from_rpc_error
-from griffin_client.tracing import trace_metadata
-from griffin_client.types import (
-    Analysis,
-    Completion,
-    Event,
-    Message,
-    ModelInfo,
-    Policy,
-    Sampling,
-    Score,
-    ScoreMode,
-    Session,
-    Sharing,
-    Stopping,
+from griffin_client.options import (
+    AnalyzeOptions,
+    CallOptions,
+    GenerateOptions,
+    ScoreOptions,
+    check_names,
 )
+from griffin_client.retry import Retries, check_max_retries, check_timeout
+from griffin_client.tracing import trace_metadata
+from griffin_client.types import Analysis, Completion, Event, ModelInfo, Score, Session, Tokens
 
 T = TypeVar("T")
-
-CHANNEL_OPTIONS = [
-    # A connection that has died, in a call or between two, is noticed within half a minute. Griffin
-    # servers let idle clients ping.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-]
-
-LOOPBACK = re.compile(r"(dns:(///)?)?(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
-
-
-def channel_options(target: str) -> list[tuple[str, int]]:
-    """Options of a channel. A server on this machine is not called by way of the proxy that the
-    environment names for others, as gRPC would do it."""
-    if LOOPBACK.fullmatch(target):
-        return [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
-    return CHANNEL_OPTIONS
 
 
 class GriffinClient:
     """Calls a Griffin server in role ``all`` or ``decode``. Safe to share between threads.
 
-    Every method takes ``timeout_s``: seconds for the whole call, None for no limit. Every method
-    raises a GriffinClientError (see ``griffin_client.errors``) if the call fails.
+    Every method takes ``timeout``, in seconds, instead of the client's, and raises a
+    ``GriffinClientError`` (see ``griffin_client.errors``) if the call fails. An unknown keyword
+    raises ``TypeError``. ``griffin_client.options`` describes the keywords.
 
     Args:
-        target: host:port, or any other gRPC name.
-        channel: an existing channel to use instead; it is not closed then.
+        target: host:port, or any other name that gRPC understands. Default: the environment
+            variable GRIFFIN_TARGET, else localhost:50051.
+        timeout: seconds for each call, with its retries; None for no limit.
+        max_retries: how often a call is tried again at most if the server cannot be reached, or
+            says when it will have room. A stream is not tried again after its first event.
+        channel: an existing channel to use instead of a new one; ``close`` leaves it open.
+
+    Raises:
+        InvalidArgument: ``timeout`` or ``max_retries`` is not allowed.
     """
 
     def __init__(
-        self, target: str = "localhost:50051", *, channel: grpc.Channel | None = None
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        max_retries: int = 2,
+        channel: grpc.Channel | None = None,
     ) -> None:
+        self.timeout = check_timeout(timeout)
+        self.max_retries = check_max_retries(max_retries)
         self._owns_channel = channel is None
-        self._channel = channel or grpc.insecure_channel(target, options=channel_options(target))
-        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        if channel is None:
+            target = target_or_default(target)
+            channel = grpc.insecure_channel(target, options=channel_options(target))
+        self._channel = channel
+        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+    def with_options(
+        self, *, timeout: float | None = None, max_retries: int | None = None
+    ) -> GriffinClient:
+        """A client with other settings on the same connection, which this client still owns.
+
+        Args:
+            timeout, max_retries: as in the constructor; None keeps this client's.
+        """
+        other = copy.copy(self)
+        other._owns_channel = False
+        other.timeout = self.timeout if timeout is None else check_timeout(timeout)
+        if max_retries is not None:
+            other.max_retries = check_max_retries(max_retries)
+        return other
 
     def close(self) -> None:
-        """Ends all calls and the connection."""
+        """Ends all calls and closes the connection."""
         if self._owns_channel:
             self._channel.close()
 
@@ -85,225 +97,180 @@ class GriffinClient:
         self.close()
 
     def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Iterable[Message | tuple[str, str]] | None = None,
-        token_ids: Sequence[int] | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        sharing: Sharing | None = None,
-        sampling: Sampling | None = None,
-        stopping: Stopping | None = None,
-        top_logprobs: int | None = None,
-        session_id: str | None = None,
-        keep_session: bool = False,
-        request_id: str | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
-    ) -> Iterator[Event]:
-        """Streams a completion: Started, then Tokens as they are made, then Finished.
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generator[Event, None, None]:
+        """Streams the events of a completion: Started, then Tokens as they are made, then Finished.
 
-        Closing the iterator, or leaving it to the garbage collector, cancels the call.
+        The call begins when the first event is asked for. Closing the iterator, or dropping it,
+        cancels the call.
 
         Args:
-            prompt, messages, token_ids: exactly one of them; messages are ``Message``s or
-                (role, content) pairs.
-            density: fraction of FF neurons generation runs on, in (0, 1]; None takes the server's.
-            policy: how they are chosen; None takes the server's.
-            sharing: "private" for a set of experts of its own, "shared" for one with other
-                sessions, "auto" for whatever costs least at the time, which may be all neurons:
-                ``Finished.pruning`` says what the tokens ran on. None takes the server's.
-            top_logprobs: how many alternatives to report at each token; None for no
-                log-probabilities at all.
-            session_id: a kept session to continue.
-            keep_session: keep the session for a next turn.
-            continue_final_message: go on with the text of the last message instead of answering it.
-            chat_template_kwargs: further variables of the chat template, such as
-                ``{"enable_thinking": False}`` or ``tools``; what JSON can hold.
-            add_special_tokens: whether a text prompt gets the tokenizer's own BOS and the like;
-                None for True.
+            prompt: a text; or set ``messages`` or ``token_ids`` instead.
+            options: see ``GenerateOptions``.
         """
-        request = convert.generate_request(
-            prompt,
-            messages=messages,
-            token_ids=token_ids,
-            density=density,
-            policy=policy,
-            sharing=sharing,
-            sampling=sampling or Sampling(),
-            stopping=stopping or Stopping(),
-            top_logprobs=top_logprobs,
-            session_id=session_id,
-            keep_session=keep_session,
-            request_id=request_id,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-            add_special_tokens=add_special_tokens,
-        )
-        return self._stream(self._stub.Generate, request, timeout_s, convert.event)
+        return self._events("generate", prompt, options)
 
-    def _stream(
-        self, method: Any, request: Any, timeout_s: float | None, read: Callable[[Any], T]
-    ) -> Iterator[T]:
-        call: Any = method(request, timeout=timeout_s, metadata=trace_metadata())
-        try:
-            for response in call:
-                yield read(response)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        finally:
-            call.cancel()
+    def stream_text(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generator[str, None, None]:
+        """Streams the text of a completion, in pieces of whole characters, none of them empty.
 
-    def complete(self, prompt: str | None = None, **options: Any) -> Completion:
-        """The whole completion at once. Takes what ``generate`` takes."""
-        return convert.completion(self.generate(prompt, **options))
+        Args:
+            prompt, options: as in ``generate``.
+        """
+        return _texts(self._events("stream_text", prompt, options))
+
+    def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
+        """Returns the whole completion at once.
+
+        Args:
+            prompt, options: as in ``generate``.
+        """
+        events = self._events("complete", prompt, options)
+        return responses.completion([event for event in events])
 
     def score(
         self,
         context: str | Sequence[int],
         continuation: str | Sequence[int],
-        *,
-        mode: ScoreMode | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        sharing: Sharing | None = None,
-        seed: int | None = None,
-        request_id: str | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> Score:
-        """Log-probabilities of a continuation.
+        """Returns the log-probabilities of a continuation.
 
         Args:
             context, continuation: both text, or both token ids.
-            mode: "generation": the context chooses the experts, and each token of the continuation
-                runs on them, as if it were generated. "classification": every token that is run
-                chooses, and the last of them alone runs on the experts; see ``ScoreMode`` in
-                generation.proto. None takes "generation".
-            add_special_tokens: as in ``generate``, of the context.
+            options: see ``ScoreOptions``.
         """
-        request = convert.score_request(
-            context,
-            continuation=continuation,
-            mode=mode,
-            density=density,
-            policy=policy,
-            sharing=sharing,
-            seed=seed,
-            request_id=request_id,
-            add_special_tokens=add_special_tokens,
-        )
-        return convert.score(self._call(self._stub.Score, request, timeout_s))
+        request = requests.score_request(context, options, continuation=continuation)
+        return responses.score(self._call(self._stub.Score, request, options))
 
     def score_choices(
         self,
         context: str | Sequence[int],
         continuations: Sequence[str] | Sequence[Sequence[int]],
-        *,
-        mode: ScoreMode | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        sharing: Sharing | None = None,
-        seed: int | None = None,
-        request_id: str | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> tuple[Score, ...]:
-        """Log-probabilities of several continuations, such as the choices of a question, each by
-        itself after the same context, which is read once. It is one call.
+        """Returns the log-probabilities of several continuations, such as a question's choices.
+
+        Each is scored by itself after the same context, which is read once. It is one call.
 
         Args:
             context, continuations: all text, or all token ids; 1 to 256 continuations.
-            mode, add_special_tokens: as in ``score``.
+            options: see ``ScoreOptions``.
 
         Returns:
-            One for each continuation, in order.
+            One score for each continuation, in order.
         """
-        request = convert.score_request(
-            context,
-            continuations=continuations,
-            mode=mode,
-            density=density,
-            policy=policy,
-            sharing=sharing,
-            seed=seed,
-            request_id=request_id,
-            add_special_tokens=add_special_tokens,
-        )
-        return convert.scores(self._call(self._stub.Score, request, timeout_s))
+        request = requests.score_choices_request(context, options, continuations=continuations)
+        return responses.scores(self._call(self._stub.Score, request, options))
 
     def analyze_prompt(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Iterable[Message | tuple[str, str]] | None = None,
-        token_ids: Sequence[int] | None = None,
-        density: float | None = None,
-        policy: Policy | None = None,
-        seed: int | None = None,
-        activation_layers: Sequence[int] = (),
-        request_id: str | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_special_tokens: bool | None = None,
-        timeout_s: float | None = None,
+        self, prompt: str | None = None, **options: Unpack[AnalyzeOptions]
     ) -> Analysis:
-        """What a prompt fires: each layer's statistic and experts. Nothing is generated.
+        """Returns which neurons a prompt activates: each layer's statistic and experts.
+
+        Nothing is generated.
 
         Args:
-            prompt, messages, token_ids: exactly one of them, as in ``generate``.
-            density, policy: of the experts; None takes the server's.
-            activation_layers: layers of which each token's activations are wanted, at most 8.
-            continue_final_message, chat_template_kwargs, add_special_tokens: as in ``generate``.
+            prompt: a text; or set ``messages`` or ``token_ids`` instead.
+            options: see ``AnalyzeOptions``.
         """
-        request = convert.analyze_request(
-            prompt,
-            messages=messages,
-            token_ids=token_ids,
-            density=density,
-            policy=policy,
-            seed=seed,
-            activation_layers=activation_layers,
-            request_id=request_id,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-            add_special_tokens=add_special_tokens,
-        )
-        responses = self._stream(self._stub.AnalyzePrompt, request, timeout_s, lambda item: item)
-        return convert.analysis(responses)
+        request = requests.analyze_request(prompt, options)
+        stream = self._stream(self._stub.AnalyzePrompt, request, options, lambda item: item)
+        return responses.analysis([response for response in stream])
 
-    def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """What model the server holds and how it runs it."""
+    def model_info(self, **options: Unpack[CallOptions]) -> ModelInfo:
+        """Returns what model the server has, how it runs it, and its defaults."""
+        check_names("model_info", options, CallOptions)
         request = pb.GetModelInfoRequest()
-        return convert.model_info(self._call(self._stub.GetModelInfo, request, timeout_s))
+        return responses.model_info(self._call(self._stub.GetModelInfo, request, options))
 
-    def get_session(self, session_id: str, *, timeout_s: float | None = None) -> Session:
-        """A live or kept session."""
+    def get_session(self, session_id: str, **options: Unpack[CallOptions]) -> Session:
+        """Returns a live or kept session.
+
+        Raises:
+            NotFound: no session has this id.
+        """
+        check_names("get_session", options, CallOptions)
         request = pb.GetSessionRequest(session_id=session_id)
-        response = self._call(self._stub.GetSession, request, timeout_s)
-        return convert.session(response.session)
+        response = self._call(self._stub.GetSession, request, options)
+        return responses.session(response.session)
 
-    def list_sessions(self, *, timeout_s: float | None = None) -> list[Session]:
-        """All live or kept sessions, oldest first. ``timeout_s`` is for each page of them."""
+    def list_sessions(self, **options: Unpack[CallOptions]) -> list[Session]:
+        """Returns all live and kept sessions, oldest first.
+
+        They come in pages of up to 1000; ``timeout`` holds for each page.
+        """
+        check_names("list_sessions", options, CallOptions)
         request, sessions = pb.ListSessionsRequest(), []
         while True:
-            response = self._call(self._stub.ListSessions, request, timeout_s)
-            sessions += [convert.session(item) for item in response.sessions]
+            response = self._call(self._stub.ListSessions, request, options)
+            sessions += [responses.session(item) for item in response.sessions]
             if not response.next_page_token:
                 return sessions
             request.page_token = response.next_page_token
 
-    def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
-        """Frees a session; one that is generating ends with Cancelled."""
-        self._call(
-            self._stub.CloseSession, pb.CloseSessionRequest(session_id=session_id), timeout_s
-        )
+    def close_session(self, session_id: str, **options: Unpack[CallOptions]) -> None:
+        """Frees a session. If it is generating, that call ends with ``Cancelled``.
 
-    def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        try:
-            return method(request, timeout=timeout_s, metadata=trace_metadata())
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        Raises:
+            NotFound: no session has this id.
+        """
+        check_names("close_session", options, CallOptions)
+        request = pb.CloseSessionRequest(session_id=session_id)
+        self._call(self._stub.CloseSession, request, options)
+
+    def _events(
+        self, method: str, prompt: str | None, options: GenerateOptions
+    ) -> Generator[Event, None, None]:
+        """The events of a completion.
+
+        Args:
+            method: which method was called; an unknown option's error names it.
+        """
+        request = requests.generate_request(method, prompt, options)
+        return self._stream(self._stub.Generate, request, options, responses.event)
+
+    def _call(self, method: Any, request: Any, options: CallOptions) -> Any:
+        """The response of a call, after retries if they are needed."""
+        retries = Retries(self.max_retries, options.get("timeout", self.timeout))
+        while True:
+            try:
+                return method(request, timeout=retries.time_left_s(), metadata=trace_metadata())
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error)
+                if (wait_s := retries.wait_s(failure)) is None:
+                    raise failure from error
+            time.sleep(wait_s)
+
+    def _stream(
+        self, method: Any, request: Any, options: CallOptions, read: Callable[[Any], T]
+    ) -> Generator[T, None, None]:
+        """What ``read`` makes of each message of a stream; retries come before the first message
+        only."""
+        retries = Retries(self.max_retries, options.get("timeout", self.timeout))
+        begun = False
+        while True:
+            call: Any = method(request, timeout=retries.time_left_s(), metadata=trace_metadata())
+            try:
+                for response in call:
+                    begun = True
+                    yield read(response)
+                return
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error)
+                if begun or (wait_s := retries.wait_s(failure)) is None:
+                    raise failure from error
+            finally:
+                call.cancel()
+            time.sleep(wait_s)
+
+
+def _texts(events: Generator[Event, None, None]) -> Generator[str, None, None]:
+    """The texts of a completion's events. Closing it closes the events, which cancels the call."""
+    try:
+        for event in events:
+            if isinstance(event, Tokens) and event.text:
+                yield event.text
+    finally:
+        events.close()

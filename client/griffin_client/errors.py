@@ -1,17 +1,21 @@
-"""What a call can raise.
+"""The errors that a call can raise.
 
 ::
 
     GriffinClientError          code, message, reason, request_id
-    ├── InvalidArgument         violations: field -> what is wrong with it
-    ├── NotFound                no such session
+    ├── InvalidArgument         a field of the request is wrong: violations, field -> problem
+    ├── NotFound                no session has this id (any more)
     ├── FailedPrecondition      the session is busy, or the servers hold different models
-    ├── ResourceExhausted       retry_after_s: when to come back, if the server knows
+    ├── ResourceExhausted       the server has no room: retry_after_s, when to try again
     ├── Unavailable             the server, or its prefill server, cannot be reached
     ├── DeadlineExceeded        the timeout ran out
-    ├── Cancelled               the call was cancelled, or the session closed
-    ├── Aborted                 nobody read what the call streamed, for too long
+    ├── Cancelled               the call was cancelled, or its session was closed
+    ├── Aborted                 the stream was not read for too long
     └── ServerFault             a bug on the server's side
+
+The client retries ``Unavailable`` and ``ResourceExhausted`` itself, as ``max_retries`` allows; see
+``griffin_client.retry``. A keyword that a method does not know raises ``TypeError``, as in any call
+of Python.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from griffin_client.status_details import StatusDetails, parse_details
 
 
 class GriffinClientError(Exception):
-    """Base of all errors below.
+    """Base class of all errors that a call raises.
 
-    Args:
+    Attributes:
         code: the call's gRPC status code.
-        message: the server's words.
-        details: what came with the status.
+        message: the server's message.
+        reason: machine-readable reason, such as "SESSION_NOT_FOUND"; empty if the status does not
+            come from a Griffin server.
+        request_id: the id under which the server's logs have the call; empty if it sent none.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str, details: StatusDetails) -> None:
@@ -43,33 +49,42 @@ class GriffinClientError(Exception):
 
 
 class InvalidArgument(GriffinClientError):
-    """A field of the request is out of range."""
+    """A field of the request has a wrong type or is out of range.
+
+    The client raises it before the call for values that a request cannot hold, with the same
+    fields as the server does for values out of range.
+    """
 
     @property
     def violations(self) -> Mapping[str, str]:
-        """Field -> what was given and what is allowed."""
+        """Field of the request -> what was given and what is allowed."""
         return self._details.violations
 
 
 class NotFound(GriffinClientError):
-    """No session of that id."""
+    """No session has this id: there never was one, or it expired, was closed or was evicted."""
 
 
 class FailedPrecondition(GriffinClientError):
-    """The session is still in an earlier turn, or Prefill and Decode hold different models."""
+    """The session is still busy with an earlier turn, or the servers hold different models."""
 
 
 class ResourceExhausted(GriffinClientError):
-    """The server has no room, or the message is too large."""
+    """The server has no room for the request, or the message is too large."""
 
     @property
     def retry_after_s(self) -> float | None:
-        """Seconds after which another try is worth it; None if it never will be."""
+        """Seconds until another try is worth it; None if the request will never fit."""
         return self._details.retry_after_s
 
 
 class Unavailable(GriffinClientError):
-    """The server, or its prefill server, cannot be reached or is shutting down."""
+    """The server, or its prefill server, cannot be reached, is loading or is shutting down."""
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds until another try is worth it; None if the server did not say."""
+        return self._details.retry_after_s
 
 
 class DeadlineExceeded(GriffinClientError):
@@ -77,7 +92,7 @@ class DeadlineExceeded(GriffinClientError):
 
 
 class Cancelled(GriffinClientError):
-    """The call was cancelled, or its session closed by another."""
+    """The call was cancelled, or another call closed its session."""
 
 
 class Aborted(GriffinClientError):
@@ -88,7 +103,7 @@ class ServerFault(GriffinClientError):
     """Any other status: a bug on the server's side."""
 
 
-# The table back: status code -> exception.
+# Status code -> exception: the client's side of the server's table of errors.
 EXCEPTIONS: dict[grpc.StatusCode, type[GriffinClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
@@ -101,15 +116,15 @@ EXCEPTIONS: dict[grpc.StatusCode, type[GriffinClientError]] = {
 }
 
 
-def invalid_argument(field: str, given: object, problem: str) -> InvalidArgument:
-    """For a value that cannot even be sent; as if the server had refused it."""
-    description = f"got {reprlib.repr(given)}; {problem}"
+def invalid_argument(field: str, value: object, problem: str) -> InvalidArgument:
+    """The error for a value that cannot be sent, as if the server had refused it."""
+    description = f"got {reprlib.repr(value)}; {problem}"
     details = StatusDetails(violations={field: description}, reason="INVALID_REQUEST")
     return InvalidArgument(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {description}", details)
 
 
 def from_rpc_error(error: grpc.RpcError) -> GriffinClientError:
-    """The exception of a failed call, sync or async."""
+    """The exception for a failed call of the sync or the async client."""
     code: grpc.StatusCode = error.code()
     message: str = error.details() or code.name
     initial = error.initial_metadata() or ()  # type: ignore[attr-defined]  # the stubs lack it

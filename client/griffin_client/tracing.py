@@ -1,4 +1,4 @@
-"""A call carries its caller's trace on, where the caller traces with OpenTelemetry."""
+"""Passes the caller's trace on to the server, where the caller traces with OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
-    """The caller's current span, as gRPC metadata (W3C Trace Context); empty if it has none.
+    """The caller's current span as gRPC metadata (W3C Trace Context); empty without a span.
 
-    OpenTelemetry is not needed: whoever has a span has imported it.
+    The client does not depend on OpenTelemetry: a program that has a current span has imported it.
     """
     if "opentelemetry.trace" not in sys.modules:
         return ()

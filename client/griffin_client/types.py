@@ -1,9 +1,14 @@
-"""What the client takes and gives, as plain dataclasses. Ranges and defaults: generation.proto."""
+"""The messages that callers send and the values that the client returns, as plain dataclasses.
+
+Dimension letters: T tokens, L layers, F FF neurons of a layer, K experts of a layer. Names that end
+in ``_s`` are seconds, names that end in ``_bytes`` are bytes. generation.proto says more on each
+field.
+"""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,18 +21,22 @@ SessionState = Literal["queued", "prefill", "decode", "idle"]
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One message of a chat."""
+    """One message of a chat.
+
+    Args:
+        role: as the model's chat template knows it: usually "system", "user" or "assistant".
+        content: the text.
+    """
 
     role: str
     content: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn; None takes the server's default.
+class SamplingDefaults:
+    """The sampling of requests that do not set it, as the server takes it from its model.
 
-    That is greedy, the most likely token each time, unless the server was started with
-    ``--sampling-defaults model`` and the model's generation_config.json sets the field.
+    None where the model has no default; ``griffin_client.options`` says what applies then.
     """
 
     temperature: float | None = None
@@ -35,39 +44,25 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    logit_bias: Mapping[int, float] | None = None
-    bad_words: Sequence[str] | None = None
-    allowed_token_ids: Sequence[int] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stopping:
-    """When to stop; None takes the server's default, which is 256 for max_tokens."""
-
-    max_tokens: int | None = None
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    min_tokens: int | None = None
-    include_stop_string: bool = False
-    skip_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningFigures:
-    """What the pruning did.
+    """What the pruning of a turn did.
 
     Args:
-        experts_per_layer: K of ff_width F neurons.
-        norm_mass: for each layer the share of the prompt's activation norm the experts hold; no
-            measure of the output's quality.
-        slim_view_bytes, kv_cache_bytes: what the session holds on the server.
-        mean_density: mean over the turn's tokens so far of the share of the FF neurons they ran on;
-            0 before the first. The first comes of the dense pass over the prompt and counts as 1.
-        dense_tokens: how many of them ran on all neurons, the first included.
+        density: the fraction of the FF neurons that was asked for, in (0, 1].
+        policy: how the experts were chosen.
+        experts_per_layer: K, the number of neurons kept in each layer.
+        ff_width: F, the number of neurons of each layer.
+        mean_norm_mass: mean of ``norm_mass``.
+        norm_mass: [L] floats in [0, 1]: the share of the prompt's activation norm that the experts
+            of each layer hold. It does not measure the quality of the output.
+        slim_view_bytes, kv_cache_bytes: memory that the session holds on the server.
+        mean_density: mean, over the turn's tokens so far, of the share of the FF neurons that each
+            token ran on; 0 before the first token. The first token comes from the dense pass over
+            the prompt and counts as 1.
+        dense_tokens: how many of these tokens ran on all neurons, the first one included.
     """
 
     density: float
@@ -84,7 +79,15 @@ class PruningFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The prompt is read, the experts are chosen."""
+    """The first event of a completion: the prompt is read and the experts are chosen.
+
+    Args:
+        session_id: name of the session, for a next turn if it is kept.
+        request_id: name of the call in the server's logs.
+        prompt_tokens: tokens that were prefilled for this call.
+        prefill_s: seconds from admission until the experts were there.
+        pruning: what is known of the pruning so far.
+    """
 
     session_id: str
     request_id: str
@@ -95,7 +98,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class TopLogprob:
-    """One of the most likely tokens at a place."""
+    """One of the most likely tokens at a position: its id, log-probability and text."""
 
     id: int
     logprob: float
@@ -104,7 +107,7 @@ class TopLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """Log-probability of a generated token, and the most likely ones there."""
+    """Log-probability of a generated token, and the most likely tokens at its position."""
 
     logprob: float
     top: tuple[TopLogprob, ...]
@@ -112,7 +115,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Tokens as they are made. ``text`` holds whole characters and may lag behind ``ids``."""
+    """The next tokens of a completion.
+
+    Args:
+        ids: the tokens made since the last event.
+        text: the text that is complete by now, in whole characters; it may lag behind ``ids``.
+        logprobs: one for each id if ``top_logprobs`` was set, else empty.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -121,7 +130,13 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tokens of a call, and of its session in all."""
+    """Numbers of tokens.
+
+    Args:
+        prompt_tokens: tokens that were prefilled for this call.
+        generated_tokens: tokens that this call generated, an end-of-sequence token included.
+        context_tokens: tokens that the session holds in all.
+    """
 
     prompt_tokens: int
     generated_tokens: int
@@ -130,7 +145,17 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds, measured on the server."""
+    """Where the time of a call went, in seconds, as the server measured it.
+
+    Args:
+        queue_s: from arrival to admission.
+        prefill_s: from admission until the prompt was read and its experts were there.
+        selection_s: choosing the experts of all layers.
+        slim_build_s: from the end of prefill until the session's slim view was built. Tokens do not
+            wait for it.
+        first_token_s: from arrival to the first token.
+        decode_s: from the first token to the last.
+    """
 
     queue_s: float
     prefill_s: float
@@ -142,10 +167,12 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The completion is over.
+    """The last event of a completion.
 
     Args:
-        stop: the stop string that matched, if one did.
+        reason: why it ended.
+        stop: the stop string that matched; empty if none did.
+        session_kept: whether the session is kept for a next turn.
     """
 
     reason: FinishReason
@@ -157,7 +184,7 @@ class Finished:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decode alone; 0 for a single token."""
+        """Decoded tokens a second, without the prompt phase; 0 for a single token."""
         intervals = self.usage.generated_tokens - 1
         return intervals / self.timings.decode_s if self.timings.decode_s > 0 else 0.0
 
@@ -167,7 +194,7 @@ Event = Started | Tokens | Finished
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A whole completion."""
+    """A whole completion: the text and tokens of its events, and the first and last event."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -178,7 +205,12 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScore:
-    """One token of a scored continuation."""
+    """One token of a scored continuation.
+
+    Args:
+        logprob: natural logarithm of its probability.
+        greedy: whether no other token is more likely at its position.
+    """
 
     id: int
     logprob: float
@@ -187,11 +219,14 @@ class TokenScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely.
+    """Log-probability of a continuation.
 
     Args:
-        pruning: of ``score_choices`` it is that of the last continuation; in mode "generation" they
-            all have the same experts.
+        logprob: sum over ``tokens``, natural logarithm.
+        greedy: whether each token is the most likely one at its position.
+        context_tokens: number of tokens of the context.
+        pruning: the figures of the experts. All scores of one ``score_choices`` have those of the
+            last continuation; in mode "generation" the experts are the same for all.
     """
 
     logprob: float
@@ -204,12 +239,12 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAnalysis:
-    """What a prompt fires in one layer.
+    """How strongly a prompt activates the neurons of one layer.
 
     Args:
-        s: [F] floats, the statistic.
-        experts: [K] ints, ascending.
-        norm_mass: the share of s squared that the experts hold.
+        s: [F] floats, the statistic: the l2 norm over tokens of the relative activations.
+        experts: [K] ints, the chosen neurons in ascending order.
+        norm_mass: the share of the sum of s squared that the experts hold, in [0, 1].
     """
 
     s: array[float]
@@ -219,12 +254,16 @@ class LayerAnalysis:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What a prompt fires. Arrays are those of the standard library; numpy reads them in place.
+    """How strongly a prompt activates the FF neurons, and which experts it chooses.
+
+    Arrays are those of the standard library; numpy reads them without a copy.
 
     Args:
-        token_ids, texts: T of each.
-        layers: L.
-        activations: of the layers asked for, [T * F] floats each, token by token: |z| / ‖z‖.
+        token_ids, texts: [T] each; the texts are those of single tokens, for display.
+        ff_width: F. experts_per_layer: K.
+        layers: [L] layers.
+        activations: layer -> [T * F] floats, token by token: |z| / ‖z‖, for the layers that
+            ``activation_layers`` named.
     """
 
     request_id: str
@@ -238,7 +277,7 @@ class Analysis:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What the server holds. Fields as in generation.proto."""
+    """The server's model, how it runs it, and its defaults for requests that set nothing."""
 
     model: str
     family: str
@@ -260,13 +299,23 @@ class ModelInfo:
     default_sharing: Sharing
     max_sessions: int
     version: str
-    default_sampling: Sampling = field(default_factory=Sampling)
+    default_sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A live or kept session."""
+    """A live or kept session.
+
+    Args:
+        state: "queued" until there is room, "prefill" while its prompt is read, "decode" while it
+            generates, "idle" while it is kept for a next turn.
+        context_tokens: tokens of all its turns.
+        generated_tokens: tokens that all its turns generated.
+        age_s: since the session was opened.
+        idle_s: since its last token or turn; 0 unless it is idle.
+        reserved_bytes: the most memory that it can come to hold.
+    """
 
     session_id: str
     state: SessionState

@@ -21,12 +21,10 @@ from griffin_client import (
     InvalidArgument,
     ModelInfo,
     ResourceExhausted,
-    Sampling,
     Score,
-    Stopping,
     Unavailable,
 )
-from griffin_client.client import channel_options
+from griffin_client.channel import channel_options
 from griffin_evals.backend import (
     Generated,
     GenerateItem,
@@ -82,7 +80,7 @@ class RemoteBackend:
         self._channel = grpc.insecure_channel(
             target, options=[*channel_options(target), *RECONNECT_OPTIONS]
         )
-        self._client = GriffinClient(channel=self._channel)
+        self._client = GriffinClient(channel=self._channel, max_retries=0)
         self._outage = threading.Lock()
         self._returns = 0
         self._said = float("-inf")
@@ -119,15 +117,16 @@ class RemoteBackend:
     ) -> None:
         def ask(item: GenerateItem) -> Generated:
             field = "prompt" if isinstance(item.prompt, str) else "token_ids"
-            prompt: dict[str, Any] = {field: item.prompt}
+            options: dict[str, Any] = {field: item.prompt, **item.sampling}
             done = self._ask(
                 lambda: self._client.complete(
-                    **prompt,
+                    **options,
                     density=settings.density,
                     policy=settings.policy,
                     sharing=settings.sharing,
-                    sampling=Sampling(**item.sampling, seed=item.seed),  # type: ignore[arg-type]  # by name
-                    stopping=Stopping(max_tokens=item.max_tokens, stop=item.stop),
+                    seed=item.seed,
+                    max_tokens=item.max_tokens,
+                    stop=item.stop,
                     add_special_tokens=item.special_tokens,
                 )
             )
@@ -274,7 +273,7 @@ class RemoteBackend:
         Raises:
             OtherModel: it is not what it held before.
         """
-        info = self._client.model_info(timeout_s=INFO_TIMEOUT_S)
+        info = self._client.model_info(timeout=INFO_TIMEOUT_S)
         if (before := self._info) is not None and info.fingerprint != before.fingerprint:
             self._failed.set()
             raise OtherModel(

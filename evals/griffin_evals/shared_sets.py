@@ -27,8 +27,10 @@ from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.forward.prefill import LayerExperts, prefill
 from griffin_core.kv.cache import KvCache
+from griffin_core.kv.pool import KvPool
 from griffin_core.model.load import Model, load_model
-from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
+from griffin_core.slim.blocks import BlockTable
+from griffin_core.slim.zeroed import ZeroedLayers
 from griffin_core.spec.choices import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -75,11 +77,16 @@ class Text:
     """A session: a text of which the first tokens are the prompt."""
 
     def __init__(
-        self, model: Model, ids: Sequence[int], prompt_tokens: int, selection: Selection, runs: int
+        self,
+        model: Model,
+        pools: Sequence[KvPool],
+        ids: Sequence[int],
+        prompt_tokens: int,
+        selection: Selection,
     ) -> None:
         decoder = model.decoder
         self.rest = list(ids[prompt_tokens:])
-        first = decoder.new_cache(len(ids))
+        first = pools[0].allocate(len(ids))
         events = prefill(decoder, ids[:prompt_tokens], selection, cache=first)
         chosen = [event for event in events if isinstance(event, LayerExperts)]
         self.session = Session("")
@@ -88,8 +95,8 @@ class Text:
         indices = torch.stack([event.experts for event in chosen])
         self.session.experts = ExpertSet(ff_width=decoder.spec.ff_width, indices=indices)
         self.caches: list[KvCache] = [first]
-        for _ in range(runs - 1):
-            cache = decoder.new_cache(len(ids))
+        for pool in pools[1:]:
+            cache = pool.allocate(len(ids))
             for layer in range(len(decoder.layers)):
                 kv = first.slice(layer, 0, prompt_tokens)
                 cache.slice(layer, 0, prompt_tokens).copy_(kv)
@@ -113,15 +120,20 @@ def measure(
     """
     decoder, selection = model.decoder, Selection(density=density)
     dense = [layer.ff for layer in decoder.layers]
-    masks = [RowMasks() for _ in groups]
+    tables = [BlockTable(decoder) for _ in groups]
+    room = (AT_ONCE + 1) * max(len(text) for text in texts)
+    pools = [decoder.new_pool(room) for _ in range(1 + len(groups))]
     waiting, live, step = list(texts), cast(list[Text], []), 0
     while waiting or live:
         joined = None
         if waiting and step % every == 0 and len(live) < AT_ONCE:
-            joined = Text(model, waiting.pop(0), prompt_tokens, selection, 1 + len(groups))
+            joined = Text(model, pools, waiting.pop(0), prompt_tokens, selection)
             live.append(joined)
         left = [text for text in live if not text.rest]
         live = [text for text in live if text.rest]
+        for text in left:
+            for cache in text.caches:
+                cache.free()
         for group in groups:
             group.stale |= bool(joined or left)
         if live:
@@ -130,21 +142,21 @@ def measure(
             members = [text.session for text in live]
             for number, group in enumerate(groups):
                 group.advance(model, members, step)
-                got = run(decoder, live, 1 + number, group.layers, next_ids, masks[number])
+                got = run(decoder, live, 1 + number, group.layers, next_ids, tables[number])
                 group.kl += float((exact.exp() * (exact - got)).sum())
                 group.tokens += len(live)
         step += 1
 
 
 def run(
-    decoder: Any, live: Sequence[Text], number: int, view: Any, ids: Sequence[int], masks: Any
+    decoder: Any, live: Sequence[Text], number: int, view: Any, ids: Sequence[int], table: Any
 ) -> torch.Tensor:
     """Log-probabilities [N, V] of a step."""
     steps = [
         StepTokens(cache=text.caches[number], view=view, token_ids=[token])
         for text, token in zip(live, ids, strict=True)
     ]
-    logits = torch.cat(decode_tokens(decoder, steps, masks))
+    logits = torch.cat(decode_tokens(decoder, steps, table))
     return logits.log_softmax(dim=1)
 
 

@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -62,11 +62,18 @@ class StepOutput:
 
 class StepTable:
     """The table of a step of N rows: on the device always at the same place, filled from pinned
-    memory."""
+    memory.
 
-    def __init__(self, rows: int, device: torch.device, padding: int) -> None:
+    Args:
+        rows: N.
+        padding: the sampler slot of rows that draw nothing.
+        slim_id: what rows that pad the step run on.
+    """
+
+    def __init__(self, rows: int, device: torch.device, padding: int, slim_id: int) -> None:
         self._padding = padding
-        batch = StepBatch(sequences=(PADDING,) * rows, padding=padding)
+        empty = replace(PADDING, slim_id=slim_id)
+        batch = StepBatch(sequences=(empty,) * rows, padding=padding)
         host = torch.tensor(batch.columns(), dtype=torch.int64).t().contiguous()
         self._empty = host.numpy().copy()
         buffers = [host.clone().pin_memory() for _ in range(BUFFERS)]
@@ -124,7 +131,9 @@ class GraphStep:
         self._apart = apart
         most = min(max_sequences, MAX_SHARED_TOKENS)
         sizes = [ROWS] if apart else [1 << power for power in range((most - 1).bit_length() + 1)]
-        self._tables = {size: StepTable(size, decoder.device, sampler.padding) for size in sizes}
+        self._tables = {
+            size: StepTable(size, decoder.device, sampler.padding, slims.padding) for size in sizes
+        }
         self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
         self.private_up_to = {size: 1 / size for size in sizes if size <= MOST_PRIVATE}
         """By the size of a step, the largest mean density at which each row runs on a set of its
@@ -145,8 +154,9 @@ class GraphStep:
         """See ``Stepper``."""
         rows = sum(len(each.token_ids) for each in sequences)
         largest = max(self._tables)
-        scores_apart = self._apart and any(each.slot is None for each in sequences)
-        if scores_apart or (rows > largest and rows > len(sequences)):
+        # Their logits are read, and a graph's are gone once the next one runs.
+        reads_logits = any(each.slot is None or len(each.token_ids) > 1 for each in sequences)
+        if reads_logits and (self._apart or rows > largest):
             return self._launch_eager(sequences, top_logprobs)
         if rows > largest:
             first = self.launch(sequences[:largest], top_logprobs[:largest])
@@ -203,7 +213,7 @@ class GraphStep:
         pool = None
         # torch's own is of the GPU that was captured on first, whichever that was.
         stream = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]
-        self.slims.write_random(0.5)  # configurations are chosen on these sets
+        self.slims.write_random(0.5, max(self._tables))  # configurations are chosen on these sets
         for size in reversed(self._tables):
             if progress is not None:
                 progress(f"capturing a step of {size}")
@@ -228,7 +238,7 @@ class GraphStep:
 
     def _usual(self, size: int) -> list[StepSequence]:
         """Rows that run on a set each, as far as there are so many."""
-        sets = len(self.slims.counts) - 1
+        sets = self.slims.sets
         return [
             StepSequence(
                 first_slot=PADDING.first_slot,
@@ -265,7 +275,7 @@ class GraphStep:
 
     def _seconds(self, size: int, mode: FFMode, density: float) -> float:
         graph, _ = self._graphs[size, mode]
-        self.slims.write_random(density)
+        self.slims.write_random(density, size)
         self._tables[size].send(self._usual(size))
         times = []
         for _ in range(ROUNDS + 1):  # the first warms up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class KvPool:
         """Number of slots, beside the null slot."""
         self.token_bytes = sum(layer[:, :, 0].nbytes for layer in layers)
         self._trim = trim
-        self._caches: set[KvCache] = set()
+        # Weak, so that a pool of one cache goes with it at once, without a collection of cycles.
+        self._caches: WeakSet[KvCache] = WeakSet()
         self._holes = [(NULL_SLOT + 1, tokens + 1)]  # (first slot, end) of free slots, ascending
         self.free_tokens = tokens
         """Slots that belong to no sequence."""
@@ -138,7 +140,7 @@ class KvPool:
     def _compact(self, last: KvCache | None = None) -> None:
         """Moves all caches to the front, ``last`` after all others."""
         moves, end = [], NULL_SLOT + 1
-        others = self._caches - {last}
+        others = [cache for cache in self._caches if cache is not last]
         for cache in sorted(others, key=lambda each: each.first_slot):
             moves.append((cache, end))
             end += cache.capacity

@@ -16,6 +16,7 @@ from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.weights import DecoderWeights
 from griffin_core.spec.model import ModelSpec
+from griffin_core.spec.weights import Norm
 
 
 class Decoder:
@@ -123,19 +124,20 @@ class Decoder:
         norm = self._weights.final_norm
         return x if norm is None else self.backend.norm(x, norm)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Final hidden state [N, D] -> logits [N, V] float32."""
-        return self._head(hidden, normed=True)
+    def head(self, hidden: Tensor, norm: Norm | None = None) -> Tensor:
+        """Hidden state [N, D] -> logits [N, V] float32.
+
+        Args:
+            norm: to apply first; None for what ``final_hidden`` has normalized.
+        """
+        w = self._weights
+        if w.project_out is not None:
+            hidden = hidden if norm is None else self.backend.norm(hidden, norm)
+            hidden, norm = F.linear(hidden, w.project_out), None
+        logits = self.backend.linear(hidden, w.head, norm=norm).float()
+        cap = self.spec.logit_softcap
+        return logits if cap is None else self.backend.softcap(logits, cap)
 
     def logits(self, x: Tensor) -> Tensor:
         """Output of the last layer [N, D] -> logits [N, V] float32."""
-        return self._head(x, normed=False)
-
-    def _head(self, x: Tensor, *, normed: bool) -> Tensor:
-        w, norm = self._weights, None if normed else self._weights.final_norm
-        if w.project_out is not None:
-            x = F.linear(x if norm is None else self.backend.norm(x, norm), w.project_out)
-            norm = None
-        logits = self.backend.linear(x, w.head, norm=norm).float()
-        cap = self.spec.logit_softcap
-        return logits if cap is None else self.backend.softcap(logits, cap)
+        return self.head(x, self._weights.final_norm)

@@ -37,16 +37,20 @@ class IndexTable:
     def __init__(self, decoder: Decoder, *, sets: int) -> None:
         self._decoder = decoder
         layers, neurons = len(decoder.layers), decoder.spec.ff_width
-        shape = (layers, sets + 1, neurons)
+        shape = (layers, sets + 2, neurons)
         device = decoder.device
         self._indices = torch.zeros(shape, dtype=torch.int32, device=device)
         self._keep = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._device_counts = torch.zeros((layers, sets + 1), dtype=torch.int64, device=device)
-        self.counts = [0] * (sets + 1)
+        self._device_counts = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        self.sets = sets
+        self.padding = sets + 1
+        """The slim id of rows that pad a step: one neuron, the least that a row can read."""
+        self.counts = [0] * (sets + 2)
         """By slim id, the neurons of all layers together; 0 for an id that is not given out."""
         self._free = list(range(sets, 0, -1))
         every = torch.arange(neurons, dtype=torch.int32, device=device)
         self._write(DENSE, every.repeat(layers, 1))
+        self._write(self.padding, every[:1].repeat(layers, 1))
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +65,7 @@ class IndexTable:
     def add(self, view: BlockView) -> int:
         """See ``SlimTable``."""
         if not self._free:
-            raise MemoryError(f"slim table: all {len(self.counts) - 1} sets are in use")
+            raise MemoryError(f"slim table: all {self.sets} sets are in use")
         assert view.experts is not None
         slim_id = self._free.pop()
         self._write(slim_id, view.experts.indices)
@@ -94,11 +98,12 @@ class IndexTable:
         counts = self._device_counts.index_select(1, rows.slim_ids)
         return partial(self._block, rows, counts, mode)
 
-    def write_random(self, density: float) -> None:
-        """Gives every id a random set, for measurements before the first view."""
-        layers, ids, neurons = self._indices.shape
+    def write_random(self, density: float, sets: int) -> None:
+        """Gives the ids from 1 to ``sets``, or to the last there is, random sets, for measurements
+        before the first view."""
+        layers, _, neurons = self._indices.shape
         k = Selection(density=density).experts_of(neurons)
-        for slim_id in range(1, ids):
+        for slim_id in range(1, 1 + min(sets, self.sets)):
             score = torch.rand((layers, neurons), device=self._indices.device)
             self._write(slim_id, score.topk(k).indices.sort(dim=1).values.int())
             self.counts[slim_id] = 0

@@ -1,4 +1,4 @@
-"""The `griffin` command; where only the client is installed, what it lacks."""
+"""The entry point of the `griffin` command. Without the extra `server` it says what to install."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Entry point of the console script."""
     try:
-        from griffin_server.cli import app  # noqa: PLC0415
+        from griffin_server.commands import app  # noqa: PLC0415
     except ModuleNotFoundError as error:
         sys.exit(
             f"griffin: no module {error.name}: the command needs the extra `server`, which is "

@@ -1,4 +1,4 @@
-"""A server, put together from its settings: a listener, one engine, the role's services."""
+"""A server, built from its settings: a listener, one engine, and the services of its role."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.slim.costs import ASSUMED_COSTS
-from griffin_server.channel import Mail
-from griffin_server.generation import convert
-from griffin_server.generation.service import GenerationServicer
-from griffin_server.handoff.shared_memory import remove_stale_segments
 from griffin_server.listener import Listener
-from griffin_server.ops.settings import Settings
-from griffin_server.ops.tracing import Tracing
-from griffin_server.prefill.service import PrefillServicer
-from griffin_server.prefill.source import PrefillServer, PrefillServers
+from griffin_server.prefill_pool.client import PrefillClient
+from griffin_server.prefill_pool.router import PrefillRouter
+from griffin_server.rpc.generation import GenerationServicer
+from griffin_server.rpc.messages.model_info import sampling_defaults_to_pb
+from griffin_server.rpc.output_queue import LoopBridge
+from griffin_server.rpc.prefill import PrefillServicer
+from griffin_server.settings import Settings
+from griffin_server.telemetry.tracing import Tracing
+from griffin_server.transfer.shared_memory import remove_stale_segments
 
 log = structlog.get_logger("griffin.app")
 
 
 def load(settings: Settings, progress: Progress) -> Model:
-    """Loads the model the settings name. It may take minutes.
+    """Loads the model that the settings name, which may take minutes.
 
     Raises:
         ModelError, InvalidRequest: see ``load_model``.
@@ -53,17 +54,17 @@ def _bytes(gib: float | None) -> int | None:
 
 
 def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
-    """The values of sampling fields that a request does not set; says in the log what they are.
+    """The values of sampling fields that a request does not set, which are also logged.
 
     Raises:
-        BadModelFile: those of the model are out of range.
+        BadModelFile: the model's own defaults are out of range.
     """
     if settings.sampling_defaults == "greedy":
         return NO_SAMPLING_DEFAULTS
     defaults = model.sampling_defaults
     try:
-        SamplingParams(**defaults)  # type: ignore[arg-type]  # checked there, whatever they are
-        convert.sampling_defaults_to_pb(defaults)  # what GetModelInfo will tell
+        SamplingParams(**defaults)  # type: ignore[arg-type]  # it checks them
+        sampling_defaults_to_pb(defaults)  # as GetModelInfo will do
     except (InvalidRequest, TypeError, ValueError) as error:
         raise BadModelFile(
             f"model: generation_config.json of {model.name!r} has sampling that cannot be used "
@@ -77,14 +78,14 @@ def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
 
 
 class App:
-    """A running server. ``start`` it, then ``stop`` it; not to be used twice.
+    """A server that runs from ``start`` to ``stop``. It cannot be started twice.
 
     Args:
-        model: already loaded.
-        listener: that listens already; None makes one.
+        model: the loaded model.
+        listener: a listener that has been started; None creates one.
 
     Raises:
-        BadModelFile: the model's sampling defaults are wanted and out of range.
+        BadModelFile: the settings ask for the model's sampling defaults, and they are out of range.
     """
 
     def __init__(self, settings: Settings, model: Model, listener: Listener | None = None) -> None:
@@ -119,20 +120,20 @@ class App:
         )
         self.metrics.watch(self.engine)
         self._tracing = Tracing(settings.role)
-        self._prefill: PrefillServers | None = None
+        self._prefill: PrefillRouter | None = None
 
     @property
-    def prefill_servers(self) -> PrefillServers | None:
-        """The servers that read prompts for this one, once started; None if it asks none."""
+    def prefill_router(self) -> PrefillRouter | None:
+        """The router to the prefill servers, once started; None in a role without any."""
         return self._prefill
 
     async def start(self) -> None:
-        """Listens and starts the engine; until that is ready, calls are refused with UNAVAILABLE.
+        """Listens and starts the engine. Until the engine is ready, calls end with UNAVAILABLE.
 
         Raises:
-            ListenError: an address is taken or not this machine's.
-            DeviceMemoryExhausted: the device has no room for sessions.
-            EngineFault: the engine did not come up.
+            ListenError: an address is in use or does not belong to this machine.
+            DeviceMemoryExhausted: the device has no memory left for sessions.
+            EngineFault: the engine did not start.
         """
         settings, engine = self._settings, self.engine
         if not self.listener.started:
@@ -140,14 +141,16 @@ class App:
         engine.start()
         try:
             await asyncio.shield(asyncio.wrap_future(engine.ready))
-        except DeviceMemoryExhausted:  # says all there is to say
+        except DeviceMemoryExhausted:  # its message needs no addition
             raise
         except Exception as error:
             raise EngineFault(f"the engine did not start: {error}") from error
-        mail = Mail()
+        bridge = LoopBridge()
         await self.listener.open(
-            generation=self._generation(mail) if settings.role in ("all", "decode") else None,
-            prefill=PrefillServicer(engine, mail) if settings.role in ("all", "prefill") else None,
+            generation=self._generation(bridge) if settings.role in ("all", "decode") else None,
+            prefill=PrefillServicer(engine, bridge)
+            if settings.role in ("all", "prefill")
+            else None,
             tracing=self._tracing,
         )
         log.info(
@@ -160,13 +163,13 @@ class App:
             session_bytes=engine.session_bytes,
         )
 
-    def _generation(self, mail: Mail) -> GenerationServicer:
+    def _generation(self, bridge: LoopBridge) -> GenerationServicer:
         settings, engine = self._settings, self.engine
         if settings.prefill_target:
             remove_stale_segments()
-            self._prefill = PrefillServers(
+            self._prefill = PrefillRouter(
                 [
-                    PrefillServer(target, engine.model, self.metrics, settings.handoff)
+                    PrefillClient(target, engine.model, self.metrics, settings.handoff)
                     for target in settings.prefill_target
                 ]
             )
@@ -174,16 +177,16 @@ class App:
             engine,
             self._prefill,
             settings.role,
-            mail,
+            bridge,
             self.metrics,
             sampling_defaults=self._sampling_defaults,
         )
 
     async def stop(self) -> None:
-        """Says NOT_SERVING, takes no new calls, lets running ones finish for the grace period, ends
-        those that have not with UNAVAILABLE, and frees everything."""
+        """Reports NOT_SERVING, refuses new calls, waits for running ones until the grace is over,
+        ends the others with UNAVAILABLE, and frees everything."""
         grace_s = self._settings.shutdown_grace_s
-        log.info("stopping", active=self.listener.calls.active, grace_s=grace_s)
+        log.info("stopping", active=self.listener.calls.drain.active, grace_s=grace_s)
         await self.listener.drain(grace_s)
         await asyncio.to_thread(self.engine.stop)
         await self.listener.close()
@@ -192,6 +195,6 @@ class App:
         await asyncio.to_thread(self._tracing.close)
         log.info("stopped")
 
-    def hurry(self) -> None:
-        """Lets ``stop`` wait no longer for running calls."""
-        self.listener.calls.hurry()
+    def force_stop(self) -> None:
+        """Lets ``stop`` end running calls at once."""
+        self.listener.calls.drain.force_stop()

@@ -1,5 +1,7 @@
-"""What clients reach from a server's first moment on, before it has a model: gRPC with health and
-reflection, and HTTP. It imports no torch, since that takes seconds."""
+"""The gRPC and HTTP servers, which listen before the model is loaded and close after draining.
+
+This module imports no torch, because that takes seconds and health checks must be answered sooner.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-from griffin_server.ops.address import (
+from griffin_server.address import (
     Address,
     ListenError,
     TcpAddress,
@@ -24,20 +26,21 @@ from griffin_server.ops.address import (
     listen,
     parse_host,
 )
-from griffin_server.ops.connections import server_options
-from griffin_server.ops.http import HttpServer
-from griffin_server.ops.interceptors import CallInterceptor
-from griffin_server.ops.metrics import Metrics
-from griffin_server.ops.reflection import add_reflection
-from griffin_server.ops.settings import Settings
+from griffin_server.connections import server_options
+from griffin_server.interceptors.chain import CallInterceptor
+from griffin_server.rpc.reflection import add_reflection
+from griffin_server.settings import Settings
+from griffin_server.telemetry.http import HttpServer
+from griffin_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from griffin_server.ops.tracing import Tracing
+    from griffin_server.telemetry.tracing import Tracing
 
 log = structlog.get_logger("griffin.listener")
 
 STATUSES_S, WATCHERS_S = 5.0, 2.0
-"""How long the last calls have to learn how they ended."""
+"""The grace for sending final statuses: with calls that still run, and with none, where only
+watchers of health are left."""
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 PREFILL = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
@@ -45,8 +48,7 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 class Later:
-    """Stands for a servicer that comes when there is a model. The interceptor, around all of its
-    methods, lets no call in before."""
+    """Stands for a servicer until the model is loaded. The interceptor admits no call before."""
 
     def __init__(self) -> None:
         self.servicer: Any = None
@@ -59,26 +61,26 @@ class Later:
 
 
 class Listener:
-    """Listens, once started; takes calls, once opened; not to be used twice."""
+    """Listens once started, and admits calls once opened. It cannot be started twice."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
         self.calls = CallInterceptor(self.metrics)
         self.address: Address = parse_host(settings.host, settings.port)
-        """Where calls come; with the port that was taken, once started."""
+        """The address of the gRPC server; once started, with the port that it listens on."""
         self.started = False
-        self._inode: tuple[int, int] | None = None  # of a Unix socket's file
+        self._inode: tuple[int, int] | None = None  # of the Unix socket's file
         self._generation, self._prefill = Later(), Later()
         self._health = health.HealthServicer()
         self._http: HttpServer | None = None
         self._server: Any = None
 
     async def start(self) -> None:
-        """Listens. Until ``open``, calls are refused with UNAVAILABLE and health is NOT_SERVING.
+        """Starts listening. Until ``open``, calls end with UNAVAILABLE and health is NOT_SERVING.
 
         Raises:
-            ListenError: an address is taken or not this machine's.
+            ListenError: an address is in use or does not belong to this machine.
         """
         self.started = True
         settings = self._settings
@@ -105,15 +107,17 @@ class Listener:
                 sockets = listen(where)
             except OSError as error:
                 raise ListenError("metrics_port", where, error) from error
-            self._http = HttpServer(sockets, self.metrics.registry, lambda: self.calls.serving)
+            self._http = HttpServer(
+                sockets, self.metrics.registry, lambda: self.calls.drain.serving
+            )
         self._add_ports()
         await self._server.start()
 
     async def open(self, *, generation: Any, prefill: Any, tracing: Tracing) -> None:
-        """Takes calls, and says so.
+        """Admits calls, and reports SERVING.
 
         Args:
-            generation, prefill: the servicers of the role; None for that of the other.
+            generation, prefill: the servicers; None for one that the role does not have.
         """
         self._generation.servicer, self._prefill.servicer = generation, prefill
         self.calls.open(tracing)
@@ -121,29 +125,30 @@ class Listener:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, grace_s: float) -> None:
-        """Says NOT_SERVING, takes no new calls and lets running ones finish, so long at most."""
+        """Reports NOT_SERVING, refuses new calls, and waits until the running ones have ended or
+        the grace is over."""
         await self._health.enter_graceful_shutdown()
-        await self.calls.close(grace_s)
+        await self.calls.drain.drain(grace_s)
 
     async def close(self) -> None:
-        """Listens no longer; calls that still run learn their ends first. gRPC removes the file of
-        a Unix socket, by its path: by then it may be that of another server."""
+        """Stops listening, after calls that still run have got their final statuses. gRPC removes
+        the file at a Unix socket's path, which may by then belong to another server."""
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
         if self._server is not None:
-            # What is left are statuses on their way, and watchers of health, who would never end.
-            grace_s = STATUSES_S if self.calls.active else WATCHERS_S
-            with self._others_spared():
+            # A watch of health never ends by itself.
+            grace_s = STATUSES_S if self.calls.drain.active else WATCHERS_S
+            with self._others_socket_kept():
                 await self._server.stop(grace_s)
 
-    def _others_spared(self) -> AbstractContextManager[None]:
+    def _others_socket_kept(self) -> AbstractContextManager[None]:
         if self._inode is None or not isinstance(self.address, UnixAddress):
             return nullcontext()
-        return self.address.spared(self._inode)
+        return self.address.other_server_kept(self._inode)
 
     @property
     def _services(self) -> list[str]:
-        """Of the role."""
+        """The names of the role's services."""
         of_role = {"all": [GENERATION, PREFILL], "decode": [GENERATION], "prefill": [PREFILL]}
         return of_role[self._settings.role]
 
@@ -157,7 +162,7 @@ class Listener:
                     self.address.open_to_group()
                 case TcpAddress(port=port):
                     hosts = []
-                    for probe in listen(self.address):  # says why not, which gRPC does not
+                    for probe in listen(self.address):  # its errors say why; gRPC's do not
                         with probe:
                             hosts.append(address_of(probe))
                     for host in hosts:
@@ -168,7 +173,7 @@ class Listener:
 
 
 def _metrics_address(settings: Settings) -> TcpAddress:
-    """Where HTTP is: on the host of the calls unless it has one, or that is a Unix socket."""
+    """The address for HTTP: on metrics_host, else on host, else on localhost for a Unix socket."""
     where = parse_host(settings.metrics_host or settings.host, settings.metrics_port)
     if isinstance(where, TcpAddress):
         return where

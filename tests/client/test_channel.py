@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from griffin_client.client import channel_options
+from griffin_client.channel import channel_options
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_another_name_is_an_attribute_error() -> None:
 
 def test_importing_the_package_and_its_choices_loads_no_torch() -> None:
     program = (
-        "import sys, griffin_core; from griffin_core import choices; "
+        "import sys, griffin_core; from griffin_core.spec import choices; "
         "sys.exit(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run(

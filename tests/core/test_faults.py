@@ -28,6 +28,7 @@ from griffin_core.kv.pool import KvPool, kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.slim import views
 from griffin_core.slim.packed import Packed
 from griffin_core.spec.choices import Sharing
 from tests.core.engines import Busy, Inbox, at_baseline, complete, engine, finish, submit
@@ -160,7 +161,7 @@ def test_a_mask_that_cannot_be_made_ends_its_session_alone(
     whole = PruningParams(density=1.0)
     bystander = submit(running, task(200, pruning=whole))[1]
     bystander.until(TokensMade)
-    once = Once(monkeypatch, sharing, "ZeroedLayers", lambda *_: True)
+    once = Once(monkeypatch, views, "ZeroedLayers", lambda *_: True)
     hit = submit(running, task(first=50, pruning=PruningParams(density=0.5, sharing="private")))[1]
     assert isinstance(hit.until(Finished).error, EngineFault)
     assert once.failed
@@ -267,12 +268,12 @@ def test_a_score_of_logits_that_are_not_finite_is_an_error(
     assert submit(running, scoring())[1].until(Scored).continuations
 
 
-@pytest.mark.parametrize("method", ["head", "final_hidden", "layer"])
+@pytest.mark.parametrize("method", ["head", "embed", "layer"])
 def test_a_step_that_fails_is_run_again_and_changes_no_token(
     method: str, running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [complete(running, task(60, first=n))[0] for n in (1, 90)]
-    rows = {"head": 1, "final_hidden": 1, "layer": 2}[method]
+    rows = {"head": 1, "embed": 1, "layer": 2}[method]
     once = Once(monkeypatch, Decoder, method, lambda *a: a[rows].shape[0] == 2)
     inboxes = [submit(running, task(60, first=n))[1] for n in (1, 90)]
     assert [finish(inbox)[0] for inbox in inboxes] == alone

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from griffin_core.backends.base import Backend
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished, prefill
 from griffin_core.model.load import Model
@@ -69,9 +69,7 @@ def test_a_reader_that_pauses_it_is_not_computing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(
-        "griffin_core.forward.prefill.time", SimpleNamespace(perf_counter=lambda: now)
-    )
+    monkeypatch.setattr(Backend, "moment", lambda backend: now)
     for event in prefill(tiny("llama").decoder, ids, HALF, chunk_tokens=16, watch=watch):
         if isinstance(event, PrefillFinished):
             assert event.compute_s == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from griffin_core.backends.base import Backend
 from griffin_core.engine.events import Failed, PrefillBegun
 from griffin_core.engine.ports import Observer
 from griffin_core.engine.prefill_queue import PrefillQueue
@@ -128,7 +129,7 @@ def test_the_time_of_a_pass_is_divided_by_tokens(
 ) -> None:
     decoder = tiny("llama").decoder
     clock = iter((0.0, 4.0, 3.0, 3.5))  # begin, end, before and after the selection
-    monkeypatch.setattr("griffin_core.forward.prefill.moment", lambda _: next(clock))
+    monkeypatch.setattr(Backend, "moment", lambda backend: next(clock))
     parts = [Part(prompt=Prompt(decoder, ids(n), HALF), tokens=n) for n in (10, 30)]
     short, long = (each.finished for each in launch(decoder, parts).end())
     assert (short.selection_s, long.selection_s) == (0.25, 0.25)

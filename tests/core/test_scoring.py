@@ -233,9 +233,10 @@ def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) 
     rows: list[int] = []
     whole = look_up.look_up
 
-    def noted(decoder: Decoder, pieces: Sequence[look_up.Piece]) -> Any:
+    def noted(*arguments: Any) -> Any:
+        *_, pieces = arguments
         rows.append(len(pieces))
-        return whole(decoder, pieces)
+        return whole(*arguments)
 
     monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
     stream = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=40, ignore_eos=True))
@@ -294,12 +295,12 @@ class Spoilt:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
         self.marked, self.runs = 250, 0
-        begin, layer = Decoder.begin, Decoder.layer
+        embed, layer = Decoder.embed, Decoder.layer
         rows: list[torch.Tensor] = []
 
-        def begin_(decoder: Decoder, ids: torch.Tensor, runs: Any) -> Any:
+        def embed_(decoder: Decoder, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             rows[:] = [ids == self.marked]
-            return begin(decoder, ids, runs)
+            return embed(decoder, ids, positions)
 
         def layer_(decoder: Decoder, index: int, x: torch.Tensor, *rest: Any) -> torch.Tensor:
             out = layer(decoder, index, x, *rest)
@@ -310,7 +311,7 @@ class Spoilt:
                 out[rows[0]] = math.nan
             return out
 
-        monkeypatch.setattr(Decoder, "begin", begin_)
+        monkeypatch.setattr(Decoder, "embed", embed_)
         monkeypatch.setattr(Decoder, "layer", layer_)
 
 
@@ -358,10 +359,11 @@ def test_a_step_that_fails_once_is_run_again_from_where_it_was(
     whole, calls, together = getattr(owner, name), 0, 0
     run = look_up.look_up
 
-    def noted(decoder: Decoder, pieces: Sequence[look_up.Piece]) -> Any:
+    def noted(*arguments: Any) -> Any:
+        *_, pieces = arguments
         nonlocal together
         together = len(pieces)
-        return run(decoder, pieces)
+        return run(*arguments)
 
     def sometimes(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
@@ -389,9 +391,10 @@ def test_a_score_that_is_cancelled_midway_leaves_nothing(
     monkeypatch.setattr(look_up, "STEP_TOKENS", 3)
     whole, seen = look_up.look_up, []
 
-    def noted(decoder: Decoder, pieces: Sequence[look_up.Piece]) -> Any:
+    def noted(*arguments: Any) -> Any:
+        *_, pieces = arguments
         seen.append(pieces)
-        return whole(decoder, pieces)
+        return whole(*arguments)
 
     monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
     for steps in (1, 2, 9):

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from griffin_client import Finished, GriffinClient, Stopping, Tokens
+from griffin_client import Finished, GriffinClient, Tokens
 from tests.e2e.prometheus import ROOT, Prometheus, free_port, program
 from tests.e2e.texts import ARTICLE
 from tests.servers import eventually
@@ -191,7 +191,7 @@ def servers(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 def test_decode_answers_with_a_prompt_that_prefill_ran(host: Host, servers: None) -> None:
     with GriffinClient(host.published("decode")) as client:
-        events = list(client.generate(prompt=ARTICLE, stopping=Stopping(max_tokens=8)))
+        events = list(client.generate(prompt=ARTICLE, max_tokens=8))
     assert any(isinstance(event, Tokens) for event in events)
     assert isinstance(events[-1], Finished)
     metrics = host.here("decode", "http://localhost:9464/metrics")

@@ -18,21 +18,20 @@ from griffin_client import (
     Finished,
     GriffinClient,
     GriffinClientError,
-    Stopping,
     Tokens,
     Unavailable,
 )
 from griffin_core.forward.prefill import Prompt
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
-from griffin_server.handoff.shared_memory import DIRECTORY
+from griffin_server.transfer.shared_memory import DIRECTORY
 from tests.e2e.texts import LICENCE, cut
 from tests.servers import Process, Running, eventually, running
 
 pytestmark = pytest.mark.e2e
 
-ENDLESS = Stopping(max_tokens=5000, ignore_eos=True)
-FEW = Stopping(max_tokens=3, ignore_eos=True)
+ENDLESS = {"max_tokens": 5000, "ignore_eos": True}
+FEW = {"max_tokens": 3, "ignore_eos": True}
 
 
 def held(server: Running) -> tuple[int, int]:
@@ -51,15 +50,15 @@ def one_at_a_time(smollm2: Model, with_and_without_traces: bool) -> Iterator[Run
 
 def test_a_client_that_cancels_in_the_queue_leaves_nothing(one_at_a_time: Running) -> None:
     with one_at_a_time.client() as client:
-        holder = client.generate("a", stopping=ENDLESS)
+        holder = client.generate("a", **ENDLESS)
         next(holder)
-        waiting = client.generate("b", stopping=ENDLESS)
+        waiting = client.generate("b", **ENDLESS)
         thread = threading.Thread(target=lambda: next(waiting, None), daemon=True)
         thread.start()
         states = lambda: [s.state for s in client.list_sessions()]  # noqa: E731
         eventually(lambda: states() == ["decode", "queued"])
-        with GriffinClient(one_at_a_time.target) as other:  # its own connection, then gone
-            third = other.generate("c", stopping=ENDLESS)
+        with one_at_a_time.client() as other:  # its own connection, then gone
+            third = other.generate("c", **ENDLESS)
             threading.Thread(target=lambda: swallow(third), daemon=True).start()
             eventually(lambda: states() == ["decode", "queued", "queued"])
         eventually(lambda: states() == ["decode", "queued"])
@@ -86,7 +85,7 @@ def test_a_client_that_cancels_during_prefill_stops_it_within_a_chunk(
     )
     ids = cut(LICENCE, 2000, smollm2.tokenizer) * 4  # 16 chunks
     with one_at_a_time.client() as client:
-        events = client.generate(token_ids=ids[:8000], stopping=FEW)
+        events = client.generate(token_ids=ids[:8000], **FEW)
         thread = threading.Thread(target=lambda: swallow(events), daemon=True)
         thread.start()
         eventually(lambda: len(turns) >= 2)
@@ -96,13 +95,13 @@ def test_a_client_that_cancels_during_prefill_stops_it_within_a_chunk(
     eventually(lambda: not one_at_a_time.app.engine.snapshot().result(30).prefills.queued)
     assert len(turns) <= 6
     with one_at_a_time.client() as client:
-        assert client.complete("a", stopping=FEW).finished.usage.generated_tokens == 3
+        assert client.complete("a", **FEW).finished.usage.generated_tokens == 3
 
 
 def test_a_client_that_cancels_during_decode_leaves_nothing(one_at_a_time: Running) -> None:
     with one_at_a_time.client() as client:
         for _ in range(3):
-            events = client.generate("Once upon a time", stopping=ENDLESS)
+            events = client.generate("Once upon a time", **ENDLESS)
             while not isinstance(next(events), Tokens):
                 pass
             sessions, size = held(one_at_a_time)
@@ -128,7 +127,7 @@ def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) 
             def call() -> None:
                 try:
                     prompt = cut(LICENCE, 2000, smollm2.tokenizer)
-                    received.extend(client.generate(token_ids=prompt, stopping=FEW))
+                    received.extend(client.generate(token_ids=prompt, **FEW))
                 except GriffinClientError as error:
                     failure.append(error)
 
@@ -145,12 +144,12 @@ def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) 
             assert received == []
             eventually(lambda: held(decode) == (0, 0))
             with pytest.raises(Unavailable) as caught:
-                client.complete("a", stopping=FEW)
+                client.complete("a", **FEW)
             assert caught.value.reason == "PREFILL_UNAVAILABLE"
 
             with Process(*options, "--port", target.rpartition(":")[2]) as again:
                 again.target()
-                done = client.complete("a", stopping=FEW)
+                done = client.complete("a", **FEW)
                 assert done.finished.usage.generated_tokens == 3
     assert set(DIRECTORY.glob("griffin-*")) == segments
 
@@ -160,16 +159,16 @@ def test_a_prefill_server_killed_during_a_handoff(handoff: str, smollm2: Model) 
     ("tokens", "grace_s", "finish"), [(40, 60, True), (5000, 0.5, False)], ids=["ends", "cut off"]
 )
 def test_sigterm_during_8_streams(tokens: int, grace_s: float, finish: bool) -> None:
-    stopping = Stopping(max_tokens=tokens, ignore_eos=True)
+    stopping = {"max_tokens": tokens, "ignore_eos": True}
     with (
         Process("--dtype", "float32", "--shutdown-grace-s", str(grace_s)) as server,
-        GriffinClient(server.target()) as client,
+        GriffinClient(server.target(), max_retries=0) as client,
         ThreadPoolExecutor(8) as pool,
     ):
         under_way = threading.Barrier(9)
 
         def stream(number: int) -> Finished | GriffinClientError:
-            events = client.generate(f"Count to {number}:", stopping=stopping)
+            events = client.generate(f"Count to {number}:", **stopping)
             next(events)
             under_way.wait(60)
             try:
@@ -206,9 +205,9 @@ def test_a_second_signal_ends_what_the_first_lets_run(
     model = ("--model", str(tiny_directory("llama-long")), "--dtype", "float32")
     with (
         Process(*model, "--shutdown-grace-s", "1000") as server,
-        GriffinClient(server.target()) as client,
+        GriffinClient(server.target(), max_retries=0) as client,
     ):
-        events = client.generate("a", stopping=Stopping(max_tokens=4000, ignore_eos=True))
+        events = client.generate("a", max_tokens=4000, ignore_eos=True)
         next(events)
         server.terminate()
         eventually(lambda: any('"stopping"' in line for line in server.log))
@@ -227,9 +226,9 @@ def test_a_server_that_has_shut_down_leaves_no_segments(
     with (
         Process(*model, "--role", "prefill") as prefill,
         Process(*model, "--role", "decode", "--prefill-target", prefill.target()) as decode,
-        GriffinClient(decode.target()) as client,
+        GriffinClient(decode.target(), max_retries=0) as client,
     ):
-        client.complete("a", stopping=FEW)
+        client.complete("a", **FEW)
         for process in (decode, prefill):
             process.terminate()
             assert process.wait() == 0

@@ -23,7 +23,7 @@ from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
 from tests.evals.requests import scoring
-from tests.server.test_metrics import free_port
+from tests.server.telemetry.test_metrics import free_port
 from tests.servers import Process, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

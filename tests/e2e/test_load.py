@@ -8,6 +8,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -19,11 +20,9 @@ from griffin_client import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
-    Sampling,
-    Stopping,
 )
 from griffin_core.model.load import Model
-from griffin_server.handoff.shared_memory import DIRECTORY
+from griffin_server.transfer.shared_memory import DIRECTORY
 from tests.core.engines import at_baseline
 from tests.servers import SMALL_WINDOW, Process, Running, eventually, running
 
@@ -35,8 +34,8 @@ def model(tiny: Callable[[str], Model]) -> Model:
     return tiny("llama-long")
 
 
-def several(tokens: int) -> Stopping:
-    return Stopping(max_tokens=tokens, ignore_eos=True)
+def several(tokens: int) -> dict[str, Any]:
+    return {"max_tokens": tokens, "ignore_eos": True}
 
 
 @pytest.mark.timeout(300)
@@ -48,12 +47,12 @@ async def test_cancels_deadlines_and_readers_that_stop_leave_nothing_and_harm_no
     ends: Counter[str] = Counter()
     settings = {"reader_timeout_s": 1.0, "max_queue": 2000, "max_sessions": 32}
     with running(model, density=0.5, **settings) as server:
-        async with AsyncGriffinClient(server.target) as client:
-            options = {"density": 0.25, "stopping": several(60), "sampling": Sampling(seed=3)}
+        async with AsyncGriffinClient(server.target, max_retries=0) as client:
+            options = {"density": 0.25, **several(60), "seed": 3}
             expected = (await client.complete("an honest reader", **options)).token_ids
 
             async def hangs_up(number: int) -> None:
-                events = client.generate(f"{number}" * 50, stopping=several(300))
+                events = client.generate(f"{number}" * 50, **several(300))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(draw.expovariate(1.0)):
                         async for _ in events:
@@ -64,7 +63,7 @@ async def test_cancels_deadlines_and_readers_that_stop_leave_nothing_and_harm_no
             async def times_out(number: int) -> None:
                 try:
                     await client.complete(
-                        f"{number}" * 20, stopping=several(300), timeout_s=draw.uniform(0.001, 2)
+                        f"{number}" * 20, **several(300), timeout=draw.uniform(0.001, 2)
                     )
                     ends["in time"] += 1
                 except (DeadlineExceeded, ResourceExhausted) as error:
@@ -75,8 +74,8 @@ async def test_cancels_deadlines_and_readers_that_stop_leave_nothing_and_harm_no
                     server.target, options=[*SMALL_WINDOW, ("grpc.use_local_subchannel_pool", 1)]
                 )
                 async with channel:
-                    lazy = AsyncGriffinClient("", channel=channel)
-                    events = lazy.generate(f"{number}", stopping=several(2000), top_logprobs=20)
+                    lazy = AsyncGriffinClient("", channel=channel, max_retries=0)
+                    events = lazy.generate(f"{number}", **several(2000), top_logprobs=20)
                     session = (await anext(events)).session_id
                     with contextlib.suppress(NotFound):
                         while True:  # until the server has given it up, or made all of it
@@ -113,14 +112,14 @@ async def test_with_a_few_megabytes_requests_queue_or_come_back_later(model: Mod
     settings = {"session_memory_gib": gib, "idle_memory_gib": gib / 4, "max_queue": 4}
     with running(model, density=0.5, **settings) as server:
         ends: Counter[str] = Counter()
-        async with AsyncGriffinClient(server.target) as client:
+        async with AsyncGriffinClient(server.target, max_retries=0) as client:
 
             async def call(number: int) -> None:
                 while True:
                     try:
                         await client.complete(
                             token_ids=[number % 250] * (1 + number * 7 % 900),
-                            stopping=several(1 + number * 13 % 50),
+                            **several(1 + number * 13 % 50),
                             keep_session=number % 3 == 0,
                         )
                         ends["completed"] += 1
@@ -132,7 +131,7 @@ async def test_with_a_few_megabytes_requests_queue_or_come_back_later(model: Mod
 
             await asyncio.gather(*(call(number) for number in range(60)))
             with pytest.raises(ResourceExhausted) as never:
-                await client.complete(token_ids=[1] * 2000, stopping=several(2000))
+                await client.complete(token_ids=[1] * 2000, **several(2000))
         assert never.value.retry_after_s is None
         assert ends["completed"] == 60 and ends["refused"] > 0
         assert server.app.engine.peak_bytes <= 2 << 20
@@ -174,7 +173,7 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
         running(model, density=0.5) as alone,
         alone.client() as client,
     ):
-        expected = client.complete(token_ids=PROMPT, stopping=several(20)).token_ids
+        expected = client.complete(token_ids=PROMPT, **several(20)).token_ids
     settings = {"role": "decode", "handoff": handoff, "density": 0.5}
     with (
         contextlib.ExitStack() as stack,
@@ -184,13 +183,13 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
         decode.client() as client,
     ):
         processes = [one, other]
-        servers = decode.app.prefill_servers.servers
+        servers = decode.app.prefill_router.clients
         targets = [server.target for server in servers]
         for _ in range(2):
             made: list[int] = []
 
             def call(made: list[int] = made) -> None:
-                made += client.complete(token_ids=PROMPT, stopping=several(20)).token_ids
+                made += client.complete(token_ids=PROMPT, **several(20)).token_ids
 
             thread = threading.Thread(target=call)
             thread.start()
@@ -199,11 +198,11 @@ def test_a_prefill_server_that_dies_is_replaced_without_the_client_noticing(
             processes[busy].kill()
             thread.join(60)
             assert tuple(made) == expected
-            assert servers[busy].set_aside
+            assert servers[busy].health.ejected
             port = targets[busy].rpartition(":")[2]
             again = Process(*prefill_command(directory), "--port", port)
             processes[busy] = stack.enter_context(again)
             processes[busy].target()
-            eventually(lambda set_aside=servers[busy]: not set_aside.set_aside)
+            eventually(lambda client=servers[busy]: not client.health.ejected)
         eventually(lambda: at_baseline(decode.app.engine))
     assert set(DIRECTORY.glob("griffin-*")) == segments

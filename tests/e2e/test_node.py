@@ -7,7 +7,6 @@ import subprocess
 
 import pytest
 
-from griffin_client import Stopping
 from tests.e2e.texts import ROOT
 from tests.servers import Running, eventually
 
@@ -40,7 +39,7 @@ def test_it_streams_the_text_that_the_python_client_streams(smollm2_server: Runn
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "FINISH_REASON_EOS"
     with smollm2_server.client() as client:
-        same = client.complete(messages=[("user", prompt)], stopping=Stopping(max_tokens=256))
+        same = client.complete(messages=[("user", prompt)], max_tokens=256)
     assert done.stdout == same.text
     assert "Paris" in same.text
 

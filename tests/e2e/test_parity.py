@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from griffin_client import GriffinClient, Sampling, Stopping
+from griffin_client import GriffinClient
 from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import Model
 from tests.e2e.texts import ARTICLE, LICENCE, cut
 from tests.servers import Process, Running
 
-GREEDY_64 = Stopping(max_tokens=64)
+GREEDY_64 = {"max_tokens": 64}
 
 PROMPTS: dict[str, Any] = {
     "1 token": ("Hello", 1),
@@ -95,7 +95,7 @@ def test_one_process_generates_what_transformers_does(
     name: str, smollm2: Model, smollm2_server: Running, expected: dict[str, tuple[int, ...]]
 ) -> None:
     with smollm2_server.client() as client:
-        made = client.complete(**as_input(name, smollm2), stopping=GREEDY_64)
+        made = client.complete(**as_input(name, smollm2), **GREEDY_64)
     assert made.started.prompt_tokens == len(prompt_ids(name, smollm2))
     assert made.token_ids == expected[name]
     assert made.text == smollm2.tokenizer.decode(
@@ -108,7 +108,7 @@ def test_one_process_generates_what_transformers_does(
 def test_two_processes_generate_what_transformers_does(
     name: str, smollm2: Model, split: GriffinClient, expected: dict[str, tuple[int, ...]]
 ) -> None:
-    made = split.complete(**as_input(name, smollm2), stopping=GREEDY_64)
+    made = split.complete(**as_input(name, smollm2), **GREEDY_64)
     assert made.token_ids == expected[name]
 
 
@@ -126,17 +126,15 @@ def test_two_processes_generate_what_transformers_does(
 def test_split_and_in_process_give_the_same_tokens_for_the_same_seed_and_so_do_two_runs(
     pruning: dict[str, Any], smollm2: Model, smollm2_server: Running, split: GriffinClient
 ) -> None:
-    sampling = Sampling(temperature=1.0, top_p=0.95, seed=11)
+    sampling = {"temperature": 1.0, "top_p": 0.95, "seed": 11}
     ids = cut(ARTICLE, 200, smollm2.tokenizer)
-    stopping = Stopping(max_tokens=16, ignore_eos=True)
+    stopping = {"max_tokens": 16, "ignore_eos": True}
     with smollm2_server.client() as client:
         runs = [
-            each.complete(token_ids=ids, sampling=sampling, stopping=stopping, **pruning)
+            each.complete(token_ids=ids, **sampling, **stopping, **pruning)
             for each in (client, client, split, split)
         ]
-        other = client.complete(
-            token_ids=ids, sampling=Sampling(temperature=1.0, seed=12), stopping=stopping, **pruning
-        )
+        other = client.complete(token_ids=ids, temperature=1.0, seed=12, **stopping, **pruning)
     assert len({run.token_ids for run in runs}) == 1
     assert len({run.finished.pruning.norm_mass for run in runs}) == 1
     assert other.token_ids != runs[0].token_ids
@@ -178,7 +176,7 @@ def test_a_chat_of_ten_turns_is_ten_calls_with_the_whole_transcript(
 ) -> None:
     asked = [f"Name {n} things that {what}." for n in (2, 3) for what in ("fly", "burn", "sing")]
     asked += ["Say it again.", "Shorter.", "Why?", "Thank you."]
-    stopping = Stopping(max_tokens=12)
+    stopping = {"max_tokens": 12}
     transcript: list[int] = []
     session = None
     with smollm2_server.client() as client:
@@ -186,11 +184,11 @@ def test_a_chat_of_ten_turns_is_ten_calls_with_the_whole_transcript(
             turn = smollm2.tokenizer.encode(f"<|im_start|>user\n{words}<|im_end|>\n")
             turn += smollm2.tokenizer.encode("<|im_start|>assistant\n")
             reply = client.complete(
-                token_ids=turn, session_id=session, keep_session=True, stopping=stopping
+                token_ids=turn, session_id=session, keep_session=True, **stopping
             )
             session = reply.started.session_id
             transcript += turn
-            whole = client.complete(token_ids=transcript, stopping=stopping)
+            whole = client.complete(token_ids=transcript, **stopping)
             assert reply.token_ids == whole.token_ids
             transcript += reply.token_ids
         assert client.get_session(session).context_tokens == len(transcript)

@@ -17,14 +17,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from griffin_client import GriffinClient, Stopping, Unavailable
+from griffin_client import GriffinClient, Unavailable
+from tests.server.telemetry.test_metrics import free_port
 from tests.server.test_environment import KUBERNETES
-from tests.server.test_metrics import free_port
 from tests.servers import Process, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-FOUR = Stopping(max_tokens=4, ignore_eos=True)
+FOUR = {"max_tokens": 4, "ignore_eos": True}
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 NOWHERE = "/proc/nowhere"
 """A directory that not even root can make."""
@@ -63,7 +63,7 @@ def test_a_server_is_live_within_a_second_and_ready_later(model: str) -> None:
                 answer = health.Check(request, timeout=10, wait_for_ready=True)
                 assert answer.status == NOT_SERVING
                 with pytest.raises(Unavailable) as refused:
-                    GriffinClient(channel=channel).complete("a")
+                    GriffinClient(channel=channel, max_retries=0).complete("a")
                 assert refused.value.reason == "NOT_READY"
             server.target()
             assert status(metrics, "livez") == status(metrics, "readyz") == 200
@@ -105,8 +105,8 @@ def test_the_socket_of_a_killed_server_is_replaced(model: str, tmp_path: Path) -
     assert path.is_socket()
     with Process(*arguments) as server:
         assert server.target() == f"unix:{path}"
-        with GriffinClient(f"unix:{path}") as client:
-            assert client.complete("a", stopping=FOUR).finished.usage.generated_tokens == 4
+        with GriffinClient(f"unix:{path}", max_retries=0) as client:
+            assert client.complete("a", **FOUR).finished.usage.generated_tokens == 4
     assert not path.exists()
 
 
@@ -124,9 +124,9 @@ def test_a_home_that_cannot_be_written_is_not_needed(
 ) -> None:
     with (
         Process("--model", model, **environment) as server,
-        GriffinClient(server.target()) as client,
+        GriffinClient(server.target(), max_retries=0) as client,
     ):
-        assert client.complete("a", stopping=FOUR).finished.usage.generated_tokens == 4
+        assert client.complete("a", **FOUR).finished.usage.generated_tokens == 4
     assert all(json.loads(line)["level"] == "info" for line in server.log)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from griffin_client import AsyncGriffinClient, GriffinClient, Sampling, Tokens
+from griffin_client import AsyncGriffinClient, GriffinClient, Tokens
 from griffin_core.model.load import Model
 from tests.core.engines import at_baseline
 from tests.e2e.prometheus import free_port
@@ -53,7 +53,7 @@ async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind(
             held = float(sizes["griffin_slim_view_bytes"]) + float(sizes["griffin_kv_cache_bytes"])
             return held / float(sizes["griffin_session_bytes_limit"])
 
-        async with AsyncGriffinClient(target) as client:
+        async with AsyncGriffinClient(target, max_retries=0) as client:
 
             async def stream(number: int) -> None:
                 draw = random.Random(number)
@@ -64,8 +64,9 @@ async def test_64_streams_for_five_minutes_leave_memory_flat_and_nothing_behind(
                         token_ids=[draw.randrange(1000, 40_000) for _ in range(256)],
                         density=draw.choice(DENSITIES),
                         sharing=draw.choice(("private", "shared", "auto")),
-                        sampling=Sampling(temperature=draw.choice((0.0, 0.8)), seed=number),
-                        stopping=several(tokens),
+                        temperature=draw.choice((0.0, 0.8)),
+                        seed=number,
+                        **several(tokens),
                     ):
                         made += len(event.ids) if isinstance(event, Tokens) else 0
                     assert made == tokens
@@ -106,7 +107,7 @@ def test_prefill_servers_killed_every_20_seconds_fail_no_request_and_change_no_t
     command = prefill_command(str(tiny_directory("llama-long")))
     prompts = [PROMPT[: 500 + 250 * number] for number in range(8)]
     with running(model, density=0.5) as alone, alone.client() as client:
-        expected = [client.complete(token_ids=p, stopping=several(20)).token_ids for p in prompts]
+        expected = [client.complete(token_ids=p, **several(20)).token_ids for p in prompts]
     with (
         contextlib.ExitStack() as stack,
         Process(*command) as one,
@@ -115,17 +116,15 @@ def test_prefill_servers_killed_every_20_seconds_fail_no_request_and_change_no_t
             model, role="decode", density=0.5, prefill_target=[one.target(), other.target()]
         ) as decode,
     ):
-        servers = decode.app.prefill_servers.servers
+        servers = decode.app.prefill_router.clients
         processes, done, failures = [one, other], Counter(), []
         until = time.monotonic() + 130
 
         def stream(number: int) -> None:
-            with GriffinClient(decode.target) as client:
+            with GriffinClient(decode.target, max_retries=0) as client:
                 while time.monotonic() < until:
                     try:
-                        made = client.complete(
-                            token_ids=prompts[number], stopping=several(20), timeout_s=60
-                        )
+                        made = client.complete(token_ids=prompts[number], **several(20), timeout=60)
                         assert made.token_ids == expected[number]
                         done["requests"] += 1
                     except Exception as error:

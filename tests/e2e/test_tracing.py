@@ -21,19 +21,18 @@ from griffin_client import (
     GriffinClient,
     InvalidArgument,
     Started,
-    Stopping,
     Unavailable,
 )
 from griffin_core.model.load import Model
-from griffin_server.ops.tracing import Tracing
+from griffin_server.telemetry.tracing import Tracing
 from tests.otlp import Receiver, Span
 from tests.servers import Process, running
 
 GENERATE, PREFILL = "griffin.v1.GenerationService/Generate", "griffin.v1.PrefillService/Prefill"
 pytestmark = pytest.mark.e2e
 
-SIX = Stopping(max_tokens=6, ignore_eos=True)
-ENDLESS = Stopping(max_tokens=5000, ignore_eos=True)
+SIX = {"max_tokens": 6, "ignore_eos": True}
+ENDLESS = {"max_tokens": 5000, "ignore_eos": True}
 LATE_S = 0.02
 """Threads and processes that share CPUs notice an end when they get their turn."""
 
@@ -83,14 +82,14 @@ def test_one_trace_from_the_client_through_decode_to_prefill_and_back(
         Process(
             *model, "--role", "decode", "--prefill-target", prefill.target(), OTEL_SERVICE_NAME="d"
         ) as decode,
-        GriffinClient(decode.target()) as client,
+        GriffinClient(decode.target(), max_retries=0) as client,
     ):
         with provider.get_tracer("test").start_as_current_span("ask"):
             done = client.complete(
                 token_ids=range(100),
                 density=0.5,
                 sharing="shared",  # whose view is always built
-                stopping=SIX,
+                **SIX,
                 request_id="traced",
             )
         for process in (decode, prefill):
@@ -154,9 +153,9 @@ async def test_the_asynchronous_client_carries_the_trace_on_too(
     receiver: Receiver, provider: TracerProvider, tiny: Callable[[str], Model]
 ) -> None:
     with running(tiny("llama")) as server:
-        async with AsyncGriffinClient(server.target) as client:
+        async with AsyncGriffinClient(server.target, max_retries=0) as client:
             with provider.get_tracer("test").start_as_current_span("ask"):
-                await client.complete("abc", stopping=SIX)
+                await client.complete("abc", **SIX)
                 await client.score("abc", "d")
             await client.model_info()  # of no trace but its own
     lines = tree(receiver.spans)
@@ -176,7 +175,7 @@ async def test_an_analysis_is_of_its_callers_trace_too(
     receiver: Receiver, provider: TracerProvider, tiny: Callable[[str], Model]
 ) -> None:
     with running(tiny("llama")) as server, server.client() as client:
-        async with AsyncGriffinClient(server.target) as other:
+        async with AsyncGriffinClient(server.target, max_retries=0) as other:
             with provider.get_tracer("test").start_as_current_span("ask"):
                 client.analyze_prompt("abc")
                 await other.analyze_prompt("abc")
@@ -193,10 +192,10 @@ def test_a_call_that_ends_early_shows_in_which_phase_and_why(
     receiver: Receiver, tiny: Callable[[str], Model]
 ) -> None:
     with running(tiny("llama-long"), max_sessions=1) as server, server.client() as client:
-        holder = client.generate("a", stopping=ENDLESS)
+        holder = client.generate("a", **ENDLESS)
         assert isinstance(next(holder), Started)
         with pytest.raises(DeadlineExceeded):
-            client.complete("b", timeout_s=0.3)
+            client.complete("b", timeout=0.3)
         with pytest.raises(InvalidArgument):
             client.complete("c", density=7.0)
         holder.close()  # type: ignore[attr-defined]
@@ -221,7 +220,7 @@ def test_a_handoff_that_fails_shows_each_server_that_was_tried(
         server.client() as client,
         pytest.raises(Unavailable),
     ):
-        client.complete("abc", stopping=SIX)
+        client.complete("abc", **SIX)
     handoffs = receiver.named("handoff")
     tried = [span.attributes["griffin.prefill_target"] for span in handoffs]
     assert tried == targets.split(",") and all(span.failed for span in handoffs)
@@ -232,10 +231,10 @@ def test_a_handoff_that_fails_shows_each_server_that_was_tried(
 def test_a_receiver_that_does_not_answer_holds_a_stop_up_only_briefly(
     tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_server.ops.tracing.FLUSH_S", 0.2)
+    monkeypatch.setattr("griffin_server.telemetry.tracing.FLUSH_S", 0.2)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with running(tiny("llama")) as server, server.client() as client:
-        client.complete("abc", stopping=SIX)
+        client.complete("abc", **SIX)
         clock = time.monotonic()
     assert time.monotonic() - clock < 5
 
@@ -244,13 +243,13 @@ OFF = """
 import asyncio, sys
 from griffin_client import AsyncGriffinClient
 from griffin_server.app import App, load
-from griffin_server.ops.settings import Settings
+from griffin_server.settings import Settings
 
 async def main():
     settings = Settings(model=sys.argv[1], port=0)
     app = App(settings, load(settings, print))
     await app.start()
-    async with AsyncGriffinClient(str(app.listener.address)) as client:
+    async with AsyncGriffinClient(str(app.listener.address), max_retries=0) as client:
         await client.complete("abc")
     await app.stop()
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from griffin_evals.command import task_table
 from griffin_evals.tasks import TASKS
-from griffin_server.cli import app
+from griffin_server.commands import app
 from tests.evals.files import GOOD, write, write_text
 from tests.servers import Running
 

@@ -19,7 +19,7 @@ from griffin_evals.errors import OtherModel, RequestRefused, ServerGone
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
 from tests.evals.requests import assert_close, completing, scoring
-from tests.server.test_metrics import free_port
+from tests.server.telemetry.test_metrics import free_port
 from tests.servers import eventually, running
 
 COUNT = 60

@@ -17,8 +17,9 @@ from tests.gpu.devices import needs_cuda
 pytestmark = [pytest.mark.gpu, needs_cuda, pytest.mark.timeout(300)]
 
 if torch.cuda.is_available():
-    from griffin_core.backends.cuda.step import CudaStep
+    from griffin_core.forward.graphs import GraphStep
     from griffin_core.sampling.sampler import Sampler
+    from griffin_core.slim.indexed import IndexTable
 
 
 def on_gpu(where: Path, dtype: torch.dtype) -> Model:
@@ -44,15 +45,23 @@ def test_a_row_makes_the_same_in_each_place(
     decoder = on_gpu(tiny_directory(name), torch.bfloat16).decoder
     for slots in (3, 12):
         vocabulary = decoder.spec.vocabulary
-        sampler = Sampler(slots=slots, vocabulary=vocabulary, device=decoder.device)
-        step = CudaStep(decoder, sampler, max_tokens=slots, graphs=graphs, apart=True)
+        sampler = Sampler(slots=slots, vocabulary=vocabulary, backend=decoder.backend)
+        step = GraphStep(
+            decoder=decoder,
+            pool=decoder.new_pool(100),
+            sampler=sampler,
+            slims=IndexTable(decoder, sets=slots),
+            max_sequences=slots,
+            graphs=graphs,
+            apart=True,
+        )
         assert step.rows_stay_apart()
 
 
 def test_it_is_refused_where_a_row_depends_on_its_place(
     tiny_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CudaStep, "rows_stay_apart", lambda self: False)
+    monkeypatch.setattr(GraphStep, "rows_stay_apart", lambda self: False)
     model = on_gpu(tiny_directory("llama"), torch.bfloat16)
     with (
         pytest.raises(InvalidRequest, match=r"batch_invariant: got true with .*bfloat16 on .*cuda"),

@@ -6,7 +6,7 @@ They also run on a CPU, slowly, in Triton's interpreter: TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,22 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_core.backends.cpu.rows import ACTIVATION_CODES
-from griffin_core.model.attention import rotate
-from griffin_core.model.feedforward import ACTIVATIONS, FeedForward, Neurons
+from griffin_core.backends.activations import ACTIVATION_CODES, ACTIVATIONS
+from griffin_core.backends.attention import apply_rope
+from griffin_core.backends.torch import TorchBackend
 from griffin_core.spec.model import Activation
+from griffin_core.spec.weights import FFWeights
 from tests.exact import attention
 from tests.gpu.devices import DEVICE, INTERPRETED, needs_triton
+from tests.poison import poison
 
 pytestmark = [pytest.mark.gpu, needs_triton]
 
 if DEVICE is not None:
     from griffin_core.backends.cuda.activation import activate_own, activate_rows
-    from griffin_core.backends.cuda.attention import DeviceCaches, attend_caches, plan
-    from griffin_core.backends.cuda.expert_table import ExpertTable, IndexSets
-    from griffin_core.backends.cuda.feedforward import feedforward, feedforward_on_all
+    from griffin_core.backends.cuda.attention import attend_rows, split_plan
+    from griffin_core.backends.cuda.backend import CudaFeedForward
+    from griffin_core.backends.cuda.expert_rows import ExpertRows
+    from griffin_core.backends.cuda.feedforward import feedforward
     from griffin_core.backends.cuda.matvec import matvec, rms_norm
-    from griffin_core.backends.cuda.rotary import Places, rotate_and_store, rotate_rows
+    from griffin_core.backends.cuda.rotary import rotate_and_store
     from griffin_core.backends.cuda.statistic import add_s2_columns
 
 DTYPES = (
@@ -47,16 +50,7 @@ SHAPES = (
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel does not write is NaN."""
-    made: Callable[..., Tensor] = torch.empty
-    like, of = torch.empty_like, Tensor.new_empty
-
-    def fill(x: Tensor) -> Tensor:
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(made(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(like(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: fill(of(*a, **k)))
+    poison(monkeypatch)
 
 
 def close(got: Tensor, exact: Tensor, times: float = 1.0) -> None:
@@ -106,8 +100,8 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 def neurons(
     width: int, count: int, dtype: torch.dtype, activation: Activation, gated: bool
-) -> Neurons:
-    return Neurons(
+) -> FFWeights:
+    return FFWeights(
         activation=activation,
         w_in=randn(2 if gated else 1, count, width, dtype=dtype, scale=width**-0.5),
         down=randn(count, width, dtype=dtype, scale=count**-0.5),
@@ -116,7 +110,7 @@ def neurons(
     )
 
 
-def exact_output(x: Tensor, n: Neurons, experts: Tensor | None) -> Tensor:
+def exact_output(x: Tensor, n: FFWeights, experts: Tensor | None) -> Tensor:
     """One token's, in float64 but for the activations, which every form rounds."""
     first = x.double() @ n.w_in[0].double().t()
     if n.up_bias is not None:
@@ -132,18 +126,33 @@ def exact_output(x: Tensor, n: Neurons, experts: Tensor | None) -> Tensor:
     return y if n.down_bias is None else y + n.down_bias.double()
 
 
-def table(sets: list[Tensor], shared: bool) -> ExpertTable:
-    return ExpertTable(
-        addresses=torch.tensor([s.data_ptr() for s in sets], device=DEVICE),
-        counts=torch.tensor([s.numel() for s in sets], device=DEVICE),
+def expert_rows(sets: Sequence[Tensor | None], count: int, *, shared: bool = False) -> ExpertRows:
+    """Rows on a set each, or on all neurons for None, under slim ids in random order.
+
+    Places after the last neuron of a set hold numbers out of range, which must not be read.
+    """
+    given = sets[:1] if shared else sets
+    order = iter((torch.randperm(len(given)) + 1).tolist())
+    slim_ids = [0 if own is None else next(order) for own in given]
+    indices = torch.full((1 + len(given), count), 2**30, dtype=torch.int32, device=DEVICE)
+    keep = torch.zeros((1 + len(given), count), dtype=torch.uint8, device=DEVICE)
+    every = torch.arange(count, dtype=torch.int32, device=DEVICE)
+    for slim_id, own in ((0, every), *zip(slim_ids, given, strict=True)):
+        if own is not None:
+            indices[slim_id, : len(own)] = own
+            keep[slim_id, own.long()] = 1
+    counts = [count if own is None else len(own) for own in sets]
+    return ExpertRows(
+        indices=indices,
+        keep=keep,
+        slim_ids=torch.tensor(slim_ids * (len(sets) if shared else 1), device=DEVICE),
+        counts=torch.tensor(counts, device=DEVICE),
         shared=shared,
     )
 
 
 def random_set(count: int, k: int) -> Tensor:
-    """Followed by numbers out of range, which must not be read as neurons."""
-    chosen = torch.randperm(count)[:k].sort().values
-    return torch.cat((chosen, torch.full((64,), 2**30))).to(DEVICE, torch.int32)[:k]
+    return torch.randperm(count)[:k].sort().values.to(DEVICE, torch.int32)
 
 
 FORMS = [(1, False), (3, False), (2, True), (16, True), (17, True), (64, True)]
@@ -180,22 +189,10 @@ def test_experts_read_by_index_equal_the_masked_form(
         sets = [random_set(count, max(1, k - i)) for i in range(1 if shared else tokens)]
         sets = sets * tokens if shared else sets
         exact = torch.stack([exact_output(row, n, own) for row, own in zip(x, sets, strict=True)])
-        got = feedforward(x, n, table(sets, shared), residual=residual)
+        got = feedforward(x, n, expert_rows(sets, count, shared=shared), residual=residual)
         close(got, exact + residual.double())
-        assert torch.equal(got, feedforward(x, n, table(sets, shared), residual=residual))
-
-
-def index_sets(count: int, ks: list[int]) -> list[IndexSets]:
-    """Random sets of so many neurons."""
-    return [IndexSets(random_set(count, k)[None], count) for k in ks]
-
-
-def table_of(sets: list[IndexSets]) -> ExpertTable:
-    return ExpertTable(
-        addresses=torch.tensor([s.addresses[0] for s in sets], device=DEVICE),
-        counts=torch.tensor([s.count for s in sets], device=DEVICE),
-        shared=False,
-    )
+        again = feedforward(x, n, expert_rows(sets, count, shared=shared), residual=residual)
+        assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,42 +203,45 @@ def test_all_weights_read_once_and_zeroed_equal_a_set_for_each(
 ) -> None:
     (width, count), (activation, gated) = shape, block
     n = neurons(width, count, dtype, activation, gated)
-    x = randn(4, width, dtype=dtype)
-    sets = index_sets(count, [1, count // 2 | 1, count - 1, count])
-    exact = [exact_output(row, n, own.indices[0]) for row, own in zip(x, sets, strict=True)]
-    ff = FeedForward(n)
-    close(feedforward_on_all(x, ff, n, table_of(sets)), torch.stack(exact), 2)
-    close(feedforward(x, n, table_of(sets)), torch.stack(exact))
+    x, residual = randn(5, width, dtype=dtype), randn(5, width, dtype=dtype)
+    sets = [*(random_set(count, k) for k in (1, count // 2 | 1, count - 1, count)), None]
+    outputs = [exact_output(row, n, own) for row, own in zip(x, sets, strict=True)]
+    exact = torch.stack(outputs) + residual.double()
+    ff = CudaFeedForward(TorchBackend(x.device, dtype), n, "both")
+    close(ff.on_all(x, expert_rows(sets, count), None, residual), exact, 2)
+    close(ff.private(x, expert_rows(sets, count), None, residual), exact)
     close(
-        feedforward_on_all(x, ff, n, None),
+        ff.on_all(x, None, None, None),
         torch.stack([exact_output(row, n, None) for row in x]),
         2,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_of_one_set_than_a_product_takes_run_in_several(dtype: torch.dtype) -> None:
+    width, count = SHAPES[0]
+    n = neurons(width, count, dtype, "silu", True)
+    x, residual = randn(70, width, dtype=dtype), randn(70, width, dtype=dtype)
+    own = random_set(count, 40)
+    ff = CudaFeedForward(TorchBackend(x.device, dtype), n, "both")
+    got = ff.shared(x, expert_rows([own] * 70, count, shared=True), None, residual)
+    exact = torch.stack([exact_output(row, n, own) for row in x])
+    close(got, exact + residual.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_outside_a_set_is_zero_and_not_even_read(dtype: torch.dtype) -> None:
     count = 331
-    sets = index_sets(count, [1, 40, 330])
+    sets = [random_set(count, k) for k in (1, 40, 330)]
     h = randn(3, 2 * count, dtype=dtype)
-    keep = torch.cat([own.keep for own in sets]).bool()
+    keep = torch.zeros((3, count), dtype=torch.bool, device=DEVICE)
+    for row, own in zip(keep, sets, strict=True):
+        row[own.long()] = True
     z = torch.nn.functional.silu(h[:, :count].double()) * h[:, count:].double()
     poisoned = h.masked_fill(~keep.repeat(1, 2), math.nan)
-    got = activate_own(poisoned, ACTIVATION_CODES["silu"], table_of(sets), gated=True)
+    got = activate_own(poisoned, ACTIVATION_CODES["silu"], expert_rows(sets, count), gated=True)
     close(got, z * keep)
     assert not got[~keep].any()
-
-
-def test_a_set_is_rewritten_in_place() -> None:
-    """[N, K] numbers, then for each set a byte for each neuron."""
-    first = torch.tensor([[0, 2], [1, 4]], dtype=torch.int32, device=DEVICE)
-    sets = IndexSets(first, 5)
-    assert sets.keep.tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]
-    addresses = list(sets.addresses)
-    sets.write(torch.tensor([[3, 4], [0, 1]], dtype=torch.int32, device=DEVICE))
-    assert sets.indices.tolist() == [[3, 4], [0, 1]]
-    assert sets.keep.tolist() == [[0, 0, 0, 1, 1], [1, 1, 0, 0, 0]]
-    assert sets.addresses == addresses == [row.data_ptr() for row in sets.indices]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -255,7 +255,7 @@ def test_one_token_behind_a_norm_dense_and_on_half(
     v = F.rms_norm(x.double(), (width,), by.double(), 1e-5)
     close(feedforward(x, n, None, norm=(by, 1e-5)), exact_output(v[0], n, None)[None])
     half = random_set(count, count // 2)
-    got = feedforward(x, n, table([half], False), norm=(by, 1e-5))
+    got = feedforward(x, n, expert_rows([half], count), norm=(by, 1e-5))
     close(got, exact_output(v[0], n, half)[None])
 
 
@@ -273,7 +273,7 @@ def test_one_token_behind_a_norm_dense_and_on_half(
         (32, 1, 128, True, False, None, None, 4),
     ],
 )
-def test_attention_over_caches_of_many_lengths(
+def test_attention_over_sequences_of_many_lengths(
     heads: int,
     kv_heads: int,
     size: int,
@@ -284,51 +284,60 @@ def test_attention_over_caches_of_many_lengths(
     splits: int,
     dtype: torch.dtype,
 ) -> None:
-    lengths = (0, 1, 63, 64, 65, 300)
-    rows, scale = len(lengths), size**-0.5
-    caches = [
-        torch.full((2, kv_heads, n + 3, size), math.nan, device=DEVICE).to(dtype) for n in lengths
-    ]
-    for cache, length in zip(caches, lengths, strict=True):
-        cache[:, :, :length] = randn(2, kv_heads, length, size, dtype=dtype)
-    qkv = randn(rows, heads + 2 * kv_heads, size, dtype=dtype)
-    rotation = randn(2, rows, 1, size, dtype=dtype).unbind() if rotates else None
+    """Of one new token and of several, in a pool whose other slots hold NaN."""
+    runs = ((0, 1), (1, 1), (63, 3), (0, 4), (64, 1), (65, 2), (300, 1))  # cached and new tokens
+    new, scale = sum(n for _, n in runs), size**-0.5
+    slots = 1 + sum(cached + n + 2 for cached, n in runs)
+    kv = torch.full((2, kv_heads, slots, size), math.nan, device=DEVICE).to(dtype)
+    firsts: list[int] = [0] * len(runs)
+    slot = 1
+    for place in torch.randperm(len(runs)).tolist():
+        cached, n = runs[place]
+        kv[:, :, slot : slot + cached] = randn(2, kv_heads, cached, size, dtype=dtype)
+        firsts[place], slot = slot, slot + cached + n + 2
+    qkv = randn(new, heads + 2 * kv_heads, size, dtype=dtype)
+    rope = randn(2, new, 1, size, dtype=dtype).unbind() if rotates else None
     by = torch.rand(2, size, device=DEVICE) + 0.5
-    device_caches = DeviceCaches(
-        addresses=torch.tensor([[c.data_ptr() for c in caches]], device=DEVICE),
-        starts=torch.tensor(lengths, device=DEVICE),
-        capacities=torch.tensor([n + 3 for n in lengths], device=DEVICE),
-    )
-    before = [cache.double() for cache in caches]
-    got = attend_caches(
+    columns = [
+        (first, cached, cached + place)
+        for first, (cached, n) in zip(firsts, runs, strict=True)
+        for place in range(n)
+    ]
+    first_slots, cached_tokens, positions = torch.tensor(columns, device=DEVICE).t().contiguous()
+    before = kv.double()
+    got = attend_rows(
         qkv,
         heads,
-        rotation,
+        rope,
         (by[0], by[1], 1e-6) if normed else None,
-        device_caches,
-        0,
+        kv,
+        first_slots,
+        cached_tokens,
+        positions,
         window=window,
         scale=scale,
         softcap=softcap,
-        how=replace(plan(rows, heads, kv_heads, size, 1), splits=splits),
+        plan=replace(split_plan(new, heads, kv_heads, size, 1), splits=splits),
     )
-    for row, length in enumerate(lengths):
+    written = before.isnan()
+    for row, (first, _, position) in enumerate(columns):
         q, k, v = qkv[row : row + 1].double().split([heads, kv_heads, kv_heads], dim=1)
         if normed:
             q = F.rms_norm(q, (size,), by[0].double(), 1e-6)
             k = F.rms_norm(k, (size,), by[1].double(), 1e-6)
-        if rotation is not None:
+        if rope is not None:
             q, k = q.clone(), k.clone()
-            factors = rotation[0][row : row + 1].double(), rotation[1][row : row + 1].double()
-            rotate(q, factors)
-            rotate(k, factors)
-        close(caches[row][0, :, length], k[0])
-        assert torch.equal(caches[row][1, :, length], qkv[row, heads + kv_heads :])
-        assert caches[row][:, :, length + 1 :].isnan().all()
-        keys, values = before[row][:, :, : length + 1].unbind()
-        keys[:, length], values[:, length] = k[0], v[0]
-        exact = attention(q[0], keys, values, scale, window, softcap)
-        close(got[row], exact, times=1.5)
+            factors = rope[0][row : row + 1].double(), rope[1][row : row + 1].double()
+            apply_rope(q, factors)
+            apply_rope(k, factors)
+        at = first + position
+        close(kv[0, :, at], k[0])
+        assert torch.equal(kv[1, :, at], qkv[row, heads + kv_heads :])
+        written[:, :, at] = False
+        before[0, :, at], before[1, :, at] = k[0], v[0]
+        keys, values = before[:, :, first : at + 1].unbind()
+        close(got[row], attention(q[0], keys, values, scale, window, softcap), times=1.5)
+    assert torch.equal(kv.isnan(), written)  # nothing else was stored
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -363,20 +372,6 @@ def test_activations_and_the_statistic_of_them(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "size"), [(3, 16), (13, 96), (40, 128)])
-def test_rotary_positions(heads: int, size: int, dtype: torch.dtype) -> None:
-    """On some heads of a row, in place; the others stay."""
-    qkv = randn(5, heads + 2, size, dtype=dtype)
-    cos, sin = (randn(5, 1, size, dtype=dtype) for _ in range(2))
-    exact = qkv.double()
-    exact[:, :heads] = (
-        exact[:, :heads] * cos.double() + exact[:, :heads].roll(size // 2, -1) * sin.double()
-    )
-    rotate_rows(qkv[:, :heads], cos, sin)
-    close(qkv, exact)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotates", [True, False])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "lengths"),
@@ -390,38 +385,26 @@ def test_keys_and_values_of_prompts_go_where_they_belong(
     rotates: bool,
     dtype: torch.dtype,
 ) -> None:
-    """After what each cache holds, rotated as by the plain form; padding goes nowhere."""
+    """In the KV slots that are named, rotated as by the plain form; padding goes nowhere."""
     tokens, padding = sum(lengths), 2
     qkv = randn(tokens + padding, heads + 2 * kv_heads, size, dtype=dtype)
     by = tuple(randn(tokens + padding, 1, size, dtype=dtype) for _ in range(2))
     exact = qkv.double()
     if rotates:
         turned = exact[:, : heads + kv_heads].clone()
-        rotate(turned, (by[0].double(), by[1].double()))
+        apply_rope(turned, (by[0].double(), by[1].double()))
         exact[:, : heads + kv_heads] = turned
-    caches = [
-        [torch.full((2, kv_heads, 20 + n, size), torch.nan, dtype=dtype, device=DEVICE)] * 2
-        for n in range(len(lengths))
+    kv = torch.full((2, kv_heads, 40, size), torch.nan, dtype=dtype, device=DEVICE)
+    firsts = [25 - 11 * n for n in range(len(lengths))]
+    slots = [
+        first + n for first, length in zip(firsts, lengths, strict=True) for n in range(length)
     ]
-    starts = [3 * n for n in range(len(lengths))]
-    bounds = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
-
-    def on_device(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=DEVICE)
-
-    places = Places(
-        addresses=on_device([[cache[layer].data_ptr() for cache in caches] for layer in range(2)]),
-        capacities=on_device([cache[0].shape[2] for cache in caches]),
-        starts=on_device(starts),
-        bounds=on_device(bounds),
-    )
+    places = torch.tensor([*slots, *[-1] * padding], dtype=torch.int64, device=DEVICE)
     values = qkv[:, heads + kv_heads :].clone()
-    rotate_and_store(qkv, heads, by if rotates else None, places, 1)
+    rotate_and_store(qkv, heads, by if rotates else None, kv, places)
     close(qkv, exact)
     assert torch.equal(qkv[:, heads + kv_heads :], values)
-    for n, length in enumerate(lengths):
-        cache, rows = caches[n][1], qkv[bounds[n] : bounds[n + 1], heads:]
-        there = cache[:, :, starts[n] : starts[n] + length]
-        assert torch.equal(there, rows.view(length, 2, kv_heads, size).permute(1, 2, 0, 3))
-        assert cache[:, :, : starts[n]].isnan().all()
-        assert cache[:, :, starts[n] + length :].isnan().all()
+    stored = qkv[:tokens, heads:].view(tokens, 2, kv_heads, size).permute(1, 2, 0, 3)
+    assert torch.equal(kv[:, :, slots], stored)
+    others = [slot for slot in range(40) if slot not in slots]
+    assert kv[:, :, others].isnan().all()

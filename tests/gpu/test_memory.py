@@ -14,8 +14,9 @@ from griffin_core.engine.device_memory import DeviceShare
 from griffin_core.engine.events import Finished
 from griffin_core.engine.limits import Limits
 from griffin_core.errors import DeviceMemoryExhausted
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model, load_model
-from tests.core.engines import complete, engine
+from tests.core.engines import complete, engine, finish, submit
 from tests.gpu.devices import needs_cuda
 from tests.gpu.test_cuda import task
 from tests.servers import Process
@@ -72,17 +73,30 @@ def test_two_engines_on_one_card_divide_it(model: Model) -> None:
                 assert isinstance(complete(running, task(0.5))[1], Finished)
 
 
-def test_a_budget_can_be_used_to_its_last_byte(model: Model) -> None:
-    """What is claimed is there, in pieces of the size of a layer's KV."""
-    limits = Limits(memory_fraction=0.5)
+def test_what_is_claimed_is_there_though_others_take_all_the_rest(model: Model) -> None:
+    """The KV of all sessions, and what steps and a prompt's chunk work in."""
+    limits = Limits(memory_fraction=0.5, max_sessions=4)
     with engine(model, prefill_source=None, limits=limits) as running:
         running.ready.result(300)
-        pieces, left = [], running.session_bytes
-        while left > 64 * MIB:
-            pieces.append(torch.empty(64 * MIB, dtype=torch.uint8, device="cuda"))
-            left -= 64 * MIB
-        assert isinstance(complete(running, task(0.5))[1], Finished)
-        del pieces
+        left, _ = torch.cuda.mem_get_info()
+        rest = torch.empty(left - 64 * MIB, dtype=torch.uint8, device="cuda")
+        for density in (1.0, 0.5):
+            inboxes = [submit(running, task(density, prompt=200))[1] for _ in range(4)]
+            assert all(isinstance(finish(inbox)[1], Finished) for inbox in inboxes)
+        del rest
+
+
+def test_a_budget_can_be_used_to_its_last_byte(model: Model) -> None:
+    """Two sessions that fill the KV pool run at once, and a third after them."""
+    spec, dtype = model.decoder.spec, model.decoder.dtype
+    size = 2 * kv_bytes(spec, dtype, 200)
+    limits = Limits(session_bytes=size, max_sessions=4)
+    with engine(model, prefill_source=None, limits=limits) as running:
+        running.ready.result(300)
+        inboxes = [submit(running, task(1.0, prompt=100, tokens=100))[1] for _ in range(3)]
+        ends = [finish(inbox) for inbox in inboxes]
+        assert [len(tokens) for tokens, _ in ends] == [100] * 3
+        assert running.peak_bytes == size
 
 
 def test_more_than_there_is_is_refused(model: Model) -> None:

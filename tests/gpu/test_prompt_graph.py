@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,17 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -> None:
-    from griffin_core.backends.cuda.prompt_graph import PromptGraphs  # noqa: PLC0415  # needs triton
+    from griffin_core.forward.prompt_graphs import PromptGraphs  # noqa: PLC0415  # needs triton
 
     where = str(make_tiny(name, tmp_path / name))
     decoder = load_model(where, dtype=torch.bfloat16, device="cuda").decoder
-    graphs = PromptGraphs(decoder, most_tokens=512)
+    pool = decoder.new_pool(2000)
+    graphs = PromptGraphs(decoder, pool, most_tokens=512)
     kept: list[tuple[PromptRead, PromptRead]] = []
     for tokens in (1, 30, 128, 129, 200):
         made = []
         for run in (launch, graphs.launch):
-            cache = decoder.new_cache(tokens + 3)
+            cache = pool.allocate(tokens + 3)
             for layer in range(len(decoder.layers)):
                 cache.slice(layer, 0, tokens + 3).fill_(torch.nan)
             prompt = Prompt(decoder, range(5, 5 + tokens), Selection(density=0.5), cache=cache)
@@ -46,3 +48,46 @@ def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -
             theirs, ours = (each.prompt.cache for each in (exact, got))
             assert error(ours.slice(layer, 0, tokens), theirs.slice(layer, 0, tokens)) < 2e-2
             assert ours.slice(layer, tokens, tokens + 3).isnan().all()
+
+
+@torch.inference_mode()
+def test_prompts_that_no_graph_can_read_are_read_without_one(tmp_path: Path) -> None:
+    """Those of another pool, those that follow cached tokens, and several at once."""
+    from griffin_core.forward.prompt_graphs import PromptGraphs  # noqa: PLC0415  # needs triton
+
+    where = str(make_tiny("llama", tmp_path / "llama"))
+    decoder = load_model(where, dtype=torch.bfloat16, device="cuda").decoder
+    pool = decoder.new_pool(600)
+    graphs = PromptGraphs(decoder, pool, most_tokens=128)
+
+    def read(lengths: Sequence[int], *, own_pools: bool, chunk: int) -> list[PromptRead]:
+        prompts = [
+            Prompt(
+                decoder,
+                range(5, 5 + tokens),
+                Selection(density=0.5),
+                cache=None if own_pools else pool.allocate(tokens),
+            )
+            for tokens in lengths
+        ]
+        done: list[PromptRead] = []
+        while any(prompt.left for prompt in prompts):
+            parts = [
+                Part(prompt=prompt, tokens=min(chunk, prompt.left))
+                for prompt in prompts
+                if prompt.left
+            ]
+            done += graphs.launch(decoder, parts).end()
+        for prompt in prompts:
+            prompt.cache.free()
+        return done
+
+    (exact,) = read([30], own_pools=False, chunk=128)
+    for others in (
+        read([30], own_pools=True, chunk=128),
+        read([30], own_pools=False, chunk=29),  # the last pass has one token
+        read([30, 30], own_pools=False, chunk=30),
+    ):
+        for got in others:
+            assert error(got.finished.last_hidden, exact.finished.last_hidden) < 2e-2
+            assert error(got.s2, exact.s2) < 2e-2

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_client import Finished, GriffinClient, Stopping, Tokens
+from griffin_client import Finished, GriffinClient, Tokens
 from griffin_core.engine.task import ScoreTask
 from griffin_core.forward.prefill import LayerKv
 from griffin_core.model.load import Model, load_model
-from griffin_server.handoff import cuda_memory, transports
+from griffin_server.transfer import cuda_ipc, messages, shared_memory
 from tests.core.engines import complete, engine
 from tests.gpu.devices import needs_cuda
 from tests.gpu.test_cuda import task
@@ -28,13 +28,17 @@ DEVICES = {
     "to_second": ("cuda:0", "cuda:1"),
 }
 """Where Prefill runs, and where Decode does."""
-HANDOFFS = {"CudaReader": "auto", "SharedMemoryReader": "shared_memory", "ChunkReader": "messages"}
+HANDOFFS = {
+    cuda_ipc.CudaIpcImporter: "auto",
+    shared_memory.SharedMemoryImporter: "shared_memory",
+    messages.MessagesImporter: "messages",
+}
 """What reads the KV, by the setting."""
 
 
 def generate(client: GriffinClient, density: float) -> list[int]:
-    stopping = Stopping(max_tokens=TOKENS, ignore_eos=True)
-    events = list(client.generate(token_ids=PROMPT, density=density, stopping=stopping))
+    stopping = {"max_tokens": TOKENS, "ignore_eos": True}
+    events = list(client.generate(token_ids=PROMPT, density=density, **stopping))
     assert isinstance(events[-1], Finished)
     return [token for event in events if isinstance(event, Tokens) for token in event.ids]
 
@@ -123,21 +127,21 @@ def test_a_prompt_is_analyzed_as_on_the_cpu(half: Path) -> None:
 
 
 @pytest.mark.parametrize("devices", DEVICES)
-@pytest.mark.parametrize("way", HANDOFFS)
+@pytest.mark.parametrize("importer", HANDOFFS)
 def test_two_processes_generate_what_one_does(
-    way: str, devices: str, half: Path, monkeypatch: pytest.MonkeyPatch
+    importer: type, devices: str, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there, here = DEVICES[devices]
     if int(max(there, here)[-1]) >= torch.cuda.device_count():
         pytest.skip("needs two GPUs")
     model = load_model(str(half), dtype=torch.bfloat16, device=here)
     expected = by_engine(model, 0.5)
-    brought = count_reads(monkeypatch, getattr(transports, way))
+    brought = count_reads(monkeypatch, importer)
     arguments = ("--role", "prefill", "--model", str(half), "--dtype", "bfloat16")
     with Process(*arguments, "--device", there, "--prefill-chunk-tokens", "25") as prefill:
         target = prefill.target()
         with running(
-            model, role="decode", prefill_target=target, handoff=HANDOFFS[way], max_sessions=2
+            model, role="decode", prefill_target=target, handoff=HANDOFFS[importer], max_sessions=2
         ) as decode:
             for _ in range(3):
                 assert generate(decode.client(), 0.5) == expected
@@ -155,7 +159,7 @@ def test_memory_that_cannot_be_mapped_is_given_up_without_an_error(
     """A process cannot map what it has lent itself."""
     model = load_model(str(half), dtype=torch.bfloat16, device="cuda")
     expected = by_engine(model, 0.5)
-    by_segment = count_reads(monkeypatch, transports.SharedMemoryReader)
+    by_segment = count_reads(monkeypatch, shared_memory.SharedMemoryImporter)
     with (
         running(model, role="prefill") as prefill,
         running(model, role="decode", prefill_target=prefill.target, max_sessions=2) as decode,
@@ -166,14 +170,14 @@ def test_memory_that_cannot_be_mapped_is_given_up_without_an_error(
 
 
 def test_handles_that_open_nothing_are_refused() -> None:
-    lent = cuda_memory.Lent(torch.device("cuda"))
-    place = lent.lend(torch.ones(2, 3, 4, 5, device="cuda"))
+    exports = cuda_ipc.Exports(torch.device("cuda"))
+    place = exports.export(torch.ones(2, 3, 4, 5, device="cuda"))
     assert place.pitch_bytes == 4 * 5 * 4 and len(place.handle) == 64
-    mappings = cuda_memory.Mappings(torch.device("cuda"))
+    imports = cuda_ipc.Imports(torch.device("cuda"))
     place.handle = b"123"
-    with pytest.raises(cuda_memory.MappingError, match="3 bytes"):
-        mappings.copy(place, torch.zeros(4, device="cuda"), rows=1)
+    with pytest.raises(cuda_ipc.IpcError, match="3 bytes"):
+        imports.copy(place, torch.zeros(4, device="cuda"), rows=1)
     place.handle = bytes(64)
-    with pytest.raises(cuda_memory.MappingError, match="cuIpcOpenMemHandle"):
-        mappings.copy(place, torch.zeros(4, device="cuda"), rows=1)
-    mappings.close()
+    with pytest.raises(cuda_ipc.IpcError, match="cuIpcOpenMemHandle"):
+        imports.copy(place, torch.zeros(4, device="cuda"), rows=1)
+    imports.close()

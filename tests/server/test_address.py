@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin_server.ops.address import (
+from griffin_server.address import (
     MOST_PATH_BYTES,
     TcpAddress,
     UnixAddress,
@@ -260,7 +260,7 @@ def test_only_a_socket_of_its_own_goes_with_a_server(path: Path, whose: str) -> 
         if whose == "other":
             second.bind(str(path))
             second.listen()
-        with address.spared(inode):
+        with address.other_server_kept(inode):
             path.unlink(missing_ok=True)
         assert list(path.parent.iterdir()) == ([path] if whose == "other" else [])
         if whose == "other":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from griffin_server.ops.environment import is_service_link, notes
-from griffin_server.ops.settings import Settings, describe, load_settings
+from griffin_server.environment import is_service_link, notes
+from griffin_server.settings import Settings, describe, load_settings
 
 KUBERNETES = {
     "GRIFFIN_SERVICE_HOST": "10.96.14.3",

@@ -20,18 +20,18 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
-from griffin_client import AsyncGriffinClient, Stopping, Unavailable
+from griffin_client import AsyncGriffinClient, Unavailable
 from griffin_core.model.load import Model
+from griffin_server.address import ListenError
 from griffin_server.listener import GENERATION, Listener
-from griffin_server.ops.address import ListenError
-from griffin_server.ops.reflection import SERVICES, V1
-from griffin_server.ops.settings import Settings
+from griffin_server.rpc.reflection import SERVICES, V1
+from griffin_server.settings import Settings
+from tests.server.telemetry.test_metrics import free_port
 from tests.server.test_address import needs_ipv6
-from tests.server.test_metrics import free_port
 from tests.servers import running
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-FOUR = Stopping(max_tokens=4, ignore_eos=True)
+FOUR = {"max_tokens": 4, "ignore_eos": True}
 
 
 def status(url: str) -> int:
@@ -49,7 +49,7 @@ async def test_before_there_is_a_model_the_server_is_live_and_not_ready() -> Non
     await listener.start()
     async with (
         grpc.aio.insecure_channel(str(listener.address)) as channel,
-        AsyncGriffinClient(channel=channel) as client,
+        AsyncGriffinClient(channel=channel, max_retries=0) as client,
     ):
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", GENERATION):
@@ -90,7 +90,7 @@ def test_a_unix_socket_serves(spelling: str, tiny: Callable[[str], Model], tmp_p
     path = tmp_path / "griffin.sock"
     with running(tiny("llama"), host=spelling.format(path)) as server, server.client() as client:
         assert server.target == f"unix:{path}"
-        assert client.complete("a", stopping=FOUR).finished.usage.generated_tokens == 4
+        assert client.complete("a", **FOUR).finished.usage.generated_tokens == 4
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
         with (
             pytest.raises(ListenError, match=r"port: cannot listen on unix:.*in use"),
@@ -111,7 +111,7 @@ def test_a_server_that_ends_leaves_the_socket_of_its_successor(
             server = second.enter_context(running(tiny("llama"), host=f"unix:{path}"))
         assert list(tmp_path.iterdir()) == [path]
         with server.client() as client:
-            assert client.complete("a", stopping=FOUR).finished.usage.generated_tokens == 4
+            assert client.complete("a", **FOUR).finished.usage.generated_tokens == 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,7 +130,7 @@ def test_prefill_is_called_by_a_unix_socket(tiny: Callable[[str], Model], tmp_pa
         running(model, role="decode", prefill_target=prefill.target) as decode,
         decode.client() as client,
     ):
-        assert client.complete("hello", stopping=FOUR).finished.usage.generated_tokens == 4
+        assert client.complete("hello", **FOUR).finished.usage.generated_tokens == 4
 
 
 @needs_ipv6
@@ -157,7 +157,7 @@ def test_prefill_is_called_by_ipv6(tiny: Callable[[str], Model]) -> None:
         running(model, role="decode", prefill_target=prefill.target) as decode,
         decode.client() as client,
     ):
-        assert client.complete("hello", stopping=FOUR).finished.usage.generated_tokens == 4
+        assert client.complete("hello", **FOUR).finished.usage.generated_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_proxy_of_the_environment_is_for_others(
         running(model, role="decode", prefill_target=prefill.target) as decode,
         decode.client() as client,
     ):
-        assert client.complete("hello", stopping=FOUR).finished.usage.generated_tokens == 4
+        assert client.complete("hello", **FOUR).finished.usage.generated_tokens == 4
         # What gRPC does of its own, so that this test would see it.
         with grpc.insecure_channel(decode.target) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -272,7 +272,7 @@ def test_reflections_versions_differ_in_their_names_alone() -> None:
 def test_what_listens_first_brings_no_torch() -> None:
     """Or nobody would be answered for seconds."""
     code = (
-        "import sys, griffin_server.cli, griffin_server.serve; "
+        "import sys, griffin_server.commands.serve, griffin_server.lifecycle; "
         "print({'torch', 'transformers', 'numpy', 'numba'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from griffin_server.ops.settings import Settings, describe, load_settings
+from griffin_server.settings import Settings, describe, load_settings
 
 
 @pytest.fixture(autouse=True)

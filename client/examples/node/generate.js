@@ -2,7 +2,7 @@
 //
 //   node generate.js localhost:50051 "Why is the sky blue?" --deadline-s 30 --cancel-after 20
 //
-// Both options may be left out. In a project of your own, copy protos/ and say below where it is.
+// Both options may be left out. To use this in another project, copy protos/ there and set PROTOS.
 
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -29,35 +29,35 @@ const deadlineS = Number(options["deadline-s"] ?? Infinity);
 const { griffin } = grpc.loadPackageDefinition(
   loadSync("griffin/v1/generation.proto", {
     includeDirs: [PROTOS],
-    keepCase: true, // max_tokens, not maxTokens
-    defaults: true, // an empty text is "", not undefined
+    keepCase: true, // names stay max_tokens and do not become maxTokens
+    defaults: true, // an empty text is "" and not undefined
     enums: String,
     longs: Number,
   }),
 );
 const client = new griffin.v1.GenerationService(target, grpc.credentials.createInsecure());
 
-// A field that is left out takes the server's default: greedy, on the dense model. To sample, add
-// sampling: { temperature: 0.7, top_p: 0.9 }; to prune, pruning: { density: 0.75 }.
+// A field that is left out takes the server's default: greedy decoding on the dense model. To
+// sample, add sampling: { temperature: 0.7, top_p: 0.9 }; to prune, pruning: { density: 0.75 }.
 const call = client.generate(
   {
     messages: [{ role: "user", content: prompt }],
     stopping: { max_tokens: 256 },
   },
-  // The server is told, and stops by itself. Without a deadline a call may last for ever.
+  // The server knows the deadline and stops by itself. Without one a call has no time limit.
   { deadline: Date.now() + 1000 * deadlineS },
 );
 
 let received = 0;
 try {
-  // Each response is { started } or { tokens } or, the last, { finished }.
+  // The first response is { started }, then { tokens } follow, and the last is { finished }.
   for await (const { tokens, finished } of call) {
     if (tokens) {
       process.stdout.write(tokens.text);
       received += tokens.ids.length;
     }
     if (finished) console.error(`\n${finished.reason}`);
-    // The server frees the session, and this loop ends with CANCELLED.
+    // The server then frees the session, and this loop ends with CANCELLED.
     if (received >= cancelAfter) call.cancel();
   }
 } catch (error) {

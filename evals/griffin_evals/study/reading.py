@@ -116,7 +116,8 @@ def generate(
     decoder = model.decoder
     dense = [layer.ff for layer in decoder.layers]
     ends = torch.tensor(sorted(model.eos_ids), dtype=torch.int64, device=decoder.device)
-    caches = [decoder.new_cache(len(prompt) + tokens) for prompt in prompts]
+    pool = decoder.new_pool(sum(len(prompt) + tokens for prompt in prompts))
+    caches = [pool.allocate(len(prompt) + tokens) for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     made: list[list[int]] = [[] for _ in prompts]
     hidden = [

@@ -88,7 +88,7 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """q [rows, 1, SIZE], k [1, T, SIZE] -> scores [rows, T, 1]."""
     s = tl.sum(q * k, axis=2, keep_dims=True) * scale
     if HAS_SOFTCAP:
-        s = softcap * (1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * s / softcap) + 1.0))
+        s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2_E) / softcap) + 1.0))
     return s
 
 
@@ -130,7 +130,7 @@ def _attend(
     position = tl.load(positions + row).to(tl.int32)
     first_slot = tl.load(first_slots + row)
     keys = kv + (head.to(tl.int64) * slots + first_slot) * SIZE
-    values = keys + KV_HEADS * slots.to(tl.int64) * SIZE
+    values = keys + KV_HEADS * tl.cast(slots, tl.int64) * SIZE  # slots may be a constant 1
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(0, position + 1 - window)

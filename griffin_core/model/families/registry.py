@@ -103,11 +103,11 @@ def check_family(family: object, *, text_part: object = None) -> None:
     Raises:
         UnknownFamily: naming those that it does.
     """
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         part = f". Its text part, {text_part}, is served, from a checkpoint of that part alone"
         raise UnknownFamily(
             f"model family: got {shown(family)}; known: {', '.join(FAMILIES)}"
-            f"{part if text_part in FAMILIES else ''}"
+            f"{part if isinstance(text_part, str) and text_part in FAMILIES else ''}"
         )
 
 

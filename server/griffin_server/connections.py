@@ -1,0 +1,47 @@
+"""The gRPC options of a server and of a channel to a prefill server, keepalive above all.
+
+Keepalive is set on both ends (github.com/grpc/grpc, doc/keepalive.md): the end that pings sets how
+often, and whether also without a call; the end that is pinged sets how often it accepts pings, and
+whether also without a call. By default a server accepts one ping in two hours from an idle client,
+and closes the connection of a client that sends more. The client SDK has its own copy of its
+options, because it does not import the server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LEAST_PING_INTERVAL_MS = 5_000
+"""How often clients may ping, with or without a call. The shortest interval of grpc-go is 10 s."""
+
+
+def server_options(max_request_bytes: int) -> list[tuple[str, Any]]:
+    """The options of a server."""
+    return [
+        ("grpc.max_receive_message_length", max_request_bytes),
+        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
+        ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_INTERVAL_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Two pings may come early, as after a network pause; the third closes the connection.
+        ("grpc.http2.max_ping_strikes", 2),
+        # The session of a client that vanished without closing its connection is freed.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+PREFILL_CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.lb_policy_name", "round_robin"),
+    # A message holds at least one token's KV in one layer, which is far smaller than this.
+    ("grpc.max_receive_message_length", 64 << 20),
+    # A restarted prefill server is found within prefill_pool.client.CONNECT_S.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # A connection that dies between two prompts is noticed before the next one.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The servers are in one cluster; a proxy in the environment is for other traffic.
+    ("grpc.enable_http_proxy", 0),
+]

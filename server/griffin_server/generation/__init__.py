@@ -1,1 +1,0 @@
-"""The public service: its servicer, and its messages to and from the core."""

@@ -1,0 +1,43 @@
+"""One call, as the interceptors around it see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+
+from griffin_server.telemetry.metrics import GrpcCall
+
+if TYPE_CHECKING:  # it brings torch, and the server listens before that is imported
+    from griffin_server.telemetry.tracing import CallSpans
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(kw_only=True)
+class Call:
+    """A call that is being served.
+
+    Args:
+        kind: "unary" or "server_stream", for metrics.
+        method: "/package.Service/Method".
+        request: the request message, or a ``Malformed`` in its place.
+        counts: counts the call's messages; set by telemetry.
+        spans: the call's trace; set by telemetry, None while the server is loading.
+        code: the name of the status that ends the call; set by ``errors``.
+    """
+
+    kind: str
+    method: str
+    request: Any
+    context: Context
+    counts: GrpcCall | None = None
+    spans: CallSpans | None = None
+    code: str = "OK"
+
+
+Interceptor: TypeAlias = Callable[[Call], AbstractAsyncContextManager[None]]
+"""What happens around a call, as a context manager: the call runs inside of it."""

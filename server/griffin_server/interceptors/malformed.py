@@ -1,0 +1,84 @@
+"""Requests whose bytes are not a message: they end with INVALID_ARGUMENT.
+
+gRPC itself would end such a call with UNKNOWN and log a traceback for what a client sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from griffin_core.errors import InvalidRequest
+from griffin_server.interceptors.call import Call, Context
+from griffin_server.rpc.status import abort
+
+
+@dataclass(frozen=True, kw_only=True)
+class Malformed:
+    """Stands for a request that cannot be decoded as the type that its method takes.
+
+    Args:
+        size: the request's bytes.
+        reason: the decoder's message.
+    """
+
+    size: int
+    reason: str
+
+    def error(self) -> InvalidRequest:
+        return InvalidRequest(
+            "request",
+            f"{self.size} bytes ({self.reason})",
+            "a message of the method's request type",
+        )
+
+
+def tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserializer that returns a ``Malformed`` in place of raising."""
+
+    def read(serialized: bytes) -> Any:
+        try:
+            return deserialize(serialized)
+        except DecodeError as error:
+            return Malformed(size=len(serialized), reason=str(error))
+
+    return read
+
+
+@asynccontextmanager
+async def refuse_malformed(call: Call) -> AsyncIterator[None]:
+    """Refuses a malformed request."""
+    if isinstance(call.request, Malformed):
+        raise call.request.error()
+    yield
+
+
+def checked(behavior: Callable[[Any, Context], Any]) -> Any:
+    """A method of another package with one request, which refuses a malformed one."""
+
+    async def unary(request: Any, context: Context) -> Any:
+        if isinstance(request, Malformed):
+            await abort(context, request.error())
+        return await behavior(request, context)
+
+    return unary
+
+
+def checked_stream(behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+    """A method of another package with many requests, which refuses malformed ones."""
+
+    async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async def wellformed() -> AsyncIterator[Any]:
+            async for request in requests:
+                if isinstance(request, Malformed):
+                    await abort(context, request.error())
+                yield request
+
+        async for response in behavior(wellformed(), context):
+            yield response
+
+    return stream

@@ -1,1 +1,0 @@
-"""Running the service: settings, errors as statuses, request ids, health, logs."""

@@ -1,0 +1,1 @@
+"""A decode server's prefill servers: choosing among them, calling one, and noticing failures."""

@@ -1,0 +1,59 @@
+"""From the status of a failed Prefill call to the error of the request that waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+
+from griffin_core.errors import (
+    CapacityExhausted,
+    DeadlinePassed,
+    EngineFault,
+    FingerprintMismatch,
+    GriffinError,
+    HandoffBroken,
+)
+from griffin_server.rpc.status import DETAILS_KEY
+
+
+def error_of(target: str, error: grpc.aio.AioRpcError) -> GriffinError:
+    """The error that a failed call to the prefill server at ``target`` means for its request."""
+    message = f"prefill server {target}: {error.details()}"
+    match error.code():
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return FingerprintMismatch(message)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return CapacityExhausted(message, retry_after_s=_retry_after_s(error) or 1.0)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:  # the client's deadline, not the server's fault
+            return DeadlinePassed(message)
+        case (
+            grpc.StatusCode.INVALID_ARGUMENT
+            | grpc.StatusCode.INTERNAL
+            | grpc.StatusCode.UNIMPLEMENTED  # the target is not a prefill server
+        ):
+            return EngineFault(message)
+        case _:
+            return HandoffBroken(message)
+
+
+def details_of(metadata: Sequence[tuple[str, str | bytes]] | None) -> Status | None:
+    """The status in a peer's trailing metadata; None if it has none that can be read."""
+    for key, value in metadata or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            with suppress(DecodeError):
+                return Status.FromString(value)
+    return None
+
+
+def _retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
+    status = details_of(tuple(error.trailing_metadata() or ()))
+    info = RetryInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info):
+            return float(info.retry_delay.ToMilliseconds() / 1000)
+    return None

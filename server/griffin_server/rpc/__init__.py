@@ -1,0 +1,1 @@
+"""The gRPC services: a servicer a service, and what their calls need."""

@@ -1,0 +1,215 @@
+"""GenerationService: the service that clients call."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+
+from griffin.v1 import generation_pb2 as pb
+from griffin.v1 import generation_pb2_grpc
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import (
+    Admitted,
+    Event,
+    Failed,
+    Finished,
+    Scored,
+    Started,
+    TokensMade,
+)
+from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import GenerateTask, ScoreTask
+from griffin_core.errors import EngineFault
+from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
+from griffin_core.spec.model import ModelSpec
+from griffin_core.text.tokenizer import Tokenizer
+from griffin_server.prefill_pool.pull import pull_prefill
+from griffin_server.prefill_pool.router import PrefillRouter
+from griffin_server.rpc.analysis import analyze
+from griffin_server.rpc.messages.model_info import model_info_to_pb
+from griffin_server.rpc.messages.prompt_analysis import analyze_task
+from griffin_server.rpc.messages.requests import generate_task
+from griffin_server.rpc.messages.responses import finished_to_pb, started_to_pb, tokens_to_pb
+from griffin_server.rpc.messages.scoring import score_task, scored_to_pb
+from griffin_server.rpc.messages.sessions import PageTokens, page_size, session_to_pb
+from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
+from griffin_server.telemetry.context import request_id_var
+from griffin_server.telemetry.metrics import Metrics
+from griffin_server.telemetry.tracing import spans_var
+
+EVENTS_AHEAD = 64
+"""The number of unread events at which a session is paused, because its client does not read."""
+
+TOKENIZER_THREADS = 2
+"""The number of prompts that are tokenized at once."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Turns calls into tasks of the engine, and the engine's events into messages.
+
+    Args:
+        prefill: the pool for prompts that the engine does not prefill itself; None without one.
+        role: "all" or "decode", for GetModelInfo.
+        bridge: delivers the engine's events to the loop that serves calls.
+        metrics: counts requests.
+        sampling_defaults: values of the sampling fields that a request does not set.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prefill: PrefillRouter | None,
+        role: str,
+        bridge: LoopBridge,
+        metrics: Metrics,
+        sampling_defaults: SamplingDefaults = NO_SAMPLING_DEFAULTS,
+    ) -> None:
+        self._engine = engine
+        self._prefill = prefill
+        self._role = role
+        self._bridge = bridge
+        self._metrics = metrics
+        self._sampling_defaults = sampling_defaults
+        # Threads of its own, so that other users of the loop's threads do not wait for long texts.
+        self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "griffin-tokenize")
+        self._page_tokens = PageTokens()
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        with self._metrics.request(time.monotonic(), context) as counts:
+            make = partial(generate_task, sampling_defaults=self._sampling_defaults)
+            task = await self._task(make, request, context)
+            async with aclosing(self._events(task, context)) as events:
+                async for event in events:
+                    match event:
+                        case Started():
+                            counts.read(event.prompt_tokens)
+                            yield started_to_pb(event, request_id_var.get())
+                        case TokensMade():
+                            counts.made(event)
+                            yield tokens_to_pb(event, self._engine.model.tokenizer)
+                        case Finished():
+                            counts.completed(event)
+                            yield finished_to_pb(event)
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        with self._metrics.request(time.monotonic(), context) as counts:
+            task = await self._task(score_task, request, context)
+            async with aclosing(self._events(task, context)) as events:
+                async for event in events:
+                    if isinstance(event, Started):
+                        counts.read(event.prompt_tokens)
+                    elif isinstance(event, Scored):
+                        counts.finish_reason = "SCORED"
+                        return scored_to_pb(
+                            task,
+                            event,
+                            request_id_var.get(),
+                            several=bool(request.continuations),
+                        )
+            raise EngineFault("scoring ended without a result")
+
+    async def AnalyzePrompt(
+        self, request: pb.AnalyzePromptRequest, context: Context
+    ) -> AsyncIterator[pb.AnalyzePromptResponse]:
+        with self._metrics.request(time.monotonic(), context) as counts:
+            make = partial(analyze_task, base=self._engine.selection)
+            task = await self._task(make, request, context)
+            messages = analyze(self._engine, task, self._bridge, counts)
+            async with aclosing(messages):
+                async for message in messages:
+                    yield message
+
+    async def _task(
+        self,
+        make: Callable[[R, Tokenizer, ModelSpec, float | None], T],
+        request: R,
+        context: Context,
+    ) -> T:
+        """The task of a request. It is made off the loop, because a long text takes the tokenizer
+        tens of milliseconds."""
+        model = self._engine.model
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing,
+            make,
+            request,
+            model.tokenizer,
+            model.decoder.spec,
+            context.time_remaining(),
+        )
+
+    async def _events(
+        self, task: GenerateTask | ScoreTask, context: Context
+    ) -> AsyncGenerator[Event, None]:
+        """Runs a task to its end. Closing the iterator ends the task at once, in any phase."""
+        queue = OutputQueue[Event](EVENTS_AHEAD, self._engine.wake, self._bridge)
+        spans = spans_var.get()
+        spans.queued(task.arrived)
+        turn_id = self._engine.submit(task, queue)
+        pull: asyncio.Task[None] | None = None
+        try:
+            async for event in queue:
+                spans.take(event)
+                match event:
+                    case Failed():
+                        raise event.error
+                    case Admitted(handoff=selection) if selection is not None:
+                        assert self._prefill is not None, "only an engine with a pool hands over"
+                        prefill = PrefillTask(token_ids=task.prefilled, selection=selection)
+                        left_s = context.time_remaining()
+                        pull = asyncio.create_task(
+                            pull_prefill(self._prefill, self._engine, turn_id, prefill, left_s)
+                        )
+                    case Admitted():
+                        pass
+                    case _:
+                        yield event
+                if isinstance(event, Finished | Scored):
+                    return
+        finally:
+            self._engine.cancel(turn_id)
+            if pull is not None:
+                pull.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pull
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: Context
+    ) -> pb.GetModelInfoResponse:
+        return model_info_to_pb(self._engine, self._role, self._sampling_defaults)
+
+    async def GetSession(
+        self, request: pb.GetSessionRequest, context: Context
+    ) -> pb.GetSessionResponse:
+        info = await asyncio.wrap_future(self._engine.session(request.session_id))
+        return pb.GetSessionResponse(session=session_to_pb(info))
+
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Context
+    ) -> pb.ListSessionsResponse:
+        after, most = self._page_tokens.read(request.page_token), page_size(request)
+        page = await asyncio.wrap_future(self._engine.session_page(after=after, most=most))
+        return pb.ListSessionsResponse(
+            sessions=[session_to_pb(info) for info in page.sessions],
+            next_page_token=self._page_tokens.write(page.last),
+            total_size=page.total,
+        )
+
+    async def CloseSession(
+        self, request: pb.CloseSessionRequest, context: Context
+    ) -> pb.CloseSessionResponse:
+        await asyncio.wrap_future(self._engine.close(request.session_id))
+        return pb.CloseSessionResponse()

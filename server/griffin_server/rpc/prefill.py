@@ -1,0 +1,74 @@
+"""PrefillService: runs prompts for decode servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, nullcontext, suppress
+from typing import Any
+
+import grpc
+
+from griffin.v1 import prefill_pb2 as pb
+from griffin.v1 import prefill_pb2_grpc
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun
+from griffin_core.errors import FingerprintMismatch
+from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished
+from griffin_server.rpc.messages.prefill_request import prefill_task
+from griffin_server.rpc.output_queue import LoopBridge
+from griffin_server.rpc.run_prefill import run_prefill
+from griffin_server.transfer.codec import HandoffWriter
+from griffin_server.transfer.negotiation import exporter_for
+from griffin_server.transfer.shape import handoff_shape
+
+MAX_EXPORTS = 2 * MAX_BEGUN_PREFILLS
+"""The most calls at once whose KV is computed or exported in this server's GPU memory, which no
+reservation covers."""
+
+HOLD_TIME_S = 10.0
+"""Seconds that exported KV is kept for the decode server to copy it and end the call."""
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """One stream is one handoff: when the stream ends, for any reason, so does the work."""
+
+    def __init__(self, engine: Engine, bridge: LoopBridge) -> None:
+        self._engine = engine
+        self._bridge = bridge
+        self._exports = asyncio.Semaphore(MAX_EXPORTS)
+
+    async def Prefill(
+        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.PrefillResponse]:
+        model = self._engine.model
+        if request.model_fingerprint != model.fingerprint:
+            raise FingerprintMismatch(
+                f"model_fingerprint: got {request.model_fingerprint[:80]!r}; this server holds "
+                f"{model.name} with fingerprint {model.fingerprint}"
+            )
+        task = prefill_task(request, model.decoder.spec)
+        shape = handoff_shape(model, task)
+        exporter = exporter_for(request, shape, model.decoder.device)
+        writer = HandoffWriter(shape, exporter)
+        yield writer.header()
+        async with self._exports if exporter.exports_memory else nullcontext():
+            queue_s = 0.0
+            run = run_prefill(self._engine, task, self._bridge)
+            async with aclosing(run) as events:
+                async for event in events:
+                    match event:
+                        case PrefillBegun():
+                            queue_s = event.queue_s
+                        case LayerKv():
+                            if event.ready is not None:  # waits for the device off the loop
+                                await asyncio.to_thread(event.ready.synchronize)
+                            for message in writer.kv(event):
+                                yield message
+                        case LayerExperts():
+                            yield writer.experts(event)
+                        case PrefillFinished():
+                            yield writer.finished(event, queue_s)
+                            if exporter.exports_memory:
+                                with suppress(asyncio.CancelledError):  # the client ends the call
+                                    await asyncio.sleep(HOLD_TIME_S)

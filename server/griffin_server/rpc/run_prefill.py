@@ -1,0 +1,60 @@
+"""Runs a prompt on this server's engine for a call, without a session."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+
+from griffin_core.engine.engine import Engine
+from griffin_core.engine.events import Failed
+from griffin_core.engine.prefill_queue import PrefillBegun, PrefillStreamEvent, PrefillTask
+from griffin_core.errors import ReaderTooSlow
+from griffin_core.forward.prefill import LayerActivations, PrefillEvent, PrefillFinished
+from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
+from griffin_server.telemetry.tracing import spans_var
+
+EVENTS_AHEAD = 16
+"""The number of unread events at which the prompt joins no further pass."""
+
+
+async def run_prefill(
+    engine: Engine, task: PrefillTask, bridge: LoopBridge
+) -> AsyncGenerator[PrefillBegun | PrefillEvent | LayerActivations, None]:
+    """Runs a prompt to its end, PrefillFinished. The work ends at once when the iterator is closed,
+    or when its reader does not ask for the next event within the limits' reader_timeout_s.
+
+    Args:
+        bridge: delivers the engine's events to this loop.
+
+    Raises:
+        ReaderTooSlow: the reader asked for the next event too late.
+        GriffinError: the prefill failed.
+    """
+    queue = OutputQueue[PrefillStreamEvent](EVENTS_AHEAD, engine.wake, bridge)
+    spans, loop = spans_var.get(), asyncio.get_running_loop()
+    spans.note(prompt_tokens=len(task.token_ids), density=task.selection.density)
+    spans.queued(time.monotonic())
+    run = engine.prefill(task, queue)
+    timeout_s = engine.limits.reader_timeout_s
+
+    def end() -> None:
+        run.cancel()
+        engine.wake()
+
+    try:
+        async for event in queue:
+            spans.take(event)
+            if isinstance(event, Failed):
+                raise event.error
+            reader_timeout = loop.call_later(timeout_s, end)
+            try:
+                yield event
+            finally:
+                reader_timeout.cancel()
+            if isinstance(event, PrefillFinished):
+                return
+            if run.cancelled:
+                raise ReaderTooSlow(f"nobody has read for {timeout_s:g} s")
+    finally:
+        end()

@@ -1,0 +1,124 @@
+"""An HTTP server for ``/metrics``, ``/livez`` and ``/readyz``, on its own threads."""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import structlog
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+log = structlog.get_logger("griffin.http")
+
+Answer = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+PATHS = ("/metrics", "/livez", "/readyz", "/healthz")
+"""The paths that exist. A server is live if it answers at all, and ready if it admits calls.
+``/healthz`` is the older name of ``/readyz``."""
+
+PLAIN = ("Content-Type", "text/plain; charset=utf-8")
+
+SILENT_S = 30.0
+"""Seconds after which a client that is silent within a request is dropped, because each client
+holds a thread."""
+
+
+class QuietHandler(WSGIRequestHandler):
+    timeout = SILENT_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A WSGI server on an IPv4 or IPv6 socket that listens already."""
+
+    daemon_threads = True
+
+    def __init__(self, listening: socket.socket, answer: Answer) -> None:
+        host, port, *_ = listening.getsockname()
+        super().__init__((host, port), QuietHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
+        self.server_name, self.server_port = host, port
+        self.setup_environ()
+        self.set_app(answer)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Logs errors, but not clients that disconnect or fall silent, as load balancers' checks
+        do."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("http request failed")
+
+
+def _answer(get: Answer, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    """Answers GET by ``get``, HEAD with the same headers but no body, and other methods by 405."""
+    match environ["REQUEST_METHOD"]:
+        case "GET":
+            return get(environ, start_response)
+        case "HEAD":
+            started: list[tuple[str, list[tuple[str, str]]]] = []
+            body = get({**environ, "REQUEST_METHOD": "GET"}, lambda *start: started.append(start))
+            length = str(sum(map(len, body)))
+            ((status, headers),) = started
+            start_response(status, [*headers, ("Content-Length", length)])
+            return []
+    start_response("405 Method Not Allowed", [PLAIN, ("Allow", "GET, HEAD")])
+    return [b"only GET and HEAD are allowed\n"]
+
+
+class HttpServer:
+    """Answers scrapes and health checks until ``close``.
+
+    Args:
+        sockets: at least one listening socket; ``close`` closes them.
+        registry: the metrics.
+        serving: returns whether the gRPC server admits calls.
+    """
+
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        registry: CollectorRegistry,
+        serving: Callable[[], bool],
+    ) -> None:
+        metrics: Answer = make_wsgi_app(registry)
+
+        def get(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            match environ["PATH_INFO"]:
+                case "/metrics":
+                    return metrics(environ, start_response)
+                case "/livez":
+                    status, body = "200 OK", b"live\n"
+                case "/readyz" | "/healthz":
+                    status, body = (
+                        ("200 OK", b"serving\n")
+                        if serving()
+                        else ("503 Service Unavailable", b"not serving\n")
+                    )
+                case _:
+                    status = "404 Not Found"
+                    body = f"only {', '.join(PATHS)} exist\n".encode()
+            start_response(status, [PLAIN])
+            return [body]
+
+        self._servers = [_Server(listening, partial(_answer, get)) for listening in sockets]
+        self._threads = [
+            threading.Thread(target=server.serve_forever, name="griffin-http", daemon=True)
+            for server in self._servers
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Stops listening, and closes the sockets."""
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()

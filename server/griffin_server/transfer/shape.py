@@ -1,0 +1,65 @@
+"""The shape of a handoff, on which both servers must agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.model.load import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandoffShape:
+    """The dimensions by which both servers read the same bytes alike.
+
+    Args:
+        tokens: T, the tokens of this prompt.
+        experts_per_layer: K of this request.
+    """
+
+    fingerprint: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    ff_width: int
+    width: int
+    dtype: torch.dtype
+    tokens: int
+    experts_per_layer: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all tokens' keys and values in all layers."""
+        return self.layers * self.tokens * self.token_bytes
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """The bytes of a complete handoff: KV, statistic, experts, last hidden state."""
+        return {
+            "kv": self.kv_bytes,
+            "statistic": self.layers * self.ff_width * 4,
+            "experts": self.layers * self.experts_per_layer * 4,
+            "hidden": self.width * 4,
+        }
+
+
+def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
+    """The shape of a task's handoff from or to ``model``."""
+    spec = model.decoder.spec
+    return HandoffShape(
+        fingerprint=model.fingerprint,
+        layers=len(spec.layers),
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        ff_width=spec.ff_width,
+        width=spec.width,
+        dtype=model.decoder.dtype,
+        tokens=len(task.token_ids),
+        experts_per_layer=task.selection.experts_of(spec.ff_width),
+    )

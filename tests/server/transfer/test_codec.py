@@ -1,0 +1,279 @@
+"""The handoff: core events to messages and back; each way to break it is detected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from griffin.v1 import prefill_pb2 as pb
+from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.errors import FingerprintMismatch, HandoffBroken
+from griffin_core.experts.selection import Selection
+from griffin_core.forward.prefill import (
+    LayerExperts,
+    LayerKv,
+    PrefillEvent,
+    PrefillFinished,
+    prefill,
+)
+from griffin_core.model.load import Model
+from griffin_server.transfer import base
+from griffin_server.transfer.base import KvImporter
+from griffin_server.transfer.codec import HandoffReader, HandoffWriter
+from griffin_server.transfer.cuda_ipc import boot_id
+from griffin_server.transfer.messages import MessagesExporter, MessagesImporter
+from griffin_server.transfer.negotiation import exporter_for
+from griffin_server.transfer.shape import HandoffShape, handoff_shape
+from griffin_server.transfer.shared_memory import (
+    DATA_START,
+    Segment,
+    SegmentPool,
+    SharedMemoryImporter,
+    create_segment,
+)
+
+TASK = PrefillTask(token_ids=tuple(range(30)), selection=Selection(density=0.5))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["llama", "opt"])
+def model(request: pytest.FixtureRequest, tiny: Callable[[str], Model]) -> Model:
+    return tiny(request.param)
+
+
+@pytest.fixture
+def shape(model: Model) -> HandoffShape:
+    return handoff_shape(model, TASK)
+
+
+@pytest.fixture
+def events(model: Model) -> list[PrefillEvent]:
+    made = prefill(model.decoder, TASK.token_ids, TASK.selection, chunk_tokens=11)
+    return [event for event in made if event is not None]
+
+
+Ends = tuple[HandoffWriter, HandoffReader]
+
+
+def messages_writer(shape: HandoffShape) -> HandoffWriter:
+    return HandoffWriter(shape, MessagesExporter(shape, CPU))
+
+
+def messages_reader(shape: HandoffShape) -> HandoffReader:
+    return HandoffReader(shape, MessagesImporter(shape, CPU), MessagesImporter(shape, CPU))
+
+
+@pytest.fixture
+def segment(shape: HandoffShape) -> Iterator[Segment]:
+    made = create_segment(DATA_START + shape.kv_bytes)
+    assert made is not None
+    yield made
+    made.unlink()
+
+
+def segment_reader(shape: HandoffShape, segment: Segment) -> tuple[KvImporter, HandoffReader]:
+    importer = SharedMemoryImporter(shape, CPU, segment, SegmentPool())
+    return importer, HandoffReader(shape, importer, MessagesImporter(shape, CPU))
+
+
+@pytest.fixture(params=["messages", "shared memory"])
+def ends(request: pytest.FixtureRequest, shape: HandoffShape, segment: Segment) -> Ends:
+    if request.param == "messages":
+        return messages_writer(shape), messages_reader(shape)
+    importer, reader = segment_reader(shape, segment)
+    asked = pb.PrefillRequest()
+    importer.offer(asked)
+    return HandoffWriter(shape, exporter_for(asked, shape, CPU)), reader
+
+
+def messages(writer: HandoffWriter, events: list[PrefillEvent]) -> Iterator[pb.PrefillResponse]:
+    yield writer.header()
+    for event in events:
+        match event:
+            case LayerKv():
+                yield from writer.kv(event)
+            case LayerExperts():
+                yield writer.experts(event)
+            case PrefillFinished():
+                yield writer.finished(event, queue_s=0.5)
+
+
+def over_the_wire(message: pb.PrefillResponse) -> pb.PrefillResponse:
+    return pb.PrefillResponse.FromString(message.SerializeToString())
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 700, 1])
+def test_what_goes_in_comes_out(
+    ends: Ends,
+    events: list[PrefillEvent],
+    shape: HandoffShape,
+    chunk_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "CHUNK_BYTES", chunk_bytes)
+    writer, reader = ends
+    received = [reader.read(over_the_wire(message)) for message in messages(writer, events)]
+    assert received[0] is None and reader.finished
+
+    for layer in range(shape.layers):
+        sent_kv = [e for e in events if isinstance(e, LayerKv) and e.layer == layer]
+        got_kv = [e for e in received if isinstance(e, LayerKv) and e.layer == layer]
+        assert torch.equal(
+            torch.cat([e.kv for e in got_kv], dim=2), torch.cat([e.kv for e in sent_kv], dim=2)
+        )
+        assert [e.first_token for e in got_kv] == [
+            sum(e.kv.shape[2] for e in got_kv[:i]) for i in range(len(got_kv))
+        ]
+        sent = next(e for e in events if isinstance(e, LayerExperts) and e.layer == layer)
+        got = next(e for e in received if isinstance(e, LayerExperts) and e.layer == layer)
+        assert torch.equal(got.s, sent.s) and torch.equal(got.experts, sent.experts)
+    last, sent_last = received[-1], events[-1]
+    assert isinstance(last, PrefillFinished) and isinstance(sent_last, PrefillFinished)
+    assert torch.equal(last.last_hidden, sent_last.last_hidden)
+
+
+def test_kv_bytes_are_in_the_messages_or_in_the_segment_never_in_both(
+    ends: Ends, events: list[PrefillEvent], shape: HandoffShape
+) -> None:
+    writer, _ = ends
+    made = list(messages(writer, events))
+    sent = sum(len(message.kv.data) for message in made)
+    shared = made[0].header.transport == pb.TRANSPORT_SHARED_MEMORY
+    assert sent == (0 if shared else shape.kv_bytes)
+
+
+@pytest.mark.parametrize("kind", ["kv", "experts", "finished"])
+def test_a_flipped_bit_anywhere_is_detected(
+    ends: Ends, events: list[PrefillEvent], kind: str, segment: Segment
+) -> None:
+    writer, reader = ends
+    with pytest.raises(HandoffBroken):
+        for message in messages(writer, events):
+            received = over_the_wire(message)
+            if received.WhichOneof("event") == kind:
+                if kind == "kv" and received.kv.data:
+                    received.kv.data = flipped(received.kv.data)
+                elif kind == "kv":
+                    at = received.kv.segment_offset_bytes
+                    byte = torch.tensor(list(segment.read(at, 1)), dtype=torch.uint8)
+                    segment.write(at, byte ^ 1)
+                elif kind == "experts":
+                    received.experts.s = flipped(received.experts.s)
+                else:
+                    received.finished.last_hidden = flipped(received.finished.last_hidden)
+            reader.read(received)
+    assert not reader.finished
+
+
+def flipped(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+def test_another_models_header_is_a_fingerprint_mismatch(
+    shape: HandoffShape, events: list[PrefillEvent]
+) -> None:
+    header = messages_writer(shape).header()
+    header.header.model_fingerprint = "f" * 64
+    with pytest.raises(FingerprintMismatch, match="ffff"):
+        messages_reader(shape).read(header)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("layers", 9), ("tokens", 29), ("experts_per_layer", 1), ("kv_type", pb.TENSOR_TYPE_FLOAT16)],
+)
+def test_a_header_that_does_not_fit_the_request_is_refused(
+    shape: HandoffShape, field: str, value: int
+) -> None:
+    header = messages_writer(shape).header()
+    setattr(header.header, field, value)
+    with pytest.raises(HandoffBroken, match="header"):
+        messages_reader(shape).read(header)
+
+
+def test_a_segment_that_the_other_end_did_not_prove_is_not_read(
+    shape: HandoffShape, segment: Segment
+) -> None:
+    importer, reader = segment_reader(shape, segment)
+    asked = pb.PrefillRequest()
+    importer.offer(asked)
+    header = messages_writer(shape).header()
+    header.header.transport = pb.TRANSPORT_SHARED_MEMORY
+    for proof in (b"", b"x" * 16, asked.shared_memory.nonce):
+        header.header.proof = proof
+        with pytest.raises(HandoffBroken, match="not proved"):
+            reader.read(header)
+
+
+@pytest.mark.parametrize(
+    "transport",
+    [pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_MEMORY, pb.TRANSPORT_UNSPECIFIED],
+)
+def test_a_transport_that_was_not_offered_is_refused(
+    shape: HandoffShape, transport: pb.Transport.ValueType
+) -> None:
+    header = messages_writer(shape).header()
+    header.header.transport = transport
+    with pytest.raises(HandoffBroken, match="not offered"):
+        messages_reader(shape).read(header)
+
+
+def test_a_declined_offer_falls_back_to_messages(
+    shape: HandoffShape, events: list[PrefillEvent], segment: Segment
+) -> None:
+    _, reader = segment_reader(shape, segment)
+    for message in messages(messages_writer(shape), events):
+        reader.read(over_the_wire(message))
+    assert reader.finished and reader.declined
+
+
+def test_a_cpu_exports_no_gpu_memory(shape: HandoffShape) -> None:
+    asked = pb.PrefillRequest()
+    asked.cuda_memory.boot_id = boot_id()
+    assert isinstance(exporter_for(asked, shape, CPU), MessagesExporter)
+
+
+def test_messages_out_of_order_are_refused(shape: HandoffShape, events: list[PrefillEvent]) -> None:
+    header, *rest = messages(messages_writer(shape), events)
+    with pytest.raises(HandoffBroken, match="out of order"):
+        messages_reader(shape).read(rest[0])
+    reader = messages_reader(shape)
+    reader.read(header)
+    with pytest.raises(HandoffBroken, match="out of order"):
+        reader.read(header)
+    for message in rest:
+        reader.read(message)
+    with pytest.raises(HandoffBroken, match="out of order"):
+        reader.read(rest[0])
+
+
+def test_a_message_of_no_kind_is_refused(shape: HandoffShape) -> None:
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
+    with pytest.raises(HandoffBroken, match="unknown kind"):
+        reader.read(pb.PrefillResponse())
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 31, 1 << 31])
+def test_a_chunk_whose_size_is_not_its_tokens_is_refused(shape: HandoffShape, tokens: int) -> None:
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
+    with pytest.raises(HandoffBroken, match="a chunk of"):
+        reader.read(pb.PrefillResponse(kv=pb.KvChunk(tokens=tokens, data=b"123")))
+
+
+def test_experts_outside_the_layer_are_refused(shape: HandoffShape) -> None:
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
+    experts = (999).to_bytes(4, "little")
+    with pytest.raises(HandoffBroken, match=r"in .0, 88."):
+        reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"", experts=experts)))
+
+
+def test_a_statistic_that_is_no_floats_is_refused(shape: HandoffShape) -> None:
+    reader = messages_reader(shape)
+    reader.read(messages_writer(shape).header())
+    with pytest.raises(HandoffBroken, match="handoff"):
+        reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"123", experts=b"")))
