@@ -53,7 +53,7 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     def call(coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
 
-    with patch("griffin_core.engine.engine.measure_costs", lambda *_: ASSUMED_COSTS):
+    with patch("griffin_core.engine.step_setup.measure_costs", lambda *_: ASSUMED_COSTS):
         call(app.start())
     try:
         yield Running(app=app, target=str(app.listener.address))

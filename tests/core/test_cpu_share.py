@@ -12,7 +12,16 @@ import torch
 
 from griffin_core.engine import cpu_share
 from griffin_core.engine.cgroup import memory_left, quota_cpus
-from griffin_core.engine.cpu_share import CALM_S, INTERVAL_S, CpuShare, Look, available_cpus, busy_seconds, others_cpus, threads_beside
+from griffin_core.engine.cpu_share import (
+    CALM_S,
+    INTERVAL_S,
+    CpuShare,
+    Look,
+    available_cpus,
+    busy_seconds,
+    others_cpus,
+    threads_beside,
+)
 from griffin_core.engine.ports import Observer
 from griffin_core.model.load import Model
 from tests.core.engines import complete, engine

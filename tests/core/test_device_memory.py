@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from griffin_core.engine import device_memory
-from griffin_core.engine.device_memory import ASSUMED_BYTES, DeviceShare, Room, available_bytes, check_room, format_bytes, fraction_of
+from griffin_core.engine.device_memory import (
+    ASSUMED_BYTES,
+    DeviceShare,
+    Room,
+    available_bytes,
+    check_room,
+    format_bytes,
+    fraction_of,
+)
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished
 from griffin_core.engine.limits import Limits

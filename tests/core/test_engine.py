@@ -14,7 +14,13 @@ from griffin_core.engine.events import Admitted, Finished, Started, TokensMade
 from griffin_core.engine.limits import Limits
 from griffin_core.engine.loop import EngineLoop
 from griffin_core.engine.session import State
-from griffin_core.engine.task import MAX_CONCURRENT_PREFILLS, GenerateTask, PrefillTask, PruningParams, ScoreTask
+from griffin_core.engine.task import (
+    MAX_CONCURRENT_PREFILLS,
+    GenerateTask,
+    PrefillTask,
+    PruningParams,
+    ScoreTask,
+)
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,

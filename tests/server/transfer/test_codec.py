@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import FingerprintMismatch, HandoffBroken
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.engine.task import check_token_ids
+from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet, pack_indices
 from griffin_core.experts.selection import Selection
@@ -59,7 +58,7 @@ def analyze_task(
         selection=pruning.selection(base, seed_of(request)),
         wants_kv=False,
         watch=frozenset(layers),
-        most_begun=1,  # because no reservation covers its KV cache
+        max_concurrent=1,  # because no reservation covers its KV cache
     )
 
 
