@@ -107,7 +107,7 @@ def test_the_start_says_how_many_tokens_there_is_room_for(
     for tokens, warned in ((1234, True), (context, False), (context - 1, True)):
         caplog.clear()
         with (
-            caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
+            caplog.at_level(logging.INFO, "griffin_core.engine.memory"),
             engine(model, limits=Limits(session_bytes=tokens * one)) as running,
         ):
             running.ready.result(30)
@@ -122,7 +122,7 @@ def test_an_engine_for_the_prompts_of_others_alone_holds_no_sessions(
     model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
+        caplog.at_level(logging.INFO, "griffin_core.engine.memory"),
         engine(model, limits=Limits(session_bytes=0)) as running,
     ):
         running.ready.result(30)
