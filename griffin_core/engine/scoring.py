@@ -122,7 +122,7 @@ class Scoring:
         return len(self._task.continuations[self._index]) - len(self._scored[self._index])
 
     def rows_of_step(self, room: int) -> int:
-        """Rows of logits that the next step needs, at most ``room``."""
+        """Number of rows of logits that the next step needs, at most ``room``."""
         match self.stage:
             case Stage.CONTEXT | Stage.CHOSEN:
                 return 1
