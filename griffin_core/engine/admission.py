@@ -47,7 +47,7 @@ class Admission:
     Args:
         planner: says what a task's turn is.
         memory: where caches are allocated.
-        prefills: has prompts read.
+        prefills: reads prompts, here or elsewhere.
         groups: is told of sessions that are to run on experts.
         slots: of the sampler.
         observer: is told which experts prompts choose.

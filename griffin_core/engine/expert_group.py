@@ -98,7 +98,7 @@ class ExpertGroup:
         return self.stale and (self.experts is None or step - self._chosen >= STEPS_HELD)
 
     def advance(self, decoder: Decoder, views: SlimViews, step: int) -> None:
-        """Chooses its set if that is due, and has its view built or changed.
+        """Chooses its set if that is due, and acquires or changes its view.
 
         Args:
             step: number of the step that comes next.
@@ -126,7 +126,7 @@ class ExpertGroup:
                 views.change(self.view, self.experts)
 
     def _lay_out(self, views: SlimViews, step: int) -> None:
-        """Has the view laid out for the number of rows that it is used for."""
+        """Acquires a view laid out for the number of rows that it is used for."""
         assert self.experts is not None
         alone = len(self.members) == 1
         layout: Layout = "gemv" if alone and self.members[0].one_row else "gemm"

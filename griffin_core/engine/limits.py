@@ -16,7 +16,7 @@ class Limits:
 
     Args:
         max_sessions: sessions in prefill or decode at once.
-        max_queue: sessions that may wait; as many prefills for other servers may wait beside them.
+        max_queue: sessions that may wait. In addition, as many prefills for other servers may wait.
         session_bytes: bytes for the KV caches and slim views of all sessions together; None for
             ``memory_fraction`` of what the device has free once the engine is prepared; 0 for an
             engine that only prefills for others.

@@ -1,4 +1,4 @@
-"""What an engine needs from those who use it: sinks for events, an observer, a source of prefills.
+"""What an engine is given by its users: sinks for events, an observer, a source of prefills.
 
 The engine calls all of them in its own thread, so none of their methods may block.
 """

@@ -40,7 +40,7 @@ class PrefillQueue:
     runs to its end once it has begun, so a reader that stops during it gets at most one more
     chunk's events.
 
-    How a prompt is divided into passes depends on the prompts beside it, and in the last digits its
+    How a prompt is divided into passes depends on the other prompts, and in the last digits its
     results depend on how it is divided. With ``alone`` each pass is for one prompt: the one that
     came first and the one with the fewest tokens left take turns.
 

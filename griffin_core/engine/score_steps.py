@@ -39,7 +39,7 @@ class ScoreSteps:
         return bool(self._runnable())
 
     def _runnable(self) -> list[Session]:
-        """The sessions that have tokens to look up, whose reader keeps up."""
+        """The sessions that have tokens to look up and a reader that keeps up."""
         return [
             session
             for session in self._sessions.scheduler.live

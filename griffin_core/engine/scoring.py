@@ -243,8 +243,8 @@ class Scoring:
 
 
 def choice_bytes(decoder: Decoder) -> int:
-    """The most bytes that a session holds whose continuations choose experts of their own: those of
-    the masks with which one token runs zeroed, and of three statistics [L, F] float32: of a pass,
-    of the tail with that pass, and as rounded for a handoff."""
+    """The most bytes that a session holds if its continuations choose their own experts: the masks
+    with which one token runs zeroed, and three statistics [L, F] float32: that of a pass, that of
+    the tail with this pass, and the latter as a handoff would round it."""
     statistic = 4 * len(decoder.layers) * decoder.spec.ff_width
     return 3 * statistic + zeroed_bytes(decoder)

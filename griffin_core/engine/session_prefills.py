@@ -32,8 +32,8 @@ class SessionPrefills:
         queue: where prompts wait that this engine reads.
         source: reads the other prompts; None if this engine reads all of them.
         local_max_tokens: with a source, this engine reads prompts of new sessions up to this many
-            tokens itself; None for all. Those of later turns it always reads itself: they are
-            short, and what they follow is here.
+            tokens itself; None for all. It always reads the prompts of later turns itself: they are
+            short, and the turns before are here.
         commands: brings the source's events to the engine's thread.
     """
 
@@ -57,7 +57,7 @@ class SessionPrefills:
         self._handles: dict[str, PrefillHandle] = {}
 
     def start(self, session: Session, deliver: Deliver) -> None:
-        """Has a session's prompt read. The session has its cache.
+        """Begins to read a session's prompt. The session has its cache.
 
         Args:
             deliver: gets the events if this engine reads the prompt.
@@ -116,7 +116,7 @@ class SessionPrefills:
         self._receivers.pop(turn_id, None)
         if run := self._runs.pop(turn_id, None):
             run.cancel()
-            self._queue.drop(run)  # and its hold on the cache, whose bytes are about to be free
+            self._queue.drop(run)  # it must not hold the cache, which is freed next
         if handle := self._handles.pop(turn_id, None):
             try:
                 handle.cancel()

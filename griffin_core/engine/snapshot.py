@@ -109,7 +109,7 @@ class SchedulerSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class HandoffSnapshot:
-    """A prompt whose KV cache and experts are on their way to a session.
+    """A prompt that is being read for a session, here or elsewhere.
 
     Args:
         turn_id: the turn that it is for.
@@ -212,7 +212,7 @@ class EngineSnapshot:
         sessions: all sessions, oldest first.
         turns: for each turn that has not ended, by its id, the id of its session.
         scheduler: which sessions run, wait and rest.
-        handoffs: prompts whose KV cache and experts are on their way.
+        handoffs: prompts that are being read for sessions.
         prefills: prompts that this engine reads.
         views: all slim views, used or not.
         groups: what the sessions run on.

@@ -152,5 +152,5 @@ def _slim_table(decoder: Decoder, form: SlimForm | None, sessions: int) -> SlimT
         return BlockTable(decoder)
     from griffin_core.slim.indexed import IndexTable  # noqa: PLC0415  # needs triton
 
-    # A score may run on a set beside that of its session.
+    # A score may run on another set than its session.
     return IndexTable(decoder, sets=2 * sessions)

@@ -49,7 +49,7 @@ class TokenSteps:
     """Runs the sessions that generate. Owned by the engine's thread.
 
     Args:
-        admission: has the prompts whose first token is to be drawn.
+        admission: holds the prompts that wait for their first token.
         overlap: launch a step before the tokens of the one before are read.
         batch_invariant: draw each first token from a batch of its own.
     """
@@ -80,7 +80,7 @@ class TokenSteps:
         return bool(self._launched or self._admission.has_prompts_read or self.runnable())
 
     def runnable(self) -> list[Session]:
-        """The sessions of the next step: those whose reader keeps up and that want a token."""
+        """The sessions of the next step: they want a token, and their reader keeps up."""
         sessions = []
         for session in self._sessions.scheduler.live:
             turn = session.turn
@@ -109,7 +109,7 @@ class TokenSteps:
         if sessions := self.runnable():
             before_launch(len(sessions))
             launched = self._launch(sessions, partial(_launch_step, stepper))
-        if self._overlap:  # the device has the next step by now, and the host reads the last one
+        if self._overlap:  # the device runs the next step while the host reads the last one
             self._launched = launched
         else:
             due, self._launched = launched, []
@@ -125,8 +125,8 @@ class TokenSteps:
     def _launch(
         self, sessions: list[Session], launch: Callable[[list[Session]], Draws]
     ) -> list[LaunchedStep]:
-        """Has tokens drawn for all sessions together. If that fails, each is tried alone, so that
-        only the session at fault ends."""
+        """Launches a draw of one token for each session, all together. If that fails, each session
+        is tried alone, so that only the one at fault ends."""
         sessions = [session for session in sessions if self._may_draw(session)]
         if not sessions:
             return []
@@ -158,8 +158,8 @@ class TokenSteps:
         return True
 
     def _launch_first_tokens(self) -> list[LaunchedStep]:
-        """Has the first token of every prompt that has been read drawn, in one batch: a first token
-        needs no experts."""
+        """Launches the draw of the first token of every prompt that has been read, in one batch: a
+        first token needs no experts."""
         read = self._admission.take_prompts_read()
         hidden = {id(each.session): each.hidden for each in read}
 

@@ -42,7 +42,7 @@ def generate_tasks(
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[GenerateTask]:
-    """The tasks of ``LLM.generate``, whose arguments these are. All are checked.
+    """The tasks of ``LLM.generate``, from its arguments. All are checked.
 
     Raises:
         InvalidRequest, CapacityExhausted: see ``LLM.generate``.
