@@ -117,7 +117,7 @@ class App:
             sharing=settings.sharing,
             costs=ASSUMED_COSTS if settings.role == "prefill" else None,
             prefill_source=self._source if settings.prefill_target else None,
-            local_prefill_max_tokens=settings.own_prefill_tokens,
+            local_prefill_max_tokens=settings.local_prefill_max_tokens,
             threads=settings.threads or CpuShare(),
             batch_invariant=settings.batch_invariant,
             observer=self.metrics,
