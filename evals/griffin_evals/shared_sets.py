@@ -91,7 +91,7 @@ class Text:
         chosen = [event for event in events if isinstance(event, LayerExperts)]
         self.session = Session("")
         self.session.selection = selection
-        self.session.s2 = torch.stack([event.s.square() for event in chosen])
+        self.session.s2 = torch.stack([event.s2 for event in chosen])
         indices = torch.stack([event.experts for event in chosen])
         self.session.experts = ExpertSet(ff_width=decoder.spec.ff_width, indices=indices)
         self.caches: list[KvCache] = [first]

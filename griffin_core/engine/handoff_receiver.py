@@ -85,13 +85,13 @@ class HandoffReceiver:
 
     def _receive_experts(self, event: LayerExperts) -> None:
         neurons = self._decoder.spec.ff_width
-        if event.experts.numel() != self._k or event.s.shape != (neurons,):
+        if event.experts.numel() != self._k or event.s2.shape != (neurons,):
             raise HandoffBroken(
                 f"handoff: layer {event.layer} has {event.experts.numel()} experts of "
-                f"{event.s.numel()} neurons; expected {self._k} of {neurons}"
+                f"{event.s2.numel()} neurons; expected {self._k} of {neurons}"
             )
         self._experts[event.layer] = event.experts
-        self._s2[event.layer] = event.s.to(self._s2.device).square()
+        self._s2[event.layer] = event.s2.to(self._s2.device)
 
     def finish(self, session: Session) -> None:
         """Moves what was collected into the session.

@@ -289,6 +289,7 @@ def test_a_cancelled_prefill_of_another_engine_ends_there(model: Model) -> None:
             source.reader = reader
             turn_id, inbox = submit(running, task(prompt=tuple(range(200))))
             inbox.until(Admitted)
+            eventually(lambda: turn_id in source.begun)
             running.cancel(turn_id)
             eventually(lambda: source.begun[turn_id].cancelled)
             reader.wake()

@@ -63,7 +63,7 @@ class HandoffWriter:
         """The message for a layer's statistic and experts."""
         # They are computed already, and the copy must not wait for the model's stream.
         with torch.cuda.stream(self._exporter.stream):
-            s = pack_floats(event.s)
+            s = pack_floats(event.s2.sqrt())
             experts = pack_indices(event.experts)
         self._crc = zlib.crc32(experts, zlib.crc32(s, self._crc))
         return pb.PrefillResponse(experts=pb.LayerExperts(layer=event.layer, s=s, experts=experts))
@@ -188,7 +188,9 @@ class HandoffReader:
         experts = unpack_indices(
             message.experts, self._shape.ff_width, f"experts of layer {message.layer}"
         )
-        return LayerExperts(layer=message.layer, s=unpack_floats(message.s), experts=experts)
+        return LayerExperts(
+            layer=message.layer, s2=unpack_floats(message.s).square(), experts=experts
+        )
 
     def _finished(self, message: pb.PrefillFinished) -> PrefillFinished:
         self._crc = zlib.crc32(message.last_hidden, self._crc)

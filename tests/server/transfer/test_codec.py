@@ -128,7 +128,7 @@ def test_what_goes_in_comes_out(
         ]
         sent = next(e for e in events if isinstance(e, LayerExperts) and e.layer == layer)
         got = next(e for e in received if isinstance(e, LayerExperts) and e.layer == layer)
-        assert torch.equal(got.s, sent.s) and torch.equal(got.experts, sent.experts)
+        assert torch.equal(got.s2, sent.s2) and torch.equal(got.experts, sent.experts)
     last, sent_last = received[-1], events[-1]
     assert isinstance(last, PrefillFinished) and isinstance(sent_last, PrefillFinished)
     assert torch.equal(last.last_hidden, sent_last.last_hidden)

@@ -91,11 +91,11 @@ def event_to_pb(event: LayerActivations | LayerExperts) -> list[pb.AnalyzePrompt
             )
             for begin in range(0, tokens, rows)
         ]
-    experts = ExpertSet(ff_width=event.s.shape[0], indices=event.experts[None])
-    (norm_mass,) = experts.norm_mass(event.s.square()[None])
+    experts = ExpertSet(ff_width=event.s2.shape[0], indices=event.experts[None])
+    (norm_mass,) = experts.norm_mass(event.s2[None])
     layer = pb.AnalyzePromptResponse.Layer(
         layer=event.layer,
-        s=pack_floats(event.s),
+        s=pack_floats(event.s2.sqrt()),
         experts=pack_indices(event.experts),
         norm_mass=norm_mass,
     )
