@@ -83,9 +83,9 @@ class StepSetup:
             DeviceMemoryExhausted: graphs do not fit the device.
             InvalidRequest: ``batch_invariant`` cannot be had on this device in this dtype.
         """
-        if self.form is not None:
-            return self._prepare_eager(pool, sampler, self.form)
         try:
+            if self.form is not None:
+                return self._prepare_eager(pool, sampler, self.form)
             return self._prepare_graphs(pool, sampler, progress)
         except torch.OutOfMemoryError as error:
             device = self._decoder.device
