@@ -95,8 +95,9 @@ lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos, and wheth
 type: $(STAMP)  ## mypy, strict
 	@$(BIN)/mypy
 
-reference: $(STAMP)  ## write docs/reference/models.md from the tables that loading uses
-	@$(BIN)/python docs/reference/make_models.py
+reference: $(STAMP)  ## write the reference pages of models, settings, metrics and errors from the code
+	@for page in errors metrics models settings; do \
+	  $(BIN)/python docs/reference/make_$$page.py || exit 1; done
 
 client: $(STAMP)  ## write the synchronous client from the asynchronous one
 	@$(BIN)/python client/make_sync.py

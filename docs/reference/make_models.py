@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from page_parts import table
 from transformers import CONFIG_MAPPING
 
 from griffin_core.model.checkpoint import LEFT_OVER, STORED_DTYPES
@@ -66,10 +67,10 @@ def _families() -> list[str]:
     ]
     return [
         "## Families",
-        _table(("`model_type`", "architecture in GGUF"), rows),
+        table(("`model_type`", "architecture in GGUF"), rows),
         f"Activations: {_names(ACTIVATIONS)}. Rotary positions, with the entries of "
         "`rope_parameters` that each reads beside `rope_theta`:",
-        _table(
+        table(
             ("`rope_type`", "reads"),
             [(f"`{kind}`", _names(sorted(read)) or "nothing") for kind, read in ROPE_TYPES.items()],
         ),
@@ -111,7 +112,7 @@ def _forms() -> list[str]:
             "tests/core/test_tokenizer.py::test_a_sentencepiece_model_alone_is_read",
         ),
     ]
-    return ["## Forms of files", _table(("form", "shown by"), [(a, f"`{b}`") for a, b in rows])]
+    return ["## Forms of files", table(("form", "shown by"), [(a, f"`{b}`") for a, b in rows])]
 
 
 def _weights() -> list[str]:
@@ -124,9 +125,9 @@ def _weights() -> list[str]:
         f"weights that {_names(QUANTIZATION_FIELDS)} of `config.json` calls quantized, and tensors "
         "of scales. Quantized weights load from GGUF, where they are dequantized.",
         "Refused if they lie beside the weights:",
-        _table(("file", "why"), [(_names(names), why) for why, names in refused.items()]),
+        table(("file", "why"), [(_names(names), why) for why, names in refused.items()]),
         "Tensors that may be left over (regular expressions):",
-        _table(("tensor", "why"), [(f"`{_cell(name)}`", why) for name, why in LEFT_OVER.items()]),
+        table(("tensor", "why"), [(f"`{name}`", why) for name, why in LEFT_OVER.items()]),
         _shown(
             "tests/core/test_checkpoint.py::"
             "test_weights_stored_in_a_type_of_quantization_are_refused_by_it",
@@ -151,11 +152,11 @@ def _fields() -> list[str]:
     return [
         "## Fields of config.json",
         "Read, and followed or refused by their values:",
-        _table(("family", "fields"), read),
+        table(("family", "fields"), read),
         "Without effect on logits, whatever their values:",
-        _table(("fields", "why"), [(_names(names), why) for why, names in without.items()]),
+        table(("fields", "why"), [(_names(names), why) for why, names in without.items()]),
         "Of mechanisms that a family does not have, so that only these values load:",
-        _table(("values", "fields"), [(v, _names(names)) for v, names in neutral.items()]),
+        table(("values", "fields"), [(v, _names(names)) for v, names in neutral.items()]),
         "All other fields of the config class of the family must have its default. Names that the "
         "class does not know are left out, as transformers leaves them out.",
         _shown(
@@ -180,12 +181,10 @@ def _gguf() -> list[str]:
         _keys(TOKENIZER_KEYS),
         f"Sampling of the authors, for `--sampling-defaults model`: {_names(SAMPLING)}.",
         "Keys without effect:",
-        _table(("key", "why"), [(f"`{name}`", why) for name, why in IGNORED.items()]),
+        table(("key", "why"), [(f"`{name}`", why) for name, why in IGNORED.items()]),
         "All other keys of the architecture and of the tokenizer are refused. Tensors that may be "
         "left over:",
-        _table(
-            ("tensor", "why"), [(f"`{_cell(name)}`", why) for name, why in GGUF_LEFT_OVER.items()]
-        ),
+        table(("tensor", "why"), [(f"`{name}`", why) for name, why in GGUF_LEFT_OVER.items()]),
         "Known pre-tokenizers (`tokenizer.ggml.pre`), a line for each way to split; others are "
         "refused:",
         "\n".join(f"- {_names(names)}" for names in words.values()),
@@ -209,7 +208,7 @@ def _keys(keys: Mapping[str, GgufKey]) -> str:
         if key.architectures != tuple(ARCHITECTURES):
             allowed = f"{allowed}; of {_names(key.architectures)}".removeprefix("; ")
         rows.append((f"`{name}`", key.meaning, allowed))
-    return _table(("key", "meaning", "allowed"), rows)
+    return table(("key", "meaning", "allowed"), rows)
 
 
 def _names(names: Iterable[str]) -> str:
@@ -218,15 +217,6 @@ def _names(names: Iterable[str]) -> str:
 
 def _shown(*tests: str) -> str:
     return f"Shown by {_names(tests)}."
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -170,13 +170,13 @@ def decoder_on_device(
             while they are laid out, when some are there twice.
     """
     if device.type != "cuda":
-        return decoder_of(spec, state, device), state
+        return decoder_of(spec, state), state
     size = sum(tensor.nbytes for tensor in state.values())
     free, _ = torch.cuda.mem_get_info(device)
     if size <= free:
         try:
             state = {name: tensor.to(device) for name, tensor in state.items()}
-            return decoder_of(spec, state, device), state
+            return decoder_of(spec, state), state
         except torch.OutOfMemoryError:
             pass
     raise DeviceMemoryExhausted(
@@ -185,10 +185,10 @@ def decoder_on_device(
     )
 
 
-def decoder_of(spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device) -> Decoder:
-    """The decoder of a state dict whose tensors are on the device, all of one dtype."""
-    dtype = next(iter(state.values())).dtype
-    backend = backend_for(device, dtype)
+def decoder_of(spec: ModelSpec, state: Mapping[str, torch.Tensor]) -> Decoder:
+    """The decoder of a state dict whose tensors are all of one dtype, on one device."""
+    first = next(iter(state.values()))
+    backend = backend_for(first.device, first.dtype)
     return Decoder(spec, weights_from_state(spec, state, backend), backend)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 
@@ -51,3 +54,17 @@ def test_several_new_tokens_attend_as_that_many_steps_do(
 def test_the_same_requests_draw_the_same_tokens() -> None:
     plain, compiled = (backend_cases.draws(backend_of(kind, torch.float32)) for kind in BACKENDS)
     assert compiled == plain
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_pool_of_one_cache_is_freed_with_it_and_waits_for_no_collection(kind: str) -> None:
+    """A prompt without a session has a pool of its own, on a GPU of gigabytes."""
+    backend = backend_of(kind, torch.float32)
+    gc.disable()
+    try:
+        cache = backend.new_pool(backend_cases.spec_of("llama"), 10).allocate(10)
+        pool = ref(cache.pool)
+        del cache
+        assert pool() is None
+    finally:
+        gc.enable()

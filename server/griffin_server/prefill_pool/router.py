@@ -16,6 +16,7 @@ from griffin_core.errors import (
     FingerprintMismatch,
     GriffinError,
     HandoffError,
+    ProtocolMismatch,
 )
 from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
 from griffin_server.prefill_pool.client import PrefillClient
@@ -86,5 +87,5 @@ class PrefillRouter:
     def _mark_unhealthy(client: PrefillClient, error: GriffinError) -> None:
         """Ejects a server, unless it was only full."""
         if not isinstance(error, CapacityExhausted):
-            mismatch = isinstance(error, FingerprintMismatch)
+            mismatch = isinstance(error, FingerprintMismatch | ProtocolMismatch)
             client.health.eject(MISMATCH_S if mismatch else 0.0)

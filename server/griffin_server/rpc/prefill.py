@@ -21,6 +21,7 @@ from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.run_prefill import run_prefill
 from griffin_server.transfer.codec import HandoffWriter
 from griffin_server.transfer.negotiation import exporter_for
+from griffin_server.transfer.protocol import negotiate
 from griffin_server.transfer.shape import handoff_shape
 
 MAX_EXPORTS = 2 * MAX_CONCURRENT_PREFILLS
@@ -43,6 +44,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.PrefillResponse]:
         model = self._engine.model
+        version = negotiate(request)
         if request.model_fingerprint != model.fingerprint:
             raise FingerprintMismatch(
                 f"model_fingerprint: got {request.model_fingerprint[:80]!r}; this server holds "
@@ -51,7 +53,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         task = prefill_task(request, model.decoder.spec)
         shape = handoff_shape(model, task)
         exporter = exporter_for(request, shape, model.decoder.device)
-        writer = HandoffWriter(shape, exporter)
+        writer = HandoffWriter(shape, exporter, version)
         yield writer.header()
         async with self._exports if exporter.exports_memory else nullcontext():
             queue_s = 0.0
