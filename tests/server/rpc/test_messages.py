@@ -29,6 +29,7 @@ from griffin_server.rpc.messages.responses import (
     tokens_to_pb,
 )
 from griffin_server.rpc.messages.sessions import session_to_pb
+from griffin_server.transfer.protocol import NEWEST, OLDEST
 
 FIGURES = events.PruningFigures(
     density=0.5,
@@ -159,7 +160,7 @@ def test_every_policy_survives_the_way_there_and_back(policy: str) -> None:
 def test_a_prefill_task_survives_the_way_to_a_prefill_server(policy: str, model: Model) -> None:
     selection = Selection(density=0.25, policy=policy, seed=2**63 + 1)  # type: ignore[arg-type]
     task = PrefillTask(token_ids=(1, 2, 3), selection=selection)
-    request = prefill_request(task, model.fingerprint)
+    request = prefill_request(task, model.fingerprint, (OLDEST, NEWEST))
     assert request.model_fingerprint == model.fingerprint
     received = pb_prefill.PrefillRequest.FromString(request.SerializeToString())
     assert prefill_task(received, model.decoder.spec) == task
