@@ -53,12 +53,13 @@ class LayerExperts:
     """One layer's statistic over all tokens, and its experts.
 
     Args:
-        s: [F] float32.
+        s2: [F] float32, the square of the statistic. It is the square of a float32 number, so that
+            it is the same after its root was on the wire.
         experts: [K] int32, ascending.
     """
 
     layer: int
-    s: Tensor
+    s2: Tensor
     experts: Tensor
 
 
@@ -203,10 +204,10 @@ class PromptRead:
 
     def by_layer(self) -> list[LayerExperts]:
         """The statistic and the experts, one event a layer."""
-        layers = zip(self.s2.sqrt().unbind(), self.experts.unbind(), strict=True)
+        layers = zip(self.s2.unbind(), self.experts.unbind(), strict=True)
         return [
-            LayerExperts(layer=layer, s=s, experts=experts)
-            for layer, (s, experts) in enumerate(layers)
+            LayerExperts(layer=layer, s2=s2, experts=experts)
+            for layer, (s2, experts) in enumerate(layers)
         ]
 
     def on_host(self) -> PromptRead:
@@ -282,8 +283,8 @@ class Pass:
             s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
         )
         selected = decoder.backend.moment()
-        # What is kept is the square of what a handoff brings, so that it is the same, to the bit,
-        # wherever a prompt is read.
+        # Between servers the root travels. Rounded to the square of a float32 root, the statistic
+        # of a prompt is the same, to the bit, whichever server reads it.
         s2s = [s2.sqrt().square() for s2 in s2s]
         # The one wait: after it every moment of this pass and of those before it is known.
         masses = torch.stack([_norm_mass(*pair) for pair in zip(s2s, experts, strict=True)])

@@ -130,14 +130,14 @@ class SlimViews:
         runs_zeroed = self.copies and k < self._decoder.spec.ff_width
         return zeroed_bytes(self._decoder) if runs_zeroed else 0
 
-    def take_zeroed(self, size: int) -> None:
+    def acquire_zeroed(self, size: int) -> None:
         """Counts the bytes of a session that may run zeroed from now on."""
-        self._budget.take(size)
+        self._budget.acquire(size)
         self._zeroed += size
 
-    def give_back_zeroed(self, size: int) -> None:
-        """The session has gone."""
-        self._budget.give_back(size)
+    def release_zeroed(self, size: int) -> None:
+        """Counts these bytes as free again: the session has ended."""
+        self._budget.release(size)
         self._zeroed -= size
 
     def zeroed(self, experts: ExpertSet) -> WholeView:
@@ -166,7 +166,7 @@ class SlimViews:
             view = None
         if view is None:
             view = SlimView(experts, layout, self.planned_bytes(experts.indices.shape[1]))
-            self._budget.take(view.nbytes)
+            self._budget.acquire(view.nbytes)
             self._begin(view)
         elif own:
             del self._views[view.key]
@@ -272,4 +272,4 @@ class SlimViews:
     def _discard(self, view: SlimView) -> None:
         if view in self._unbuilt:
             self._unbuilt.remove(view)
-        self._budget.give_back(view.nbytes)
+        self._budget.release(view.nbytes)

@@ -16,12 +16,12 @@ from griffin_core.engine.device_memory import (
     Room,
     available_bytes,
     check_room,
+    format_bytes,
     fraction_of,
-    said_size,
 )
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model, decoder_on_device
@@ -86,7 +86,7 @@ def test_half_of_what_is_available_or_what_the_limits_say(
         running.ready.result(30)
         assert running.session_bytes == session
         assert running.snapshot().result(10).nbytes.idle_limit == idle
-        assert running.holdings().result(10).limit_bytes == session
+        assert running.usage().result(10).limit_bytes == session
 
 
 def test_a_request_that_comes_before_the_memory_is_known_waits_for_it(model: Model) -> None:
@@ -107,7 +107,7 @@ def test_the_start_says_how_many_tokens_there_is_room_for(
     for tokens, warned in ((1234, True), (context, False), (context - 1, True)):
         caplog.clear()
         with (
-            caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
+            caplog.at_level(logging.INFO, "griffin_core.engine.memory"),
             engine(model, limits=Limits(session_bytes=tokens * one)) as running,
         ):
             running.ready.result(30)
@@ -122,7 +122,7 @@ def test_an_engine_for_the_prompts_of_others_alone_holds_no_sessions(
     model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
+        caplog.at_level(logging.INFO, "griffin_core.engine.memory"),
         engine(model, limits=Limits(session_bytes=0)) as running,
     ):
         running.ready.result(30)
@@ -283,4 +283,4 @@ def test_weights_that_do_not_fit_are_not_begun_to_be_copied(
     [(0, "0 bytes"), (900, "900 bytes"), (5000, "4.9 KiB"), (60 * GIB + GIB // 10, "60.1 GiB")],
 )
 def test_sizes_are_said_in_a_unit_that_suits_them(size: int, said: str) -> None:
-    assert said_size(size) == said
+    assert format_bytes(size) == said

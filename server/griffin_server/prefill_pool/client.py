@@ -12,7 +12,7 @@ import grpc
 import structlog
 
 from griffin.v1 import prefill_pb2_grpc
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import HandoffBroken, PrefillUnavailable
 from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
 from griffin_core.model.load import Model

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import structlog
 
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,

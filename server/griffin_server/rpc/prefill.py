@@ -12,7 +12,8 @@ import grpc
 from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun
+from griffin_core.engine.events import PrefillBegun
+from griffin_core.engine.task import MAX_CONCURRENT_PREFILLS
 from griffin_core.errors import FingerprintMismatch
 from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished
 from griffin_server.rpc.messages.prefill_request import prefill_task
@@ -23,7 +24,7 @@ from griffin_server.transfer.negotiation import exporter_for
 from griffin_server.transfer.protocol import negotiate
 from griffin_server.transfer.shape import handoff_shape
 
-MAX_EXPORTS = 2 * MAX_BEGUN_PREFILLS
+MAX_EXPORTS = 2 * MAX_CONCURRENT_PREFILLS
 """The most calls at once whose KV is computed or exported in this server's GPU memory, which no
 reservation covers."""
 

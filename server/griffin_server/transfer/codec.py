@@ -69,7 +69,7 @@ class HandoffWriter:
         """The message for a layer's statistic and experts."""
         # They are computed already, and the copy must not wait for the model's stream.
         with torch.cuda.stream(self._exporter.stream):
-            s = pack_floats(event.s)
+            s = pack_floats(event.s2.sqrt())
             experts = pack_indices(event.experts)
         self._crc = zlib.crc32(experts, zlib.crc32(s, self._crc))
         return pb.PrefillResponse(experts=pb.LayerExperts(layer=event.layer, s=s, experts=experts))
@@ -202,7 +202,8 @@ class HandoffReader:
                 f"handoff: layer {layer} has {len(experts)} experts; the header says "
                 f"{counts[layer]}"
             )
-        return LayerExperts(layer=layer, s=unpack_floats(message.s), experts=experts)
+        s2 = unpack_floats(message.s).square()
+        return LayerExperts(layer=layer, s2=s2, experts=experts)
 
     def _finished(self, message: pb.PrefillFinished) -> PrefillFinished:
         self._crc = zlib.crc32(message.last_hidden, self._crc)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.model.load import Model
 
 

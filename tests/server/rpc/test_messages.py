@@ -11,9 +11,8 @@ from griffin.v1 import prefill_pb2 as pb_prefill
 from griffin_client import requests, responses
 from griffin_client import types as client_types
 from griffin_core.engine import events
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.engine.sessions import SessionInfo, State
-from griffin_core.engine.task import GenerateTask, PruningParams
+from griffin_core.engine.session import SessionInfo, State
+from griffin_core.engine.task import GenerateTask, PrefillTask, PruningParams
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.model.load import Model
 from griffin_core.sampling.bad_words import bad_words_ids

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import FingerprintMismatch, HandoffBroken, ProtocolMismatch
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import (
@@ -130,7 +130,7 @@ def test_what_goes_in_comes_out(
         ]
         sent = next(e for e in events if isinstance(e, LayerExperts) and e.layer == layer)
         got = next(e for e in received if isinstance(e, LayerExperts) and e.layer == layer)
-        assert torch.equal(got.s, sent.s) and torch.equal(got.experts, sent.experts)
+        assert torch.equal(got.s2, sent.s2) and torch.equal(got.experts, sent.experts)
     last, sent_last = received[-1], events[-1]
     assert isinstance(last, PrefillFinished) and isinstance(sent_last, PrefillFinished)
     assert torch.equal(last.last_hidden, sent_last.last_hidden)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.engine.task import check_token_ids
+from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.spec.model import ModelSpec
