@@ -26,7 +26,7 @@ from griffin_core.engine.cgroup import memory_left
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import prefill
-from griffin_core.kv.pool import kv_bytes
+from griffin_core.kv.pool import KvPool, kv_bytes
 from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,8 @@ class Room:
 class DeviceShare:
     """The memory of one GPU that an engine has claimed for its sessions.
 
-    Engines of one process share torch's allocator, so what one has claimed and not yet used looks
-    free to the next; ``_claims`` tells them apart. Other processes are kept out by what the
+    Engines of one process share torch's allocator, so the workspace that one has claimed looks free
+    to the next; ``_claims`` tells them apart. Other processes are kept out by what the
     allocator holds, which is exact with one engine in the process.
 
     Args:
@@ -115,7 +115,7 @@ class DeviceShare:
         self._device = decoder.device
         self._chunk_tokens = chunk_tokens
         self.unused = 0
-        """Bytes that were promised and are not yet held by a tensor."""
+        """Bytes of the workspace, which no tensor holds between two passes."""
 
     @classmethod
     def claims(cls) -> int:
@@ -123,16 +123,24 @@ class DeviceShare:
         with cls._lock:
             return sum(len(shares) for shares in cls._claims.values())
 
-    def claim(self, fraction: float, wanted: int | None, graphs: int) -> int:
-        """Takes bytes for sessions from the device, and keeps them until ``release``.
+    def claim(
+        self,
+        fraction: float,
+        wanted: int | None,
+        graphs: int,
+        allocate: Callable[[int], KvPool],
+    ) -> tuple[int, KvPool]:
+        """Allocates the KV pool of sessions, and claims what prompts and graphs work in until
+        ``release``.
 
         Args:
             fraction: fraction of what is free.
-            wanted: number of bytes to claim instead of a fraction; None for the fraction.
+            wanted: number of bytes for the sessions instead of a fraction; None for the fraction.
             graphs: bytes to leave for the steps' graphs, which are captured later.
+            allocate: makes a pool of up to that many bytes.
 
         Returns:
-            The bytes that sessions may hold. Call ``allocated`` when tensors hold them.
+            The bytes that sessions may hold, and the pool.
 
         Raises:
             DeviceMemoryExhausted: less is free than is wanted, or too little for any session.
@@ -144,19 +152,15 @@ class DeviceShare:
                 size = check_room(
                     room, fraction, wanted, self._smallest_bytes(), device=str(self._device)
                 )
-                if self._take(size + workspace):
-                    self.unused = size + workspace
+                pool = self._allocate(size, workspace, allocate)
+                if pool is not None:
+                    self.unused = workspace
                     self._claims.setdefault(self._device, []).append(self)
-                    return size
+                    return size, pool
         raise DeviceMemoryExhausted(
             f"session memory: another process takes the memory of {self._device} as fast as it is "
             f"counted; {format_bytes(room.free)} were free. Start one server after the other"
         )
-
-    def allocated(self, size: int) -> None:
-        """Notes that tensors now hold ``size`` of the bytes."""
-        with self._lock:
-            self.unused = max(0, self.unused - size)
 
     def release(self) -> None:
         """Returns to the device what no tensor uses any more."""
@@ -178,11 +182,17 @@ class DeviceShare:
             workspace=workspace,
         )
 
-    def _take(self, size: int) -> bool:
-        """Makes torch's allocator hold that many unused bytes, besides those that were promised to
-        other engines of this process."""
-        missing = size + self._unused_by_others() - cached_bytes(self._device)
-        return missing <= 0 or grow(missing, self._device)
+    def _allocate(
+        self, size: int, workspace: int, allocate: Callable[[int], KvPool]
+    ) -> KvPool | None:
+        """A pool, with the workspace of this engine and of others still to be had; None if the
+        device has less by now."""
+        try:
+            pool = allocate(size)
+        except torch.OutOfMemoryError:
+            return None
+        missing = workspace + self._unused_by_others() - cached_bytes(self._device)
+        return pool if missing <= 0 or grow(missing, self._device) else None
 
     def _unused_by_others(self) -> int:
         return sum(share.unused for share in self._claims.get(self._device, []))

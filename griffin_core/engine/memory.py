@@ -24,6 +24,10 @@ from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
+LARGEST_STRIDE = (1 << 31) - 1
+"""Values from one head of a layer's keys to the next, at most: torch's attention kernels count them
+in 32 bits. Only a very small model on a large device has room for more."""
+
 
 class SessionMemory:
     """Where sessions' KV caches lie, and what caches and slim views may hold together. Owned by the
@@ -50,34 +54,42 @@ class SessionMemory:
             DeviceMemoryExhausted: there is too little memory.
         """
         limits, decoder = self._limits, self._decoder
-        size = 0 if limits.session_bytes == 0 else self._claim(limits.session_bytes)
+        if limits.session_bytes == 0:
+            self._pool = decoder.new_pool(0)
+            return self._pool
+        size, pool = self._claim(limits.session_bytes)
+        if pool.tokens < tokens_held(decoder, size):
+            size = pool.tokens * pool.token_bytes
+        log.info("session memory %s: %s tokens of KV", format_bytes(size), f"{pool.tokens:,}")
+        if pool.tokens < decoder.spec.context_length:
+            log.warning(
+                "session memory holds %s tokens of KV, less than one session of the full context "
+                "of %s: longer requests are refused",
+                f"{pool.tokens:,}",
+                f"{decoder.spec.context_length:,}",
+            )
         self.budget.limit, self.budget.idle_limit = size, limits.idle_bytes_of(size)
-        tokens = tokens_held(decoder, size)
-        if size:
-            log.info("session memory %s: %s tokens of KV", format_bytes(size), f"{tokens:,}")
-            if tokens < decoder.spec.context_length:
-                log.warning(
-                    "session memory holds %s tokens of KV, less than one session of the full "
-                    "context of %s: longer requests are refused",
-                    f"{tokens:,}",
-                    f"{decoder.spec.context_length:,}",
-                )
-        self._pool = decoder.new_pool(tokens)
-        if self._share is not None:
-            self._share.allocated(size)
-        return self._pool
+        self._pool = pool
+        return pool
 
-    def _claim(self, size: int | None) -> int:
-        """Bytes for sessions: ``size``, or a fraction of what is free. Claims them on a GPU."""
+    def _claim(self, size: int | None) -> tuple[int, KvPool]:
+        """Bytes for sessions, ``size`` or a fraction of what is free, and their pool."""
         limits, decoder = self._limits, self._decoder
         fraction = fraction_of(decoder.device, limits.memory_fraction)
         if decoder.backend.claims_memory:
             share = DeviceShare(decoder, limits.chunk_tokens)
-            size = share.claim(fraction, size, graph_bytes(decoder, limits.max_sessions))
+            graphs = graph_bytes(decoder, limits.max_sessions)
+            claimed = share.claim(fraction, size, graphs, self._new_pool)
             self._share = share
-        elif size is None:
+            return claimed
+        if size is None:
             size = budget_from_cpu(decoder, fraction, limits.chunk_tokens)
-        return size
+        return size, self._new_pool(size)
+
+    def _new_pool(self, size: int) -> KvPool:
+        """A pool of up to ``size`` bytes."""
+        most = LARGEST_STRIDE // self._decoder.spec.head_dim - 1
+        return self._decoder.new_pool(min(tokens_held(self._decoder, size), most))
 
     def close(self) -> None:
         """Frees everything, once all sessions have ended."""
