@@ -150,12 +150,7 @@ class Scoring:
         else:
             assert session.view is not None
             slim_id = session.view.slim_id
-        return StepSequence(
-            first_slot=session.cache.first_slot,
-            cached=session.cache.length,
-            token_ids=tuple(tokens),
-            slim_id=slim_id,
-        )
+        return StepSequence.next_of(session.cache, tokens, slim_id=slim_id)
 
     def counted(self, session: Session, rows: int) -> Part:
         """In stage COUNTED: the next tokens of the tail."""

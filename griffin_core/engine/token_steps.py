@@ -226,12 +226,7 @@ def _launch_step(stepper: Stepper, sessions: list[Session]) -> Draws:
 
 def _step_sequence(session: Session) -> StepSequence:
     assert session.cache is not None and session.view is not None
-    return StepSequence(
-        first_slot=session.cache.first_slot,
-        cached=session.cache.length,
-        slim_id=session.view.slim_id,
-        slot=session.slot,
-    )
+    return StepSequence.next_of(session.cache, slim_id=session.view.slim_id, slot=session.slot)
 
 
 def _generation(session: Session) -> Generation:
