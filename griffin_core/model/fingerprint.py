@@ -1,4 +1,4 @@
-"""What tells models apart: their spec and their weights."""
+"""The fingerprint of a model: a hash of its spec and its weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ FINGERPRINT_SAMPLES = 1024
 
 
 def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
-    """64 hexadecimal digits over the spec and, of every tensor, its name, shape, dtype and
-    evenly spaced samples: cheap for any size, different for any two trained models."""
+    """Returns 64 hexadecimal digits: a hash of the spec and of the name, shape, dtype and evenly
+    spaced samples of every tensor. It is cheap for any size, and differs between any two trained
+    models."""
     digest = hashlib.sha256(repr(spec).encode())
     for name in sorted(state):
         tensor = state[name]
