@@ -59,7 +59,7 @@ def random_decoder(name: str) -> Decoder:
         for key, meta in module.state_dict().items()
         if key != "lm_head.weight" or not config.tie_word_embeddings
     }
-    return decoder_of(spec_from_config(config), state, torch.device("cuda"))
+    return decoder_of(spec_from_config(config), state)
 
 
 def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, sets: int) -> int:

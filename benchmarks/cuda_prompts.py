@@ -23,7 +23,7 @@ from benchmarks.cuda_prefill import product_rate
 from benchmarks.report import finish
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, TokensMade
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import MAX_TOGETHER, Part, Prompt, launch

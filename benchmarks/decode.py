@@ -17,10 +17,10 @@ from benchmarks.ceiling import step_bytes, step_ceilings_ms
 from benchmarks.load import engine_moments, step_s, submit
 from benchmarks.report import Rounds, about, apart, finish, read_bandwidth
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import Model, load_model
+from griffin_core.spec.choices import Sharing
 
 PROMPT, TOKENS = 384, 64
 DENSITIES = (1.0, 0.75, 0.5)

@@ -14,7 +14,7 @@ import torch
 from benchmarks.load import prompt, submit
 from benchmarks.report import about, apart, finish, matmul_rate
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import load_model
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Event, Failed, Finished, TokensMade
-from griffin_core.engine.sessions import Sharing
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import Sharing
 
 
 class Inbox:

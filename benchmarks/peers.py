@@ -21,10 +21,10 @@ from benchmarks.load import engine_moments, prompt, step_s
 from benchmarks.peer import PEERS
 from benchmarks.report import Rounds, about, finish, read_bandwidth
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model
+from griffin_core.spec.choices import Sharing
 
 PROMPT, TOKENS = 384, 64
 MANY = 16

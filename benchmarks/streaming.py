@@ -20,7 +20,7 @@ from benchmarks.report import Rounds, about, finish, read_bandwidth
 from demo.__main__ import server
 from griffin_client import AsyncGriffinClient, Tokens
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import load_model
 

@@ -17,6 +17,7 @@
     │   └── CacheUnusable       no place to keep the converted copy of a model
     ├── HandoffError
     │   ├── FingerprintMismatch the two ends hold different models
+    │   ├── ProtocolMismatch    the two ends have no protocol version in common
     │   ├── HandoffBroken       the handoff ended early or did not verify
     │   └── PrefillUnavailable  no prefill server answers
     ├── DeadlinePassed          the caller's deadline passed
@@ -140,6 +141,10 @@ class HandoffError(GriffinError):
 
 class FingerprintMismatch(HandoffError):
     """Prefill and Decode hold different models."""
+
+
+class ProtocolMismatch(HandoffError):
+    """Prefill and Decode have no common version of the handoff protocol."""
 
 
 class HandoffBroken(HandoffError):

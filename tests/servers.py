@@ -44,7 +44,7 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     """Runs a server with an event loop on another thread; in role decode, one that prefills
     nothing itself. Sessions are private, so that what one makes depends on nothing else; in which
     form they run is not measured either, since on tiny models that would be chance."""
-    defaults = {"port": 0, "density": 1.0, "sharing": "private", "own_prefill_tokens": 0}
+    defaults = {"port": 0, "density": 1.0, "sharing": "private", "local_prefill_max_tokens": 0}
     app = App(Settings(**{**defaults, **settings}), model)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -53,7 +53,7 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     def call(coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
 
-    with patch("griffin_core.engine.engine.measure_costs", lambda *_: ASSUMED_COSTS):
+    with patch("griffin_core.engine.step_setup.measure_costs", lambda *_: ASSUMED_COSTS):
         call(app.start())
     try:
         yield Running(app=app, target=str(app.listener.address))

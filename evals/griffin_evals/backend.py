@@ -36,7 +36,7 @@ class ScoreItem:
     Args:
         name: what an error calls it.
         context, continuations: all text or all token ids, none of them empty; at most
-            ``MOST_CONTINUATIONS`` of ``griffin_core.engine.task``.
+            ``MAX_CONTINUATIONS`` of ``griffin_core.engine.task``.
         seed: of the policies that draw.
         special_tokens: whether a text gets the tokenizer's own; None for True.
     """

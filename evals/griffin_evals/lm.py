@@ -16,7 +16,7 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 
 import griffin_evals.registration  # noqa: F401  # also for programs that start without the .pth
-from griffin_core.engine.task import MOST_CONTINUATIONS
+from griffin_core.engine.task import MAX_CONTINUATIONS
 from griffin_core.model.load import Model
 from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
 from griffin_evals.answers import Answers
@@ -474,7 +474,7 @@ def _parts(places: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
     length = 0
     for place in places:
         length += len(pairs[place].continuation)
-        if parts[-1] and (length > MOST_TOGETHER or len(parts[-1]) == MOST_CONTINUATIONS):
+        if parts[-1] and (length > MOST_TOGETHER or len(parts[-1]) == MAX_CONTINUATIONS):
             parts.append([])
             length = len(pairs[place].continuation)
         parts[-1].append(place)

@@ -7,11 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from griffin_core.engine.sessions import SHARINGS
-from griffin_core.engine.task import SCORE_MODES, PruningParams
+from griffin_core.engine.task import PruningParams
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import POLICIES
-from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
+from griffin_core.spec.choices import SCORE_MODES, SHARINGS, PolicyName, ScoreMode, Sharing
 from griffin_evals.errors import InvalidSetting
 
 

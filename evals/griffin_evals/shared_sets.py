@@ -20,8 +20,8 @@ from typing import Any, cast
 
 import torch
 
-from griffin_core.engine.expert_groups import STEPS_HELD, kept_where_alike, select_group
-from griffin_core.engine.sessions import Session
+from griffin_core.engine.expert_group import STEPS_HELD, kept_where_alike, select_group
+from griffin_core.engine.session import Session
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
@@ -91,7 +91,7 @@ class Text:
         chosen = [event for event in events if isinstance(event, LayerExperts)]
         self.session = Session("")
         self.session.selection = selection
-        self.session.s2 = torch.stack([event.s.square() for event in chosen])
+        self.session.s2 = torch.stack([event.s2 for event in chosen])
         indices = torch.stack([event.experts for event in chosen])
         self.session.experts = ExpertSet(ff_width=decoder.spec.ff_width, indices=indices)
         self.caches: list[KvCache] = [first]

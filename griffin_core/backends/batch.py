@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.transfers import on_device, sent
+from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import NULL_SLOT
 
 TOKENS, POSITIONS, CACHED, KV_SLOTS, SLIM_IDS, SLOTS = range(6)
@@ -39,6 +40,30 @@ class StepSequence:
     token_ids: tuple[int, ...] = (DRAWN,)
     slim_id: int = DENSE
     slot: int | None = None
+
+    @staticmethod
+    def next_of(
+        cache: KvCache,
+        token_ids: Sequence[int] = (DRAWN,),
+        *,
+        slim_id: int = DENSE,
+        slot: int | None = None,
+    ) -> StepSequence:
+        """The next tokens of the sequence that a cache holds.
+
+        Raises:
+            ValueError: the cache has no room for them.
+        """
+        end = cache.length + len(token_ids)
+        if end > cache.capacity:
+            raise ValueError(f"tokens {cache.length}..{end} do not fit a cache of {cache.capacity}")
+        return StepSequence(
+            first_slot=cache.first_slot,
+            cached=cache.length,
+            token_ids=tuple(token_ids),
+            slim_id=slim_id,
+            slot=slot,
+        )
 
 
 PADDING = StepSequence(first_slot=NULL_SLOT, cached=0, token_ids=(0,))

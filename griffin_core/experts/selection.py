@@ -49,6 +49,10 @@ class Selection:
         if self.policy not in POLICIES:
             raise ValueError(f"policy: got {self.policy!r}; allowed: {', '.join(POLICIES)}")
 
+    def expert_counts(self, layers: int, ff_width: int) -> tuple[int, ...]:
+        """Returns K for each layer."""
+        return (self.experts_of(ff_width),) * layers
+
     def experts_of(self, ff_width: int) -> int:
         """Returns K = max(1, floor(F · density))."""
         # Rounded first: 100 * 0.29 is 28.999999999999996, but the user means 29.

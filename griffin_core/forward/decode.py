@@ -156,24 +156,14 @@ def decode_tokens(
     views: dict[int, WholeView] = {}
     sequences = []
     for step in steps:
-        cache, end = step.cache, step.cache.length + len(step.token_ids)
-        if cache.pool is not pool:
+        if step.cache.pool is not pool:
             raise ValueError("caches of different pools cannot run in one batch")
-        if end > cache.capacity:
-            raise ValueError(f"tokens {cache.length}..{end} do not fit a cache of {cache.capacity}")
         view = views.get(id(step.view))
         if view is None:
             view = views[id(step.view)] = WholeView(step.view)
             if step.view[0] is not decoder.layers[0].ff:
                 view.slim_id = table.add(view)
-        sequences.append(
-            StepSequence(
-                first_slot=cache.first_slot,
-                cached=cache.length,
-                token_ids=tuple(step.token_ids),
-                slim_id=view.slim_id,
-            )
-        )
+        sequences.append(StepSequence.next_of(step.cache, step.token_ids, slim_id=view.slim_id))
     order = order_of(table, sequences)
     ordered = tuple(sequences[i] for i in order)
     rows = RowTable.of(StepBatch(sequences=ordered), decoder.device)

@@ -55,12 +55,13 @@ class LayerExperts:
     """An event: one layer's statistic over all tokens, and its experts.
 
     Args:
-        s: [F] float32.
+        s2: [F] float32, the square of the statistic. It is the exact square of a float32 number, so
+            that sending its root to another server does not change it.
         experts: [K] int32, ascending.
     """
 
     layer: int
-    s: Tensor
+    s2: Tensor
     experts: Tensor
 
 
@@ -206,10 +207,10 @@ class PromptRead:
 
     def by_layer(self) -> list[LayerExperts]:
         """Returns the statistic and the experts as one event per layer."""
-        layers = zip(self.s2.sqrt().unbind(), self.experts.unbind(), strict=True)
+        layers = zip(self.s2.unbind(), self.experts.unbind(), strict=True)
         return [
-            LayerExperts(layer=layer, s=s, experts=experts)
-            for layer, (s, experts) in enumerate(layers)
+            LayerExperts(layer=layer, s2=s2, experts=experts)
+            for layer, (s2, experts) in enumerate(layers)
         ]
 
     def on_host(self) -> PromptRead:
@@ -286,8 +287,8 @@ class Pass:
             s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
         )
         selected = decoder.backend.moment()
-        # s2 is the square of s as a handoff sends it, so that it is bitwise the same wherever a
-        # prompt is prefilled.
+        # Servers send the root of s2. Rounded to the square of a float32 root, the statistic of a
+        # prompt is bitwise the same, whichever server prefills it.
         s2s = [s2.sqrt().square() for s2 in s2s]
         # The only synchronization: after it the times of this pass and of earlier ones are known.
         masses = torch.stack([_norm_mass(*pair) for pair in zip(s2s, experts, strict=True)])

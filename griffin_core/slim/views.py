@@ -131,14 +131,14 @@ class SlimViews:
         runs_zeroed = self.copies and k < self._decoder.spec.ff_width
         return zeroed_bytes(self._decoder) if runs_zeroed else 0
 
-    def take_zeroed(self, size: int) -> None:
+    def acquire_zeroed(self, size: int) -> None:
         """Counts the bytes of a session that may run zeroed from now on."""
-        self._budget.take(size)
+        self._budget.acquire(size)
         self._zeroed += size
 
-    def give_back_zeroed(self, size: int) -> None:
+    def release_zeroed(self, size: int) -> None:
         """Frees the bytes of a session that has ended."""
-        self._budget.give_back(size)
+        self._budget.release(size)
         self._zeroed -= size
 
     def zeroed(self, experts: ExpertSet) -> WholeView:
@@ -167,7 +167,7 @@ class SlimViews:
             view = None
         if view is None:
             view = SlimView(experts, layout, self.planned_bytes(experts.indices.shape[1]))
-            self._budget.take(view.nbytes)
+            self._budget.acquire(view.nbytes)
             self._begin(view)
         elif own:
             del self._views[view.key]
@@ -274,4 +274,4 @@ class SlimViews:
     def _discard(self, view: SlimView) -> None:
         if view in self._unbuilt:
             self._unbuilt.remove(view)
-        self._budget.give_back(view.nbytes)
+        self._budget.release(view.nbytes)

@@ -3,7 +3,7 @@ fast."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -13,7 +13,11 @@ Sharing = Literal["private", "shared", "auto"]
 """Which sessions share an expert set. private: none do. shared: all that may do. auto: the engine
 takes whichever costs least at the time, and runs on all neurons while experts gain too little."""
 
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+
 ScoreMode = Literal["generation", "classification"]
 """Which tokens choose the experts of a scored continuation, and which tokens run on them.
 generation: the context chooses, and every token of the continuation runs on the experts.
 classification: every token that is run chooses, and only the last of them runs on the experts."""
+
+SCORE_MODES: tuple[ScoreMode, ...] = get_args(ScoreMode)

@@ -325,7 +325,7 @@ def test_greedy_tokens_and_scores_are_the_engines_by_every_policy(
 ) -> None:
     model, prompt, continuation = hf(name), IDS[0, :19], IDS[1, :8]
     whole = torch.cat([prompt, continuation])
-    with engine(tiny(name), own_prefill_tokens=None) as running:
+    with engine(tiny(name), prefill_source=None) as running:
         for policy in POLICIES:
             pruning = PruningParams(density=0.5, policy=policy)
             task = GenerateTask(
@@ -370,7 +370,7 @@ def test_statistic_and_experts_are_the_engines(
     for ids, ours in zip(IDS, layers, strict=True):
         with sparsify(hf(name), ids, **options) as chosen:
             pass
-        s = torch.stack([layer.s for layer in ours])
+        s = torch.stack([layer.s2 for layer in ours]).sqrt()
         torch.testing.assert_close(chosen.s[0].float(), s, rtol=1e-4, atol=1e-5)
         assert torch.equal(chosen.experts.indices, torch.stack([e.experts for e in ours]))
         s2s.append(s.square())

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.limits import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.load import load_model
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import Sharing
 from tests.core.engines import at_baseline, complete, engine, finish, submit
 from tests.gpu.devices import needs_cuda
 from tests.servers import eventually
@@ -62,7 +62,7 @@ def test_many_sessions_of_other_lengths_come_and_go(sharing: Sharing, tmp_path: 
     model = load_model(
         str(make_tiny("llama", tmp_path / "llama")), dtype=torch.bfloat16, device="cuda"
     )
-    with engine(model, own_prefill_tokens=None, limits=Limits(max_sessions=9)) as running:
+    with engine(model, prefill_source=None, limits=Limits(max_sessions=9)) as running:
         running.sessions().result(100)  # kernels are compiled first
         inboxes = [
             submit(running, task((0.5, 0.25, 1.0)[number % 3], 2 + number, 10 + number, sharing))[1]

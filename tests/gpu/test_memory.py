@@ -12,7 +12,7 @@ import torch
 
 from griffin_core.engine.device_memory import DeviceShare
 from griffin_core.engine.events import Finished
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model, load_model
@@ -48,7 +48,7 @@ def free() -> int:
 
 def test_an_engine_takes_its_share_at_once_and_gives_it_back(model: Model) -> None:
     before = free()
-    with engine(model, own_prefill_tokens=None, limits=Limits(memory_fraction=0.5)) as running:
+    with engine(model, prefill_source=None, limits=Limits(memory_fraction=0.5)) as running:
         running.ready.result(300)
         size = running.session_bytes
         assert abs(size - before / 2) < LEFTOVER
@@ -63,9 +63,9 @@ def test_an_engine_takes_its_share_at_once_and_gives_it_back(model: Model) -> No
 def test_two_engines_on_one_card_divide_it(model: Model) -> None:
     before = free()
     half = Limits(memory_fraction=0.5)
-    with engine(model, own_prefill_tokens=None, limits=half) as first:
+    with engine(model, prefill_source=None, limits=half) as first:
         first.ready.result(300)
-        with engine(model, own_prefill_tokens=None, limits=half) as second:
+        with engine(model, prefill_source=None, limits=half) as second:
             second.ready.result(300)
             assert abs(second.session_bytes - first.session_bytes / 2) < LEFTOVER
             assert first.session_bytes + second.session_bytes < before
@@ -76,7 +76,7 @@ def test_two_engines_on_one_card_divide_it(model: Model) -> None:
 def test_what_is_claimed_is_there_though_others_take_all_the_rest(model: Model) -> None:
     """The KV of all sessions, and what steps and a prompt's chunk work in."""
     limits = Limits(memory_fraction=0.5, max_sessions=4)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         running.ready.result(300)
         left, _ = torch.cuda.mem_get_info()
         rest = torch.empty(left - 64 * MIB, dtype=torch.uint8, device="cuda")
@@ -91,7 +91,7 @@ def test_a_budget_can_be_used_to_its_last_byte(model: Model) -> None:
     spec, dtype = model.decoder.spec, model.decoder.dtype
     size = 2 * kv_bytes(spec, dtype, 200)
     limits = Limits(session_bytes=size, max_sessions=4)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         running.ready.result(300)
         inboxes = [submit(running, task(1.0, prompt=100, tokens=100))[1] for _ in range(3)]
         ends = [finish(inbox) for inbox in inboxes]

@@ -8,7 +8,8 @@ from contextlib import aclosing
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.prefill_queue import PrefillBegun, PrefillTask
+from griffin_core.engine.events import PrefillBegun
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import CapacityExhausted
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill

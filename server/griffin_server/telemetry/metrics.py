@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 
-from griffin_core.engine.observer import Observer
+from griffin_core.engine.ports import Observer
 from griffin_core.errors import GriffinError
 from griffin_server.rpc.status import CODES, code_of, code_of_cancel
 from griffin_server.telemetry.engine_gauges import EngineGauges
