@@ -18,6 +18,7 @@ SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 ScoreMode = Literal["generation", "classification"]
 """Which tokens choose the experts of a scored continuation, and which tokens run on them.
 generation: the context chooses, and every token of the continuation runs on the experts.
-classification: every token that is run chooses, and only the last of them runs on the experts."""
+classification: the last token that is run runs on the experts, which all tokens before it
+choose."""
 
 SCORE_MODES: tuple[ScoreMode, ...] = get_args(ScoreMode)
