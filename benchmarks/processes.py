@@ -74,7 +74,7 @@ class Helper:
 
     Args:
         module: run with this interpreter; its standard error is shown.
-        arguments: of the command line.
+        arguments: the arguments of its command line.
     """
 
     def __init__(self, module: str, *arguments: str) -> None:

@@ -38,7 +38,7 @@ class ScoreItem:
         name: its name in errors.
         context, continuations: all text or all token ids, none of them empty; at most
             ``MAX_CONTINUATIONS`` of ``griffin_core.engine.task``.
-        seed: of the policies that draw.
+        seed: for policies that draw at random.
         special_tokens: whether a text gets the tokenizer's own; None for True.
     """
 

@@ -98,7 +98,7 @@ class Cell:
     """A finished measurement.
 
     Args:
-        measures: by name; the first is the task's score.
+        measures: the measures by name; the first is the task's score.
         figures: other figures of the run, such as its norm mass and tokens per second.
     """
 

@@ -73,8 +73,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             text checks that it is the server's.
         density, policy, sharing, score_mode, seed: see ``Settings``.
         dtype, threads: in process, as ``griffin_core.LLM`` takes them.
-        device: in process, likewise. lm-eval passes "cuda:0" unless told otherwise, so where there
-            is no GPU that is the CPU, as with ``hf``.
+        device: in process, as ``griffin_core.LLM`` takes it. lm-eval passes "cuda:0" by default, so
+            without a GPU this means the CPU, as with ``hf``.
         max_length: most tokens of a context and its continuation without its last token; None for
             the model's context length. Over a server with ``tokenizer`` only.
         max_gen_toks: most tokens of a completion for tasks that set no limit.

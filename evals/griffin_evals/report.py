@@ -40,7 +40,7 @@ def markdown(groups: Sequence[Group], pictures: Sequence[Sequence[Path]]) -> str
     """Returns all tables of all groups.
 
     Args:
-        pictures: of each group.
+        pictures: the plots of each group.
     """
     parts = ["# Results of griffin eval\n", LEGEND]
     for group, drawn in zip(groups, pictures, strict=True):

@@ -157,7 +157,7 @@ class SlimViews:
 
         Args:
             layout: the number of rows that its users together usually run in a step.
-            own: whether the view is for this caller only, who may ``change`` it.
+            own: whether the view is for this caller only, which may ``change`` it.
         """
         # A digest needs the set on the host, which synchronizes; that does not pay for indices,
         # which are complete at once.

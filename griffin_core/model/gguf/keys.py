@@ -200,7 +200,7 @@ IGNORED: dict[str, str] = {
     "tokenizer.ggml.suffix_token_id": "the same by an older name",
     "tokenizer.ggml.middle_token_id": "the same by an older name",
     "tokenizer.huggingface.json": "the same tokenizer once more; llama.cpp does not read it",
-    "general.*": "says who made the model and how",
+    "general.*": "describes the origin of the model",
     "split.*": "says which part of a split file this is; checked when it is read",
     "quantize.*": "says how the weights were quantized",
     "GGUF.*": "the header, which the reader checks",
