@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,19 @@ def test_many_sessions_of_other_lengths_come_and_go(sharing: Sharing, tmp_path: 
         ends = [finish(inbox) for inbox in inboxes]
         assert [len(tokens) for tokens, _ in ends] == list(range(10, 40))
         eventually(lambda: at_baseline(running))
+
+
+def test_a_gpu_needs_no_compiler_for_cpus(tmp_path: Path) -> None:
+    where = make_tiny("llama", tmp_path / "llama")
+    program = f"""
+import sys
+import torch
+from griffin_core import LLM
+with LLM({str(where)!r}, dtype="bfloat16", device="cuda", density=0.5) as llm:
+    llm.generate([[1, 2, 3]])
+sys.exit(sorted({{"numba", "llvmlite"}} & set(sys.modules)) or 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
