@@ -39,11 +39,12 @@ AT_ONCE = 16
 
 @dataclass(kw_only=True)
 class Group:
-    """A shared group under one rule.
+    """A shared group with one rule.
 
     Args:
-        held: least number of steps for which a set is kept.
-        share: of a layer's neurons, that a new choice must change for the layer to follow it.
+        held: the least number of steps for which a set is kept.
+        share: the share of a layer's neurons that a new choice must change before the layer
+            changes its set.
     """
 
     held: int
@@ -74,7 +75,7 @@ class Group:
 
 
 class Text:
-    """A session: a text of which the first tokens are the prompt."""
+    """A session: a text whose first tokens are the prompt."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ def measure(
     """Runs all texts through all groups.
 
     Args:
-        every: steps between two texts that join.
+        every: the number of steps between two texts that join.
     """
     decoder, selection = model.decoder, Selection(density=density)
     dense = [layer.ff for layer in decoder.layers]
@@ -151,7 +152,7 @@ def measure(
 def run(
     decoder: Any, live: Sequence[Text], number: int, view: Any, ids: Sequence[int], table: Any
 ) -> torch.Tensor:
-    """Log-probabilities [N, V] of a step."""
+    """Returns the log-probabilities [N, V] of a step."""
     steps = [
         StepTokens(cache=text.caches[number], view=view, token_ids=[token])
         for text, token in zip(live, ids, strict=True)

@@ -1,4 +1,4 @@
-"""What tells models apart: what their spec computes, and their weights."""
+"""The fingerprint of a model: a hash of what its spec computes and of its weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ FINGERPRINT_SAMPLES = 1024
 
 
 def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
-    """64 hexadecimal digits over the spec and, of every tensor, its name, shape, dtype and
-    evenly spaced samples: cheap for any size, different for any two trained models."""
+    """Returns 64 hexadecimal digits: a hash of the spec and of the name, shape, dtype and evenly
+    spaced samples of every tensor. It is cheap for any size, and differs between any two trained
+    models."""
     digest = hashlib.sha256(canonical(spec))
     for name in sorted(state):
         tensor = state[name]
@@ -30,8 +31,8 @@ def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
 
 
 def canonical(spec: ModelSpec) -> bytes:
-    """Every field that changes what a model computes, by names that are part of the wire: a field
-    of a Python class may be renamed without a change here. Floats are written to the last bit."""
+    """Serializes every field that changes what a model computes. The names here are part of the
+    wire format, so they stay the same if a field of a Python class is renamed. Floats are exact."""
     fields: dict[str, Any] = {
         "family": spec.family,
         "layers": [_layer(layer) for layer in spec.layers],
@@ -71,7 +72,7 @@ def _rotary(rotary: RotarySpec) -> dict[str, Any]:
 
 
 def _exact(value: Any) -> Any:
-    """The same with floats in hexadecimal."""
+    """Returns the value with all floats in hexadecimal."""
     if isinstance(value, dict):
         return {name: _exact(each) for name, each in value.items()}
     if isinstance(value, list):

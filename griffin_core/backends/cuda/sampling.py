@@ -1,17 +1,18 @@
-"""A token for each row of logits on a GPU, without sorting a vocabulary and without the host.
+"""Samples a token for each row of logits on a GPU, without sorting the vocabulary and without
+waiting for the host.
 
-Four launches, the same whatever the rows ask for; a row that does not need one leaves it at once.
-All but the last share a row among several programs. (docs/adr/0014-the-sampler.md)
+It takes four launches, whatever the rows request; a row that does not need a stage leaves it at
+once. In all launches but the last, several programs share a row. (docs/adr/0014-the-sampler.md)
 
-1. ``_shape``: the largest and the smallest logit, and whether all are finite; with biases or
-   penalties, the row that has them is written.
-2. ``_count``: for rows with top_k or top_p, a histogram of distances to the largest logit: tokens
-   and masses for each bin.
-3. ``_race``: tokens of bins before the cut are kept for certain, and race: token i has the key
-   -log(1 - v_i) / w_i with v_i uniform in (0, 1) by Philox, and the smallest key wins. Tokens of
-   the bin where the cut is are listed.
-4. ``_finish``: finds the cut among those by halving an interval of logits, has them race too, and
-   writes the token.
+1. ``_process_logits`` finds the largest and the smallest logit, and whether all are finite. For a
+   row with biases or penalties it writes the processed logits.
+2. ``_count`` makes a histogram of distances to the largest logit for rows with top_k or top_p: the
+   number of tokens and the probability mass in each bin.
+3. ``_race``: tokens in bins before the cut are kept, and race: token i has the key
+   -log(1 - v_i) / w_i with v_i uniform in (0, 1) by Philox, and the smallest key wins. Tokens in
+   the bin that contains the cut are listed.
+4. ``_finish`` finds the cut among the listed tokens by bisection over logits, lets those before it
+   race too, and writes the token.
 
 Masses are integers, so that sums do not depend on the order in which programs add to them.
 """
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
 
 BLOCK = 1024
 MOST_SPLITS = 32
-"""Programs that share a row, each with some 4,000 of a vocabulary of 128,256: so one row occupies a
-quarter of an H100, four rows all of it."""
+"""The most programs that share a row. For a vocabulary of 128,256 each has about 4,000 tokens, so
+one row occupies a quarter of an H100, and four rows all of it."""
 
 FIELDS = 16
-"""Columns of the table of slots, int32; the last six are the bits of float32."""
+"""The number of columns of the table of slots, int32; the last six in use hold float32 bits."""
 
 _SAMPLES: tl.constexpr = tl.constexpr(0)
 _BIASED: tl.constexpr = tl.constexpr(1)
@@ -57,7 +58,7 @@ _WIDTH: tl.constexpr = tl.constexpr(FIELDS)
 _BINS: tl.constexpr = tl.constexpr(1024)
 _BINS_PER_NAT: tl.constexpr = tl.constexpr(32.0)
 _MASS_ONE: tl.constexpr = tl.constexpr(2.0**40)
-"""The mass of the likeliest token."""
+"""The mass of the most likely token."""
 
 _LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 _INFINITE: tl.constexpr = tl.constexpr(0x7F800000)
@@ -67,10 +68,10 @@ _HIGHEST: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 
 class CudaSlots:
-    """What is kept for each slot, on the device and always at the same place. See ``Sampler``.
+    """The sampling state of each slot, on the device at fixed addresses. See ``Sampler``.
 
     Args:
-        slots: S; slot S is always there and greedy.
+        slots: S, the number of sessions; slot S always exists and is greedy.
         vocabulary: V.
     """
 
@@ -81,7 +82,7 @@ class CudaSlots:
         self._table = torch.zeros((slots + 1, FIELDS), dtype=torch.int32, device=device)
         self._bias = torch.zeros((slots + 1, vocabulary), dtype=torch.float32, device=device)
         self._seen = torch.zeros((slots + 1, vocabulary), dtype=torch.int32, device=device)
-        """Bit 0: in the prompt. The rest: times drawn."""
+        """Bit 0: in the prompt. The other bits: times drawn."""
         self._params: dict[int, SamplingParams] = {}
 
     @property
@@ -124,8 +125,8 @@ class CudaSlots:
         self._table[slot, _BIASED.value].fill_(int(self._write_bias(slot, tokens)))
 
     def _write_bias(self, slot: int, banned: Sequence[int]) -> bool:
-        """Writes what is added to a slot's logits, -infinity for tokens that are never drawn.
-        Returns whether there is any."""
+        """Writes the values that are added to a slot's logits; -infinity for tokens that are never
+        drawn. Returns whether the slot has any."""
         params, row = self._params[slot], self._bias[slot]
         if not (params.logit_bias or params.allowed_token_ids or banned):
             return False
@@ -142,11 +143,11 @@ class CudaSlots:
         self._params.pop(slot, None)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """See ``Sampler``. What it needs besides is allocated here: in a capture it is the
-        graph's, and graphs of one pool share it."""
+        """See ``Sampler``. Scratch memory is allocated here: during a capture it comes from the
+        graph's pool, which graphs share."""
         rows, vocabulary = logits.shape
         splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(vocabulary, 4 * BLOCK)))
-        shaped = torch.empty_like(logits)
+        processed = torch.empty_like(logits)
         listed = logits.new_empty((rows, vocabulary), dtype=torch.int32)
         lengths = slots.new_empty(rows, dtype=torch.int32)
         counts = slots.new_empty((rows, _BINS.value), dtype=torch.int32)
@@ -155,13 +156,13 @@ class CudaSlots:
         bottoms = slots.new_empty((rows, splits), dtype=torch.int32)
         tokens = slots.new_empty(rows)
         options = {"SPLITS": splits, "BLOCK": BLOCK, **pdl_options()}
-        _shape[rows, splits](
+        _process_logits[rows, splits](
             logits,
             slots,
             self._table,
             self._bias,
             self._seen,
-            shaped,
+            processed,
             tops,
             bottoms,
             counts,
@@ -170,7 +171,7 @@ class CudaSlots:
             vocabulary,
             **options,
         )
-        row = (logits, shaped, slots, self._table, tops, bottoms, counts, masses, lengths)
+        row = (logits, processed, slots, self._table, tops, bottoms, counts, masses, lengths)
         _count[rows, splits](*row, vocabulary, **options)
         _race[rows, splits](*row, listed, positions, bests, vocabulary, **options)
         _finish[rows,](
@@ -187,7 +188,7 @@ class CudaSlots:
         return tokens
 
     def _sent(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        """On the device, in the order of its work; nothing waits."""
+        """Copies values to the device in stream order, without waiting."""
         host = torch.tensor(values, dtype=dtype)
         if self._device.type != "cuda":
             return host
@@ -213,7 +214,7 @@ def _float(table, slot, FIELD: tl.constexpr):
 
 @triton.jit
 def _key_of(x):
-    """A float32 as an int32 in the same order; 0 and -0 are the same."""
+    """Maps a float32 to an int32 in the same order; 0 and -0 have the same key."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
@@ -225,13 +226,14 @@ def _float_of(key):
 
 @triton.jit
 def _top(tops, row, SPLITS: tl.constexpr):
-    """The row's largest: its key in the upper half, and in the lower 2^31 - 1 - its first token."""
+    """Returns the row's largest logit: its key in the upper half, 2^31 - 1 - its first token in the
+    lower half."""
     return tl.max(tl.load(tops + row * SPLITS + tl.arange(0, SPLITS)), axis=0)
 
 
 @triton.jit
 def _scale(bottoms, row, top, inverse, SPLITS: tl.constexpr):
-    """Bins for each unit of distance to the largest logit."""
+    """Returns the number of bins per unit of distance to the largest logit."""
     bottom = _float_of(tl.min(tl.load(bottoms + row * SPLITS + tl.arange(0, SPLITS)), axis=0))
     spread = tl.minimum(tl.maximum(top - bottom, 1e-30), _LARGEST)
     least = tl.full((), _BINS - 1, tl.float32) / spread
@@ -246,7 +248,7 @@ def _distance(x, top):
 @triton.jit
 def _weight(x, top, inverse):
     distance = _distance(x, top) * inverse
-    # A banned token has none, whatever the temperature.
+    # A banned token has weight 0 at any temperature.
     return tl.where((distance < 87.0) & (x >= -_LARGEST), tl.exp(-distance), 0.0)
 
 
@@ -268,7 +270,8 @@ def _wanted_mass(top_p, mass):
 
 @triton.jit
 def _raced(bits, w, tokens, kept):
-    """Keys of the race in the upper half, tokens in the lower; the largest number if not kept."""
+    """Returns keys of the race in the upper half and tokens in the lower half; the largest int64 if
+    not kept."""
     v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     series = v * (0.5 + v * (0.3333333333333333 + v * 0.25))
     waited = tl.where(v < 0.015625, v * (1.0 + series), -tl.log(1.0 - v))
@@ -283,24 +286,24 @@ def _seed(table, slot):
 
 
 @triton.jit
-def _row_of(logits, shaped, table, slot, row, vocabulary):
-    """Where the row stands that has its biases and penalties."""
+def _row_of(logits, processed, table, slot, row, vocabulary):
+    """Returns a pointer to the row of logits, after biases and penalties if it has any."""
     own = (_number(table, slot, _BIASED) != 0) | (_number(table, slot, _PENALIZED) != 0)
     offset = row * vocabulary
-    return shaped + offset if own else logits + offset
+    return processed + offset if own else logits + offset
 
 
 # -- launches ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _shape(
+def _process_logits(
     logits,
     slots,
     table,
     bias,
     seen,
-    shaped,
+    processed,
     tops,
     bottoms,
     counts,
@@ -344,7 +347,7 @@ def _shape(
         if (biased != 0) | (penalized != 0):
             x = tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST)
             x = tl.where(banned != 0, float("-inf"), x)
-            tl.store(shaped + row * vocabulary + tokens, x, mask=inside)
+            tl.store(processed + row * vocabulary + tokens, x, mask=inside)
         key = _key_of(x)
         packed = (key.to(tl.int64) << 32) | (tokens ^ 0x7FFFFFFF).to(tl.int64)
         best = tl.where(inside, tl.maximum(best, packed), best)
@@ -352,7 +355,7 @@ def _shape(
     top = tl.where(tl.max(bad, axis=0) != 0, _NOT_FINITE, tl.max(best, axis=0))
     tl.store(tops + row * SPLITS + split, top)
     tl.store(bottoms + row * SPLITS + split, tl.min(lowest, axis=0))
-    # For the launches after this one.
+    # Clears the buffers of the next launches.
     bins = split * (_BINS // SPLITS) + tl.arange(0, _BINS // SPLITS)
     tl.store(counts + row * _BINS + bins, 0)
     tl.store(masses + row * _BINS + bins, 0)
@@ -363,7 +366,7 @@ def _shape(
 @triton.jit
 def _count(
     logits,
-    shaped,
+    processed,
     slots,
     table,
     tops,
@@ -385,7 +388,7 @@ def _count(
         inverse = _float(table, slot, _INVERSE_TEMPERATURE)
         top = _float_of((_top(tops, row, SPLITS) >> 32).to(tl.int32))
         scale = _scale(bottoms, row, top, inverse, SPLITS)
-        source = _row_of(logits, shaped, table, slot, row, vocabulary)
+        source = _row_of(logits, processed, table, slot, row, vocabulary)
         share = tl.cdiv(tl.cdiv(vocabulary, SPLITS), BLOCK) * BLOCK
         begin = split * share
         end = tl.minimum(begin + share, vocabulary)
@@ -404,7 +407,7 @@ def _count(
 @triton.jit
 def _race(
     logits,
-    shaped,
+    processed,
     slots,
     table,
     tops,
@@ -429,9 +432,9 @@ def _race(
         inverse = _float(table, slot, _INVERSE_TEMPERATURE)
         top = _float_of((_top(tops, row, SPLITS) >> 32).to(tl.int32))
         scale = _scale(bottoms, row, top, inverse, SPLITS)
-        source = _row_of(logits, shaped, table, slot, row, vocabulary)
-        # Bins before ``sure`` are kept. The cut may be in bins [sure, unsure), and top_k's, which
-        # decides how much mass top_p is a share of, is in ``counted``.
+        source = _row_of(logits, processed, table, slot, row, vocabulary)
+        # Bins before ``sure`` are kept. The cut is in one of the bins [sure, unsure). The cut of
+        # top_k, which determines the total mass that top_p is a share of, is in bin ``counted``.
         sure = tl.full((), _BINS, tl.int32)
         unsure, counted = sure, sure
         bins = row * _BINS + tl.arange(0, _BINS)
@@ -481,7 +484,7 @@ def _race(
 @triton.jit
 def _finish(
     logits,
-    shaped,
+    processed,
     slots,
     table,
     tops,
@@ -514,7 +517,7 @@ def _finish(
             inverse = _float(table, slot, _INVERSE_TEMPERATURE)
             top = _float_of((packed >> 32).to(tl.int32))
             scale = _scale(bottoms, row, top, inverse, SPLITS)
-            source = _row_of(logits, shaped, table, slot, row, vocabulary)
+            source = _row_of(logits, processed, table, slot, row, vocabulary)
             own, length = listed + row * vocabulary, tl.load(lengths + row)
             count = tl.load(counts + row * _BINS + tl.arange(0, _BINS)).to(tl.int64)
             mass = tl.load(masses + row * _BINS + tl.arange(0, _BINS))
@@ -545,12 +548,12 @@ def _finish(
 
 @triton.jit
 def _cut(own, length, source, count, mass, top, scale, inverse, top_k, top_p, BLOCK: tl.constexpr):
-    """Where the ranking is cut: the key of the last logit that is kept, and the last token that is
-    kept of those equal to it. top_k's cut first, then top_p's of what that keeps.
+    """Finds the cut in the ranking. Returns the key of the last logit that is kept, and the last
+    token that is kept among those equal to it. top_k cuts first, then top_p cuts what is left.
 
     Args:
         own, length: the listed tokens.
-        count, mass: [_BINS] int64, of all tokens.
+        count, mass: [_BINS] int64, over all tokens.
     """
     order = tl.arange(0, _BINS)
     limit, last = tl.full((), _LOWEST, tl.int64), tl.full((), _HIGHEST, tl.int64)
@@ -563,7 +566,7 @@ def _cut(own, length, source, count, mass, top, scale, inverse, top_k, top_p, BL
             wanted = tl.where(by_mass, _wanted_mass(top_p, total), top_k.to(tl.int64))
             place = tl.sum((tl.cumsum(amounts, axis=0) < wanted).to(tl.int32), axis=0)
             wanted -= tl.sum(tl.where(order < place, amounts, 0), axis=0)
-            # An interval of keys, its ends always keys of tokens of this bin, is halved.
+            # Bisection over keys; both ends of the interval are always keys of tokens in this bin.
             low, high = _ends(own, length, source, top, scale, place, BLOCK)
             above = tl.full((), 0, tl.int64)
             while low < high:
@@ -585,7 +588,7 @@ def _cut(own, length, source, count, mass, top, scale, inverse, top_k, top_p, BL
             total = kept + _kept_mass(
                 own, length, source, top, scale, inverse, place, limit, equal, BLOCK
             )
-    # Of equals the first tokens stay.
+    # Among equals the first tokens stay.
     there, first, final = _equals(own, length, source, limit, _HIGHEST, BLOCK)
     if there > equal:
         low, high = first, final
@@ -602,7 +605,8 @@ def _cut(own, length, source, count, mass, top, scale, inverse, top_k, top_p, BL
 
 @triton.jit
 def _listed(own, length, source, first, BLOCK: tl.constexpr):
-    """Some listed tokens, their logits, and which of them are there."""
+    """Loads a block of listed tokens and their logits, and returns which of them are within the
+    list."""
     at = first + tl.arange(0, BLOCK)
     inside = at < length
     tokens = tl.load(own + at, mask=inside, other=0)
@@ -611,7 +615,7 @@ def _listed(own, length, source, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def _ends(own, length, source, top, scale, place, BLOCK: tl.constexpr):
-    """Smallest and largest key of a bin's tokens."""
+    """Returns the smallest and the largest key of a bin's tokens."""
     low = tl.full((BLOCK,), _HIGHEST, tl.int32)
     high = tl.full((BLOCK,), _LOWEST, tl.int32)
     for first in range(0, length, BLOCK):
@@ -625,8 +629,8 @@ def _ends(own, length, source, top, scale, place, BLOCK: tl.constexpr):
 
 @triton.jit
 def _over(own, length, source, top, scale, inverse, place, by_mass, middle, BLOCK: tl.constexpr):
-    """Of a bin's tokens: how many, or how much mass, have a key of ``middle`` or more; the smallest
-    key of those, and the largest of the others."""
+    """Returns the number or the mass of a bin's tokens with a key of ``middle`` or more; the
+    smallest key among those; and the largest key among the others."""
     total = tl.zeros((BLOCK,), tl.int64)
     low = tl.full((BLOCK,), _HIGHEST, tl.int32)
     high = tl.full((BLOCK,), _LOWEST, tl.int32)
@@ -648,7 +652,7 @@ def _over(own, length, source, top, scale, inverse, place, by_mass, middle, BLOC
 
 @triton.jit
 def _kept_mass(own, length, source, top, scale, inverse, place, limit, equal, BLOCK: tl.constexpr):
-    """Mass of a bin's tokens over the limit, and of so many equal to it."""
+    """Returns the mass of a bin's tokens above the limit, and of ``equal`` tokens at the limit."""
     total = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, length, BLOCK):
         _, x, inside = _listed(own, length, source, first, BLOCK)
@@ -660,7 +664,8 @@ def _kept_mass(own, length, source, top, scale, inverse, place, limit, equal, BL
 
 @triton.jit
 def _equals(own, length, source, limit, most, BLOCK: tl.constexpr):
-    """Of the listed tokens up to ``most`` whose key is the limit: how many, the first, the last."""
+    """Returns the number, the first and the last of the listed tokens up to ``most`` whose key is
+    the limit."""
     there = tl.zeros((BLOCK,), tl.int64)
     low = tl.full((BLOCK,), _HIGHEST, tl.int32)
     high = tl.zeros((BLOCK,), tl.int32)
@@ -691,7 +696,7 @@ def _race_listed(
     position,
     BLOCK: tl.constexpr,
 ):
-    """The best of the listed tokens before the cut."""
+    """Returns the winner among the listed tokens before the cut."""
     best = tl.full((BLOCK,), _NOT_FINITE, tl.int64)
     zero = tl.zeros((BLOCK,), tl.int32)
     low = zero + position.to(tl.int32)
