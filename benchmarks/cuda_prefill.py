@@ -18,7 +18,10 @@ from benchmarks.cuda_decode import DTYPE, PROMPT, SHAPES, device_s, random_decod
 from benchmarks.prefill import without_statistic
 from benchmarks.report import Rounds, finish, timed
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import PrefillFinished, prefill
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
+from griffin_core.forward.prefill import prefill
 
 CHUNKS = (512, PROMPT)
 """Tokens per chunk: the default of a CPU server, and that of a GPU server, which is the whole

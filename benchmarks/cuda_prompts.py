@@ -25,7 +25,11 @@ from griffin_core.engine.events import Failed, TokensMade
 from griffin_core.engine.limits import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.forward.prefill import MAX_TOGETHER, launch
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model

@@ -8,7 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.report import Rounds, about, finish, matmul_rate, timed
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import CHUNK_TOKENS, Part, Prompt, launch, prefill
+from griffin_core.forward.prefill import CHUNK_TOKENS, launch, prefill
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model

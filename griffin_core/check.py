@@ -18,7 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from griffin_core.errors import BadModelFile
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import PrefillFinished, prefill
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.checkpoint import left_over, stored_tensors
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.families.config_fields import FieldUse

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model, load_model
 from griffin_core.slim.packed import Packed
 from griffin_core.spec.choices import DEFAULT_MODEL

@@ -21,7 +21,11 @@ from griffin_core.engine.sessions import Sessions
 from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.engine.turn_planner import TurnPlanner
 from griffin_core.errors import CapacityExhausted, EngineFault, GriffinError, SessionBusy
-from griffin_core.forward.prefill import PrefillEvent, PrefillFinished, PrefillRestarted
+from griffin_core.forward.events import (
+    PrefillEvent,
+    PrefillFinished,
+    PrefillRestarted,
+)
 from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,9 @@ from griffin_core.engine.events import Event
 from griffin_core.engine.ports import Sink
 from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.task import GenerateTask, ScoreTask
-from griffin_core.forward.prefill import PrefillEvent
+from griffin_core.forward.events import (
+    PrefillEvent,
+)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ from griffin_core.engine.snapshot import EngineSnapshot
 from griffin_core.engine.task import GenerateTask, PrefillTask, ScoreTask
 from griffin_core.errors import EngineStopped, GriffinError
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import Prompt
+from griffin_core.forward.prompt import (
+    Prompt,
+)
 from griffin_core.model.load import Model
 from griffin_core.slim.base import SlimForm
 from griffin_core.slim.costs import ASSUMED_COSTS, EVEN_COSTS, StepCosts

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from griffin_core.forward.prefill import LayerActivations, PrefillEvent
+from griffin_core.forward.events import (
+    LayerActivations,
+    PrefillEvent,
+)
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.stopping import FinishReason
 from griffin_core.spec.choices import PolicyName

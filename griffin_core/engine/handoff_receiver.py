@@ -8,7 +8,11 @@ from torch import Tensor
 from griffin_core.engine.session import Session
 from griffin_core.errors import HandoffBroken
 from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PromptExperts
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PromptExperts,
+)
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from griffin_core.engine.task import PrefillTask
     from griffin_core.experts.expert_set import ExpertSet
-    from griffin_core.forward.prefill import PrefillEvent, PrefillFinished
+    from griffin_core.forward.events import (
+        PrefillEvent,
+        PrefillFinished,
+    )
 
 E_contra = TypeVar("E_contra", contravariant=True)
 

@@ -10,15 +10,14 @@ from griffin_core.engine.ports import Observer
 from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.snapshot import PrefillsSnapshot
 from griffin_core.errors import CapacityExhausted, EngineFault
-from griffin_core.forward.prefill import (
-    MAX_TOGETHER,
-    Launch,
+from griffin_core.forward.events import (
     LayerActivations,
     LayerKv,
+)
+from griffin_core.forward.prefill import MAX_TOGETHER, Launch, PromptRead, launch
+from griffin_core.forward.prompt import (
     Part,
     Prompt,
-    PromptRead,
-    launch,
 )
 from griffin_core.model.decoder import Decoder
 

@@ -31,7 +31,10 @@ from griffin_core.engine.task import ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import Part, Prompt
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimViews, WholeView
 from griffin_core.slim.zeroed import zeroed_bytes

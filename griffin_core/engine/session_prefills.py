@@ -16,7 +16,13 @@ from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.session import Session
 from griffin_core.engine.snapshot import HandoffSnapshot
 from griffin_core.engine.task import PrefillTask
-from griffin_core.forward.prefill import LayerActivations, PrefillEvent, Prompt
+from griffin_core.forward.events import (
+    LayerActivations,
+    PrefillEvent,
+)
+from griffin_core.forward.prompt import (
+    Prompt,
+)
 from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)

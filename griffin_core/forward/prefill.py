@@ -19,9 +19,17 @@ from torch import Tensor
 
 from griffin_core.backends.base import Moment, RunFF
 from griffin_core.backends.batch import RowRuns
-from griffin_core.backends.transfers import on_device
 from griffin_core.experts.selection import Selection, select_together
 from griffin_core.experts.statistic import relative
+from griffin_core.forward.events import (
+    LayerActivations,
+    LayerExperts,
+    LayerKv,
+    PrefillEvent,
+    PrefillFinished,
+    PromptExperts,
+)
+from griffin_core.forward.prompt import Part, Prompt
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.spec.weights import Norm
@@ -32,160 +40,6 @@ MAX_TOGETHER = 16
 """The most prompts in a pass. Each prompt needs memory for its statistic, L · F float32 (1.8 MB for
 Llama-3-8B), and its own attention call in every layer. 16 prompts of 128 tokens already fill a pass
 of 2,048 tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerKv:
-    """An event: one layer's keys and values for a run of tokens.
-
-    Args:
-        kv: [2, kv_heads, tokens, head_dim], keys then values. A view of the prompt's cache.
-        ready: on a GPU, an event after which the values are valid; None if they are valid already
-            or become so in stream order.
-    """
-
-    layer: int
-    first_token: int
-    kv: Tensor
-    ready: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerExperts:
-    """An event: one layer's statistic over all tokens, and its experts.
-
-    Args:
-        s2: [F] float32, the square of the statistic. It is the exact square of a float32 number, so
-            that sending its root to another server does not change it.
-        experts: [K] int32, ascending.
-    """
-
-    layer: int
-    s2: Tensor
-    experts: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerActivations:
-    """An event: one layer's relative activations for a run of tokens, for analysis.
-
-    Args:
-        values: [tokens, F] float32, |Z_t| / ‖Z_t‖: the values that the statistic squares and sums.
-    """
-
-    layer: int
-    first_token: int
-    values: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptExperts:
-    """An event: the statistic and the experts of all layers, for a prompt that an engine has
-    prefilled for its own session. Its KV is in the session's cache already.
-
-    Args:
-        s2: [L, F] float32, over all tokens of the session so far.
-        experts: [L, K] int32, each row ascending.
-        norm_mass: L values, as of ``ExpertSet.norm_mass``.
-    """
-
-    s2: Tensor
-    experts: Tensor
-    norm_mass: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillFinished:
-    """An event: the end of a prefill.
-
-    A pass runs several prompts at once, so its time is divided among them: the model's time in
-    proportion to their tokens, the selection's time equally among those that chose experts. The
-    times of all prompts add up to the time that the device was busy.
-
-    Args:
-        last_hidden: [D] float32, the input of the head for the first token's logits.
-        compute_s: this prompt's share of running the model, selection included.
-        selection_s: its share of choosing experts.
-    """
-
-    last_hidden: Tensor
-    compute_s: float
-    selection_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillRestarted:
-    """An event: another server starts the prefill again, so all earlier events must be
-    discarded."""
-
-
-PrefillEvent = LayerKv | LayerExperts | PromptExperts | PrefillFinished | PrefillRestarted
-
-
-class Prompt:
-    """A prompt during prefill: how far it is read, and its statistic so far.
-
-    Args:
-        token_ids: T >= 1 ids.
-        selection: how its experts are chosen.
-        cache: holds the tokens before these, and has room for these; None to make a new one.
-        s2: [L, F], the statistic of the tokens before these; None if there are none. Not modified.
-        wants_kv: whether passes report each layer's KV as it is computed.
-        watch: the layers whose activations passes report.
-
-    Raises:
-        ValueError: there is no token.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        token_ids: Sequence[int],
-        selection: Selection,
-        *,
-        cache: KvCache | None = None,
-        s2: Tensor | None = None,
-        wants_kv: bool = False,
-        watch: Collection[int] = (),
-    ) -> None:
-        if not token_ids:
-            raise ValueError("prefill needs at least one token")
-        self.selection = selection
-        self.cache = decoder.new_cache(len(token_ids)) if cache is None else cache
-        self.s2 = s2
-        self.wants_kv = wants_kv
-        self.watch = watch
-        self.tokens = len(token_ids)
-        self.read = 0
-        """The number of tokens that passes have read."""
-        self.shares: list[tuple[Moment, Moment, float]] = []
-        """For each pass that it was in: begin, end, and its share of the pass's tokens."""
-        self.layers_told = 0
-        """The number of layers of the current pass that were reported. A failed pass is run again,
-        and must not report the same layer twice."""
-        self._ids = on_device(token_ids, torch.int64, decoder.device)
-
-    @property
-    def left(self) -> int:
-        """The number of tokens still to read."""
-        return self.tokens - self.read
-
-    def next_ids(self, tokens: int) -> Tensor:
-        """Returns the next ``tokens`` ids to read."""
-        return self._ids[self.read : self.read + tokens]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """The part of one prompt that a pass reads: its next ``tokens`` tokens, at least one."""
-
-    prompt: Prompt
-    tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this is the last part of the prompt."""
-        return self.tokens == self.prompt.left
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,10 @@ from torch import Tensor
 from griffin_core.backends.batch import RowRuns
 from griffin_core.backends.cuda.backend import CudaBackend
 from griffin_core.backends.transfers import on_device
-from griffin_core.forward.prefill import Part, Pass, Tell, counting_ff, launch
+from griffin_core.forward.prefill import Pass, Tell, counting_ff, launch
+from griffin_core.forward.prompt import (
+    Part,
+)
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 

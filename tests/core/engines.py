@@ -13,7 +13,9 @@ from griffin_core.engine.events import Failed, Finished, PrefillBegun, Scored, T
 from griffin_core.engine.ports import PrefillReceiver
 from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.task import GenerateTask, PrefillTask, ScoreTask
-from griffin_core.forward.prefill import PrefillFinished
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
 from griffin_core.model.load import Model
 
 

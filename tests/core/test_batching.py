@@ -28,8 +28,15 @@ from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.events import (
+    LayerExperts,
+)
 from griffin_core.forward.invariant import InvariantStep
-from griffin_core.forward.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
+from griffin_core.forward.prefill import Pass, Tell, launch, prefill
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder

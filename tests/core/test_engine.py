@@ -31,7 +31,9 @@ from griffin_core.errors import (
     SessionNotFound,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import PrefillFinished
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams

@@ -25,7 +25,10 @@ from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest, UnknownFamily
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection, select_experts
 from griffin_core.experts.statistic import group_score
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.hf import batch_score
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams

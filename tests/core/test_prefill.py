@@ -9,7 +9,12 @@ import torch
 
 from griffin_core.backends.base import Backend
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PrefillFinished,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from tests.tiny import FAMILIES, VOCABULARY
 

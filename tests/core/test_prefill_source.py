@@ -22,7 +22,11 @@ from griffin_core.errors import (
     SessionClosed,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillRestarted
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PrefillRestarted,
+)
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from tests.core.engines import (

@@ -16,17 +16,17 @@ from griffin_core.engine.prefill_queue import PrefillQueue
 from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.errors import EngineFault
 from griffin_core.experts.selection import POLICIES, Selection
-from griffin_core.forward.prefill import (
-    MAX_TOGETHER,
+from griffin_core.forward.events import (
     LayerActivations,
     LayerExperts,
     LayerKv,
-    Part,
     PrefillFinished,
-    Prompt,
     PromptExperts,
-    PromptRead,
-    launch,
+)
+from griffin_core.forward.prefill import MAX_TOGETHER, PromptRead, launch
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
 )
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model

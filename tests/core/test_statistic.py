@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.statistic import group_score, relative, s2_of
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from tests.tiny import FAMILIES, VOCABULARY
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from griffin_evals.study import __main__ as command
 from griffin_evals.study import corpus as texts_of

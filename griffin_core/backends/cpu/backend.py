@@ -16,7 +16,9 @@ from griffin_core.backends.cpu.attention import attend_kernel, attend_rows
 from griffin_core.backends.cpu.memory import LazyTensors
 from griffin_core.backends.cpu.norm import MAX_VALUES, rms_norm
 from griffin_core.backends.cpu.rows import feedforward_row, gemv
-from griffin_core.backends.cpu.sampling import CpuSlots
+from griffin_core.backends.cpu.sampler_slots import (
+    CpuSlots,
+)
 from griffin_core.backends.cpu.statistic import s2_rows
 from griffin_core.backends.cpu.team import compile_kernels, runs_kernels
 from griffin_core.backends.torch import TorchBackend, TorchFeedForward

@@ -16,23 +16,16 @@ is one pass over its logits. The stages are (docs/adr/0014-the-sampler.md):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numba import njit, types
-from torch import Tensor
 
 from griffin_core.backends.cpu.arithmetic import exp
 from griffin_core.backends.cpu.bfloat16 import at, bits_of, float_of
-from griffin_core.backends.cpu.philox import philox
-from griffin_core.backends.cpu.team import FAST, Kernel, address, team_rank, team_size
-from griffin_core.backends.transfers import float_bits
-
-if TYPE_CHECKING:
-    from griffin_core.sampling.params import SamplingParams
+from griffin_core.backends.cpu.race import BLOCK, race
+from griffin_core.backends.cpu.team import FAST, Kernel, team_rank, team_size
 
 BINS = 2048
 """The number of bins of the histogram."""
@@ -44,9 +37,6 @@ do."""
 MASS_ONE = np.float32(2.0**40)
 """The mass of the most likely token; masses are integers. The sum over 2^18 such tokens is below
 2^63."""
-
-BLOCK = 64
-"""The number of tokens in the race at once: 16 counters of Philox, four tokens each."""
 
 (
     SAMPLES,
@@ -81,134 +71,10 @@ having few levels of calls: LLVM processes a function again in each function tha
 
 _INFINITE = np.int32(0x7F800000)
 _LARGEST = np.float32(torch.finfo(torch.float32).max)
-_ALMOST_ONE = np.float32(1 - 2.0**-24)
-_UNIT = np.float32(2.0**-32)
-
-
-class CpuSlots:
-    """The sampling state of each slot, in a table of numbers and addresses. See ``Sampler``.
-
-    Args:
-        slots: S, the number of sessions; slot S always exists and is greedy.
-        vocabulary: V.
-    """
-
-    def __init__(self, *, slots: int, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
-        self.drawn = torch.zeros(slots + 1, dtype=torch.int64)
-        self._table = torch.zeros((slots + 1, FIELDS), dtype=torch.int64)
-        self._owned: list[tuple[Tensor, ...]] = [()] * (slots + 1)
-        """For each slot the tensors that the table points to."""
-        self._others: dict[int, Tensor] = {}
-        """For each slot whose request allows only certain tokens: [V] bool, True for all other
-        tokens."""
-        self._banned: dict[int, Tensor] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        """See ``Sampler``."""
-        own = sum(tensor.nbytes for tensors in self._owned for tensor in tensors)
-        own += sum(t.nbytes for slots in (self._others, self._banned) for t in slots.values())
-        return own + self._table.nbytes + self.drawn.nbytes
-
-    @property
-    def in_use(self) -> frozenset[int]:
-        """See ``Sampler``."""
-        rows = self._table.any(dim=1).nonzero()[:, 0].tolist()
-        owned = (slot for slot, tensors in enumerate(self._owned) if tensors)
-        return frozenset((*rows, *owned, *self._others, *self._banned))
-
-    def open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
-        """See ``Sampler``."""
-        self.close(slot)
-        if not params.plain:  # a row of zeros means plain
-            self._open(slot, params, seen)
-        if params.allowed_token_ids:
-            others = torch.ones(self._vocabulary, dtype=torch.bool)
-            others[list(params.allowed_token_ids)] = False
-            self._others[slot] = others
-            self.ban(slot, ())
-
-    def _open(self, slot: int, params: SamplingParams, seen: Sequence[int]) -> None:
-        tokens = torch.tensor(list(params.logit_bias), dtype=torch.int64)
-        values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        counts = None
-        if params.penalizes:
-            counts = torch.zeros(self._vocabulary, dtype=torch.int32)
-            counts[torch.tensor(list(seen), dtype=torch.int64)] = 1
-        self._owned[slot] = (tokens, values) if counts is None else (tokens, values, counts)
-        row = {
-            SAMPLES: int(params.temperature > 0),
-            TOP_K: params.top_k if params.top_k < self._vocabulary else 0,
-            SEED: params.seed - (params.seed >> 63 << 64),  # the same bits as a signed int64
-            BIASES: len(tokens),
-            BIAS_TOKENS: address(tokens),
-            BIAS_VALUES: address(values),
-            SEEN: address(counts),
-            INVERSE_TEMPERATURE: float_bits(params.inverse_temperature),
-            TOP_P: float_bits(params.top_p),
-            MIN_P: float_bits(params.min_p),
-            REPETITION: float_bits(params.repetition_penalty),
-            PRESENCE: float_bits(params.presence_penalty),
-            FREQUENCY: float_bits(params.frequency_penalty),
-            BANS: 0,
-            BAN_TOKENS: 0,
-        }
-        self._table[slot] = torch.tensor([row[field] for field in range(FIELDS)])
-
-    def ban(self, slot: int, tokens: Sequence[int]) -> None:
-        """See ``Sampler``."""
-        banned = torch.tensor(tokens, dtype=torch.int64)
-        if slot in self._others:
-            others = self._others[slot].clone()
-            others[banned] = True
-            banned = others.nonzero()[:, 0]
-        self._banned[slot] = banned
-        self._table[slot, BANS] = len(banned)
-        self._table[slot, BAN_TOKENS] = address(banned)
-
-    def close(self, slot: int) -> None:
-        """See ``Sampler``."""
-        self._table[slot] = 0
-        self._owned[slot] = ()
-        self._others.pop(slot, None)
-        self._banned.pop(slot, None)
-
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """See ``Sampler``."""
-        if not _sample.compiled and not self._table[slots].any():
-            # Avoids compiling the loops in a process that only gets plain greedy requests.
-            tokens = logits.argmax(dim=1).masked_fill(~logits.isfinite().all(dim=1), -1)
-            self.drawn[slots] = tokens
-            return tokens
-        rows, vocabulary = logits.shape
-        threads = max(1, min(rows, torch.get_num_threads()))
-        padded = -(-vocabulary // BLOCK) * BLOCK
-        # For each thread: processed logits, weights, bins and a list of tokens; the histogram; a
-        # block of random numbers.
-        size = 16 * padded + 8 * BINS + 4 * BLOCK
-        if self._scratch.numel() < threads * size:
-            self._scratch = torch.empty(threads * size, dtype=torch.uint8)
-        tokens = torch.empty(rows, dtype=torch.int64)
-        _sample(
-            logits.data_ptr(),
-            slots.data_ptr(),
-            positions.data_ptr(),
-            self._table.data_ptr(),
-            tokens.data_ptr(),
-            self.drawn.data_ptr(),
-            self._scratch.data_ptr(),
-            size,
-            rows,
-            vocabulary,
-            threads=threads,
-        )
-        return tokens
 
 
 @Kernel
-def _sample(a):
+def sample_rows(a):
     slots, positions = at(a[1], types.int64), at(a[2], types.int64)
     tokens, drawn = at(a[4], types.int64), at(a[5], types.int64)
     rank, size, rows, vocabulary = team_rank(), team_size(), a[8], a[9]
@@ -273,7 +139,7 @@ def _sample_token(x, top, bottom, settings, position, scratch, size):
         sums = scratch + 16 * padded
         count, wanted = _cut_bin(w, bins, sums, chosen, by_mass, wanted, size)
         _drop(x, w, chosen, count, by_mass, wanted, size)
-    return _race(
+    return race(
         w,
         padded,
         _float(own[MIN_P]),
@@ -451,55 +317,3 @@ def _drop(x, w, chosen_at, count, by_mass, wanted, size):
             if wanted <= 0:
                 w[i] = np.float32(0.0)
             wanted -= _mass_of(w[i]) if by_mass != 0 else types.int64(1)
-
-
-@_loop
-def _race(w, padded, min_p, seed, position, scratch):
-    """Returns the token with the smallest key among those of weight min_p or more; the first among
-    equals."""
-    v = at(scratch, types.float32)
-    k0, k1 = types.uint32(seed), types.uint32(seed >> 32)
-    c1, c2 = types.uint32(position), types.uint32(position >> 32)
-    least = max(min_p, np.float32(1e-45))
-    best, token = np.float32(np.inf), types.int64(-1)
-    for begin in range(0, padded, BLOCK):
-        kept = types.int32(0)
-        for i in range(BLOCK):
-            kept |= types.int32(w[begin + i] >= least)
-        if kept == 0:
-            continue
-        for g in range(BLOCK // 4):
-            counter = types.uint32(begin // 4 + g)
-            r0, r1, r2, r3 = philox(counter, c1, c2, types.uint32(0), k0, k1)
-            v[4 * g] = _unit(r0)
-            v[4 * g + 1] = _unit(r1)
-            v[4 * g + 2] = _unit(r2)
-            v[4 * g + 3] = _unit(r3)
-        # -log(1 - v) >= v, so a token that does not beat the best without the logarithm cannot beat
-        # it.
-        faster = types.int32(0)
-        for i in range(BLOCK):
-            faster |= types.int32(v[i] < best * w[begin + i])
-        if faster == 0:
-            continue
-        for i in range(BLOCK):
-            if w[begin + i] >= least:
-                key = _exponential(v[i]) / w[begin + i]
-                if key < best:
-                    best, token = key, types.int64(begin + i)
-    return token
-
-
-@_part
-def _unit(bits):
-    return min((types.float32(bits) + np.float32(0.5)) * _UNIT, _ALMOST_ONE)
-
-
-@_part
-def _exponential(v):
-    """Returns -log(1 - v), from its series where 1 - v would lose digits."""
-    if v < np.float32(1 / 64):
-        third = np.float32(1 / 3)
-        series = v * (np.float32(0.5) + v * (third + v * np.float32(0.25)))
-        return v * (np.float32(1.0) + series)
-    return -np.log(np.float32(1.0) - v)

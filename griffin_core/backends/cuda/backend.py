@@ -29,7 +29,9 @@ from griffin_core.backends.cuda.expert_rows import ExpertRows
 from griffin_core.backends.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
 from griffin_core.backends.cuda.matvec import matvec, rms_norm
 from griffin_core.backends.cuda.rotary import rotate_and_store
-from griffin_core.backends.cuda.sampling import CudaSlots
+from griffin_core.backends.cuda.sampler_slots import (
+    CudaSlots,
+)
 from griffin_core.backends.cuda.statistic import add_s2_columns
 from griffin_core.backends.torch import (
     Run,

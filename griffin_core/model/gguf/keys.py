@@ -7,13 +7,13 @@ begin with ``general.``, ``tokenizer.`` and ``split.``; all others are ignored, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from griffin_core.errors import UnknownFamily, listed
 from griffin_core.model.gguf.file import GgufFile, one_line
+from griffin_core.model.gguf.kinds import KINDS, Kind, is_of
 
 ARCHITECTURES = {
     "llama": "llama, or mistral where there is a sliding window",
@@ -24,20 +24,6 @@ ARCHITECTURES = {
     "gemma3": "gemma3_text",
 }
 """``general.architecture`` -> families of transformers."""
-
-Kind = Literal["count", "counts", "integer", "number", "flag", "text", "texts", "numbers", "any"]
-
-_KINDS: dict[Kind, str] = {
-    "count": "an integer of at least 1",
-    "counts": "an integer of at least 1, the same for every layer",
-    "integer": "an integer of at least 0",
-    "number": "a finite number of at least 0",
-    "flag": "true or false",
-    "text": "a text",
-    "texts": "a list of texts",
-    "numbers": "a list of numbers",
-    "any": "any value",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +289,8 @@ def _architecture(file: GgufFile) -> str:
 
 
 def _check_value(file: GgufFile, name: str, value: object, key: Key) -> None:
-    if not _is_of(key.kind, value):
-        raise file.bad(f"{name}: got {_shown(value)}; allowed: {_KINDS[key.kind]}")
+    if not is_of(key.kind, value):
+        raise file.bad(f"{name}: got {_shown(value)}; allowed: {KINDS[key.kind]}")
     if key.only is not None and value not in key.only:
         allowed = ", ".join(map(repr, key.only))
         experts = [tensor for tensor in file.tensors.values() if "_exps." in tensor.name]
@@ -321,36 +307,3 @@ def _shown(value: object) -> str:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list)
-
-
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_of(kind: Kind, value: object) -> bool:
-    match kind, value:
-        case "count", _:
-            return _is_integer(value, 1)
-        case "counts", list():
-            return len(set(value)) == 1 and _is_integer(value[0], 1)
-        case "counts", _:
-            return _is_integer(value, 1)
-        case "integer", _:
-            return _is_integer(value, 0)
-        case "number", int() | float():
-            return _is_number(value) and value >= 0
-        case "flag", bool():
-            return True
-        case "text", str():
-            return True
-        case "texts", list():
-            return all(isinstance(item, str) for item in value)
-        case "numbers", list():
-            return all(_is_number(item) for item in value)
-        case "any", _:
-            return True
-    return False

@@ -14,7 +14,10 @@ import structlog
 from griffin.v1 import prefill_pb2_grpc
 from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import HandoffBroken, PrefillUnavailable
-from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
+from griffin_core.forward.events import (
+    PrefillEvent,
+    PrefillRestarted,
+)
 from griffin_core.model.load import Model
 from griffin_server.connections import PREFILL_CHANNEL_OPTIONS
 from griffin_server.prefill_pool.call_errors import error_of

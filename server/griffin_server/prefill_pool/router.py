@@ -18,7 +18,10 @@ from griffin_core.errors import (
     HandoffError,
     ProtocolMismatch,
 )
-from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
+from griffin_core.forward.events import (
+    PrefillEvent,
+    PrefillRestarted,
+)
 from griffin_server.prefill_pool.client import PrefillClient
 
 log = structlog.get_logger("griffin.prefill")

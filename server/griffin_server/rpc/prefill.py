@@ -15,7 +15,11 @@ from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import PrefillBegun
 from griffin_core.engine.task import MAX_CONCURRENT_PREFILLS
 from griffin_core.errors import FingerprintMismatch
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PrefillFinished,
+)
 from griffin_server.rpc.messages.prefill_request import prefill_task
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.run_prefill import run_prefill

@@ -27,7 +27,9 @@ from griffin_core.engine.events import (
     PrefillStreamEvent,
     Started,
 )
-from griffin_core.forward.prefill import PrefillFinished
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
 from griffin_server import __version__
 
 if TYPE_CHECKING:

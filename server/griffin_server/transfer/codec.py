@@ -10,7 +10,12 @@ import torch
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.errors import CapacityExhausted, FingerprintMismatch, HandoffBroken
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PrefillEvent,
+    PrefillFinished,
+)
 from griffin_server.rpc.messages.tensors import pack_floats, unpack_floats
 from griffin_server.transfer import protocol
 from griffin_server.transfer.base import KvExporter, KvImporter

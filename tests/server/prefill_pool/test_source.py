@@ -14,7 +14,10 @@ import pytest
 from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
+from griffin_core.forward.events import (
+    PrefillEvent,
+    PrefillRestarted,
+)
 from griffin_server.prefill_pool.router import PrefillRouter
 from griffin_server.prefill_pool.source import PoolSource, TurnContexts
 

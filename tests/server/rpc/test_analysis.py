@@ -23,7 +23,11 @@ from griffin_client import (
     ResourceExhausted,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerActivations,
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from griffin_server.commands import app
 from griffin_server.commands.plots import jaccard, norm_mass_curve

@@ -12,13 +12,13 @@ from griffin.v1 import prefill_pb2 as pb
 from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import FingerprintMismatch, HandoffBroken, ProtocolMismatch
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import (
+from griffin_core.forward.events import (
     LayerExperts,
     LayerKv,
     PrefillEvent,
     PrefillFinished,
-    prefill,
 )
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from griffin_server.transfer import base
 from griffin_server.transfer.base import KvImporter

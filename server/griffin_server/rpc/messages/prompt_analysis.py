@@ -7,7 +7,10 @@ from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet, pack_indices
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerActivations, LayerExperts
+from griffin_core.forward.events import (
+    LayerActivations,
+    LayerExperts,
+)
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.fields import seed_of
