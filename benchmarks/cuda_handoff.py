@@ -1,8 +1,8 @@
-"""What it costs to prefill in another process on one GPU: the time to the first token of 2048, by
-each way the KV can go.
+"""The cost of prefill in another process on one GPU: the time to the first token after 2048 prompt
+tokens, for each transport of the KV.
 
-Four layers of Llama-2-13B's shape with random weights, so that the KV is large for what computing
-it takes. Prints first how long the card's own copy of that KV takes.
+The model has four layers of Llama-2-13B's shape with random weights, so that its KV is large
+relative to the time to compute it. Prints first how long the GPU takes to copy that KV.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAYS = ("auto", "shared_memory", "messages")
 
 
 def write_model(where: Path) -> int:
-    """Writes the model; bytes of KV that the prompt has in it."""
+    """Writes the model, and returns the bytes of the prompt's KV."""
     family, values = SHAPES["Llama-2-13B"]
     config = CONFIG_MAPPING[family](**{**values, "num_hidden_layers": LAYERS})
     torch.set_default_dtype(DTYPE)
@@ -41,7 +41,7 @@ def write_model(where: Path) -> int:
 
 
 def first_token_s(client: GriffinClient) -> float:
-    """Seconds from the call to its end, of a completion of one token."""
+    """Returns the seconds of a call that generates one token."""
     clock = time.perf_counter()
     *_, last = client.generate(token_ids=range(PROMPT), density=0.5, max_tokens=1, ignore_eos=True)
     assert isinstance(last, Finished)

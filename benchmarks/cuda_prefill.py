@@ -1,7 +1,8 @@
-"""Prefill on one GPU: what the statistic and the selection add, on real shapes with random weights.
+"""Prefill on one GPU: the cost of the statistic and the selection, on real shapes with random
+weights.
 
-Prints the rate of the card's matrix products first: a prefill cannot take less than its own at
-that rate.
+Prints the GPU's rate of matrix products first: a prefill takes at least the time of its own
+products at that rate.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ from benchmarks.cuda_decode import DTYPE, PROMPT, SHAPES, device_s, random_decod
 from benchmarks.prefill import without_statistic
 from benchmarks.report import Rounds, finish, timed
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import PrefillFinished, prefill
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
+from griffin_core.forward.prefill import prefill
 
 CHUNKS = (512, PROMPT)
-"""Tokens at once: a CPU server's default, and a GPU server's, which is the whole prompt."""
+"""Tokens per chunk: the default of a CPU server, and that of a GPU server, which is the whole
+prompt."""
 
 
 def product_rate() -> float:
-    """FLOP/s of a matrix product as large as a layer's, the median of several."""
+    """Returns the FLOP/s of a matrix product as large as a layer's, the median of several."""
     x, w = (torch.randn(n, 8192, device="cuda", dtype=DTYPE) for n in (PROMPT, 16384))
     seconds = [device_s(lambda: torch.nn.functional.linear(x, w)) for _ in range(30)]
     return 2 * PROMPT * w.numel() / statistics.median(seconds[10:])
 
 
 def waited(work: Callable[[], object]) -> Callable[[], float]:
-    """Seconds until the device has done it."""
+    """Returns a function that measures the seconds until the device has done the work."""
 
     def run() -> None:
         work()
@@ -42,7 +47,7 @@ def waited(work: Callable[[], object]) -> Callable[[], float]:
 
 @torch.inference_mode()
 def measure(name: str, rate: float) -> list[dict[str, Any]]:
-    """A row for each chunk size."""
+    """Returns a row for each chunk size."""
     decoder, rows = random_decoder(name), []
     spec, neurons = decoder.spec, decoder.layers[0].ff.weights
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim

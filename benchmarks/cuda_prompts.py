@@ -1,10 +1,9 @@
-"""First tokens on one GPU: how long an engine takes until all of some prompts that arrive together
-have theirs. Llama-3-8B's shape with random weights, unless told otherwise.
+"""First tokens on one GPU: how long an engine takes until several prompts that arrive together all
+have their first token. The default model is Llama-3-8B's shape with random weights.
 
-Prints first how long the card's own matrix products and one reading of the weights take: no pass
-can be faster than the larger of both. Beside each row stands what the passes alone take, without
-an engine around them and without graphs: what the host takes to launch them, and what the device
-takes to run them.
+Prints first how long the GPU's matrix products and reading the weights once take: no pass can be
+faster than the larger of both. Each row also shows the time of the passes alone, without an engine
+and without graphs: the host's time to launch them, and the device's time to run them.
 """
 
 from __future__ import annotations
@@ -23,10 +22,14 @@ from benchmarks.cuda_prefill import product_rate
 from benchmarks.report import finish
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, TokensMade
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import MAX_TOGETHER, Part, Prompt, launch
+from griffin_core.forward.prefill import MAX_TOGETHER, launch
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
@@ -36,16 +39,16 @@ from tests.core.engines import Inbox
 from tests.tiny import byte_tokenizer
 
 WORKLOADS = ((1, 128), (1, 2048), (16, 512), (16, 2048))
-"""Prompts, and tokens of each."""
+"""Pairs of the number of prompts and the tokens of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alone:
-    """Passes without an engine, milliseconds.
+    """The milliseconds of passes without an engine.
 
     Args:
         host: until the last kernel was launched.
-        device: until it was done.
+        device: until the last kernel was done.
     """
 
     host: float
@@ -53,12 +56,12 @@ class Alone:
 
 
 def token_ids(tokens: int, number: int) -> tuple[int, ...]:
-    """Of a prompt; no two of a workload begin alike."""
+    """Returns the ids of a prompt; no two prompts of a workload begin alike."""
     return tuple(1000 + (number + step) % 20000 for step in range(tokens))
 
 
 def engine_ms(engine: Engine, prompts: int, tokens: int, density: float) -> float:
-    """Milliseconds from the first call until the last prompt has its first token."""
+    """Returns the milliseconds from the first call until the last prompt has its first token."""
     tasks = [
         GenerateTask(
             prompt=token_ids(tokens, number),
@@ -116,7 +119,7 @@ def run_passes(
 
 
 def show_profile(decoder: Decoder, tokens: int, density: float, chunk_tokens: int) -> None:
-    """Where one prompt's time goes, on the host and on the device."""
+    """Prints a profile of one prompt, on the host and on the device."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         run_passes(decoder, 1, tokens, density, chunk_tokens)
     averages = profiled.key_averages()
@@ -127,7 +130,7 @@ def show_profile(decoder: Decoder, tokens: int, density: float, chunk_tokens: in
 
 
 def measure(model: Model, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each workload."""
+    """Returns a row for each workload."""
     decoder, chunk_tokens = model.decoder, arguments.chunk_tokens
     workloads = arguments.prompts or WORKLOADS
     most = max(prompts for prompts, _ in workloads)
@@ -144,7 +147,7 @@ def measure(model: Model, arguments: argparse.Namespace) -> list[dict[str, Any]]
         engine.ready.result(300)
         for prompts, tokens in workloads:
             shape = prompts, tokens, arguments.density
-            for _ in range(2):  # kernels are compiled, and the host's pinned memory is taken
+            for _ in range(2):  # warm-up: compiles kernels and allocates pinned memory
                 engine_ms(engine, *shape)
                 run_passes(decoder, *shape, chunk_tokens)
             served = [engine_ms(engine, *shape) for _ in range(arguments.rounds)]

@@ -1,4 +1,4 @@
-"""Real shapes for benchmarks: the configurations of models that are too large to bring along."""
+"""Real shapes for benchmarks: the configurations of models that are too large to ship."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                          "word_embed_proj_dim": 4096, "num_hidden_layers": 32,
                          "num_attention_heads": 32, "max_position_embeddings": 4096}),
 }  # fmt: skip
-"""Name -> (family, fields of its config), as transformers has them."""
+"""Name -> (family, fields of its config), as in transformers."""

@@ -17,10 +17,10 @@ from benchmarks.ceiling import step_bytes, step_ceilings_ms
 from benchmarks.load import engine_moments, step_s, submit
 from benchmarks.report import Rounds, about, apart, finish, read_bandwidth
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import Model, load_model
+from griffin_core.spec.choices import Sharing
 
 PROMPT, TOKENS = 384, 64
 DENSITIES = (1.0, 0.75, 0.5)
@@ -31,14 +31,14 @@ SHARINGS: tuple[Sharing, ...] = ("private", "shared", "auto")
 
 
 def engine_s(engine: Engine, ids: list[int], density: float) -> float:
-    """Seconds a token, as the engine reports it."""
+    """Returns the seconds per token that the engine reports."""
     inbox = submit(engine, ids, TOKENS, density=density, sharing="private")
     return inbox.finished().timings.decode_s / (TOKENS - 1)
 
 
 @torch.inference_mode()
 def transformers_s(reference: PreTrainedModel, ids: list[int]) -> float:
-    """Seconds a token of eager ``generate``, its prefill taken off."""
+    """Returns the seconds per token of eager ``generate``, without its prefill."""
     prompt = torch.tensor([ids])
     mask = torch.ones_like(prompt)
 
@@ -57,7 +57,8 @@ def transformers_s(reference: PreTrainedModel, ids: list[int]) -> float:
 
 
 def of_sessions(model: Model, rounds: int) -> dict[str, object]:
-    """Milliseconds of a step with several sessions, dense and at 0.5, and their ratios to dense."""
+    """Returns the milliseconds of a step with several sessions, dense and at 0.5, and the ratios to
+    dense."""
     # All prompts are submitted at once, so that all sessions are soon live; costs are measured.
     engine = Engine(model, limits=Limits(prefill_share=1.0), costs=None)
     engine.start()

@@ -1,4 +1,4 @@
-"""The default model as a GGUF file in bfloat16, which is what llama.cpp is to run beside us."""
+"""Writes the default model as a GGUF file in bfloat16, for llama.cpp in comparisons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from griffin_core.model.hub import packaged_default
 
 
 def write_bf16(path: Path) -> None:
-    """Writes the packaged model with its matrices in bfloat16 and all else as it is."""
+    """Writes the packaged model with its matrices in bfloat16 and everything else unchanged."""
     source = GGUFReader(packaged_default())
     architecture = source.get_field("general.architecture")
     assert architecture is not None

@@ -1,4 +1,5 @@
-"""What a long prompt does to running streams: 8 streams of SmolLM2, and 1500 tokens that arrive.
+"""The effect of a long prompt on running streams: 8 streams of SmolLM2, and a new prompt of 1500
+tokens.
 
 Between two tokens of a stream there should be no more than one chunk of the prompt and two steps.
 """
@@ -14,7 +15,7 @@ import torch
 from benchmarks.load import prompt, submit
 from benchmarks.report import about, apart, finish, matmul_rate
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import load_model
 
@@ -23,8 +24,8 @@ DENSITY = 0.75
 
 
 def one_round(engine: Engine, chunk_tokens: int) -> tuple[float, list[float], list[float]]:
-    """Seconds of the prompt's dearest chunk alone, of steps before it came, and between tokens
-    while it was read."""
+    """Returns the seconds of the prompt's slowest chunk alone, of steps before it arrived, and
+    between tokens during its prefill."""
     whole_s = [
         submit(engine, prompt(99, tokens), 1, density=1.0, sharing="private")
         .finished()
@@ -49,7 +50,7 @@ def one_round(engine: Engine, chunk_tokens: int) -> tuple[float, list[float], li
             for last, moment in pairwise(stream.moments)
             if arrived.submitted < moment <= arrived.moments[0]
         ]
-        # Tokens of a message have one moment, so a step is a mean.
+        # All tokens of a message have the same time, so the seconds of a step are a mean.
         earlier = [moment for moment in stream.moments if moment <= arrived.submitted][-20:]
         before.append((earlier[-1] - earlier[0]) / sum(moment > earlier[0] for moment in earlier))
     return chunk_s, before, during

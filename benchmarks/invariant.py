@@ -1,8 +1,8 @@
-"""What --batch-invariant costs: a model with and without it, by streams and density.
+"""The cost of --batch-invariant: a model with and without it, by streams and density.
 
 Two servers take turns, each a process of its own; the client, over gRPC, is this process. The
-ceiling is the server without it. Sessions are private: without it alone ones run on copies of their
-experts, on a GPU on index sets; with it all run zeroed, on all weights.
+ceiling is the server without it. Sessions are private: without the option, single sessions run on
+copies of their experts, or on a GPU on index sets; with it all sessions run zeroed, on all weights.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from griffin_core.spec.choices import DEFAULT_MODEL
 
 PROMPT = 64
 CASES = ((1, 1.0), (4, 1.0), (16, 1.0), (1, 0.5), (4, 0.5))
-"""Streams, and their density."""
+"""Pairs of the number of streams and their density."""
 
 
 async def step_ms(target: str, streams: int, density: float, tokens: int) -> float:
-    """Milliseconds between two tokens of a stream, the median over streams that run at once."""
+    """Returns the milliseconds between two tokens of a stream, the median over concurrent
+    streams."""
 
     async def stream(client: AsyncGriffinClient, number: int) -> float:
         moments, made = [], []

@@ -1,8 +1,8 @@
-"""What kept sessions cost those that run: servers that keep 10 and 20,000 sessions, side by side.
+"""The cost of kept sessions for running ones: compares servers that keep 10 and 20,000 sessions.
 
-Each is a process of its own with a tiny random model, whose steps take so little time that whatever
-is done for each kept session would show. The client, over gRPC, is this process; the servers take
-turns. Nothing should be slower with more sessions kept: the ceiling is the server that keeps few.
+Each server is a process of its own with a tiny random model, whose steps are so short that any work
+per kept session would be visible. This process is the gRPC client; the servers take turns. Nothing
+should be slower with more kept sessions: the ceiling is the server that keeps few.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VOCABULARY = 1000
 
 
 def write_tiny_model(directory: Path) -> Path:
-    """A random llama of 150,000 weights."""
+    """Writes a random llama of 150,000 weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -51,7 +51,7 @@ def write_tiny_model(directory: Path) -> Path:
 
 
 async def keep(target: str, count: int) -> None:
-    """Has a server keep so many sessions of two tokens."""
+    """Has a server keep ``count`` sessions of two tokens."""
     left = iter(range(count))
 
     async def caller(client: AsyncGriffinClient) -> None:
@@ -65,7 +65,7 @@ async def keep(target: str, count: int) -> None:
 
 
 def one_token(client: GriffinClient) -> float:
-    """Seconds of a request of one token: its admission, mostly. The median of several."""
+    """Returns the seconds of a request of one token, mostly admission; the median of several."""
     seconds = []
     for number in range(50):
         clock = perf_counter()
@@ -75,28 +75,28 @@ def one_token(client: GriffinClient) -> float:
 
 
 def next_turn(client: GriffinClient, session_id: str) -> float:
-    """Seconds of a kept session's next turn."""
+    """Returns the seconds of a kept session's next turn."""
     clock = perf_counter()
     client.complete(token_ids=[1], **ONE, session_id=session_id, keep_session=True)
     return perf_counter() - clock
 
 
 def step(client: GriffinClient) -> float:
-    """Seconds between two tokens of a stream, the mean."""
+    """Returns the mean seconds between two tokens of a stream."""
     events = client.generate(token_ids=[1, 2, 3], **STREAM)
     moments = [perf_counter() for event in events if isinstance(event, Tokens)]
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
 def page(stub: generation_pb2_grpc.GenerationServiceStub, size: int) -> float:
-    """Seconds of one page of ListSessions."""
+    """Returns the seconds of one page of ListSessions."""
     clock = perf_counter()
     stub.ListSessions(pb.ListSessionsRequest(page_size=size))
     return perf_counter() - clock
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process."""
+    """Returns the resident memory of a process."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) << 10

@@ -1,4 +1,4 @@
-"""An engine under load, without a server: what several sessions make, and when."""
+"""An engine under load, without a server: the tokens of several sessions, with their times."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Event, Failed, Finished, TokensMade
-from griffin_core.engine.sessions import Sharing
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import Sharing
 
 
 class Inbox:
-    """A sink that notes the moment of each token, on ``time.perf_counter``."""
+    """A sink that records the time of each token, by ``time.perf_counter``."""
 
     def __init__(self) -> None:
         self.submitted = time.perf_counter()
@@ -31,21 +31,21 @@ class Inbox:
         return True
 
     def finished(self) -> Finished:
-        """Waits for the end."""
+        """Waits for the end of the session."""
         event = self._end.get()
         assert isinstance(event, Finished), event
         return event
 
 
 def prompt(number: int, tokens: int) -> list[int]:
-    """Some token ids, others for each number."""
+    """Returns token ids, different ones for each number."""
     return [(number * 37 + index) % 40_000 + 5 for index in range(tokens)]
 
 
 def submit(
     engine: Engine, token_ids: Sequence[int], tokens: int, *, density: float, sharing: Sharing
 ) -> Inbox:
-    """Begins a completion of so many tokens."""
+    """Starts a completion of a given number of tokens."""
     inbox = Inbox()
     task = GenerateTask(
         prompt=tuple(token_ids),
@@ -65,7 +65,7 @@ def engine_moments(
     density: float,
     sharing: Sharing,
 ) -> list[list[float]]:
-    """For each of several sessions the moments of its tokens."""
+    """Returns the times of the tokens of each of several sessions."""
     inboxes = [
         submit(engine, prompt(number, prompt_tokens), tokens, density=density, sharing=sharing)
         for number in range(sessions)
@@ -76,7 +76,7 @@ def engine_moments(
 
 
 def step_s(moments: Sequence[Sequence[float]]) -> float:
-    """Seconds of a step while all sessions are live and past their second token."""
+    """Returns the seconds of a step while all sessions are live and past their second token."""
     begin, end = max(own[1] for own in moments), min(own[-1] for own in moments)
     made = sum(begin < moment <= end for own in moments for moment in own)
     return (end - begin) * len(moments) / made

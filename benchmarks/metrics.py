@@ -1,8 +1,8 @@
-"""What counting costs: 16 streams of SmolLM2 from a server, from one that is scraped every second,
+"""The cost of metrics: 16 streams of SmolLM2 from a server, from one that is scraped every second,
 and from one that counts nothing.
 
-The servers are processes, the client is this one. Their difference is less than what two runs of
-one server differ by, so what a step's counting takes is also measured alone.
+The servers are processes of their own; this process is the client. Their difference is smaller than
+that of two runs of one server, so the counting of a step is also measured alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from griffin_server.telemetry.metrics import Metrics, Request
 
 METRICS_PORT = 19464
 TOKENS_A_MESSAGE = 4
-"""What a server with so many streams puts into one."""
+"""The number of tokens that a server with this many streams puts into one message."""
 ROUNDS, STEPS = 7, 2000
 
 
@@ -51,7 +51,7 @@ def scraped(port: int) -> Iterator[None]:
 
 
 def counting_s() -> float:
-    """Seconds that the counting of one step of all streams takes, with nothing beside it."""
+    """Returns the seconds that counting one step of all streams takes, measured alone."""
     metrics = Metrics()
     tokens = TokensMade(ids=(0,) * TOKENS_A_MESSAGE, text="", logprobs=())
     call = metrics.grpc_call("server_streaming", "/griffin.v1.GenerationService/Generate")

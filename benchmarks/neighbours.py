@@ -1,10 +1,10 @@
-"""A server beside busy programs on the same two CPUs: what it makes of its share.
+"""The speed of a server next to busy programs on the same two CPUs.
 
-Two servers of SmolLM2 take turns, each a process of its own: one as `griffin serve` sets itself up,
-and one as OpenMP would have it (`--threads` fixed, libgomp's own spinning). The client is this
-process. All of them and their neighbours are bound to the first two CPUs. Ratios are taken within
-rounds: what a busy machine makes of an idle one's tokens/s, and what the short spinning costs on an
-idle machine.
+Two servers of SmolLM2 take turns, each a process of its own: one with the defaults of `griffin
+serve`, and one with those of OpenMP (fixed `--threads`, libgomp's default spinning). This process
+is the client. All processes are bound to the first two CPUs. Ratios are taken within rounds:
+tokens/s on the busy machine to those on the idle machine, and the cost of short spinning on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from griffin_core.engine.openmp import SETTINGS
 CPUS = 2
 PROMPT = 64
 LIBGOMPS_SPIN = "300000"
-"""What libgomp takes where nothing is set."""
+"""The default of libgomp."""
 SPINNING = "while True: pass"
 MULTIPLYING = """
 import torch
@@ -46,9 +46,9 @@ while True:
 """
 NEIGHBOURS = {"idle": (), "2 busy loops": (SPINNING,) * 2, "3 x 2 threads": (MULTIPLYING,) * 3}
 MOST_S = 20.0
-"""A stream is ended after so long: beside heavy neighbours some make a token a second."""
+"""The seconds after which a stream is ended: next to heavy load some take a second per token."""
 SETTLE_S = 3.0
-"""For neighbours to begin; importing torch takes them a while."""
+"""The seconds that the busy programs need to start, since they import torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Streamed:
 
 @contextlib.contextmanager
 def neighbours(programs: tuple[str, ...]) -> Iterator[None]:
-    """Runs some programs beside the block."""
+    """Runs some programs while the block runs."""
     running = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
     try:
         if running:
@@ -93,7 +93,7 @@ def environment(**values: str) -> Iterator[None]:
 
 
 async def streamed(target: str, streams: int, tokens: int) -> Streamed:
-    """Runs so many greedy, dense streams at once."""
+    """Runs several greedy, dense streams at once."""
 
     async def stream(client: AsyncGriffinClient, number: int) -> list[tuple[float, int]]:
         events = client.generate(
@@ -116,7 +116,7 @@ async def streamed(target: str, streams: int, tokens: int) -> Streamed:
     ms, gaps = [], []
     for own in messages:
         moments = [at for at, _ in own] or [time.perf_counter() - MOST_S]
-        if len(moments) == 1:  # nothing more in all the time
+        if len(moments) == 1:  # no message within the time limit
             moments.append(moments[0] + MOST_S)
         ms.append(1e3 * (moments[-1] - moments[0]) / max(1, sum(count for _, count in own[1:])))
         gaps += [1e3 * (after - before) for before, after in pairwise(moments)]

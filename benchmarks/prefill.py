@@ -1,5 +1,5 @@
-"""Prefill of SmolLM2: 384 tokens with the statistic, without it, and transformers' forward; and
-16 prompts of 64 tokens, in passes together and one after the other."""
+"""Prefill of SmolLM2: 384 tokens with the statistic, without it, and by transformers; and 16
+prompts of 64 tokens, together in passes and one after the other."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.report import Rounds, about, finish, matmul_rate, timed
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import CHUNK_TOKENS, Part, Prompt, launch, prefill
+from griffin_core.forward.prefill import CHUNK_TOKENS, launch, prefill
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model
 
 TOKENS = 384
 PROMPTS, SHORT = 16, 64
-"""Short prompts that arrive together, and their tokens."""
+"""The number of short prompts that arrive together, and the tokens of each."""
 
 
 def without_statistic(decoder: Decoder, ids: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
-    """The same chunks, layers and cache, the plain FF blocks; the final hidden state [1, D]."""
+    """Runs the same chunks, layers and cache with plain FF blocks; returns the final hidden state
+    [1, D]."""
     cache = decoder.new_cache(len(ids))
     for chunk in torch.split(ids, chunk_tokens):
         hidden, attention = decoder.prepare_batch(chunk, [(cache, len(chunk))])

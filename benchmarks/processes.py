@@ -1,4 +1,4 @@
-"""Servers and helpers as processes of their own, for benchmarks."""
+"""Runs servers and helpers of benchmarks as processes of their own."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def serving(*arguments: str, log: Path) -> Iterator[str]:
     """Runs `griffin serve` on a free port until the block ends.
 
     Args:
-        log: file that takes the server's log; a pipe that is not read would stop the server.
+        log: the file for the server's log; a pipe that is not read would block the server.
 
     Yields:
-        Its address, once it serves.
+        The server's address, once it serves.
 
     Raises:
-        RuntimeError: it ended, or did not serve within ``START_S``; with the end of its log.
+        RuntimeError: the server ended, or did not serve within ``START_S``; the message has the end
+            of its log.
     """
     with started(*arguments, log=log) as server:
         yield address(server, log)
@@ -34,7 +35,8 @@ def serving(*arguments: str, log: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def started(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """As ``serving``, without waiting: several servers may load at once. See ``address``."""
+    """Starts a server like ``serving``, but does not wait, so that several can load at once. See
+    ``address``."""
     command = [sys.executable, "-m", "griffin_server", "serve", "--port", "0"]
     with log.open("wb") as file:
         process = subprocess.Popen([*command, "--log-format", "json", *arguments], stderr=file)
@@ -50,7 +52,7 @@ def started(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def address(server: subprocess.Popen[bytes], log: Path) -> str:
-    """Where a server listens, once it serves.
+    """Waits until a server serves, and returns its address.
 
     Raises:
         RuntimeError: see ``serving``.
@@ -68,11 +70,11 @@ def address(server: subprocess.Popen[bytes], log: Path) -> str:
 
 
 class Helper:
-    """A Python module that answers lines of JSON with lines of JSON.
+    """A process that answers lines of JSON with lines of JSON.
 
     Args:
         module: run with this interpreter; its standard error is shown.
-        arguments: of the command line.
+        arguments: the arguments of its command line.
     """
 
     def __init__(self, module: str, *arguments: str) -> None:
@@ -84,7 +86,7 @@ class Helper:
         )
 
     def ask(self, question: Any) -> Any:
-        """The answer to a question.
+        """Sends a question and returns the answer.
 
         Raises:
             RuntimeError: the process ended instead.
@@ -95,7 +97,7 @@ class Helper:
         return self.answer()
 
     def answer(self) -> Any:
-        """The next answer, to no question of ours.
+        """Returns the next answer without sending a question.
 
         Raises:
             RuntimeError: the process ended instead.

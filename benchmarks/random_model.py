@@ -1,7 +1,7 @@
-"""A model of a real shape with random weights, as a directory that every server loads.
+"""Writes a model of a real shape with random weights, as a directory that every server can load.
 
-Speed does not depend on the weights' values. The tokenizer is made up too: as many tokens as the
-vocabulary has, each a few letters, so that decoding them to text costs what it costs elsewhere.
+Speed does not depend on the weights' values. The tokenizer is artificial too: it has as many tokens
+as the vocabulary, each of a few letters, so that decoding text costs as much as with a real one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SHARD_BYTES = 4 << 30
 
 
 def write_random_model(shape: str, directory: Path) -> Path:
-    """Writes config, weights in bfloat16 and tokenizer; does nothing if they are there.
+    """Writes config, weights in bfloat16 and tokenizer; does nothing if they exist.
 
     Args:
-        shape: a name of ``cuda_shapes.SHAPES``.
+        shape: a name in ``cuda_shapes.SHAPES``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     done = directory / "complete"
@@ -77,8 +77,8 @@ def _write_weights(shapes: dict[str, torch.Size], directory: Path) -> None:
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``vocabulary`` tokens: the 256 bytes, then words of letters after a space. It
-    encodes to bytes and decodes everything."""
+    """Returns a tokenizer of ``vocabulary`` tokens: the 256 bytes, then words of letters after a
+    space. It encodes to bytes and decodes everything."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     space = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # which stands for it in byte-level BPE
     words = (

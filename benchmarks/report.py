@@ -1,4 +1,5 @@
-"""What every benchmark has in common: the machine, its ceilings, fair medians, the last line."""
+"""The common parts of benchmarks: the machine, its ceilings, medians over rounds, and the last
+line."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from griffin_core.model.load import Model
 
 
 class Rounds:
-    """Candidates that took turns, so that a noisy neighbour hits all alike.
+    """Times candidates in turn, so that other load on the machine affects all of them alike.
 
     Args:
-        candidates: each gives the seconds it took; called once more beforehand, to warm up.
-        rounds: turns of each.
+        candidates: each returns the seconds that it took; called once before, to warm up.
+        rounds: the number of turns of each.
     """
 
     def __init__(self, candidates: Mapping[str, Callable[[], float]], *, rounds: int) -> None:
@@ -35,17 +36,18 @@ class Rounds:
                 self._ms[name].append(run() * 1e3)
 
     def median_ms(self, digits: int = 2) -> dict[str, float]:
-        """Median of each candidate, to so many digits."""
+        """Returns the median of each candidate in milliseconds, rounded to ``digits``."""
         return {name: round(statistics.median(ms), digits) for name, ms in self._ms.items()}
 
     def ratio(self, over: str, under: str) -> float:
-        """Median of the ratios within each round, which drift of the machine does not move."""
+        """Returns the median of the ratios within each round, which slow changes of the machine do
+        not affect."""
         pairs = zip(self._ms[over], self._ms[under], strict=True)
         return round(statistics.median(a / b for a, b in pairs), 3)
 
 
 def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """Seconds that a call takes."""
+    """Returns a function that measures the seconds of a call."""
 
     def run() -> float:
         clock = time.perf_counter()
@@ -56,15 +58,15 @@ def timed(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def apart(work: Callable[[], float]) -> float:
-    """What a call returns that is made on a thread of its own. When that ends, so do the workers
-    OpenMP gave it; were there more of them than CPUs, those of an engine in this process would wait
-    for one another by sleeping (docs/LOG.md)."""
+    """Makes a call on its own thread and returns its result. When the thread ends, its OpenMP
+    workers end too; with more workers than CPUs, those of an engine in this process would wait by
+    sleeping (docs/LOG.md)."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
 
 
 def read_bandwidth() -> float:
-    """Bytes/s of reading 1 GiB from memory, the best of several."""
+    """Returns the bytes/s of reading 1 GiB from memory, the best of several."""
 
     def best() -> float:
         data = torch.ones(1 << 28)
@@ -74,7 +76,7 @@ def read_bandwidth() -> float:
 
 
 def matmul_rate(dtype: torch.dtype, tokens: int, width: int, neurons: int) -> float:
-    """FLOP/s of a matrix product of the model's own shape, the best of several."""
+    """Returns the FLOP/s of a matrix product of the model's own shape, the best of several."""
     x, w = torch.randn(tokens, width, dtype=dtype), torch.randn(neurons, width, dtype=dtype)
     return (
         2
@@ -86,7 +88,7 @@ def matmul_rate(dtype: torch.dtype, tokens: int, width: int, neurons: int) -> fl
 
 
 def about(model: Model) -> dict[str, str]:
-    """What the last line says of a model."""
+    """Returns what the last line says about a model."""
     return {"model": model.name, "dtype": str(model.decoder.dtype).removeprefix("torch.")}
 
 

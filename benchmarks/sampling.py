@@ -1,5 +1,5 @@
-"""Draws for a batch, on the GPU if there is one, else on this CPU: the sampler that serves, and
-beside it a full sort in float64, one row after the other, as it was before.
+"""Sampling for a batch, on the GPU if there is one, else on this CPU: the sampler of the servers,
+compared with a full sort in float64, one row after the other.
 
 Prints the ceiling first: the bytes of the logits, read once. On a GPU the sampler runs in a CUDA
 graph, as it does in a step.
@@ -38,7 +38,7 @@ REPLAYS = 20
 
 
 def run_of(logits: Tensor, params: SamplingParams) -> Callable[[], float]:
-    """Draws once for each row; seconds of a draw."""
+    """Returns a function that samples once for each row and returns the seconds."""
     rows, vocabulary = logits.shape
     sampler = Sampler(
         slots=rows, vocabulary=vocabulary, backend=backend_for(logits.device, torch.float32)
@@ -70,7 +70,8 @@ def run_of(logits: Tensor, params: SamplingParams) -> Callable[[], float]:
 
 
 def sort_of(logits: Tensor, params: SamplingParams) -> Callable[[], float]:
-    """As before: each row to the host, float64, a stable sort of the vocabulary; seconds."""
+    """Returns a function that copies each row to the host and sorts the vocabulary in float64; it
+    returns the seconds."""
 
     def draw(row: Tensor) -> int:
         x = row.cpu().double()
@@ -94,7 +95,7 @@ def _wait(x: Tensor) -> None:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes/s that are read."""
+    """Returns the bytes/s of reading."""
     if device.type != "cuda":
         return read_bandwidth()
     data = torch.ones(1 << 28, device=device)

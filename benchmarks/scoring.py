@@ -1,9 +1,9 @@
-"""Items a second of multiple choice: ``LLM.score_choices`` in process, ``score_choices`` of a
+"""Multiple-choice items per second: ``LLM.score_choices`` in process, ``score_choices`` of a
 running server, and lm-eval's own ``hf`` model on the same weights, all in float32 at density 1.
 
-The three take turns, each in a process of its own, hf at its best batch size and with OpenMP's
-threads waiting as Griffin has them wait, which is as fast on an idle machine and faster on a busy
-one. Their log-probabilities are compared. Further lines give what the engine makes at density 0.5.
+The three take turns, each in a process of its own. hf runs at its best batch size, and its OpenMP
+threads wait as in Griffin, which is as fast on an idle machine and faster on a busy one. Their
+log-probabilities are compared. Further lines show the engine at density 0.5.
 
     python -m benchmarks.scoring                         # items made up here
     python -m benchmarks.scoring --data FILE --items 200  # JSON lines with query, choices, gold
@@ -33,13 +33,14 @@ from griffin_core.model.hub import DEFAULT_MODEL, resolve
 from griffin_core.model.load import load_model
 
 STEP_ROWS = 256
-"""Rows of the product that the ceiling is measured with."""
+"""The rows of the matrix product that the ceiling is measured with."""
 
 Item = tuple[str, list[str]]
 
 
 def made_up(count: int) -> list[Item]:
-    """Questions of 5 to 25 words of two syllables, with two to four answers of 1 to 12."""
+    """Returns questions of 5 to 25 words of two syllables, with two to four answers of 1 to 12
+    words."""
     draw = random.Random(0)
 
     def words(least: int, most: int) -> str:
@@ -57,7 +58,7 @@ def made_up(count: int) -> list[Item]:
 
 
 def from_file(path: Path, count: int) -> list[Item]:
-    """JSON lines with query and choices."""
+    """Reads items from JSON lines with query and choices."""
     items = []
     for line in path.read_text(encoding="utf-8").splitlines()[:count]:
         given = json.loads(line)
@@ -68,7 +69,7 @@ def from_file(path: Path, count: int) -> list[Item]:
 
 
 async def by_server(target: str, items: Sequence[Item], calls: int) -> list[tuple[Score, ...]]:
-    """All items, so many calls at once."""
+    """Scores all items on a server with ``calls`` calls at once."""
     turn = asyncio.Semaphore(calls)
     async with AsyncGriffinClient(target) as client:
 
@@ -80,7 +81,8 @@ async def by_server(target: str, items: Sequence[Item], calls: int) -> list[tupl
 
 
 def ceiling(answer: dict[str, Any], items: Sequence[Item], decoder: Decoder) -> dict[str, float]:
-    """What the products alone take, each context read once and each last token not run."""
+    """Returns the items per second by matrix products alone, with each context read once and last
+    tokens not run."""
     spec = decoder.spec
     heads = 2 * (spec.heads + spec.kv_heads) * spec.head_dim  # queries and out, keys and values
     weights = sum(
@@ -180,8 +182,8 @@ def main() -> None:
 
 
 def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """The largest difference of two sides' log-probabilities, and on how many items their choices
-    differ."""
+    """Returns the largest difference of two sides' log-probabilities, and the number of items on
+    which their choices differ."""
     pairs = [
         ([one for one, _ in item], [other for other, _ in beside])
         for item, beside in zip(ours["scores"], theirs["scores"], strict=True)

@@ -1,10 +1,10 @@
-"""One side of ``benchmarks.scoring``, in a process of its own: two that multiply matrices in one
-process would slow each other down.
+"""One side of ``benchmarks.scoring``. It has its own process, since two that multiply matrices in
+one process would slow each other down.
 
 Run as ``python -m benchmarks.scoring_side hf|griffin DIRECTORY THREADS``. Answers each line
 ``{"items": [[context, [continuation, ...]], ...], "batch_size": n}`` with ``{"seconds": s,
 "scores": [[[logprob, tokens], ...], ...], "context_tokens": [...]}``; the griffin side takes the
-mode and the density, too, and needs no batch size. Of hf, tokens are not known.
+mode and the density, too, and needs no batch size. hf does not report the number of tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def hf(directory: str) -> Answer:
-    """lm-eval's own model for transformers."""
+    """Answers with lm-eval's own model for transformers."""
     from lm_eval.api.instance import Instance  # noqa: PLC0415  # takes seconds
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
@@ -48,7 +48,7 @@ def hf(directory: str) -> Answer:
 
 
 def griffin(directory: str) -> Answer:
-    """``LLM.score_choices``."""
+    """Answers with ``LLM.score_choices``."""
     llm = LLM(directory, dtype="float32", threads=torch.get_num_threads())
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""What a client of a running server sees: real servers, real clients in another process.
+"""The speed that a client of a running server sees, with real servers and a client in another
+process.
 
-Servers are started as `griffin serve` (role all; and prefill and decode apart) and asked by one
-client process through the asyncio SDK: every number of streams, every sharing, greedy and sampled.
-All of it is set per request, so one server answers all rows of a role.
+Servers are started with `griffin serve` (in role all, and as separate prefill and decode servers).
+One client process measures every number of streams, every sharing, greedy and sampled, through the
+asyncio SDK. All of this is set per request, so one server serves all rows of a role.
 
 Milliseconds between tokens are (last - first) / (tokens - 1) of each stream, the median over
-streams; beside it the p99 gap between two messages, the time to the first token (the median, and
-the last of all streams) and tokens a second. Each row is compared with the step alone in the same
-round (``benchmarks.step_alone``), with the greedy row and the dense row of its kind, and with vLLM
-and llama.cpp where ``--python`` names an interpreter that has them.
+streams. A row also has the p99 gap between two messages, the time to the first token (the median,
+and that of the last stream) and tokens per second. Each row is compared with the step alone in the
+same round (``benchmarks.step_alone``), with the greedy row and the dense row of its kind, and with
+vLLM and llama.cpp where ``--python`` names an interpreter that has them.
 
     python -m benchmarks.served                               # SmolLM2 on the CPU
     python -m benchmarks.served --device cuda --shape Llama-3-8B --prompt-tokens 512
@@ -61,26 +62,26 @@ FORMS_OF = {
     "shared": ("shared",),
     "auto": ("dense", "private", "shared"),
 }
-"""Ways to run the FF that a mode may take; the step alone of a row is the cheapest of them. Dense
-is among those of private sets: all weights are read once, and what is not in a session's set is
-zeroed."""
+"""The ways in which a mode may run the FF; a row is compared with the cheapest of them. Private
+includes dense: all weights are read once, and activations outside a session's set are zeroed."""
 
 SPLIT_MODES, SPLIT_SAMPLINGS = ("dense", "auto"), ("greedy", "sampled")
-"""Rows of prefill and decode apart: only how a prompt's KV comes differs there."""
+"""The rows of separate prefill and decode servers, where only the transport of a prompt's KV
+differs."""
 
 RECORDED_VLLM = {
     "greedy": {1: 6.50, 4: 6.76, 16: 7.14, 32: 7.70},
     "sampled": {1: 6.67, 4: 7.21, 16: 7.33, 32: 8.09},
 }
-"""Milliseconds between tokens of vLLM 0.24, offline, Llama-3-8B's shape, prompts of 512 tokens, on
-an H100 that copied ``RECORDED_COPY_TB_PER_S`` (2026-11-25). Only set beside rows of the same shape
-and prompts, scaled by the copy rate of the card at hand, and named as recorded."""
+"""Milliseconds between tokens of vLLM 0.24, offline, for Llama-3-8B's shape and prompts of 512
+tokens, on an H100 that copied ``RECORDED_COPY_TB_PER_S`` (2026-11-25). They are compared only with
+rows of the same shape and prompts, scaled by the copy rate of this GPU, and marked as recorded."""
 RECORDED_COPY_TB_PER_S = 3.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What is the same in all rounds of a row."""
+    """The properties of a row that are the same in all rounds."""
 
     role: str
     streams: int
@@ -92,10 +93,10 @@ class Kind:
 
 
 class Clock:
-    """The time that a run may take.
+    """The time limit of a run.
 
     Args:
-        minutes: rows that would begin later are left out; None for no limit.
+        minutes: rows that would start later are left out; None for no limit.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -103,16 +104,16 @@ class Clock:
         self._end = None if minutes is None else self._begin + 60 * minutes
 
     def left_s(self) -> float:
-        """Seconds that are left; infinite without a limit."""
+        """Returns the seconds left; infinite without a limit."""
         return float("inf") if self._end is None else self._end - time.monotonic()
 
     def say(self, words: str) -> None:
-        """Prints words with the time since the start."""
+        """Prints a message with the time since the start."""
         print(f"[{time.monotonic() - self._begin:4.0f} s] {words}", flush=True)
 
 
 class Served:
-    """All rows of a run, and what is known to set beside them.
+    """All rows of a run, and the figures to compare them with.
 
     Args:
         client: the process of ``served_client``.
@@ -126,7 +127,7 @@ class Served:
         self._rounds: dict[Kind, list[dict[str, float]]] = defaultdict(list)
 
     def kinds(self, role: str, streams: int) -> Iterator[Kind]:
-        """The rows of a role and a number of streams, in the order they run."""
+        """Yields the rows of a role and a number of streams, in the order in which they run."""
         for sampling in self._arguments.sampling:
             for mode in self._arguments.modes:
                 if role != "all" and not (mode in SPLIT_MODES and sampling in SPLIT_SAMPLINGS):
@@ -160,8 +161,8 @@ class Served:
                 wanted.out.write_text(json.dumps(self.rows({})), encoding="utf-8")
 
     def first_tokens(self, target: str) -> list[dict[str, Any]]:
-        """Of prompts that arrive together, dense: milliseconds until the last of them has its first
-        token, the median of three rounds."""
+        """Returns, for dense prompts that arrive together, the milliseconds until the last of them
+        has its first token; the median of three rounds."""
         found = []
         for words in self._arguments.first_tokens:
             prompts, tokens = (int(number) for number in words.split("x"))
@@ -198,8 +199,9 @@ class Served:
         )
 
     def rows(self, peers: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-        """Medians over rounds. Ratios are medians of those within each round, which drift of the
-        machine does not move, except those to peers, which run on their own.
+        """Returns medians over rounds. Ratios are medians of the ratios within each round, which
+        slow changes of the machine do not affect; ratios to peers are not, since peers run
+        separately.
 
         Args:
             peers: milliseconds by name and "STREAMS SAMPLING".
@@ -235,7 +237,7 @@ class Served:
 def recorded(
     arguments: argparse.Namespace, steps: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """What was measured of vLLM on another card, scaled to this one's copy rate."""
+    """Returns the recorded figures of vLLM on another GPU, scaled to this GPU's copy rate."""
     same = (arguments.shape, arguments.prompt_tokens) == ("Llama-3-8B", 512)
     if not same or "copy_gigabytes_per_s" not in steps:
         return {}
@@ -250,8 +252,8 @@ def recorded(
 
 
 def peer_figures(arguments: argparse.Namespace, model: str, clock: Clock) -> dict[str, Any]:
-    """Milliseconds a step of each peer that is installed, by "STREAMS SAMPLING"; the server is
-    stopped by then."""
+    """Returns the milliseconds per step of each installed peer, by "STREAMS SAMPLING". The servers
+    are stopped before."""
     cuda = arguments.device.startswith("cuda")
     found = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -295,7 +297,7 @@ def _peer_rows(arguments: argparse.Namespace, peer: Peer, *, streams_most: int) 
 
 
 def step_alone(arguments: argparse.Namespace, model: str) -> Helper:
-    """A process of ``benchmarks.step_alone``."""
+    """Starts a process of ``benchmarks.step_alone``."""
     shape = [] if arguments.shape is None else ["--shape", arguments.shape]
     given = {
         "--model": model,
@@ -310,14 +312,14 @@ def step_alone(arguments: argparse.Namespace, model: str) -> Helper:
 
 @contextmanager
 def role_all(logs: Path, common: Sequence[str]) -> Iterator[str]:
-    """One server for both phases; its address."""
+    """Runs one server for both phases, and yields its address."""
     with serving(*common, log=logs / "all.log") as target:
         yield target
 
 
 @contextmanager
 def apart(logs: Path, common: Sequence[str]) -> Iterator[str]:
-    """A prefill and a decode server; the decode server's address."""
+    """Runs a prefill and a decode server, and yields the decode server's address."""
     with ExitStack() as stack:
         log = logs / "prefill.log"
         prefill = stack.enter_context(started(*common, "--role", "prefill", log=log))
@@ -333,7 +335,7 @@ ROLES = {"all": role_all, "split": apart}
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table for people."""
+    """Prints a table."""
     heading = "role  streams mode    sampling   ms/token   p99 gap  first token (last)  tokens/s  "
     print(f"\n{heading}step   as a multiple of")
     for row in rows:
@@ -347,7 +349,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The client of ``benchmarks.served``: all streams of a row, in one process of their own.
+"""The client of ``benchmarks.served``: runs all streams of a row in its own process.
 
 Reads one JSON object a line (``Row``'s fields), runs that many streams at once through the asyncio
 SDK, and answers with one JSON object: ``figures``.
@@ -26,14 +26,14 @@ FIRST_ID, IDS = 5, 30_000
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What to run.
+    """The requests of a row.
 
     Args:
-        streams: requests that begin at the same moment.
-        prompt_tokens, output_tokens: of each.
-        density, sharing: of each; None is the server's.
-        sampling: fields of ``Sampling``; each stream adds a seed of its own.
-        round: other rounds have other prompts.
+        streams: the number of requests, which start at the same time.
+        prompt_tokens, output_tokens: the tokens of each request.
+        density, sharing: for each request; None for the server's defaults.
+        sampling: fields of ``Sampling``; each stream adds its own seed.
+        round: each round has other prompts.
     """
 
     target: str
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """When the messages of a stream came.
+    """The times of a stream's messages.
 
     Args:
         messages: (seconds since the row began, tokens) of each message with tokens.
@@ -79,7 +79,7 @@ class Stream:
 
 
 def figures(streams: Sequence[Stream]) -> dict[str, float]:
-    """Milliseconds, and tokens a second from the row's beginning to its last token."""
+    """Returns milliseconds, and tokens per second from the row's start to its last token."""
     gaps = sorted(gap for stream in streams for gap in stream.gaps_s)
     last_s = max(stream.last_s for stream in streams)
     return {
@@ -127,7 +127,7 @@ async def run(row: Row) -> list[Stream]:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the output is for answers alone
+    os.dup2(2, 1)  # standard output is only for answers
     for line in sys.stdin:
         found = figures(asyncio.run(run(Row(**json.loads(line)))))
         print(json.dumps(found), file=answers, flush=True)

@@ -1,9 +1,9 @@
 """A decode step by itself, in a process of its own: no server, no client, every session greedy.
 
-Prints one JSON object when it is ready: what the machine reads or copies, and the ceilings. Then it
-answers each number of sessions, one a line, with the milliseconds of a greedy step of them by form
-of the FF, all after the same context. ``step_ms`` is what the host waits for, step after step; on a
-GPU ``graph_ms`` is the step's CUDA graph alone, replayed.
+Prints one JSON object when it is ready: the machine's read or copy rate, and the ceilings. Then it
+answers each line, a number of sessions, with the milliseconds of their greedy step by form of the
+FF, all after the same context. ``step_ms`` is measured on the host over consecutive steps; on a GPU
+``graph_ms`` is the time of replaying the step's CUDA graph alone.
 
     echo 4 | python -m benchmarks.step_alone --model smollm2-135m-instruct --context 160 --most 4
 """
@@ -25,11 +25,11 @@ from benchmarks.steps import step_s, steps_of
 from griffin_core.model.load import load_model
 
 STEPS, ROUNDS = 8, 3
-"""Steps of one timing, and timings, of which the median counts."""
+"""The number of steps per timing, and the number of timings, of which the median is reported."""
 
 
 def replay_s(step: Any, sessions: int, form: str) -> float:
-    """Seconds of the graph that the last step of so many sessions ran, replayed on its own."""
+    """Returns the seconds to replay the graph of a step of ``sessions`` sessions alone."""
     size = min(size for size, _ in step.graphs if size >= sessions)
     mode = "dense" if form == "dense" else form if sessions > 1 else "private"
     graph, _ = step.graphs[size, mode]
@@ -50,7 +50,7 @@ class Alone:
     """A model, and its step in every form.
 
     Args:
-        arguments: of the command line.
+        arguments: the parsed command line.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -83,7 +83,7 @@ class Alone:
         self._shared = self._steps.view(self._density, "gemm")
 
     def measure(self, streams: int) -> dict[str, dict[str, float]]:
-        """Milliseconds of a step of so many sessions, by form."""
+        """Returns the milliseconds of a step of ``streams`` sessions, by form."""
         views = {
             "dense": [self._dense] * streams,
             "shared": [self._shared if streams > 1 else self._private[0]] * streams,
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.5)
     answers = os.fdopen(os.dup(1), "w")
     arguments = parser.parse_args()
-    os.dup2(2, 1)  # the output is for answers alone
+    os.dup2(2, 1)  # standard output is only for answers
     alone = Alone(arguments)
     print(json.dumps(alone.about), file=answers, flush=True)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Timing steps of the engine's loop by themselves."""
+"""Times steps of the engine's loop without an engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from griffin_core.slim.views import WholeView
 
 
 def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
-    """A sampler all of whose slots are greedy."""
+    """Returns a sampler with greedy slots only."""
     vocabulary = decoder.spec.vocabulary
     sampler = Sampler(slots=slots, vocabulary=vocabulary, backend=decoder.backend)
     for slot in range(slots):
@@ -35,12 +35,12 @@ def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """A decode step as the engine has it, with its KV pool and its slim table.
+    """A decode step as in the engine, with its KV pool and its slim table.
 
     Args:
         step: a ``GraphStep`` or an ``EagerStep``.
         slims: an ``IndexTable`` or a ``BlockTable``.
-        form: how blocks are built; None where the table holds the sets.
+        form: builds the blocks; None if the table itself holds the sets.
     """
 
     decoder: Decoder
@@ -50,7 +50,7 @@ class Steps:
     form: SlimForm | None
 
     def cache(self, tokens: int, capacity: int) -> KvCache:
-        """A cache of random keys and values."""
+        """Returns a cache of random keys and values."""
         cache = self.pool.allocate(capacity)
         for layer in range(len(self.decoder.layers)):
             cache.slice(layer, 0, tokens).normal_()
@@ -58,11 +58,11 @@ class Steps:
         return cache
 
     def view(self, density: float, layout: Layout) -> WholeView:
-        """A view of a random expert set, which keeps its slim id for as long as it lives; at
-        density 1 of all neurons.
+        """Returns a view of a random expert set, or of all neurons at density 1. It keeps its slim
+        id for as long as it lives.
 
         Args:
-            layout: for how many rows at once.
+            layout: the number of rows that it is laid out for.
         """
         decoder = self.decoder
         if density == 1.0:
@@ -81,12 +81,12 @@ class Steps:
 
 
 def steps_of(decoder: Decoder, *, sessions: int, tokens: int, sets: int) -> Steps:
-    """What runs a model's steps on its device; on a GPU, graphs that are captured now.
+    """Returns the steps of a model on its device; on a GPU it captures graphs first.
 
     Args:
-        sessions: most of them in a step.
-        tokens: room in the KV pool.
-        sets: most expert sets at once.
+        sessions: the most sessions in a step.
+        tokens: the size of the KV pool.
+        sets: the most expert sets at once.
     """
     pool, sampler = decoder.new_pool(tokens), greedy_sampler(decoder, sessions)
     if not decoder.backend.captures:
@@ -111,8 +111,9 @@ def step_s(
     context: int,
     steps: int,
 ) -> float:
-    """Seconds of a step, the mean over ``steps`` after ``context`` tokens, the host's work
-    included. Each is launched before the tokens of the last are read, as the engine does on a GPU.
+    """Returns the seconds of a step, the mean over ``steps`` after ``context`` tokens, the host's
+    work included. Each step is launched before the tokens of the previous one are read, as in the
+    engine on a GPU.
     """
     tops = [None] * len(caches)
 

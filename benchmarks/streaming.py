@@ -1,7 +1,7 @@
-"""What gRPC costs: 16 streams of SmolLM2 from the engine alone, and through server and client.
+"""The cost of gRPC: 16 streams of SmolLM2 from the engine alone, and through server and client.
 
-The server is a process of its own, the client is this one; all share the machine's CPUs, so what
-the client takes is counted as well.
+The server is a process of its own, and this process is the client. Both share the machine's CPUs,
+so the client's CPU time counts as well.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from benchmarks.report import Rounds, about, finish, read_bandwidth
 from demo.__main__ import server
 from griffin_client import AsyncGriffinClient, Tokens
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import load_model
 
 SESSIONS, PROMPT, TOKENS, DENSITY = 16, 128, 256, 0.5
 INTERVALS = {"default": 0, "1 a message": 1}
-"""Tokens a message."""
+"""The number of tokens per message."""
 
 
 async def client_moments(target: str) -> list[list[float]]:
-    """For each stream the moments its tokens came."""
+    """Returns the times of each stream's tokens."""
 
     async def stream(client: AsyncGriffinClient, number: int) -> list[float]:
         events = client.generate(
@@ -56,7 +56,7 @@ def main() -> None:
     ceiling_ms = step_ceilings_ms(model.decoder, (DENSITY,), PROMPT, read_bandwidth())
     print(f"\n{SESSIONS} streams, {model.decoder.dtype}, {torch.get_num_threads()} threads")
     print(f"ceiling by bytes, were there one stream: {ceiling_ms} ms a step")
-    engine = Engine(model, limits=Limits(prefill_share=1.0))  # so that all are soon live
+    engine = Engine(model, limits=Limits(prefill_share=1.0))  # so that all streams are soon live
     engine.start()
     try:
         with ExitStack() as servers:

@@ -1,4 +1,4 @@
-"""`griffin` that counts nothing while it generates: what benchmarks.metrics compares with."""
+"""A `griffin` that counts no metrics while it generates, for comparison in benchmarks.metrics."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ COUNTS = {
 if __name__ == "__main__":
     for owner, names in COUNTS.items():
         for name in names:
-            assert callable(getattr(owner, name))  # so that none of another name is counted
+            assert callable(getattr(owner, name))  # so that no other metric is counted
             setattr(owner, name, lambda *_: None)
     app()

@@ -1,1 +1,1 @@
-"""`make demo`: an article summarised at three densities, by a prefill and a decode server."""
+"""`make demo`: completes one prompt at three densities, with a prefill and a decode server."""

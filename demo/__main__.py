@@ -1,4 +1,4 @@
-"""Two servers, one prompt, three densities, and a table of what the pruning did.
+"""Runs two servers, and completes one prompt at three densities; prints a table of the results.
 
 Starts `griffin serve` twice, as a prefill and as a decode process, streams an answer at each
 density through the client SDK, and stops both.
@@ -46,7 +46,8 @@ class Run:
     text: str
     finished: Finished
     agreeing: float
-    """Share of the dense answer's tokens that this density would have chosen in their place."""
+    """The share of the dense answer's tokens that this density would have chosen at the same
+    position."""
 
     @property
     def pruning(self) -> PruningFigures:
@@ -58,10 +59,10 @@ def server(*arguments: str, module: str = "griffin_server") -> Iterator[str]:
     """Runs `griffin serve` until the block ends.
 
     Args:
-        module: whose `griffin` it is.
+        module: the module to run as `griffin`.
 
     Yields:
-        Its address, once it serves.
+        The server's address, once it serves.
     """
     command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
     process = subprocess.Popen(
@@ -89,7 +90,7 @@ def _address(process: subprocess.Popen[str]) -> str:
 
 
 def answer(client: GriffinClient, prompt: str, density: float, dense: Run | None) -> Run:
-    """Streams an answer to the screen."""
+    """Streams an answer to the terminal."""
     console.rule(f"density {density:.2f}", align="left")
     text = ""
     for event in client.generate(prompt, density=density, sharing="private", **STOPPING):
@@ -114,7 +115,7 @@ def answer(client: GriffinClient, prompt: str, density: float, dense: Run | None
 
 
 def table(runs: list[Run]) -> Table:
-    """The figures of all runs, side by side."""
+    """Returns a table of the figures of all runs."""
     made = Table("density", *(f"{run.pruning.density:.2f}" for run in runs), title="What it did")
     rows = {
         "FF sparsity of its steps": [f"{1 - run.pruning.mean_density:.0%}" for run in runs],
@@ -130,7 +131,7 @@ def table(runs: list[Run]) -> Table:
 
 
 def main() -> None:
-    """The demo."""
+    """Runs the demo."""
     began = time.monotonic()
     prompt = PROMPT.read_text(encoding="utf-8")
     console.print("Starting a prefill and a decode server on SmolLM2-135M-Instruct")

@@ -1,7 +1,8 @@
-"""The method and the engine: torch and transformers; no gRPC, no metrics, no command line.
+"""The core of Griffin: the method and the engine, on torch and transformers, without gRPC, metrics
+or a command line.
 
-Imported before torch, it sets how OpenMP's threads wait (``openmp``). The public names are loaded
-when they are first asked for, so that importing the package stays fast.
+If it is imported before torch, it configures how OpenMP threads wait (``openmp``). The public names
+are loaded at first use, so that importing the package is fast.
 """
 
 import os
@@ -30,7 +31,7 @@ _PUBLIC = {
 }
 """Public name -> the module that defines it."""
 
-__all__ = list(_PUBLIC)  # from the one list of them
+__all__ = list(_PUBLIC)  # the names are listed once, above
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,5 @@
-"""A model looked at before it is served: what of its files is understood, and whether our logits
-are those of transformers. What ``griffin check`` prints."""
+"""Checks a model before it is served: how its files are read, and whether our logits equal those of
+transformers. ``griffin check`` prints the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from griffin_core.errors import BadModelFile
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import PrefillFinished, prefill
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.checkpoint import left_over, stored_tensors
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.families.config_fields import FieldUse
@@ -33,20 +36,21 @@ SAMPLE = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2; naïve café, 
 MOST_TOKENS = 32
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
-"""How far apart logits may be, as a share of the largest: what sums in another order make."""
+"""The allowed difference of logits as a share of the largest logit, which comes from summing in
+another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Our logits beside transformers', in the same data type.
+    """The comparison of our logits with those of transformers, in the same data type.
 
     Args:
-        version: of transformers.
-        positions: how many were compared.
+        version: the version of transformers.
+        positions: the number of positions that were compared.
         difference: the largest absolute difference of a logit.
-        largest: the largest absolute logit of transformers'.
-        agreeing: positions where the most likely token is the same.
-        tolerance: the ``difference`` that rounding explains.
+        largest: the largest absolute logit of transformers.
+        agreeing: the number of positions with the same most likely token.
+        tolerance: the largest ``difference`` that rounding explains.
     """
 
     version: str
@@ -64,14 +68,14 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A model that can be served, and what was made of its files.
+    """The report on a model that can be served.
 
     Args:
-        fields: what became of each field of its config.
-        left_over: tensors of the checkpoint that the model does not take -> why.
-        gguf: what its GGUF file says; None for a directory.
+        fields: how each field of its config is treated.
+        left_over: the tensors of the checkpoint that the model does not use -> why.
+        gguf: the contents of its GGUF file; None for a directory.
         comparison: None if transformers cannot load or run these files.
-        not_compared: what transformers said then.
+        not_compared: the error of transformers in that case.
     """
 
     model: Model
@@ -93,11 +97,11 @@ def check_model(
 
     Args:
         name, device: as in ``load_model``.
-        dtype: of both models.
-        progress: told about each slow part.
+        dtype: the type of both models.
+        progress: called with a sentence about each slow part.
 
     Raises:
-        ModelError, DeviceMemoryExhausted, InvalidRequest: what loading refuses.
+        ModelError, DeviceMemoryExhausted, InvalidRequest: the model cannot be loaded.
     """
     model = load_model(name, dtype=dtype, device=device, progress=progress)
     with quiet():
@@ -112,7 +116,7 @@ def check_model(
             comparison = _compare(model, _reference(directory, path, dtype))
         except BadModelFile as error:
             why = str(error)
-        except Exception as error:  # whatever transformers raises is its answer
+        except Exception as error:  # any error of transformers goes into the report
             why = f"{type(error).__name__}: {one_line(error)}"
         return Report(
             model=model,
@@ -125,15 +129,15 @@ def check_model(
 
 
 def _reference(directory: Path, gguf: Path | None, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' own reading of the weights. A GGUF's are read from the file itself, with the
-    config that we have made of its keys, some of which transformers leaves out.
+    """Loads the weights with transformers. A GGUF file is read by transformers too, but with our
+    config, since transformers ignores some of its keys.
 
     Raises:
-        BadModelFile: transformers does not find all tensors, and would make some up.
+        BadModelFile: transformers does not find all tensors, and would initialize some randomly.
     """
     config = AutoConfig.from_pretrained(directory)
     where = {} if gguf is None else {"gguf_file": gguf.name}
-    with redirect_stderr(StringIO()):  # its bars; what goes wrong is raised
+    with redirect_stderr(StringIO()):  # hides its progress bars; errors are raised
         reference, info = AutoModelForCausalLM.from_pretrained(
             directory if gguf is None else gguf.parent,
             config=config,
@@ -143,8 +147,8 @@ def _reference(directory: Path, gguf: Path | None, dtype: torch.dtype) -> PreTra
             output_loading_info=True,
             **where,
         )
-    if made_up := sorted(info["missing_keys"]):  # of a split GGUF it reads one part
-        raise BadModelFile(f"it reads no {made_up[0]} there, nor {len(made_up) - 1} others")
+    if made_up := sorted(info["missing_keys"]):  # transformers reads one part of a split GGUF
+        raise BadModelFile(f"it does not find {made_up[0]} there, nor {len(made_up) - 1} others")
     return cast(PreTrainedModel, reference)
 
 
@@ -169,14 +173,15 @@ def _compare(model: Model, reference: PreTrainedModel) -> Comparison:
 
 
 def _sample(model: Model) -> list[int]:
-    """Tokens of the text, as many as the context holds; at least one."""
+    """Returns the tokens of the text, as many as the context holds; at least one."""
     spec = model.decoder.spec
     ids = [token for token in model.tokenizer.encode(SAMPLE) if token < spec.vocabulary]
     return (ids or [0])[: min(MOST_TOKENS, spec.context_length)]
 
 
 def _logits(decoder: Decoder, ids: Sequence[int], first: int) -> Tensor:
-    """[len(ids) - first + 1, V] float32: after a prompt of ``first`` tokens, and each later one."""
+    """Returns the logits after a prompt of ``first`` tokens and after each later token, [len(ids) -
+    first + 1, V] float32."""
     cache = decoder.new_cache(len(ids))
     events = prefill(decoder, ids[:first], Selection(density=1.0), cache=cache)
     (finished,) = [event for event in events if isinstance(event, PrefillFinished)]

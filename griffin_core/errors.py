@@ -1,13 +1,13 @@
-"""Everything Griffin raises on purpose.
+"""The errors that Griffin raises on purpose.
 
 ::
 
     GriffinError
-    ├── InvalidRequest          a value the caller gave is out of range
-    ├── SessionNotFound         no session of that id, or not any more
+    ├── InvalidRequest          a value in the request is out of range
+    ├── SessionNotFound         no session has that id, or it has been removed
     ├── SessionBusy             the session is still in an earlier turn
-    ├── SessionClosed           ended from outside while it was running
-    ├── ReaderTooSlow           its client has stopped reading
+    ├── SessionClosed           another call closed the session while it was running
+    ├── ReaderTooSlow           the session's client has stopped reading
     ├── CapacityExhausted       no room: now (retry later) or ever
     ├── DeviceMemoryExhausted   the device has no room for the model or its sessions, at start
     ├── ModelError
@@ -17,13 +17,14 @@
     │   └── CacheUnusable       no place to keep the converted copy of a model
     ├── HandoffError
     │   ├── FingerprintMismatch the two ends hold different models
+    │   ├── ProtocolMismatch    the two ends have no protocol version in common
     │   ├── HandoffBroken       the handoff ended early or did not verify
     │   └── PrefillUnavailable  no prefill server answers
-    ├── DeadlinePassed          the caller's time ran out on the way
+    ├── DeadlinePassed          the caller's deadline passed
     ├── NonFiniteLogits         the model's output was NaN or infinite for this session
     ├── NotReady                the model is still loading
-    ├── EngineStopped           shutting down
-    └── EngineFault             a bug, or the machine gave out (memory, device)
+    ├── EngineStopped           the engine is shutting down
+    └── EngineFault             a bug, or a failure of the machine (memory, device)
 
 Each message says what was wrong, what was given and what is allowed.
 """
@@ -33,32 +34,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MOST_LISTED = 10
-"""Things that one message names; it counts the others."""
+"""The most items that one message names; the others are counted."""
 
 
 def shortened(text: str, most: int) -> str:
-    """The text as a message shows it, cut to ``most`` characters."""
+    """Returns a text for a message, cut to ``most`` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def listed(items: Sequence[object]) -> str:
-    """The first items and how many there are beside them."""
+    """Returns the first items, and the number of the others."""
     more = len(items) - MOST_LISTED
     shown = ", ".join(map(str, items[:MOST_LISTED]))
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 class GriffinError(Exception):
-    """Base of all errors below. ``str(error)`` is meant for the person who made the call."""
+    """The base of all errors below. ``str(error)`` is a message for the caller."""
 
 
 class InvalidRequest(GriffinError):
     """A value of a request is out of range.
 
     Args:
-        field: path of the field as the public API spells it, ``"pruning.density"`` say.
-        given: the offending value, shortened if long.
-        allowed: the range, in words.
+        field: the path of the field in the public API, such as ``"pruning.density"``.
+        given: the invalid value, shortened if it is long.
+        allowed: the allowed range, in words.
     """
 
     def __init__(self, field: str, given: object, allowed: str) -> None:
@@ -71,10 +72,10 @@ class InvalidRequest(GriffinError):
 
 
 class SessionNotFound(GriffinError):
-    """No session of that id is live or kept.
+    """No running or kept session has this id.
 
     Args:
-        why: what became of it, as far as is known.
+        why: why it does not exist, as far as that is known.
     """
 
     def __init__(self, session_id: str, why: str) -> None:
@@ -93,15 +94,16 @@ class SessionClosed(GriffinError):
 
 
 class ReaderTooSlow(GriffinError):
-    """A client has stopped reading what its session makes."""
+    """A client has stopped reading its session's output."""
 
 
 class CapacityExhausted(GriffinError):
     """The request does not fit.
 
     Args:
-        message: what is used up.
-        retry_after_s: seconds after which room is likely; None if the request can never fit.
+        message: what has run out.
+        retry_after_s: seconds after which a retry is likely to fit; None if the request can never
+            fit.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None) -> None:
@@ -118,11 +120,11 @@ class ModelError(GriffinError):
 
 
 class ModelNotFound(ModelError):
-    """No such directory, file or hub id."""
+    """The directory, file or hub id does not exist."""
 
 
 class UnknownFamily(ModelError):
-    """The architecture, or a variant of it, is not one the decoder defines."""
+    """The decoder does not support the architecture, or a variant of it."""
 
 
 class BadModelFile(ModelError):
@@ -141,6 +143,10 @@ class FingerprintMismatch(HandoffError):
     """Prefill and Decode hold different models."""
 
 
+class ProtocolMismatch(HandoffError):
+    """Prefill and Decode have no common version of the handoff protocol."""
+
+
 class HandoffBroken(HandoffError):
     """The handoff ended before it finished, or its contents do not verify."""
 
@@ -150,14 +156,14 @@ class PrefillUnavailable(HandoffError):
 
 
 class DeadlinePassed(GriffinError):
-    """The caller's own deadline ran out while others worked for it."""
+    """The caller's own deadline passed before its request was done."""
 
 
 class NonFiniteLogits(GriffinError):
     """The model's logits for a session were NaN or infinite, so no token can be drawn.
 
     Args:
-        position: index in the session's sequence of the token that was to be drawn.
+        position: the index in the session's sequence of the token that could not be drawn.
     """
 
     def __init__(self, *, position: int) -> None:
@@ -169,10 +175,10 @@ class NonFiniteLogits(GriffinError):
 
 
 class NotReady(GriffinError):
-    """The server is up and its model is not.
+    """The server is running, but its model is not loaded yet.
 
     Args:
-        retry_after_s: when to ask again.
+        retry_after_s: seconds after which to retry.
     """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
@@ -181,8 +187,8 @@ class NotReady(GriffinError):
 
 
 class EngineStopped(GriffinError):
-    """The engine is shutting down and takes or continues no work."""
+    """The engine is shutting down: it accepts no new work and has stopped running work."""
 
 
 class EngineFault(GriffinError):
-    """An unexpected failure inside the engine; the session it hit is gone, others go on."""
+    """An unexpected failure inside the engine. The affected session has ended; others continue."""

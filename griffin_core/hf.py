@@ -1,8 +1,8 @@
 """GRIFFIN (arXiv 2404.01365) on any causal language model of transformers, by hooks.
 
-This is the plain form of the method and the reference that the engine is tested against. It shares
-nothing with the engine but the seeded draws of the policies that draw. No neuron is removed: those
-that are no experts are set to zero before the down projection, so nothing gets faster.
+This is the plain form of the method, and the reference that the engine is tested against. It shares
+only the seeded random draws of some policies with the engine. No neuron is removed: the activations
+of neurons that are not experts are set to zero before the down projection, so nothing gets faster.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from griffin_core.experts.selection import (
 from griffin_core.hf_blocks import Block, find_blocks, sizes
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()
-"""Down projections that a ``sparsify`` is changing the input of."""
+"""The down projections whose input a ``sparsify`` is changing now."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsified:
-    """What ``sparsify`` chose.
+    """The result of ``sparsify``.
 
     Args:
         s: [N, L, F], each prompt's statistic: the l2 norm over its tokens of the activations, each
             token's row scaled to unit l2 norm. On the CPU.
-        experts: on which every completion runs.
+        experts: the experts that every completion runs on.
     """
 
     s: Tensor
@@ -52,7 +52,7 @@ class Sparsified:
 
     @property
     def norm_mass(self) -> tuple[tuple[float, ...], ...]:
-        """For each prompt, and of it each layer, the share of Σ s² that the experts hold."""
+        """Returns for each prompt, and for each layer, the share of Σ s² that the experts hold."""
         return tuple(self.experts.norm_mass(s.square()) for s in self.s)
 
 
@@ -66,39 +66,41 @@ def sparsify(
     seed: int = 0,
     attention_mask: Tensor | None = None,
 ) -> Iterator[Sparsified]:
-    """Prunes a model's feedforward (FF) blocks by what a prompt fires, for the completion of this
-    prompt::
+    """Prunes a model's feedforward (FF) blocks by the activations of a prompt, for this prompt's
+    completion::
 
         inputs = tokenizer("The city council met on Tuesday", return_tensors="pt")
         with griffin_core.sparsify(model, inputs.input_ids, density=0.5):
             model.generate(**inputs, max_new_tokens=64)
 
     On entry, the prompt runs once through the model, and the experts are chosen. Inside, every
-    token of the prompt still runs on all neurons, and every token that follows it on the experts
-    alone, however the model is called: by ``generate`` with or without a cache, in chunks, with
+    token of the prompt still runs on all neurons, and every later token runs on the experts alone,
+    however the model is called: by ``generate`` with or without a cache, in chunks, with
     beams or several sequences for each prompt, or directly with prompt and continuation to score.
-    The prompt is told from its completion by its ids, counted from the first that is no padding.
+    The prompt is told apart from its completion by its ids, counted from the first that is not
+    padding.
 
     Several prompts share one expert set, chosen by Σ_i s_i/√S_i over their statistics s_i and
     numbers of tokens S_i (section 4.3). Tokens whose activations are all zero count in neither.
 
-    Compiled code does not see hooks that come and go. So inside the block, ``torch.compile`` is
-    without effect, for all models.
+    Compiled code does not run hooks that are added later, so ``torch.compile`` has no effect inside
+    the block, for any model.
 
     Args:
-        model: its FF blocks are found by their structure: in each layer there must be one, of two
-            or three linear layers around an activation. Gate and up may be one linear layer.
+        model: a transformers model. Its FF blocks are found by their structure: each layer must
+            have one block of two or three linear layers around an activation. Gate and up may be
+            one linear layer.
         input_ids: the prompts, [N, P] or [P] integers.
-        density: fraction of the FF neurons that are kept, in (0, 1].
-        policy: how they are chosen, see ``griffin_core.experts.selection``.
-        seed: of the policies that draw, in [0, 2**64).
+        density: the fraction of FF neurons to keep, in (0, 1].
+        policy: how the experts are chosen, see ``griffin_core.experts.selection``.
+        seed: for policies that draw at random, in [0, 2**64).
         attention_mask: [N, P], 0 for padding, on whichever side; None if there is none.
 
     Raises:
-        UnknownFamily: the model is built otherwise, mixtures of experts for one.
-        InvalidRequest: an argument is out of range; the model is in training mode, or inside
-            another ``sparsify``. Inside the block, by the model: it was called with other prompts
-            than these, or without their ids.
+        UnknownFamily: the model has another structure, such as a mixture of experts.
+        InvalidRequest: an argument is out of range, or the model is in training mode or inside
+            another ``sparsify``. Inside the block the model raises it too, if it is called with
+            other prompts than these, or without their ids.
     """
     selection = _selection(density, policy, seed)
     blocks = find_blocks(model)
@@ -136,7 +138,8 @@ def _selection(density: float, policy: PolicyName, seed: int) -> Selection:
 def _prompts(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """The ids of each prompt without padding, and [N, P] bool: which of ``input_ids`` they are."""
+    """Returns the ids of each prompt without padding, and their mask in ``input_ids``, [N, P]
+    bool."""
     if input_ids.is_floating_point() or input_ids.ndim not in (1, 2) or not input_ids.numel():
         given = f"{input_ids.dtype} {list(input_ids.shape)}"
         raise InvalidRequest("input_ids", given, "integers [N, P] or [P], at least one")
@@ -164,7 +167,7 @@ def _prompts(
 def _statistics(
     model: PreTrainedModel, blocks: Sequence[Block], prompts: Sequence[Tensor]
 ) -> Tensor:
-    """Runs each prompt by itself: -> s [N, L, F], on the CPU."""
+    """Runs each prompt by itself. Returns s [N, L, F], on the CPU."""
     seen: list[list[tuple[int, Tensor]]] = [[] for _ in blocks]
 
     def collect(layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -180,7 +183,7 @@ def _statistics(
     lengths = [len(ids) for ids in prompts]
     for block, runs in zip(blocks, seen, strict=True):
         tokens = [length for length, _ in runs]
-        if tokens != lengths:  # shared between layers, or passed by
+        if tokens != lengths:  # the block is shared between layers, or was skipped
             raise UnknownFamily(
                 f"{block.name}: its down projection ran on {tokens[:8]} tokens; allowed: each "
                 f"token of the prompts once, {lengths[:8]}"
@@ -192,10 +195,10 @@ def _statistics(
 
 
 def _s(z: Tensor) -> Tensor:
-    """Activations [T, F] -> the statistic s [F] (section 4.2)."""
+    """Computes the statistic s [F] of activations [T, F] (section 4.2)."""
     z = z.to(_exact(z.device))
     norms = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    unit = z / norms.where(norms > 0, 1.0)  # a row of zeros stays one
+    unit = z / norms.where(norms > 0, 1.0)  # a row of zeros stays zero
     s: Tensor = torch.linalg.vector_norm(unit, dim=0)
     return s
 
@@ -205,15 +208,15 @@ def _exact(device: torch.device) -> torch.dtype:
 
 
 def batch_score(s: Tensor) -> Tensor:
-    """s [N, L, F] of all prompts -> Σ_i s_i/√S_i [L, F]. Each token that counted has added 1 to
-    Σ_f s_f², so that is S_i."""
+    """Computes Σ_i s_i/√S_i [L, F] from s [N, L, F]. Each token that counted has added 1 to Σ_f
+    s_f², so this sum is S_i."""
     tokens = s.square().sum(dim=2, keepdim=True).clamp(min=1)
     return (s / tokens.sqrt()).sum(dim=0)
 
 
 def _choose(score: Tensor, blocks: Sequence[Block], selection: Selection) -> Tensor:
-    """The experts of each layer, [L, K] int32 ascending, by its score [L, F]. Of equal neurons the
-    first is chosen."""
+    """Returns the experts of each layer, [L, K] int32 ascending, by its score [L, F]. Ties go to
+    the lower index."""
     k = selection.experts_of(score.shape[1])
     match selection.policy:
         case "topk":
@@ -231,7 +234,8 @@ def _choose(score: Tensor, blocks: Sequence[Block], selection: Selection) -> Ten
 
 
 def _magnitude(block: Block) -> Tensor:
-    """The l2 norm of each neuron's row of W_1, or the product of those of W_gate and W_up, [F]."""
+    """Returns the l2 norm of each neuron's row of W_1, or the product of the norms for W_gate and
+    W_up, [F]."""
     norms = []
     for linear in block.inner:
         weight: Tensor = linear.weight.detach()  # type: ignore[operator]
@@ -248,11 +252,11 @@ def _magnitude(block: Block) -> Tensor:
 
 
 class _Rows:
-    """Which rows of the running forward pass are of a completion.
+    """The rows of the running forward pass that belong to a completion.
 
     Args:
         prompts: the ids of N prompts.
-        layout: [N, P] bool, where they are in a padded batch.
+        layout: [N, P] bool, the positions of these ids in a padded batch.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Tensor], layout: Tensor) -> None:
@@ -264,10 +268,10 @@ class _Rows:
         """[B, T] bool; None while the model is not running."""
 
     def tell(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Looks at the arguments of the model's forward pass.
+        """Reads the arguments of the model's forward pass.
 
         Raises:
-            InvalidRequest: they are not of these prompts and their completions.
+            InvalidRequest: they do not belong to these prompts and their completions.
         """
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         ids = given.get("input_ids")
@@ -292,11 +296,11 @@ class _Rows:
         self.pruned = ~of_prompt
 
     def forget(self, *_: object) -> None:
-        """The forward pass has ended."""
+        """Resets the rows at the end of a forward pass."""
         self.pruned = None
 
     def _real(self, mask: object, times: int, end: int) -> Tensor:
-        """[B, end] bool: which tokens since the beginning are no padding."""
+        """Returns the mask of all tokens so far that are not padding, [B, end] bool."""
         batch = times * len(self._prompts)
         if mask is None:
             return self._layout.new_ones((batch, end))
@@ -305,20 +309,21 @@ class _Rows:
                 allowed = f"[{batch}, {end}], of all tokens so far"
                 raise InvalidRequest("attention_mask", list(mask.shape), allowed)
             return mask[:, :end].bool()
-        # Where generate has made masks for each pair of tokens, its prompts are padded as given.
+        # If generate has made masks for pairs of tokens, the prompts are padded as in input_ids.
         real = self._layout.new_ones((batch, max(end, self._layout.shape[1])))
         real[:, : self._layout.shape[1]] = self._repeated(self._layout, times)
         return real[:, :end]
 
     @staticmethod
     def _repeated(of_prompts: Tensor, times: int) -> Tensor:
-        """As generate repeats its inputs: all beams or sequences of a prompt after one another."""
+        """Repeats values like generate repeats its inputs: all beams or sequences of a prompt are
+        adjacent."""
         return of_prompts.repeat_interleave(times, dim=0)
 
 
 class _Prune:
-    """A hook of a down projection: sets to zero what a completion's tokens have on other neurons
-    than the experts.
+    """A hook on a down projection that zeroes the activations of a completion's tokens outside the
+    experts.
 
     Args:
         experts: [K].

@@ -1,7 +1,7 @@
-"""Where the feedforward (FF) blocks of a transformers model are, found by their structure.
+"""Finds the feedforward (FF) blocks of a transformers model by their structure.
 
 A block is a module that holds two or three linear layers and the activation between them: gate, up
-and down; gate and up in one, and down; or up and down. Between them every neuron must be by itself.
+and down; gate and up in one layer, and down; or up and down. Nothing between them may mix neurons.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from griffin_core.errors import InvalidRequest, UnknownFamily
 
 _ACTIVATION = re.compile("activation|elu|silu|swish|mish|sigmoid|tanh", re.IGNORECASE)
-"""What the names of activations' classes contain, in torch and in transformers."""
+"""Matches the class names of activations, in torch and in transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Block:
 
     Args:
         name: its path in the model.
-        inner: gate and up, or both in one, or up alone.
+        inner: gate and up, or one layer with both, or up alone.
         down: the linear layer that reads the activations Z [T, F].
     """
 
@@ -36,11 +36,11 @@ class Block:
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
-    """The FF block of each layer, all of one width.
+    """Returns the FF block of each layer; all have the same width.
 
     Raises:
-        UnknownFamily: the model has an encoder, or a layer that is built otherwise.
-        InvalidRequest: it is no model of transformers, or in training mode.
+        UnknownFamily: the model has an encoder, or a layer with another structure.
+        InvalidRequest: it is not a transformers model, or is in training mode.
     """
     family = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -65,11 +65,11 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
 
 def _find_block(layer: nn.Module, names: Mapping[nn.Module, str], width: int) -> Block:
-    """The one FF block of a layer.
+    """Returns the only FF block of a layer.
 
     Args:
         names: the path of each module.
-        width: D.
+        width: D, the hidden size.
     """
     found = [module for module in layer.modules() if _may_be_block(module, width)]
     if len(found) != 1:
@@ -81,7 +81,7 @@ def _find_block(layer: nn.Module, names: Mapping[nn.Module, str], width: int) ->
     block = found[0]
     linears = _linears(block)
     downs = _downs(linears, width)
-    # A norm between activation and down projection would see the other neurons.
+    # A norm between activation and down projection would mix neurons.
     others = [] if block is layer else [m for m in block.children() if m not in linears]
     strange = [m for m in others if not _plain(m)]
     if len(downs) != 1 or strange:
@@ -98,15 +98,15 @@ def _find_block(layer: nn.Module, names: Mapping[nn.Module, str], width: int) ->
 
 
 def _may_be_block(module: nn.Module, width: int) -> bool:
-    """Whether a module holds an activation, or three linear layers whose shapes are those of a
-    gated FF (its activation may be a function)."""
+    """Returns whether a module holds an activation, or three linear layers with the shapes of a
+    gated FF, whose activation may be a function."""
     linears = _linears(module)
     gated = len(linears) == 3 and len(_downs(linears, width)) > 0
     return gated or any(_is_activation(child) for child in module.children())
 
 
 def _downs(linears: Sequence[nn.Module], width: int) -> list[nn.Module]:
-    """Those of a block's linear layers that can be its down projection, by their shapes."""
+    """Returns the linear layers of a block whose shapes fit a down projection."""
     downs = []
     for down in linears:
         ff_width, out = sizes(down) or (0, 0)
@@ -122,7 +122,8 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
-    """What a linear layer reads and gives, quantized or not; None of another module."""
+    """Returns the input and output sizes of a linear layer, quantized or not; None for another
+    module."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     reads, gives = getattr(module, "in_features", None), getattr(module, "out_features", None)

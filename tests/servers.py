@@ -48,7 +48,7 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     form they run is not measured either, since on tiny models that would be chance. The model runs
     on one thread, which is the fastest for tiny ones."""
     defaults = {"port": 0, "threads": 1, "density": 1.0, "sharing": "private"}
-    app = App(Settings(**{**defaults, "own_prefill_tokens": 0, **settings}), model)
+    app = App(Settings(**{**defaults, "local_prefill_max_tokens": 0, **settings}), model)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -56,7 +56,7 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     def call(coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
 
-    with patch("griffin_core.engine.engine.measure_costs", lambda *_: ASSUMED_COSTS):
+    with patch("griffin_core.engine.step_setup.measure_costs", lambda *_: ASSUMED_COSTS):
         call(app.start())
     try:
         yield Running(app=app, target=str(app.listener.address))

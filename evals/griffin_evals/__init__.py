@@ -1,1 +1,1 @@
-"""Measurements of quality: how far pruned generation differs from the dense model."""
+"""Measures quality: how much pruned generation differs from the dense model."""

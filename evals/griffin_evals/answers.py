@@ -1,4 +1,5 @@
-"""Answers to many requests: each distinct request is asked once, kept in a journal and counted."""
+"""Gathers answers to many requests: each distinct request is sent once, stored in a journal and
+counted."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class Answers:
     """Gathers answers and counts them.
 
     Args:
-        journal: is searched for answers first and receives new ones; None for no journal.
+        journal: searched for answers first, and receives new ones; None for no journal.
     """
 
     def __init__(self, journal: Journal | None) -> None:
@@ -41,14 +42,14 @@ class Answers:
         disable_tqdm: bool,
         each: Callable[[int, Answer], None],
     ) -> list[Answer]:
-        """The answers to all requests, in order.
+        """Returns the answers to all requests, in order.
 
         Args:
-            keys: one for each request, as ``Settings.key_of`` makes them; requests of one key have
+            keys: a key for each request, from ``Settings.key_of``; requests with the same key have
                 one answer.
-            ask: called once with indices of requests, to give their answers in any order.
+            ask: called once with indices of requests; yields their answers in any order.
             words: the label of the progress bar.
-            each: is called with each request's index and answer as soon as it is known.
+            each: called with each request's index and answer as soon as it is known.
         """
         began = time.monotonic()
         places: defaultdict[str, list[int]] = defaultdict(list)
@@ -84,7 +85,7 @@ class Answers:
         return [answers[key] for key in keys]
 
     def figures(self) -> dict[str, Any]:
-        """What was gathered; see ``GriffinLM.figures``."""
+        """Returns the counts and means; see ``GriffinLM.figures``."""
         return {
             "requests": self._requests,
             "from_journal": self._from_journal,

@@ -1,4 +1,5 @@
-"""What answers the requests of an evaluation: a server (``remote``) or this process (``local``)."""
+"""The interface that answers the requests of an evaluation: a server (``remote``) or this process
+(``local``)."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ class ModelFacts:
     """The model that answers.
 
     Args:
-        fingerprint: of its configuration, data type and weights.
-        context_length: most tokens that it runs at once.
+        fingerprint: a hash of its configuration, data type and weights.
+        context_length: the most tokens that it runs at once.
     """
 
     name: str
@@ -31,13 +32,13 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreItem:
-    """Continuations of one context, each scored by itself.
+    """Continuations of one context, each scored independently.
 
     Args:
-        name: what an error calls it.
+        name: its name in errors.
         context, continuations: all text or all token ids, none of them empty; at most
-            ``MOST_CONTINUATIONS`` of ``griffin_core.engine.task``.
-        seed: of the policies that draw.
+            ``MAX_CONTINUATIONS`` of ``griffin_core.engine.task``.
+        seed: for policies that draw at random.
         special_tokens: whether a text gets the tokenizer's own; None for True.
     """
 
@@ -53,9 +54,9 @@ class Scored:
     """One continuation's score.
 
     Args:
-        logprob: sum over its tokens, natural logarithm.
+        logprob: the sum over its tokens, natural logarithm.
         greedy: whether each of its tokens is the most likely one.
-        tokens: how many there are.
+        tokens: the number of its tokens.
         norm_mass: the experts' share of the activation norm, mean over layers.
     """
 
@@ -66,7 +67,7 @@ class Scored:
 
 
 def scored_of(score: Score | ClientScore) -> Scored:
-    """What is kept of a score of the core or the SDK."""
+    """Converts a score of the core or the SDK."""
     return Scored(
         logprob=score.logprob,
         greedy=score.greedy,
@@ -80,12 +81,12 @@ class GenerateItem:
     """A prompt to complete.
 
     Args:
-        name: what an error calls it.
+        name: its name in errors.
         prompt: a text or token ids, not empty.
-        max_tokens: most tokens of the completion, >= 1.
+        max_tokens: the most tokens of the completion, >= 1.
         stop: strings that end it; its text ends before them.
-        sampling: fields of the sampling parameters, the seed not among them.
-        seed: of the draws, those of the policies included.
+        sampling: the sampling parameters, without the seed.
+        seed: the seed of sampling and of policies that draw at random.
         special_tokens: whether a text gets the tokenizer's own; None for True.
     """
 

@@ -17,7 +17,7 @@ DENSE = "dense"
 """The policy of the run at density 1, which has no policy of its own."""
 
 DIVERGENCE, SPEED = "divergence", "speed"
-"""Measurements beside tasks: KL and agreement with dense, and tokens per second."""
+"""Measurements other than tasks: KL and agreement with dense, and tokens per second."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -42,14 +42,14 @@ DENSE_SETTING = Setting(mode="generation", density=1.0, policy=DENSE)
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """All that a cell's figures depend on. Equal identities are not measured again.
+    """Everything that a cell's figures depend on. Equal identities are not measured again.
 
     Args:
-        model: as the command named it; a server's own name with ``target``.
+        model: its name on the command line; with ``target`` the name that the server reports.
         way: "in process" or "server".
         content: a digest of the task's documents and prompts. The name and version precede it for
             lm-eval's own tasks, and a limit that only this task has follows it.
-        limit: most documents; None for all.
+        limit: the most documents; None for all.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Identity:
 
     @property
     def run(self) -> tuple[Any, ...]:
-        """The fields, beside task and setting, that must be equal for two cells to be compared."""
+        """The fields besides task and setting that must be equal for two cells to be compared."""
         of_model = (self.model, self.fingerprint, self.way, self.dtype)
         return (*of_model, self.limit, self.seed, self.lm_eval)
 
@@ -79,11 +79,11 @@ class Measured:
     """One measure of a cell.
 
     Args:
-        value: over all documents.
+        value: the measure over all documents.
         stderr: standard error of ``value``; None if there is none.
         higher_is_better: whether more of it is better.
         perplexity: ``value`` is exp of the mean of ``items``, which are nats.
-        items: of each document, in the file's order.
+        items: the values of the documents, in the file's order.
     """
 
     value: float
@@ -98,8 +98,8 @@ class Cell:
     """A finished measurement.
 
     Args:
-        measures: by name; the first is the task's score.
-        figures: what else is known of the run, such as its norm mass and tokens a second.
+        measures: the measures by name; the first is the task's score.
+        figures: other figures of the run, such as its norm mass and tokens per second.
     """
 
     identity: Identity
@@ -123,7 +123,7 @@ class Cells:
         return self.directory / f"{'-'.join(words)}-{identity.digest[:12]}.json"
 
     def get(self, identity: Identity) -> Cell | None:
-        """The cell of that identity, if it is finished."""
+        """Returns the cell with that identity, if it is finished."""
         path = self.path(identity)
         return read_cell(path) if path.exists() else None
 
@@ -132,7 +132,8 @@ class Cells:
         write_whole(self.path(cell.identity), json.dumps(asdict(cell), indent=1))
 
     def all(self) -> list[Cell]:
-        """All cells, without those of documents that a task no longer has: see ``report_on``."""
+        """Returns all cells, without those for contents that a task no longer has: see
+        ``report_on``."""
         cells = [read_cell(path) for path in sorted(self.directory.glob("*.json"))]
         contents = self._contents()
         return [
@@ -172,7 +173,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_cell(path: Path) -> Cell:
-    """A cell from its file.
+    """Reads a cell from its file.
 
     Raises:
         EvaluationError: the file is not a cell.
@@ -185,5 +186,5 @@ def read_cell(path: Path) -> Cell:
         return Cell(identity=identity, measures=measures, figures=content["figures"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise EvaluationError(
-            f"{path}: is no cell of griffin eval ({error}); remove it to measure it again"
+            f"{path}: is not a cell of griffin eval ({error}); remove it to measure it again"
         ) from error

@@ -74,7 +74,7 @@ def _number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def _limits(text: str) -> list[tuple[str, int]]:
-    """Pairs of a task and its limit; the task is "" for a limit of all tasks."""
+    """Parses pairs of a task and its limit; the task is "" for the limit of all tasks."""
     limits = []
     for each in _listed(text):
         task, sign, most = (part.strip() for part in each.rpartition("="))
@@ -125,34 +125,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     several("--target", _listed_one, metavar="HOST:PORT", help="running servers")
     several(
-        "--tasks", _listed, help="task names; may be left out with --data, for all that have files"
+        "--tasks", _listed, help="task names; with --data the default is all tasks that have files"
     )
-    several("--density", _densities, help="default 0.75 0.5; 1 is always run")
+    several("--density", _densities, help="default 0.75 0.5; density 1 is always run")
     several("--policy", _one_of(POLICIES), help=f"{', '.join(POLICIES)}; default topk")
     several(
         "--mode",
         _one_of(MODES),
-        help="for multiple choice: in generation (the default) the question chooses the experts "
-        "and the answer runs on them; in classification only the last token that is run runs on "
-        "experts, which all tokens before it choose, as in the paper's tables",
+        help="for multiple choice: with generation (the default) the question chooses the experts "
+        "and the answer runs on them; with classification only the last token that is run uses "
+        "experts, which all earlier tokens choose, as in the paper's tables",
     )
     several(
         "--limit",
         _limits,
         metavar="N",
-        help="most documents of each task; TASK=N sets a limit for one task",
+        help="the most documents of each task; TASK=N sets a limit for one task",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="directory of local files, one for each task"
+        "--data", type=Path, metavar="DIR", help="directory with a local file for each task"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="directory of results; a run in it is resumed"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory for results; an interrupted run in it is resumed",
     )
     parser.add_argument(
         "--seed",
         type=_number(0, 2**64 - 1),
         default=0,
-        help="seed of the policies that draw at random (0)",
+        help="seed for policies that draw at random (0)",
     )
     parser.add_argument(
         "--dtype",
@@ -169,12 +172,14 @@ def _parser() -> argparse.ArgumentParser:
         help="tokenizer of the --target's model: truncates long texts, and lets lm-eval's own "
         "wikitext run",
     )
-    parser.add_argument("--concurrency", type=_number(1), default=32, help="requests at once (32)")
+    parser.add_argument(
+        "--concurrency", type=_number(1), default=32, help="number of requests at once (32)"
+    )
     parser.add_argument(
         "--wait-s",
         type=_seconds,
         default=300.0,
-        help="seconds to wait for a server that is gone (300)",
+        help="seconds to wait for a server that cannot be reached (300)",
     )
     parser.add_argument(
         "--run-code",
@@ -186,10 +191,10 @@ def _parser() -> argparse.ArgumentParser:
         "--report",
         type=Path,
         metavar="DIR",
-        help="write the tables and plots of DIR again, and exit",
+        help="only write the tables and plots of DIR again",
     )
     parser.add_argument(
-        "--list", action="store_true", help="list the tasks and the columns of their files"
+        "--list", action="store_true", help="list the tasks and the columns of their data files"
     )
     return parser
 
@@ -224,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         for sentence in left_out:
             _say(err, f"left out: {sentence}")
         return FAILED if left_out else status
-    except SystemExit as end:  # of the parser, which has said why
+    except SystemExit as end:  # from the parser, which has printed the reason
         return int(end.code or 0)
     except KeyboardInterrupt:
         done = f"{bar.done} of {bar.total} cells are done" if bar.total else "nothing was run"
@@ -248,7 +253,8 @@ def _report(out: Path) -> int:
 
 
 def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan:
-    """The plan of these options. Checks all that can be checked without a model, data files too."""
+    """Returns the plan for these options. It checks everything that needs no model, data files
+    included."""
     if given.out is None:
         parser.error("--out: got none; allowed: a directory for results")
     if given.data is None and not given.tasks:
@@ -295,7 +301,8 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Plan
 def _task_limits(
     parser: argparse.ArgumentParser, given: Sequence[tuple[str, int]], tasks: Sequence[str]
 ) -> dict[str, int]:
-    """Limits by the name of the task as it is run; the limit of all other tasks is under ""."""
+    """Returns limits by the name under which a task is run; the limit of all other tasks is under
+    ""."""
     limits: dict[str, int] = {}
     for name, most in given:
         known = task_named(name)
@@ -307,7 +314,8 @@ def _task_limits(
 
 
 def _settings(given: argparse.Namespace) -> list[Setting]:
-    """All combinations of mode, density and policy, without density 1, which is always run."""
+    """Returns all combinations of mode, density and policy, without density 1, which is always
+    run."""
     densities = sorted(set(given.density or [0.75, 0.5]), reverse=True)
     return [
         Setting(mode=mode, density=density, policy=policy)
@@ -321,7 +329,7 @@ def _settings(given: argparse.Namespace) -> list[Setting]:
 def _local_data(
     directory: Path, names: Sequence[str] | None, run_code: bool
 ) -> dict[str, LocalData]:
-    """The local data of tasks, checked line by line.
+    """Reads the local data of tasks, and checks it line by line.
 
     Raises:
         EvaluationError: a task is unknown, has no file or an invalid one, or needs --run-code.
@@ -333,7 +341,7 @@ def _local_data(
         tasks = [task for task in tasks if run_code or task.kind != "program"]
         if not tasks:
             allowed = ", ".join(f"{task.name}*{task.suffix}" for task in TASKS)
-            raise BadDataFile(f"{directory}: found no file of a task; allowed: {allowed}")
+            raise BadDataFile(f"{directory}: found no file for a task; allowed: {allowed}")
     for task in tasks:
         if task.kind == "program" and not run_code:
             raise EvaluationError(
@@ -344,7 +352,7 @@ def _local_data(
 
 
 def task_table() -> str:
-    """The tasks, as a table in Markdown."""
+    """Returns the tasks as a Markdown table."""
     lines = [
         "| task | file | columns of a line | measures | lm-eval's own |",
         "|---|---|---|---|---|",

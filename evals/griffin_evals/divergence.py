@@ -19,7 +19,10 @@ from torch import Tensor
 
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model, load_model
 from griffin_core.slim.packed import Packed
 from griffin_core.spec.choices import DEFAULT_MODEL
@@ -32,7 +35,8 @@ PROMPT_TOKENS, CONTINUATION_TOKENS = 384, 128
 def logprobs(
     model: Model, token_ids: Sequence[int], prompt_tokens: int, selection: Selection
 ) -> Tensor:
-    """[T - prompt_tokens, V]: log-probabilities after a prompt, on the experts that it chose."""
+    """Returns the log-probabilities after a prompt, on the experts that it chose: [T -
+    prompt_tokens, V]."""
     decoder = model.decoder
     cache = decoder.new_cache(len(token_ids))
     events = prefill(decoder, token_ids[:prompt_tokens], selection, cache=cache)
@@ -46,7 +50,7 @@ def logprobs(
 def divergence(
     model: Model, token_ids: Sequence[int], prompt_tokens: int, selection: Selection
 ) -> float:
-    """Mean KL(dense || pruned) over the tokens after the prompt, in nats."""
+    """Returns the mean KL(dense || pruned) over the tokens after the prompt, in nats."""
     dense = logprobs(model, token_ids, prompt_tokens, Selection(density=1.0))
     slim = logprobs(model, token_ids, prompt_tokens, selection)
     return float((dense.exp() * (dense - slim)).sum(dim=1).mean())

@@ -21,9 +21,9 @@ class InvalidSetting(EvalError, ValueError):
     """An argument is out of range or conflicts with another one.
 
     Args:
-        name: of the argument.
-        given: what it was.
-        allowed: what it may be.
+        name: the name of the argument.
+        given: its value.
+        allowed: the allowed values.
     """
 
     def __init__(self, name: str, given: object, allowed: str) -> None:
@@ -43,4 +43,4 @@ class OtherModel(EvalError):
 
 
 class JournalError(EvalError):
-    """A file cannot be opened, is no journal, or is in use."""
+    """A file cannot be opened, is not a journal, or is in use."""

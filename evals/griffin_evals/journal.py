@@ -1,4 +1,4 @@
-"""Answers on disk that survive the process: an append-only file of JSON lines."""
+"""A journal of answers on disk: an append-only file of JSON lines."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ LINE_START = b'{"key": "'
 
 
 class Journal:
-    """Key -> value, kept in a file. Safe to share between threads, not between processes.
+    """A map from keys to values, kept in a file. Safe to share between threads, but not between
+    processes.
 
-    Each line is written and synced before ``put`` returns, so that a process that is killed loses
-    nothing that it has put. A last line that was cut off by that is dropped.
+    Each line is written and synced before ``put`` returns, so a killed process loses nothing that
+    it has put. A last line that was cut off is dropped.
 
     Args:
-        path: of the file, which is made if it is missing, as are its directories.
+        path: the file, which is created if it is missing, like its directories.
 
     Raises:
-        JournalError: the file cannot be opened, has a line that is not a journal's, or another
-            journal has it open. The file is left as it was.
+        JournalError: the file cannot be opened, has a line that is not a journal line, or is open
+            in another journal. The file is not changed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,18 +51,18 @@ class Journal:
             raise
 
     def get(self, key: str) -> Any:
-        """The value of a key; None if there is none."""
+        """Returns the value of a key; None if there is none."""
         return self._values.get(key)
 
     def put(self, key: str, value: Any) -> None:
         """Adds a value, or replaces it.
 
         Args:
-            value: what JSON can hold, and not None.
+            value: a JSON value other than None.
 
         Raises:
-            OSError: the disk is full. What was written of the line is taken back, so that another
-                one may follow.
+            OSError: the disk is full. A partly written line is removed, so that another one can
+                follow.
         """
         line = json.dumps({"key": key, "value": value}).encode() + b"\n"
         with self._lock:
@@ -93,7 +94,8 @@ class Journal:
         self.close()
 
     def _read(self) -> dict[str, Any]:
-        """All values. A torn last line is cut off the file, so that the next one starts a line."""
+        """Reads all values. A partial last line is cut off the file, so that the next one starts on
+        a new line."""
         values: dict[str, Any] = {}
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
@@ -104,5 +106,5 @@ class Journal:
                 entry = json.loads(line)
                 values[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError) as error:
-                raise JournalError(f"{self.path}:{number}: is no line of a journal") from error
+                raise JournalError(f"{self.path}:{number}: is not a line of a journal") from error
         return values

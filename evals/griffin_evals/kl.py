@@ -14,16 +14,17 @@ from griffin_evals.study.measures import divergence, same_first_choice
 from griffin_evals.study.reading import forced, on_experts, read
 
 PROMPT_TOKENS, SCORED_TOKENS = 384, 128
-"""Of a window."""
+"""The number of prompt tokens and of scored tokens in a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Of one window.
+    """The divergence from the dense model on one window.
 
     Args:
-        kl: mean KL(dense || pruned) over the scored tokens, in nats.
-        agreement: share of them whose most likely next token is the dense model's.
+        kl: the mean KL(dense || pruned) over the scored tokens, in nats.
+        agreement: the share of scored tokens with the same most likely next token as the dense
+            model.
     """
 
     kl: float
@@ -31,7 +32,7 @@ class Divergence:
 
 
 def token_windows(token_ids: Sequence[int]) -> list[Sequence[int]]:
-    """Windows of PROMPT_TOKENS + SCORED_TOKENS, without overlap; the rest is left out."""
+    """Returns windows of PROMPT_TOKENS + SCORED_TOKENS without overlap; the rest is left out."""
     step = PROMPT_TOKENS + SCORED_TOKENS
     return [token_ids[at : at + step] for at in range(0, len(token_ids) - step + 1, step)]
 
@@ -40,8 +41,8 @@ def token_windows(token_ids: Sequence[int]) -> list[Sequence[int]]:
 def divergences(
     model: Model, window: Sequence[int], prompt_tokens: int, selections: Sequence[Selection]
 ) -> Iterator[Divergence]:
-    """One for each selection. The prompt is read once, dense; its statistic chooses the experts of
-    each selection, on which the other tokens are teacher-forced."""
+    """Yields the divergence of each selection. The prompt is run once, dense; its statistic chooses
+    the experts of each selection, on which the other tokens are teacher-forced."""
     decoder = model.decoder
     cache = decoder.new_cache(len(window))
     s2 = read(decoder, window[:prompt_tokens], cache).s2

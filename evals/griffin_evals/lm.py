@@ -15,8 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 
-import griffin_evals.registration  # noqa: F401  # also for programs that start without the .pth
-from griffin_core.engine.task import MOST_CONTINUATIONS
+import griffin_evals.registration  # noqa: F401  # also for programs that do not run the .pth file
+from griffin_core.engine.task import MAX_CONTINUATIONS
 from griffin_core.model.load import Model
 from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
 from griffin_evals.answers import Answers
@@ -32,9 +32,8 @@ from griffin_evals.tokens import HfTokens, tokenizer_of
 log = logging.getLogger(__name__)
 
 MOST_TOGETHER = 4096
-"""Most tokens, or characters, of the continuations in one request: the answers to it are stored
-together and must fit a message. The bound is needed since windows of many texts may share a context
-of one token."""
+"""The most tokens, or characters, of the continuations in one request, since the answer must fit a
+message. The limit matters because windows of many texts may share a context of one token."""
 
 TRUNCATES = "; with tokenizer=NAME it would be cut from the left, as lm-eval's hf does"
 
@@ -74,8 +73,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             text checks that it is the server's.
         density, policy, sharing, score_mode, seed: see ``Settings``.
         dtype, threads: in process, as ``griffin_core.LLM`` takes them.
-        device: in process, likewise. lm-eval passes "cuda:0" unless told otherwise, so where there
-            is no GPU that is the CPU, as with ``hf``.
+        device: in process, as ``griffin_core.LLM`` takes it. lm-eval passes "cuda:0" by default, so
+            without a GPU this means the CPU, as with ``hf``.
         max_length: most tokens of a context and its continuation without its last token; None for
             the model's context length. Over a server with ``tokenizer`` only.
         max_gen_toks: most tokens of a completion for tasks that set no limit.
@@ -181,7 +180,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def reader(self) -> Reader:
-        """Reads requests of lm-eval with the settings and the tokenizer of this model."""
+        """The reader of lm-eval's requests, with the settings and the tokenizer of this model."""
         return self._reader
 
     def with_settings(
@@ -193,7 +192,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         seed: int | None = None,
         journal: Journal | Path | str | None = None,
     ) -> GriffinLM:
-        """The same model with other settings and figures of its own; None keeps what this one has.
+        """Returns the same model with other settings and separate figures; None keeps a setting of
+        this one.
 
         It shares the loaded model or the connection, so closing one closes all.
         """
@@ -214,20 +214,22 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return other
 
     def close(self) -> None:
-        """Ends the model's thread, or the connection, and closes journals that were given by their
-        paths. May be repeated."""
+        """Ends the model's thread or the connection, and closes journals that were given by their
+        paths. It may be called again."""
         for owned in self._owned:
             owned.close()
 
-    # -- what lm-eval asks for -------------------------------------------------------------------
+    # -- the interface of lm-eval
+    # -------------------------------------------------------------------
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether it is the greedy continuation) of each (context, continuation).
+        """Returns (log-likelihood, whether it is the greedy continuation) for each (context,
+        continuation).
 
         Raises:
-            RequestRefused: naming task and document.
+            RequestRefused: a request cannot be answered; the message names task and document.
             ServerGone, OtherModel: see ``griffin_evals.errors``.
         """
         scores = self._score(
@@ -245,7 +247,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of each text, in windows: see the class.
+        """Returns the log-likelihood of each text, in windows: see the class.
 
         Raises:
             InvalidSetting: below density 1 in classification mode.
@@ -282,7 +284,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The completion of each (context, generation kwargs), up to a stop string of ``until``.
+        """Returns the completion of each (context, generation kwargs), up to a stop string of
+        ``until``.
 
         Raises:
             RequestRefused, ServerGone, OtherModel: as ``loglikelihood``.
@@ -320,12 +323,12 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat as the text of a prompt."""
+        """Renders a chat as the text of a prompt."""
         tokens = self._reader.need_tokens("apply_chat_template", "a chat template")
         return tokens.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The chat template itself, for lm-eval's results."""
+        """Returns the chat template itself, for lm-eval's results."""
         if chat_template:
             self._reader.need_tokens("apply_chat_template", "a chat template")
         return cast(str | None, super().chat_template(chat_template))
@@ -355,16 +358,16 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def tokenizer_name(self) -> str:
-        """Names tokenizer and chat template, for lm-eval's caches of requests."""
+        """A name for tokenizer and chat template, for lm-eval's request caches."""
         facts = self._backend.facts
         return f"{facts.name}-{facts.fingerprint[:12]}".replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval adds to ``config`` in its results."""
+        """Returns the entries that lm-eval adds to ``config`` in its results."""
         return {"model_dtype": self._backend.facts.dtype, "griffin": self.figures()}
 
     def figures(self) -> dict[str, Any]:
-        """What was run, as JSON can hold it.
+        """Returns the figures of the run as JSON values.
 
         Returns:
             ``model``, ``fingerprint``, ``dtype``; ``settings``: see ``Settings``; ``max_length``;
@@ -404,8 +407,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         disable_tqdm: bool,
         each: Callable[[int, Scored], None] = lambda _place, _score: None,
     ) -> list[Scored]:
-        """Scores of pairs. Those of one context go out together, up to a size; the longest context
-        first."""
+        """Scores pairs. Pairs with the same context are sent together, up to a size; the longest
+        context first."""
         keys = [
             settings.key_of(
                 self._fingerprint,
@@ -469,12 +472,12 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
 
 def _parts(places: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
-    """Indices of pairs of one context, split into those of one request each."""
+    """Splits the indices of pairs of one context into requests."""
     parts: list[list[int]] = [[]]
     length = 0
     for place in places:
         length += len(pairs[place].continuation)
-        if parts[-1] and (length > MOST_TOGETHER or len(parts[-1]) == MOST_CONTINUATIONS):
+        if parts[-1] and (length > MOST_TOGETHER or len(parts[-1]) == MAX_CONTINUATIONS):
             parts.append([])
             length = len(pairs[place].continuation)
         parts[-1].append(place)
@@ -482,7 +485,7 @@ def _parts(places: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
 
 
 def _item(pairs: Sequence[Pair]) -> ScoreItem:
-    """One item of pairs that share a context."""
+    """Makes one item of pairs that share a context."""
     first = pairs[0]
     return ScoreItem(
         name=first.name,

@@ -1,4 +1,4 @@
-"""Answers from a model in this process."""
+"""Answers requests with a model in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LocalBackend:
     """A ``griffin_core.LLM``; a ``Backend``. Items are token ids.
 
     Args:
-        model: as ``LLM`` takes it.
+        model: a model that ``LLM`` accepts.
         options: further arguments of ``LLM``.
     """
 
@@ -102,7 +102,7 @@ class LocalBackend:
 
 @contextmanager
 def _naming(items: Sequence[ScoreItem] | Sequence[GenerateItem]) -> Iterator[None]:
-    """Makes errors name the item that they are about, where the core names its index."""
+    """Makes errors name the item, where the core gives its index."""
     try:
         yield
     except GriffinError as error:

@@ -26,7 +26,7 @@ from griffin_evals.tasks.errors import EvaluationError
 from griffin_evals.tasks.harness import Runnable
 
 BOOTSTRAPS = 1000
-"""Bootstrap resamplings for standard errors for which lm-eval has no formula."""
+"""The number of bootstrap resamples for standard errors for which lm-eval has no formula."""
 
 TEXT_TASK = "wikitext"
 """The task on whose text KL is measured."""
@@ -35,7 +35,7 @@ VERSIONS = {name: version(name) for name in ("griffin-serving", "lm-eval", "torc
 
 
 def text_content(plan: Plan) -> str:
-    """A digest of what the KL on a plan's text depends on."""
+    """Returns a digest of everything that the KL on a plan's text depends on."""
     described = f"{PROMPT_TOKENS} {SCORED_TOKENS} {plan.text}"
     return plan.content_of(TEXT_TASK, hashlib.sha256(described.encode()).hexdigest())
 
@@ -84,7 +84,7 @@ class OneModel:
             return
         self._bar.begin(words(runnable.name, setting))
         lm = self._with(setting, self._journal)
-        # simple_evaluate would describe this machine for seconds, each time.
+        # simple_evaluate would take seconds to describe this machine, each time.
         results = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": {runnable.task.task_name: runnable.task}, "groups": {}},
@@ -177,7 +177,7 @@ def _mean(items: Sequence[float], *, higher_is_better: bool) -> Measured:
 
 
 def words(task: str, setting: Setting) -> str:
-    """The name of a cell in progress messages."""
+    """Returns the name of a cell in progress messages."""
     if setting.dense:
         return f"{task} dense"
     mode = "" if setting.mode == "generation" else f" {setting.mode}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ERRORS_NEEDED = 2.0
-"""Standard errors that a difference must exceed to be claimed."""
+"""The number of standard errors that a difference must exceed to be claimed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,14 @@ class Estimate:
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean of independent values and its standard error: s / √n, where s divides by n - 1."""
+    """Returns the mean of independent values and its standard error: s / √n, where s divides by n -
+    1."""
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Estimate(mean=statistics.fmean(values), stderr=stderr)
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Estimate:
-    """Mean of the differences values[i] - others[i].
+    """Returns the mean of the differences values[i] - others[i].
 
     Raises:
         ValueError: the two have different lengths.

@@ -18,10 +18,10 @@ from griffin_evals.cells import DENSE_SETTING, DIVERGENCE, SPEED, Cell, Setting
 from griffin_evals.paired import ERRORS_NEEDED, Estimate
 from griffin_evals.results import Group
 
-mpl.use("Agg")  # files, wherever there is no display
+mpl.use("Agg")  # writes files and needs no display
 
 PANEL_INCHES, HEIGHT_INCHES, DPI = 3.6, 3.7, 120
-"""Three panels are 1300 pixels wide: readable at the 800 or so of a README."""
+"""Three panels are 1300 pixels wide, which is readable at the width of a README, about 800."""
 
 COLOURS = {
     "topk": "#0b6e4f",
@@ -36,7 +36,7 @@ DODGE = 0.009
 """Shift in density between two policies, so that their error bars do not overlap."""
 
 LOGARITHMIC = 30
-"""Ratio of the greatest value to the least from which on an axis is logarithmic."""
+"""The ratio of the largest to the smallest value above which an axis is logarithmic."""
 
 FONT: Any = {"font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11, "legend.fontsize": 11}
 
@@ -46,11 +46,11 @@ Points = Mapping[Setting, Estimate]
 
 
 def draw(group: Group, out: Path, number: int) -> list[Path]:
-    """One figure for each mode of a group, and one with its tasks side by side. Which panels there
-    are depends on what was measured.
+    """Draws one figure for each mode of a group, and one with its tasks side by side. The panels
+    depend on what was measured.
 
     Args:
-        number: of the group among all in ``out``, for the files' names.
+        number: the number of the group in ``out``, for file names.
     """
     files = []
     name = re.sub(r"[^A-Za-z0-9.]+", "-", Path(group.identity.model).name)
@@ -65,7 +65,7 @@ def draw(group: Group, out: Path, number: int) -> list[Path]:
 
 
 Panel = tuple[str, str, Points, Estimate | None]
-"""Title, label of the y axis, points, and what dense has."""
+"""Title, label of the y axis, points, and the value of dense."""
 
 
 def _panels(group: Group, mode: str) -> list[Panel]:
@@ -90,12 +90,12 @@ def _panels(group: Group, mode: str) -> list[Panel]:
 
 
 def _with_error(score: Estimate, difference: Estimate | None) -> Estimate:
-    """A score with the error of its difference to dense, which is what the curves show."""
+    """Returns a score with the error of its difference to dense, which the curves show."""
     return Estimate(mean=score.mean, stderr=None if difference is None else difference.stderr)
 
 
 def _exact(dense: Estimate | None) -> Estimate | None:
-    """Dense beside differences to dense: it has no error of its own."""
+    """Returns dense without an error, for plots of differences to dense."""
     return dense and Estimate(mean=dense.mean, stderr=None)
 
 
@@ -113,7 +113,7 @@ def _task_panels(group: Group, mode: str) -> list[Panel]:
             if setting.dense or setting.mode == mode:
                 value, difference = _value(cell), group.difference(cell, name)
                 if measured.perplexity and difference and difference.stderr is not None:
-                    stderr = value.mean * difference.stderr  # of nats, to first order
+                    stderr = value.mean * difference.stderr  # nats' error, to first order
                     difference = Estimate(mean=value.mean, stderr=stderr)
                 points[setting] = _with_error(value, difference)
         dense = _exact(points.pop(DENSE_SETTING, None))
@@ -145,7 +145,7 @@ def _figure(group: Group, panels: list[Panel], path: Path) -> Path:
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
-    """One curve for each policy, with bands and bars of ``ERRORS_NEEDED`` standard errors."""
+    """Draws a curve for each policy, with bands and bars of ``ERRORS_NEEDED`` standard errors."""
     title, label, points, dense = panel
     curves: defaultdict[str, list[tuple[float, Estimate]]] = defaultdict(list)
     for setting, estimate in points.items():
@@ -179,6 +179,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def _spread(points: Points) -> float:
-    """Ratio of the greatest value to the least; 0 where a logarithm makes no sense."""
+    """Returns the ratio of the largest to the smallest value; 0 if an axis cannot be
+    logarithmic."""
     values = [estimate.mean for estimate in points.values()]
     return max(values) / min(values) if values and min(values) > 0 else 0.0

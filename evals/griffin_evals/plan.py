@@ -24,16 +24,17 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be run; all of it has been checked.
+    """A checked plan of a run.
 
     Args:
-        tasks: names, in order.
+        tasks: the names of the tasks, in order.
         data: the local files of these tasks; None for lm-eval's own from the hub.
         settings: without the dense one, which is always run.
-        limit: most documents of a task, and windows of a text; None for all.
-        limits: of tasks that have their own limit; that of wikitext also limits the windows of KL.
-        seed: of the policies that draw.
-        speed: whether tokens a second are measured.
+        limit: the most documents of a task, and windows of a text; None for all.
+        limits: the limits of tasks that have their own; that of wikitext also limits the windows of
+            KL.
+        seed: for policies that draw at random.
+        speed: whether to measure tokens per second.
         tokenizer, concurrency, wait_s, threads, device: as ``GriffinLM`` takes them.
     """
 
@@ -54,11 +55,12 @@ class Plan:
     device: str | None = None
 
     def limit_of(self, task: str) -> int | None:
-        """Most documents of a task; None for all."""
+        """Returns the most documents of a task; None for all."""
         return self.limits.get(task, self.limit)
 
     def content_of(self, task: str, content: str) -> str:
-        """A task's content, with the task's own limit if it has one: its figures depend on it."""
+        """Returns a task's content, with the task's own limit if it has one, since its figures
+        depend on it."""
         return f"{content}, at most {self.limits[task]}" if task in self.limits else content
 
     @property

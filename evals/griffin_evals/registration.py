@@ -13,7 +13,8 @@ MODELS = "lm_eval.models"
 
 
 class WhenImported:
-    """A finder on ``sys.meta_path``: finds one module as the others do, and registers after it."""
+    """A finder on ``sys.meta_path`` that finds one module like the other finders, and registers
+    after its import."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name != MODELS:
@@ -33,7 +34,8 @@ class WhenImported:
 
 
 def register() -> None:
-    """Adds the model to those of lm-eval, unless it is there or lm-eval has no such registry."""
+    """Adds the model to lm-eval's registry, unless it is registered or lm-eval has no such
+    registry."""
     try:
         from lm_eval.api.registry import model_registry  # noqa: PLC0415
     except ImportError:

@@ -1,4 +1,5 @@
-"""Answers from a running server, which may go away and come back during the run."""
+"""Answers requests with a running server, which may become unreachable and return during the
+run."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from griffin_evals.errors import OtherModel, RequestRefused, ServerGone
 from griffin_evals.settings import Settings
 
 LOOK_S = 1.0
-"""Seconds between two checks whether a server is back."""
+"""Seconds between two checks whether a server is reachable again."""
 
 SAY_S = 30.0
 """Seconds between two messages about waiting."""
@@ -60,17 +61,17 @@ T = TypeVar("T")
 class RemoteBackend:
     """A server in role ``all`` or ``decode``; a ``Backend``. Items are texts or token ids.
 
-    A server that cannot be reached, or goes away during a call, is waited for, with messages on
-    standard error; then what was not answered is asked again. One that is busy is asked again when
-    it says.
+    If the server cannot be reached, or is lost during a call, the backend waits for it, with
+    messages on standard error, and then repeats the calls that were not answered. If the server is
+    busy, the backend retries after the time that the server asks for.
 
     Args:
         target: host:port, or any other gRPC name.
-        concurrency: calls at once.
-        wait_s: longest wait for the server, in seconds.
+        concurrency: the number of calls at once.
+        wait_s: the longest wait for the server, in seconds.
 
     Raises:
-        ServerGone: the server did not come within that time.
+        ServerGone: the server was not reachable within that time.
     """
 
     def __init__(self, target: str, *, concurrency: int, wait_s: float) -> None:
@@ -140,7 +141,7 @@ class RemoteBackend:
         self._run(items, ask, answered)
 
     def continuation_ids(self, context: str, continuation: str) -> list[int]:
-        """The token ids of a continuation by the server's tokenizer."""
+        """Returns the token ids of a continuation by the server's tokenizer."""
         score = self._ask(lambda: self._client.score(context, continuation, density=1.0))
         return [token.id for token in score.tokens]
 
@@ -148,8 +149,8 @@ class RemoteBackend:
         self._channel.close()
 
     def _scores(self, item: ScoreItem, settings: Settings) -> Sequence[Score]:
-        """In one call, or in one for each continuation: a text that shares a token with the context
-        can only be scored alone."""
+        """Scores in one call, or in a call for each continuation: a text that shares a token with
+        the context can only be scored alone."""
         options: dict[str, Any] = {
             "mode": settings.asked_mode,
             "density": settings.density,
@@ -177,10 +178,10 @@ class RemoteBackend:
         ask: Callable[[Item], Answer],
         answered: Callable[[int, Answer], None],
     ) -> None:
-        """Asks all, several at once. After an error no more are asked, but the answers of calls
-        under way are kept."""
+        """Sends all requests, several at once. After an error it sends no more, but keeps the
+        answers of running calls."""
         self._failed.clear()
-        self._ask(self._look)  # it may have been restarted while nothing was asked
+        self._ask(self._look)  # the server may have been restarted between two calls
         handing_over = threading.Lock()
         errors: list[BaseException] = []
 
@@ -188,7 +189,7 @@ class RemoteBackend:
             try:
                 with _naming(items[index]):
                     answer = ask(items[index])
-                    # The answer may be another server's, since gRPC reconnects silently.
+                    # The answer may come from another server, since gRPC reconnects silently.
                     self._ask(self._look)
                 with handing_over:
                     answered(index, answer)
@@ -201,7 +202,7 @@ class RemoteBackend:
             futures = [pool.submit(work, index) for index in range(len(items))]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
-            except BaseException:  # Ctrl-C: a server that hangs would never answer
+            except BaseException:  # Ctrl-C: do not wait for a server that may hang
                 self._failed.set()
                 self._channel.close()
                 raise
@@ -212,10 +213,10 @@ class RemoteBackend:
         if errors:
             raise errors[0]
 
-    # -- a server that goes away -----------------------------------------------------------------
+    # -- a server that is lost -----------------------------------------------------------------
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """The result of a call, which is repeated while the server is away or busy.
+        """Returns the result of a call, which is repeated while the server is unreachable or busy.
 
         Raises:
             GriffinClientError: a refusal that another try would not change.
@@ -238,9 +239,9 @@ class RemoteBackend:
         """Waits until the server answers again, on behalf of all calls that failed meanwhile.
 
         Args:
-            returns: how often the server had come back when the call that failed was made.
-            gone_since: when the call failed first; it may do so again with a server that answers,
-                whose prefill server is gone.
+            returns: how often the server had returned when the failed call was made.
+            gone_since: when the call first failed; it may fail again on a server that answers but
+                has lost its prefill server.
 
         Raises:
             ServerGone: it took longer than ``wait_s``.
@@ -268,10 +269,10 @@ class RemoteBackend:
                     self._returns += 1
 
     def _look(self) -> ModelInfo:
-        """The server's model.
+        """Returns the server's model.
 
         Raises:
-            OtherModel: it is not what it held before.
+            OtherModel: the server has another model than before.
         """
         info = self._client.model_info(timeout=INFO_TIMEOUT_S)
         if (before := self._info) is not None and info.fingerprint != before.fingerprint:
@@ -291,7 +292,7 @@ class RemoteBackend:
 
 @contextmanager
 def _naming(item: ScoreItem | GenerateItem) -> Iterator[None]:
-    """Makes refusals name the item that they are about."""
+    """Makes refusals name their item."""
     try:
         yield
     except GriffinClientError as error:

@@ -21,10 +21,10 @@ the activation norm that the experts hold.
 
 
 def write_report(out: Path) -> list[Path]:
-    """Makes results.json, results.md and the pictures of all cells in a directory.
+    """Writes results.json, results.md and the plots of all cells in a directory.
 
     Raises:
-        EvaluationError: it holds no cell, or a damaged one.
+        EvaluationError: the directory has no cell, or a damaged one.
     """
     groups = groups_of(Cells(out / "cells").all())
     if not groups:
@@ -37,10 +37,10 @@ def write_report(out: Path) -> list[Path]:
 
 
 def markdown(groups: Sequence[Group], pictures: Sequence[Sequence[Path]]) -> str:
-    """All tables of all groups.
+    """Returns all tables of all groups.
 
     Args:
-        pictures: of each group.
+        pictures: the plots of each group.
     """
     parts = ["# Results of griffin eval\n", LEGEND]
     for group, drawn in zip(groups, pictures, strict=True):

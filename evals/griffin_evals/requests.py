@@ -1,4 +1,5 @@
-"""Requests of lm-eval's tasks as items to score or complete, by the rules of its ``hf`` model."""
+"""Turns requests of lm-eval's tasks into items to score or complete, by the rules of its ``hf``
+model."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ SAMPLING = (
 """Generation kwargs of a task that set the sampling."""
 
 PLAIN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Sent where a task sets nothing, so that results do not depend on a server's defaults."""
+"""Sampling parameters for tasks that set none, so that results do not depend on a server's
+defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Pair:
     """One continuation to score.
 
     Args:
-        name: what an error calls it.
-        seed: of the policies that draw; the same for all continuations of a context.
+        name: its name in errors.
+        seed: for policies that draw at random; the same for all continuations of a context.
         special_tokens: whether a text gets the tokenizer's own; None for True.
     """
 
@@ -53,9 +55,9 @@ class Reader:
     """Reads requests.
 
     Args:
-        tokens: makes token ids of texts; None to leave texts as they are.
-        max_length: most tokens that are run at once.
-        max_gen_toks: most tokens of a completion for tasks that set no limit.
+        tokens: tokenizes texts; None to leave texts unchanged.
+        max_length: the most tokens that are run at once.
+        max_gen_toks: the most tokens of a completion for tasks that set no limit.
         add_bos_token: whether texts get the tokenizer's special tokens; None for its default.
     """
 
@@ -66,19 +68,19 @@ class Reader:
     add_bos_token: bool | None
 
     def need_tokens(self, where: str, what: str) -> HfTokens:
-        """The tokenizer.
+        """Returns the tokenizer.
 
         Raises:
             RequestRefused: there is none.
         """
         if self.tokens is None:
             raise RequestRefused(
-                f"{where}: {what} over a server takes its tokenizer; name it: tokenizer=NAME"
+                f"{where}: {what} over a server needs its tokenizer; set tokenizer=NAME"
             )
         return self.tokens
 
     def pair(self, request: Instance) -> Pair:
-        """The pair of a ``loglikelihood`` request: (context, continuation)."""
+        """Returns the pair of a ``loglikelihood`` request: (context, continuation)."""
         context, continuation = request.args
         name, seed = name_of(request), self.settings.seed_of(context)
         bare = context.rstrip()  # white space at its end belongs to the continuation's first token
@@ -104,7 +106,7 @@ class Reader:
         return self.cut(name, before, after, seed)
 
     def windows(self, request: Instance) -> tuple[list[Pair], list[Pair]]:
-        """The windows of a ``loglikelihood_rolling`` request: (text,).
+        """Returns the windows of a ``loglikelihood_rolling`` request: (text,).
 
         Returns:
             The windows that are always scored dense, and those that the settings apply to.
@@ -132,13 +134,13 @@ class Reader:
         return self._windows(name, [(prefix, prompt)]), self._windows(name, [rest, *others])
 
     def prompt(self, request: Instance, repeat: int) -> tuple[GenerateItem, list[str]]:
-        """The prompt of a ``generate_until`` request: (context, generation kwargs).
+        """Returns the prompt of a ``generate_until`` request: (context, generation kwargs).
 
         Args:
-            repeat: how often the same request came before; gives each repeat its own seed.
+            repeat: how often the same request came before; it gives each repeat its own seed.
 
         Returns:
-            What to complete, and the strings before which its text ends.
+            The item to complete, and the strings before which its text ends.
         """
         context, given = request.args
         name = name_of(request)
@@ -187,11 +189,11 @@ class Reader:
     def cut(
         self, name: str, context: Sequence[int], continuation: Sequence[int], seed: int
     ) -> Pair:
-        """Cuts what is too long from the left. The last token is not run, so there may be one more
-        than ``max_length``.
+        """Cuts a pair that is too long from the left. The last token is not run, so a pair may have
+            one token more than ``max_length``.
 
         Raises:
-            RequestRefused: nothing is left to score, or of the context.
+            RequestRefused: the context or the continuation has no tokens left.
         """
         if not context or not continuation:
             which = "continuation" if context else "context"
@@ -215,5 +217,5 @@ class Reader:
 
 
 def name_of(request: Instance) -> str:
-    """What an error calls a request."""
+    """Returns the name of a request in errors."""
     return f"{request.task_name or 'request'}, document {request.doc_id}"

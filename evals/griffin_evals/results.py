@@ -1,4 +1,5 @@
-"""From cells to results: differences to dense, means over tasks, and policies compared."""
+"""Computes results from cells: differences to dense, means over tasks, and comparisons of
+policies."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ COMPARED = (
     ("topk_sampled", ("magnitude", "random")),
     ("sampled", ("magnitude", "random")),
 )
-"""Pairs of policies of which the paper expects the first to be better."""
+"""Pairs of policies; the paper expects the first of each pair to be better."""
 
 TASKS, KL = "mean over tasks", "KL"
 RIGHT = "bits a byte of the right choice, mean over tasks"
@@ -28,7 +29,7 @@ class Mean:
     """The mean of tasks' scores with one setting, each task with the same weight.
 
     Args:
-        score: its error says how the mean varies with other documents of the same tasks.
+        score: the mean; its error says how much it would vary with other documents of these tasks.
         difference: to dense, paired by document; None for dense itself.
     """
 
@@ -43,7 +44,8 @@ class Comparison:
 
     Args:
         by: ``TASKS``, ``RIGHT`` or ``KL``.
-        advantage: of the first policy over the second; positive if the first is better.
+        advantage: the advantage of the first policy over the second; positive if the first is
+            better.
     """
 
     mode: str
@@ -63,7 +65,7 @@ class Comparison:
 
 
 class Group:
-    """The cells of one model, one limit and one seed: those that can be compared."""
+    """The cells of one model, one limit and one seed, which can be compared."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = sorted(cells, key=lambda cell: _order(cell.identity.setting))
@@ -77,7 +79,7 @@ class Group:
 
     @cached_property
     def tasks(self) -> dict[str, dict[Setting, Cell]]:
-        """The cells of each task, by name."""
+        """Returns the cells of each task, by name."""
         tasks: defaultdict[str, dict[Setting, Cell]] = defaultdict(dict)
         for cell in self.cells:
             if cell.identity.task not in (DIVERGENCE, SPEED):
@@ -90,12 +92,13 @@ class Group:
 
     @property
     def modes(self) -> list[str]:
-        """Modes that anything but dense was run in."""
+        """Returns the modes in which any setting but dense was run."""
         settings = {cell.identity.setting for cell in self.cells}
         return sorted({setting.mode for setting in settings if not setting.dense}, reverse=True)
 
     def difference(self, cell: Cell, name: str) -> Estimate | None:
-        """A measure's mean difference to dense; None for dense, or where dense is not done."""
+        """Returns a measure's mean difference to dense; None for dense itself, or if dense is not
+        finished."""
         dense = self.tasks[cell.identity.task].get(DENSE_SETTING)
         if dense is None or cell is dense or name not in dense.measures:
             return None
@@ -103,8 +106,8 @@ class Group:
 
     @cached_property
     def scored(self) -> list[dict[Setting, Cell]]:
-        """The tasks whose score is a share of documents, which a mean over tasks is made of: the
-        perplexities are none."""
+        """Returns the tasks that means over tasks include: those whose score is a share of
+        documents and not a perplexity."""
         return [
             cells
             for cells in self.tasks.values()
@@ -112,8 +115,8 @@ class Group:
         ]
 
     def means(self, mode: str) -> list[Mean]:
-        """The means over the tasks that were run in a mode, dense first; only of settings in which
-        all of these tasks are done."""
+        """Returns the means over the tasks that were run in a mode, dense first, for settings in
+        which all of these tasks are finished."""
         taken = [c for c in self.scored if any(s.mode == mode and not s.dense for s in c)]
         settings = {s for cells in taken for s in cells if s.mode == mode or s.dense}
         whole = [s for s in settings if all(s in cells for cells in taken)]
@@ -137,7 +140,7 @@ class Group:
         ]
 
     def comparisons(self) -> list[Comparison]:
-        """Policies beside one another at each density."""
+        """Compares policies at each density."""
         found = []
         for mode in self.modes:
             taken = [c for c in self.scored if any(s.mode == mode and not s.dense for s in c)]
@@ -152,7 +155,7 @@ class Group:
 def _compared(
     mode: str, by: str, sets: Sequence[Mapping[Setting, Cell]], measure: str | None = None
 ) -> list[Comparison]:
-    """By a measure, or by the tasks' scores."""
+    """Compares policies by a measure, or by the tasks' scores."""
     if not sets:
         return []
     comparisons = []
@@ -180,7 +183,7 @@ def _compared(
 
 
 def _better(one: Cell, other: Cell, measure: str | None = None) -> Estimate:
-    """By how much the first cell's measure, or else its score, is better."""
+    """Returns by how much the first cell is better in a measure, or in its score."""
     first, second = (
         _score(cell) if measure is None else cell.measures[measure] for cell in (one, other)
     )
@@ -200,7 +203,7 @@ def _order(setting: Setting) -> tuple[bool, str, float, int]:
 
 
 def groups_of(cells: Iterable[Cell]) -> list[Group]:
-    """Cells by what they must have in common to be compared, models in order of name."""
+    """Groups cells that can be compared; models are ordered by name."""
     groups: defaultdict[tuple[Any, ...], list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.identity.run].append(cell)
@@ -208,7 +211,7 @@ def groups_of(cells: Iterable[Cell]) -> list[Group]:
 
 
 def as_json(groups: Sequence[Group]) -> dict[str, Any]:
-    """What results.json holds."""
+    """Returns the contents of results.json."""
     return {"griffin_eval": 1, "groups": [_group_json(group) for group in groups]}
 
 

@@ -1,4 +1,4 @@
-"""Runs tasks × settings × models, each cell once."""
+"""Runs all combinations of tasks, settings and models, each cell once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def run(plan: Plan, bar: Bar, say: Say) -> list[str]:
     texts are too long, is left out, and the others are run.
 
     Returns:
-        What was left out, and why: a sentence each.
+        A sentence for each task that was left out, with the reason.
 
     Raises:
         EvalError: see ``errors`` and ``tasks.errors``. Finished cells are kept.
         GriffinError: a model cannot be loaded or run.
     """
     quiet()
-    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would fork this process, with its threads
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else lm-eval forks this process, which has threads
     cells = Cells(plan.out / "cells")
     left_out: list[str] = []
     with Journal(plan.out / "journal" / "answers.jsonl") as journal:
@@ -83,13 +83,15 @@ def _runnables(plan: Plan, journal: Journal) -> list[Runnable]:
 
 
 def _settings(plan: Plan, runnable: Runnable) -> list[Setting]:
-    """The settings of a task, dense first. A task that has only one mode runs in generation."""
+    """Returns the settings of a task, dense first. A task with only one mode runs in generation
+    mode."""
     return [DENSE_SETTING, *(plan.settings if runnable.choices_only else plan.generating)]
 
 
 @contextmanager
 def _opened(plan: Plan, source: Source, say: Say) -> Iterator[tuple[GriffinLM, Model | None]]:
-    """lm-eval's model for a source, and the loaded model if it runs in this process."""
+    """Opens lm-eval's model for a source, and yields it with the loaded model if that runs in this
+    process."""
     options: dict[str, Any] = {"concurrency": plan.concurrency, "seed": plan.seed}
     model: Model | None = None
     if source.target is not None:

@@ -1,10 +1,10 @@
-"""Runs a program that a model wrote, in a process of its own with limits.
+"""Runs a program that a model wrote, in its own process with limits.
 
-Two processes are started for each program. The first (``sandbox_child``) sets itself apart from the
-network and from other processes where the kernel lets it, starts the program, and ends it with
-everything it has started. The program starts in an empty directory, which is removed afterwards; it
-may read what the user may, and write only there. This keeps a model's mistakes from doing harm; it
-is no protection against programs that are written to do harm.
+Two processes are started for each program. The first (``sandbox_child``) isolates itself from the
+network and from other processes as far as the kernel allows, starts the program, and ends it and
+all processes that it has started. The program starts in an empty directory, which is removed
+afterwards; it may read everything that the user may read, and write only there. This protects
+against a model's mistakes, but not against programs that are written to do harm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tempfile import mkdtemp
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
 GRACE_S = 10.0
-"""Seconds that the first process has beside the program's own time, to start and clean up."""
+"""The seconds that the first process has in addition to the program's own time, to start and clean
+up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,10 @@ class ProgramLimits:
     """The resources that a program may use.
 
     Args:
-        cpu_s: seconds of one CPU.
+        cpu_s: CPU seconds.
         wall_s: wall-clock seconds, for programs that sleep.
-        memory_bytes: of address space.
-        file_bytes: of the largest file that it writes.
+        memory_bytes: the size of its address space.
+        file_bytes: the size of the largest file that it writes.
     """
 
     cpu_s: int = 5
@@ -47,7 +48,7 @@ class Verdict:
     """How a program ended.
 
     Args:
-        passed: it ran to its end.
+        passed: whether it ran to its end.
         reason: in a few words, why it did not pass; "passed" if it did.
     """
 
@@ -57,7 +58,7 @@ class Verdict:
 
 @contextmanager
 def _own_directory() -> Iterator[str]:
-    """An empty directory, removed afterwards with all that was written into it."""
+    """Creates an empty directory, and removes it afterwards with all of its contents."""
     directory = mkdtemp(prefix="griffin-eval-")
     try:
         yield directory
@@ -70,7 +71,7 @@ def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
     """Runs Python source. It passes if it runs to its end; an exception, an exit (whatever its
     status) or anything above the limits means that it does not."""
     limits = limits or ProgramLimits()
-    token = secrets.token_hex(16)  # only a program that ran to its end makes the child say it
+    token = secrets.token_hex(16)  # the child sends the token only if the program ran to its end
     task = json.dumps({"program": program, "token": token, **asdict(limits)})
     with _own_directory() as directory:
         child = subprocess.Popen(
@@ -80,7 +81,7 @@ def run_program(program: str, limits: ProgramLimits | None = None) -> Verdict:
             stderr=subprocess.DEVNULL,
             cwd=directory,
             env={"PATH": "/usr/bin:/bin", "HOME": directory, "TMPDIR": directory},
-            start_new_session=True,  # Ctrl-C is for the evaluation, which then ends this
+            start_new_session=True,  # Ctrl-C ends the evaluation, which then ends this process
         )
         try:
             answer, _ = child.communicate(task.encode(), timeout=limits.wall_s + GRACE_S)

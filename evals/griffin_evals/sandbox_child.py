@@ -66,14 +66,14 @@ def keep_writes_here() -> None:
     os.close(rules)
 
 
-# machine -> what the kernel calls it; clone; what is refused: fork, vfork, kill, and what neither
-# namespaces nor Landlock have a say in: socket (of files), chmod, fchmod, chown, fchown, lchown,
-# fchownat, fchmodat, utimensat
+# machine -> its name in the kernel; the number of clone; the refused calls: fork, vfork, kill, and
+# calls that neither namespaces nor Landlock restrict: socket (for files), chmod, fchmod, chown,
+# fchown, lchown, fchownat, fchmodat, utimensat
 CALLS = {
     "x86_64": (0xC000003E, 56, (57, 58, 62, 41, 90, 91, 92, 93, 94, 260, 268, 280)),
     "aarch64": (0xC00000B7, 220, (129, 198, 52, 53, 54, 55, 88)),
 }
-PIDFD_SEND_SIGNAL, FCHMODAT2 = 424, 452  # of every machine
+PIDFD_SEND_SIGNAL, FCHMODAT2 = 424, 452  # for every machine
 CLONE3, CLONE_THREAD = 435, 0x10000
 LOAD, IF_EQUAL, IF_SET, RETURN = 0x20, 0x15, 0x45, 0x06
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000
@@ -83,7 +83,7 @@ def refuse_calls() -> None:
     """Forbids, from here on, new processes (threads are allowed), signals to others, sockets, and
     changes of a file's mode, owner or times."""
     if platform.machine() not in CALLS:
-        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # which does not limit root
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # this limit does not apply to root
         return
     machine, clone, refused = CALLS[platform.machine()]
     refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
@@ -103,7 +103,7 @@ def end_with_reader(pipe: int) -> None:
     """Ends this process with its parent, which reads the pipe; now, if it has ended before."""
     libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
     poll = select.poll()
-    poll.register(pipe, 0)  # errors are reported anyway: one means that nobody reads
+    poll.register(pipe, 0)  # errors are ignored: they mean that the reader has ended
     if poll.poll(0):
         os._exit(1)
 
@@ -152,12 +152,12 @@ def children() -> list[int]:
 
 
 MOST_TOLD = 4096
-"""Bytes that are kept of the report of a program's process."""
+"""The most bytes of the report of a program's process that are kept."""
 
 
 def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
-    """The report of the program's process by its end or by ``wall_s``; its wait status, None if it
-    still runs."""
+    """Waits for the end of the program's process or for ``wall_s``. Returns its report, and its
+    wait status, None if it still runs."""
     until = time.monotonic() + wall_s
     told = b""
     while time.monotonic() < until:
@@ -166,7 +166,7 @@ def wait(child: int, listening: int, wall_s: float) -> tuple[str, int | None]:
             told = (told + piece)[:MOST_TOLD]
             if piece:
                 continue
-            time.sleep(0.005)  # it has ended, or closed its end and runs on
+            time.sleep(0.005)  # it has ended, or has closed its end of the pipe and still runs
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return told.decode("utf-8", "replace"), status

@@ -7,11 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from griffin_core.engine.sessions import SHARINGS
-from griffin_core.engine.task import SCORE_MODES, PruningParams
+from griffin_core.engine.task import PruningParams
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import POLICIES
-from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
+from griffin_core.spec.choices import SCORE_MODES, SHARINGS, PolicyName, ScoreMode, Sharing
 from griffin_evals.errors import InvalidSetting
 
 
@@ -22,7 +21,7 @@ class Settings:
     Args:
         density, policy, sharing: as ``griffin_core.LLM`` takes them.
         score_mode: "generation" or "classification"; see ``mode`` of ``griffin_core.LLM.score``.
-        seed: of the policies that draw, and of sampled completions.
+        seed: for policies that draw at random, and for sampled completions.
 
     Raises:
         InvalidSetting: a value is out of range.
@@ -37,7 +36,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.density, int | float):
             raise InvalidSetting("density", self.density, "a number in (0, 1]")
-        # None would take the default of core or server, so answers would depend on the backend.
+        # None would mean the default of the core or the server, so answers would depend on the
+        # backend.
         if self.policy is None:
             raise InvalidSetting("policy", None, ", ".join(POLICIES))
         if self.sharing is None:
@@ -69,14 +69,14 @@ class Settings:
         return int.from_bytes(_digest([self.seed, *request])[:8], "little")
 
     def key_of(self, fingerprint: str, kind: str, *request: Any) -> str:
-        """Names the answer to a request in a journal.
+        """Returns the key of the answer to a request in a journal.
 
         At density 1 policy, sharing and mode make no difference, so one answer serves all.
 
         Args:
-            fingerprint: of the model.
-            kind: of the request.
-            request: all that its answer depends on, seeds included.
+            fingerprint: the model's fingerprint.
+            kind: the kind of request.
+            request: everything that its answer depends on, seeds included.
         """
         dense = self.density == 1
         pruning = None if dense else [self.density, self.policy, self.sharing, self.score_mode]

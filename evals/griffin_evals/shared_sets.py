@@ -20,12 +20,15 @@ from typing import Any, cast
 
 import torch
 
-from griffin_core.engine.expert_groups import STEPS_HELD, kept_where_alike, select_group
-from griffin_core.engine.sessions import Session
+from griffin_core.engine.expert_group import STEPS_HELD, kept_where_alike, select_group
+from griffin_core.engine.session import Session
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.load import Model, load_model
@@ -39,11 +42,12 @@ AT_ONCE = 16
 
 @dataclass(kw_only=True)
 class Group:
-    """A shared group under one rule.
+    """A shared group with one rule.
 
     Args:
-        held: least number of steps for which a set is kept.
-        share: of a layer's neurons, that a new choice must change for the layer to follow it.
+        held: the least number of steps for which a set is kept.
+        share: the share of a layer's neurons that a new choice must change before the layer
+            changes its set.
     """
 
     held: int
@@ -74,7 +78,7 @@ class Group:
 
 
 class Text:
-    """A session: a text of which the first tokens are the prompt."""
+    """A session: a text whose first tokens are the prompt."""
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class Text:
         chosen = [event for event in events if isinstance(event, LayerExperts)]
         self.session = Session("")
         self.session.selection = selection
-        self.session.s2 = torch.stack([event.s.square() for event in chosen])
+        self.session.s2 = torch.stack([event.s2 for event in chosen])
         indices = torch.stack([event.experts for event in chosen])
         self.session.experts = ExpertSet(ff_width=decoder.spec.ff_width, indices=indices)
         self.caches: list[KvCache] = [first]
@@ -116,7 +120,7 @@ def measure(
     """Runs all texts through all groups.
 
     Args:
-        every: steps between two texts that join.
+        every: the number of steps between two texts that join.
     """
     decoder, selection = model.decoder, Selection(density=density)
     dense = [layer.ff for layer in decoder.layers]
@@ -151,7 +155,7 @@ def measure(
 def run(
     decoder: Any, live: Sequence[Text], number: int, view: Any, ids: Sequence[int], table: Any
 ) -> torch.Tensor:
-    """Log-probabilities [N, V] of a step."""
+    """Returns the log-probabilities [N, V] of a step."""
     steps = [
         StepTokens(cache=text.caches[number], view=view, token_ids=[token])
         for text, token in zip(live, ids, strict=True)

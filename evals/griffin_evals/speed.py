@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from griffin_evals.lm import GriffinLM
 
 TOKENS = 64
-"""Most tokens of a completion after its first token."""
+"""The most tokens of a completion after its first token."""
 
 REPEATS = 3
 
@@ -29,11 +29,11 @@ night. "We had lost our bearings," he said, "and nobody spoke any more. Then""".
 
 
 def tokens_per_second(lm: GriffinLM) -> list[float]:
-    """One rate for each prompt; see ``WHAT``. The time is that of a completion minus that of its
-    first token.
+    """Returns the rate of each prompt; see ``WHAT``. Its time is that of a completion minus that of
+    its first token.
 
     Args:
-        lm: has no journal, since answers from one would take no time.
+        lm: a model without a journal, since stored answers would take no time.
     """
     rates = []
     for number in range(REPEATS + 1):
@@ -46,7 +46,7 @@ def tokens_per_second(lm: GriffinLM) -> list[float]:
 
 
 def _run(lm: GriffinLM, prompt: str, most: int) -> tuple[float, int]:
-    """Seconds taken, and the number of tokens generated."""
+    """Returns the seconds taken, and the number of tokens generated."""
     lm = lm.with_settings()  # with figures of its own
     kwargs = {"until": [], "max_gen_toks": most, "do_sample": False}
     request = Instance("generate_until", {}, (prompt, kwargs), 0, metadata=("speed", 0, 1))

@@ -1,4 +1,4 @@
-"""Text to token ids by the rules of lm-eval's ``hf`` model."""
+"""Converts text to token ids by the rules of lm-eval's ``hf`` model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ class HfTokens:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        add_bos_token: whether texts get the tokenizer's special tokens; None for what it does by
-            default.
+        add_bos_token: whether texts get the tokenizer's special tokens; None for its default.
         chat_template_args: further variables of the chat template.
     """
 
@@ -52,7 +51,7 @@ class HfTokens:
         return text
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Token ids of a context, or of a context and its continuation.
+        """Returns the token ids of a context, or of a context and its continuation.
 
         Args:
             add_special_tokens: None for ``add_bos_token``; no special tokens are added if the text
@@ -61,11 +60,12 @@ class HfTokens:
         return self._encode(text, add_special_tokens, self._prefix_text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt that is to be completed."""
+        """Returns the token ids of a prompt to complete."""
         return self._encode(text, None, self.tokenizer.bos_token)
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """A chat as text; without its system message if the template takes none."""
+        """Renders a chat as text, without its system message if the template does not support
+        one."""
         try:
             return self._render(messages, add_generation_prompt)
         except TemplateError:
@@ -91,13 +91,13 @@ class HfTokens:
 
 
 def tokenizer_of(name: str) -> Any:
-    """The tokenizer of a model: a fast one of transformers.
+    """Returns the tokenizer of a model, a fast one of transformers.
 
     Args:
-        name: as ``load_model`` takes it.
+        name: a model name that ``load_model`` accepts.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: it does not exist or cannot be read.
     """
     with quiet():
         directory: Path = local_directory(name, resolve(name, torch.float32, lambda _: None))

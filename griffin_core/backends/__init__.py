@@ -1,1 +1,1 @@
-"""What runs the model: one package for each kind of device."""
+"""The operations that run a model, with one package for each kind of device."""

@@ -13,12 +13,12 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from griffin_core.spec.rope import RotarySpec
 
 Rope = tuple[Tensor, Tensor]
-"""Factors of ``apply_rope`` for some positions, two [N, 1, head_dim]: cos, and sin with the sign of
-the half it falls on."""
+"""The factors of ``apply_rope`` for N positions, two tensors [N, 1, head_dim]: cos, and sin, which
+is negated in the first half of a head."""
 
 
 def rope_factors(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """The factors for positions [N]."""
+    """Returns the factors for positions [N]."""
     angles = positions[:, None].float() * _frequencies(spec, positions.device)
     cos, sin = angles.cos() * spec.scale, angles.sin() * spec.scale
     return torch.cat((cos, cos), 1)[:, None].to(dtype), torch.cat((-sin, sin), 1)[:, None].to(dtype)
@@ -34,21 +34,21 @@ def apply_rope(x: Tensor, rope: Rope) -> None:
     """Rotates pairs (i, i + head_dim / 2) of x [N, heads, head_dim] in place, in the layout of
     Hugging Face checkpoints."""
     cos, sin = rope
-    swapped = x.roll(x.shape[-1] // 2, -1).mul_(sin)
-    x.mul_(cos).add_(swapped)
+    other_half = x.roll(x.shape[-1] // 2, -1).mul_(sin)
+    x.mul_(cos).add_(other_half)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
-    """Which cached tokens each new token sees.
+    """The attention mask: which cached tokens each new token sees.
 
     Args:
-        first: index of the first cached token any new token sees; those before it are skipped.
-        causal: the cache holds the new tokens alone, and each sees those up to itself.
-        mask: [T, S - first] bool, True where seen, unless ``causal`` or ``shifted`` says it; None
-            if every new token sees all of them.
-        shifted: on a GPU, causal with tokens before the new ones, in a form for which torch has a
-            fused kernel; with a mask of numbers it has none that also takes grouped heads.
+        first: index of the first cached token that any new token sees; earlier ones are skipped.
+        causal: whether the cache holds only the new tokens, each of which sees those up to itself.
+        mask: [T, S - first] bool, True where a token is seen; None if ``causal`` or ``shifted`` is
+            set, or if every new token sees all of them.
+        shifted: on a GPU, the causal mask for new tokens after cached ones, in a form for which
+            torch has a fused kernel. For a mask tensor it has none that also takes grouped heads.
     """
 
     first: int
@@ -60,10 +60,10 @@ class AttentionMask:
 def attention_mask(
     start: int, count: int, window: int | None, device: torch.device
 ) -> AttentionMask:
-    """Causal visibility for ``count`` new tokens at positions start, start + 1, ...
+    """Returns the causal mask for ``count`` new tokens at positions start, start + 1, ...
 
     Args:
-        window: tokens a query sees, itself included; None for no limit.
+        window: number of tokens that a query sees, its own included; None for no limit.
     """
     end = start + count
     first = 0 if window is None else max(0, start - window + 1)
@@ -91,7 +91,7 @@ def attend(
     Args:
         q: [T, H, head_dim], the new tokens.
         k, v: [kv_heads, S, head_dim], all tokens so far, the new ones last.
-        scale: factor on q·k.
+        scale: the factor on q·k.
         softcap: s -> cap * tanh(s / cap) on the scaled scores.
 
     Returns:
@@ -101,8 +101,9 @@ def attend(
     if mask.first:
         k, v = k[:, mask.first :], v[:, mask.first :]
     if softcap is None and tokens == 1:
-        # The heads of a group read the same keys, so they pass as one head's rows: with enable_gqa
-        # torch's CPU kernel reads them once for each, in bfloat16 four times slower (docs/LOG.md).
+        # The heads of a group read the same keys, so they are passed as the rows of one head: with
+        # enable_gqa torch's CPU kernel reads the keys once per head, which in bfloat16 is four
+        # times slower (docs/LOG.md).
         rows = q.view(1, k.shape[0], -1, head_dim)
         out = F.scaled_dot_product_attention(rows, k[None], v[None], scale=scale)
         return out.reshape(1, -1)
@@ -121,7 +122,7 @@ def attend(
             scale=scale,
             enable_gqa=k.shape[0] != heads,
         )[0]
-    else:  # no fused kernel of torch knows a soft cap
+    else:  # torch has no fused kernel with a soft cap
         scores = softcap * torch.tanh((q @ k.transpose(1, 2)) * scale / softcap)
         seen = mask.mask
         if mask.causal or mask.shifted is not None:

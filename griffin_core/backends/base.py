@@ -1,7 +1,7 @@
-"""What a backend offers: the operations of a decoder on one kind of device, in one dtype.
+"""The interface of a backend: the operations of a decoder on one kind of device, in one dtype.
 
-``Decoder`` says what a layer does, a backend says how. ``TorchBackend`` is the plain reference of
-the others. A backend knows nothing of sessions or engines.
+``Decoder`` says what a layer does, a backend says how. ``TorchBackend`` is the plain reference that
+the others are tested against. A backend knows nothing about sessions or engines.
 """
 
 from __future__ import annotations
@@ -24,59 +24,59 @@ if TYPE_CHECKING:
     from griffin_core.sampling.params import SamplingParams
 
 Layout = Literal["gemv", "gemm", "both"]
-"""For how many rows at once weights are laid out: one, several, or either. Other numbers of rows
-work but are slower."""
+"""The number of rows that weights are laid out for: one (gemv), several (gemm), or either (both).
+Other numbers of rows work but are slower."""
 
 Moment = float | torch.cuda.Event
-"""Seconds on the host's clock, or a place in the order of a GPU's work."""
+"""A point in time: seconds on the host's clock, or an event in a GPU's stream."""
 
 
 class Linear(Protocol):
-    """y = x Wᵀ + b, with weights that a backend has laid out."""
+    """The weights of y = x Wᵀ + b, laid out by a backend."""
 
     weight: Tensor | None
-    """[out, in]; None where only a copy in another layout is held."""
+    """[out, in]; None if the backend holds only a copy in another layout."""
     bias: Tensor | None
     """[out] or None."""
 
 
 class RunFF(Protocol):
-    """What a layer runs as its FF block: the dense one, one that also takes the statistic, or each
-    row on its own experts."""
+    """Runs the FF block of a layer: dense, dense while taking the statistic, or each row on its own
+    experts."""
 
     def __call__(
         self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """residual + FF(norm(x)), [N, D] -> [N, D]."""
+        """Returns residual + FF(norm(x)), [N, D] -> [N, D]."""
         ...
 
 
 class FeedForward(RunFF, Protocol):
-    """An FF block on some neurons, laid out by a backend."""
+    """An FF block of all or some neurons, laid out by a backend."""
 
     weights: FFWeights
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [T, D], already normalized -> Z [T, F], and parts [T, n] float32 that sum to each row's
-        ‖Z_t‖², where a kernel gives them with Z; else None."""
+        """Takes x [T, D], already normalized. Returns Z [T, F], and parts [T, n] float32 whose sum
+        is each row's ‖Z_t‖² if a kernel computes them along with Z, else None."""
         ...
 
     def gather(self, experts: Tensor, layout: Layout) -> FeedForward:
-        """A block that holds copies of some neurons: experts [K], ascending integers."""
+        """Returns a block that holds copies of some neurons: experts [K], ascending integers."""
         ...
 
     def gathered_bytes(self, k: int) -> int:
-        """The most bytes that ``gather`` of k neurons holds."""
+        """Returns the most bytes that a block of k neurons from ``gather`` holds."""
         ...
 
     def output(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
-        """residual + Z Wᵀ_down: [T, F] -> [T, D]."""
+        """Returns residual + Z Wᵀ_down, [T, F] -> [T, D]."""
         ...
 
     def zeroed(
         self, x: Tensor, keep: Tensor, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """As a call, with some activations set to zero.
+        """Does the same as calling the block, with some activations set to zero.
 
         Args:
             keep: [F] bool for all rows, or [n, F] of x's dtype for the last n rows: 1 for the
@@ -91,13 +91,13 @@ class FeedForward(RunFF, Protocol):
         norm: Norm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """As ``zeroed`` for the last n rows, or on all neurons if ``keep`` is None, in such a way
-        that no row's activations depend on its place or on other rows."""
+        """Does the same as ``zeroed`` for the last n rows, or runs all neurons if ``keep`` is None,
+        such that no row's activations depend on its place in the batch or on other rows."""
         ...
 
 
 class Attention(Protocol):
-    """Attention of one batch, made once for all of its layers."""
+    """The attention of one batch, made once for all layers."""
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         """Normalizes and rotates queries and keys, stores keys and values, and attends.
@@ -112,7 +112,7 @@ class Attention(Protocol):
 
 
 class SamplerSlots(Protocol):
-    """What a device keeps for each sampler slot, and draws with. See ``sampling.Sampler``."""
+    """The sampling state of every sampler slot on a device. See ``sampling.Sampler``."""
 
     drawn: Tensor
 
@@ -132,18 +132,19 @@ class SamplerSlots(Protocol):
 
 
 class Backend(ABC):
-    """Operations of a decoder. All floating tensors have ``dtype`` unless said otherwise.
+    """The operations of a decoder. Floating-point tensors have ``dtype`` unless stated otherwise.
 
     Args:
-        device, dtype: of weights and activations.
+        device: where weights and activations are.
+        dtype: the type of weights and activations.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
 
-    def prepare(self, spec: ModelSpec) -> None:  # noqa: B027  # most have nothing to do
-        """Compiles what takes its time, so that no request waits for it."""
+    def prepare(self, spec: ModelSpec) -> None:  # noqa: B027  # most backends have nothing to do
+        """Compiles the slow parts in advance, so that no request waits for them."""
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class Backend(ABC):
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None = None, layout: Layout = "both"
     ) -> Linear:
-        """Lays out the weights of a product.
+        """Lays out the weights of a matrix product.
 
         Args:
             weight: [out, in].
@@ -160,57 +161,60 @@ class Backend(ABC):
 
     @abstractmethod
     def pack_ff(self, weights: FFWeights, layout: Layout = "both") -> FeedForward:
-        """Lays out an FF block, of all neurons of a layer or of a copy of some."""
+        """Lays out an FF block: all neurons of a layer, or copies of some."""
 
     @abstractmethod
     def linear_bytes(self, rows: int, columns: int) -> int:
-        """The most bytes that ``pack_linear`` holds of a weight [rows, columns], in one layout."""
+        """Returns the most bytes that ``pack_linear`` holds for a weight [rows, columns] in one
+        layout."""
 
     # -- operations ------------------------------------------------------------------------------
 
     @abstractmethod
     def norm(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
-        """residual + norm(x) over the last dimension, [..., D], in float32 inside."""
+        """Returns residual + norm(x) over the last dimension, [..., D], computed in float32."""
 
     @abstractmethod
     def linear(
         self, x: Tensor, w: Linear, *, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """residual + w(norm(x)), [N, in] -> [N, out]."""
+        """Returns residual + w(norm(x)), [N, in] -> [N, out]."""
 
     @abstractmethod
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        """cap · tanh(logits / cap), [N, V] float32."""
+        """Returns cap · tanh(logits / cap), [N, V] float32."""
 
     @abstractmethod
     def prefill_attention(
         self, spec: ModelSpec, runs: Sequence[tuple[KvCache, int]], positions: Tensor
     ) -> Attention:
-        """Causal attention of long runs of new tokens, each over its own cache and itself.
+        """Returns causal attention for long runs of new tokens, each over its own cache and itself.
 
         Args:
-            runs: each sequence's cache, and how many rows of the batch are its next tokens.
-            positions: [N] int64, of all rows.
+            runs: each sequence's cache, and the number of rows of the batch that are its next
+                tokens.
+            positions: [N] int64, the position of each row in its sequence.
         """
 
     @abstractmethod
     def decode_attention(self, spec: ModelSpec, pool: KvPool, rows: RowTable) -> Attention:
-        """Causal attention of a few new tokens of each of many sequences of one pool."""
+        """Returns causal attention for a few new tokens in each of many sequences of one pool."""
 
     @abstractmethod
     def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
-        """Adds to s2 [R, F] float32, in place, Σ_t Z_tf² / ‖Z_t‖² over each of R runs of rows.
+        """Adds Σ_t Z_tf² / ‖Z_t‖² over each of R runs of rows to s2 [R, F] float32, in place.
 
-        A zero row, which ReLU can give, adds nothing; so does one whose squares underflow.
+        A zero row, which ReLU can produce, adds nothing; neither does a row whose squares
+        underflow.
 
         Args:
-            s2: its rows may lie apart.
+            s2: [R, F]; its rows need not be adjacent in memory.
             z: [N, F].
-            squares: as of ``FeedForward.activations``.
+            squares: the second result of ``FeedForward.activations``.
         """
 
     def new_pool(self, spec: ModelSpec, tokens: int) -> KvPool:
-        """Room for the keys and values of that many tokens."""
+        """Allocates a pool for the keys and values of ``tokens`` tokens."""
         shape = (2, spec.kv_heads, tokens + 1, spec.head_dim)
         return KvPool(
             [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in spec.layers]
@@ -218,34 +222,37 @@ class Backend(ABC):
 
     @abstractmethod
     def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
-        """State of the draws of ``slots`` sessions and one padding slot."""
+        """Allocates the sampling state of ``slots`` sessions and one padding slot."""
 
     # -- the device ------------------------------------------------------------------------------
 
     default_chunk_tokens = 512
-    """Prompt tokens of a pass: enough for products to run at the device's rate, and no more, since
-    streams wait meanwhile."""
+    """Prompt tokens in a pass: enough for matrix products to reach the device's full rate, and no
+    more, since running streams wait for the pass."""
 
     claims_memory = False
-    """Whether the device's memory is claimed for sessions at start; on a CPU, pages are taken as
+    """Whether the memory for sessions is claimed at start. On a CPU it is not: pages are taken as
     they are filled."""
 
     overlaps = False
-    """Whether the device runs a step while the host does something else."""
+    """Whether the device runs a step while the host does other work."""
 
     captures = False
     """Whether all operations can be captured as a graph (``capture``)."""
 
     def prepare_thread(self) -> None:  # noqa: B027
-        """To be called once on the thread that runs the model."""
+        """Prepares the calling thread. Call it once on the thread that runs the model."""
 
     def synchronize(self) -> None:  # noqa: B027
-        """Waits until the device has done what it was given. A GPU that is lost raises here."""
+        """Waits until the device has finished all work submitted so far. Raises if the GPU is
+        lost."""
 
     def moment(self) -> Moment:
-        """Now, or on a GPU when it has done what it was given so far; it is not waited for."""
+        """Returns the time now; on a GPU, an event after all work submitted so far, without
+        waiting."""
         return time.perf_counter()
 
     def event(self) -> torch.cuda.Event | None:
-        """On a GPU, when it has done what it was given so far; None where work is done at once."""
+        """Returns an event after all work submitted so far on a GPU; None where work is
+        synchronous."""
         return None

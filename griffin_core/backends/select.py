@@ -1,4 +1,4 @@
-"""The one place where the device decides what runs the model."""
+"""The one place that chooses a backend by device and dtype."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from griffin_core.backends.torch import TorchBackend
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The fastest backend for weights of a dtype on a device. Imports only that backend's kernels:
-    numba's for a CPU, Triton's for an NVIDIA GPU."""
+    """Returns the fastest backend for weights of a dtype on a device. Imports only that backend's
+    kernels: numba's for a CPU, Triton's for an NVIDIA GPU."""
     if device.type == "cpu":
         from griffin_core.backends.cpu.backend import CpuBackend  # noqa: PLC0415  # needs numba
 

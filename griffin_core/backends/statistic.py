@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-"""The least number whose reciprocal is finite."""
+"""The smallest float32 whose reciprocal is finite."""
 
 
 def statistic(z: Tensor) -> Tensor:
     """Activations Z [T, F] of any float dtype -> s2 [F] float32: Σ_t Z_tf² / ‖Z_t‖².
 
     Rows are scaled in float32, whatever the dtype of ``z`` (squares of float16 overflow). A zero
-    row, which ReLU can give, adds nothing; so does one whose squares underflow (norm < 1e-19).
-    Summed over neurons, s2 is the number of the other rows. Only real tokens may be in ``z``:
-    padding would be counted.
+    row, which ReLU can produce, adds nothing; neither does a row whose squares underflow (norm <
+    1e-19). The sum of s2 over neurons is the number of all other rows. ``z`` must hold no padding,
+    which would be counted.
     """
     squares = z.float().square()
     row = squares.sum(dim=1)

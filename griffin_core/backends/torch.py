@@ -1,4 +1,4 @@
-"""The plain backend: torch's own operations, on any device, in any dtype."""
+"""The plain backend: torch's own operations, on any device and in any dtype."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from griffin_core.spec.weights import FFWeights, Norm
 
 
 class TorchLinear:
-    """Weights of a product, as they are loaded."""
+    """The weights of a matrix product, as they are loaded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight: Tensor | None = weight
@@ -45,11 +45,11 @@ class TorchLinear:
 
 
 class TorchFeedForward:
-    """An FF block of two products.
+    """An FF block of two matrix products.
 
     Args:
-        backend: runs them.
-        weights: of all neurons of a layer, or a copy of some.
+        backend: runs the products.
+        weights: all neurons of a layer, or copies of some.
     """
 
     def __init__(self, backend: Backend, weights: FFWeights, layout: Layout) -> None:
@@ -74,12 +74,12 @@ class TorchFeedForward:
         )
 
     def inner(self, x: Tensor) -> Tensor:
-        """[T, D] -> what the activation is taken of: [T, 2F], gate and up beside each other, or
-        [T, F] for a plain FF."""
+        """Returns the input of the activation: [T, D] -> [T, 2F], gate then up, or [T, F] for a
+        plain FF."""
         return self._backend.linear(x, self._in)
 
     def activate(self, h: Tensor) -> Tensor:
-        """What ``inner`` gives -> Z [T, F]."""
+        """Turns the result of ``inner`` into Z [T, F]."""
         if not self.weights.gated:
             return self._activation(h)
         gate, up = h.chunk(2, dim=-1)
@@ -96,9 +96,9 @@ class TorchFeedForward:
         norm: Norm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """As ``zeroed``, or on all neurons if ``keep`` is None, with each row activated by itself.
-        A vector of values and the few left over at the end of a tensor are rounded differently, so
-        a row's activations would depend on where it stands."""
+        """Does the same as ``zeroed``, or runs all neurons if ``keep`` is None, and activates each
+        row by itself. The SIMD body and the scalar tail of a tensor round differently, so otherwise
+        a row's activations would depend on its place in the batch."""
         if norm is not None:
             x = self._backend.norm(x, norm)
         z = torch.stack([self.activate(row) for row in self.inner(x).unbind()])
@@ -136,10 +136,10 @@ class Run:
     """Consecutive new tokens of one sequence.
 
     Args:
-        layers: of the pool: L tensors [2, kv_heads, slots, head_dim].
+        layers: the pool's L tensors [2, kv_heads, slots, head_dim].
         first_slot: KV slot of the sequence's first token.
         start: position of the first new token.
-        begin, end: their rows in the batch.
+        begin, end: the rows of the batch that hold these tokens.
     """
 
     layers: Sequence[Tensor]
@@ -159,11 +159,11 @@ class Run:
 
 
 class TorchAttention:
-    """Attention run by run, each over its own length: torch has no attention over many lengths
-    that does not pad them to the longest.
+    """Attention of each run over its own length, one run after the other: torch's attention over
+    several lengths pads them all to the longest.
 
     Args:
-        ropes: factors for the batch's positions, one for each of ``spec.rotaries``.
+        ropes: the factors for the batch's positions, a pair for each of ``spec.rotaries``.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class TorchAttention:
             run.kv(layer, run.start, run.stop).copy_(own.permute(1, 2, 0, 3))
 
     def keys_and_values(self, layer: int, qkv: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """The keys and the values that a run sees, each [kv_heads, S, head_dim]."""
+        """Returns the keys and the values that a run sees, each [kv_heads, S, head_dim]."""
         keys, values = run.kv(layer, 0, run.stop).unbind()
         return keys, values
 
@@ -243,7 +243,7 @@ class TorchBackend(Backend):
         return y if residual is None else y.add_(residual)
 
     def multiply(self, x: Tensor, w: Linear) -> Tensor:
-        """w(x)."""
+        """Returns w(x)."""
         assert w.weight is not None
         return F.linear(x, w.weight, w.bias)
 
@@ -259,7 +259,7 @@ class TorchBackend(Backend):
         return TorchAttention(self, spec, decode_runs(pool, rows), self.ropes(spec, rows.positions))
 
     def ropes(self, spec: ModelSpec, positions: Tensor) -> tuple[Rope, ...]:
-        """Rotary factors for positions [N], one for each of ``spec.rotaries``."""
+        """Returns the rotary factors for positions [N], a pair for each of ``spec.rotaries``."""
         return tuple(rope_factors(rotary, positions, self.dtype) for rotary in spec.rotaries)
 
     def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
@@ -275,7 +275,8 @@ class TorchBackend(Backend):
 
 
 def prefill_runs(runs: Sequence[tuple[KvCache, int]]) -> list[Run]:
-    """Runs of rows, one sequence after the other, each of the next tokens of its cache.
+    """Returns a run for each cache: its next tokens, which follow those of the cache before it in
+    the batch.
 
     Raises:
         ValueError: the tokens do not fit a cache.
@@ -299,7 +300,7 @@ def prefill_runs(runs: Sequence[tuple[KvCache, int]]) -> list[Run]:
 
 
 def decode_runs(pool: KvPool, rows: RowTable) -> list[Run]:
-    """The runs of a step's sequences."""
+    """Returns the runs of a step's sequences."""
     assert rows.batch is not None, "a captured step has no runs"
     found, begin = [], 0
     for each in rows.batch.sequences:

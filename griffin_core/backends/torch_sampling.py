@@ -1,8 +1,10 @@
-"""Draws in plain torch and numpy, row by row in float64: the reference of the compiled samplers.
+"""Sampling in plain torch and numpy, row by row in float64: the reference for the compiled
+samplers.
 
-A draw is a race: token i has the key -log(1 - v_i) / w_i, with v_i uniform in (0, 1) by Philox of
-(seed, position, token), and the smallest key wins, which happens with probability w_i / Σ w. The
-compiled samplers use the same random bits, so they draw the same tokens, but for rounding.
+A draw is a race of exponential variables: token i has the key -log(1 - v_i) / w_i, with v_i uniform
+in (0, 1) by Philox of (seed, position, token), and the smallest key wins, which happens with
+probability w_i / Σ w. The compiled samplers use the same random bits, so they draw the same tokens,
+except for rounding.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ _ROUNDS = 10
 
 @dataclass
 class _Slot:
-    """What the draws of one session need.
+    """The sampling state of one session.
 
     Args:
         seen: tokens of the prompt and of earlier turns.
-        drawn: how often each token was drawn since.
-        banned: tokens that are not drawn.
+        drawn: how often each token has been drawn since then.
+        banned: tokens that must not be drawn.
     """
 
     params: SamplingParams
@@ -72,18 +74,18 @@ class TorchSlots:
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         rows = zip(logits.cpu(), slots.tolist(), positions.tolist(), strict=True)
-        tokens = [self._draw(row, slot, position) for row, slot, position in rows]
+        tokens = [self._sample_row(row, slot, position) for row, slot, position in rows]
         drawn = torch.tensor(tokens, dtype=torch.int64, device=self.drawn.device)
         self.drawn[slots] = drawn
         return drawn
 
-    def _draw(self, logits: Tensor, slot: int, position: int) -> int:
+    def _sample_row(self, logits: Tensor, slot: int, position: int) -> int:
         if not logits.isfinite().all():
             return -1
         own = self._slots.get(slot)
         if own is None:
             return int(logits.argmax())
-        x = _shaped(logits.double(), own)
+        x = _process_logits(logits.double(), own)
         token = int(x.argmax())
         if own.params.temperature > 0:
             token = _race(_weights(x, own.params), own.params.seed, position)
@@ -91,8 +93,9 @@ class TorchSlots:
         return token
 
 
-def _shaped(x: Tensor, own: _Slot) -> Tensor:
-    """Logits [V] with biases and penalties; -infinity for tokens that are not to be drawn."""
+def _process_logits(x: Tensor, own: _Slot) -> Tensor:
+    """Applies biases and penalties to logits [V]; tokens that must not be drawn become
+    -infinity."""
     params = own.params
     for token, bias in params.logit_bias.items():
         x[token] += bias
@@ -110,9 +113,10 @@ def _shaped(x: Tensor, own: _Slot) -> Tensor:
 
 
 def _weights(x: Tensor, params: SamplingParams) -> Tensor:
-    """Weights [V] of the tokens that top_k, top_p and min_p leave, the most likely one's 1."""
+    """Returns the weights [V] of the tokens that top_k, top_p and min_p leave; the most likely
+    token's weight is 1."""
     ranked, order = x.sort(descending=True, stable=True)
-    # The difference comes first: x / 1e-320 is infinite, 0 / 1e-320 is not.
+    # Subtract before dividing: x / 1e-320 is infinite, 0 / 1e-320 is not.
     w = ((ranked - ranked[0]) / params.temperature).exp()
     if params.top_k:
         w[params.top_k :] = 0
@@ -131,7 +135,7 @@ def _race(w: Tensor, seed: int, position: int) -> int:
 
 
 def _uniform(count: int, seed: int, position: int) -> NDArray[np.float64]:
-    """Numbers in (0, 1), four of each counter (n, position, 0) of Philox4x32-10."""
+    """Returns numbers in (0, 1), four from each counter (n, position, 0) of Philox4x32-10."""
     c0 = np.arange(-(-count // 4), dtype=np.uint64)
     c1 = np.full_like(c0, position & 0xFFFFFFFF)
     c2 = np.full_like(c0, position >> 32)

@@ -1,8 +1,8 @@
-"""What the control groups of this process allow it: CPU quota and memory, of cgroup v1 and v2.
+"""What the control groups of this process allow it: CPU quota and memory, in cgroup v1 and v2.
 
 A process is in one group of each hierarchy, and every group above that one limits it too. In a
-container the path that the kernel names may be one of the host's, which is not there to be read;
-what is mounted at the root is then the container's own group.
+container the path that the kernel names may be a path of the host, which cannot be read there. Then
+the container's own group is mounted at the root.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def quota_cpus(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
-    """CPUs that the tightest quota pays for; infinite if there is none."""
+    """Number of CPUs that the tightest quota allows; infinite if there is no quota."""
     quotas = [math.inf]
     for group in _groups("cpu", root, membership):
-        words = _read(group / "cpu.max").split() or [
+        fields = _read(group / "cpu.max").split() or [
             *_read(group / "cpu.cfs_quota_us").split(),
             *_read(group / "cpu.cfs_period_us").split(),
         ]
-        match words:
+        match fields:
             case [quota, period] if quota.isdecimal() and period.isdecimal() and int(period):
                 quotas.append(int(quota) / int(period))
     return min(quotas)
@@ -47,8 +47,8 @@ def memory_left(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
 
 
 def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Directories of this process's group of a controller and of those above it. One that is not
-    there reads as empty files."""
+    """Directories of this process's group of a controller and of the groups above it. They need not
+    exist: a missing file reads as empty."""
     for line in _read(membership).splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

@@ -1,12 +1,12 @@
 """How many bytes sessions may hold, from what the device has left.
 
-On a GPU that is what is free once the weights are loaded, and once the memory of the steps' graphs
-and of a prompt's chunk is set aside, times a fraction. The bytes are then claimed: the KV pool
-takes them from the device at once. So the next server on the same GPU finds only what this one has
-left, and takes its own fraction of that.
+On a GPU that is a fraction of what is free once the weights are loaded and the memory of the steps'
+graphs and of a prompt's chunk is set aside. The bytes are then claimed: the KV pool takes them from
+the device at once. So the next server on the same GPU finds only what this one has left, and takes
+its own fraction of that.
 
 On a CPU it is a fraction of what is available to the process. Nothing is claimed there: the pool
-takes pages as it is filled, other programs take theirs, and the default fraction leaves them half.
+takes pages as it is filled, and the default fraction leaves half to other programs.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from griffin_core.engine.cgroup import memory_left
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import prefill
-from griffin_core.kv.pool import kv_bytes
+from griffin_core.kv.pool import KvPool, kv_bytes
 from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
 FRACTIONS = {"cuda": 0.9, "cpu": 0.5}
-"""Fraction of the free memory that sessions may hold by default, by type of device."""
+"""Fraction of the free memory that sessions may hold by default, for each type of device."""
 
 GIB = 1 << 30
 
 MEMINFO = Path("/proc/meminfo")
 
 ASSUMED_BYTES = 8 * GIB
-"""Taken for available on a CPU whose system does not tell (it is not Linux)."""
+"""Bytes assumed to be available on a CPU where the system does not say (it is not Linux)."""
 
 LARGEST_GRAPH, GRAPH_MODES, WORKING_LOGITS = 64, 4, 3
-"""Rows of the largest captured step, ways in which it is captured, and how many times the logits of
-the largest step the sampler holds."""
+"""Rows of the largest captured step; the number of ways in which each step is captured; and how
+many times the logits of the largest step the sampler holds."""
 
 GRAPH_OVERHEAD = 512 << 20
 """Bytes of the graphs themselves and of a step's other intermediate results."""
 
 ATTEMPTS = 3
-"""Tries to claim memory that another process may take first."""
+"""How often to try to claim memory that another process may take first."""
 
 
 def fraction_of(device: torch.device, fraction: float | None) -> float:
-    """The fraction asked for, or the device's default."""
+    """The given fraction, or the device's default if it is None."""
     return FRACTIONS[device.type] if fraction is None else fraction
 
 
 def available_bytes(
     meminfo: Path = MEMINFO, left_in_groups: Callable[[], float] = memory_left
 ) -> int:
-    """Bytes that this process can still take without swapping: what the kernel estimates for the
-    machine, or what its control groups leave, whichever is less."""
+    """Bytes that this process can still take without swapping: the kernel's estimate for the
+    machine, or what the process's control groups leave, whichever is less."""
     machine = float(ASSUMED_BYTES)
     try:
         for line in meminfo.read_text(encoding="ascii").splitlines():
@@ -74,7 +74,7 @@ def available_bytes(
 
 
 def tokens_held(decoder: Decoder, size: int) -> int:
-    """Tokens of KV that so many bytes hold."""
+    """Tokens of KV that ``size`` bytes hold."""
     return size // kv_bytes(decoder.spec, decoder.dtype, 1)
 
 
@@ -83,27 +83,27 @@ class Room:
     """What a GPU has for the sessions of an engine.
 
     Args:
-        free: bytes neither held nor promised.
-        workspace: bytes of them that a chunk of a prompt works in.
+        free: bytes that are neither held nor promised.
+        workspace: bytes of these that a chunk of a prompt needs while it runs.
     """
 
     free: int
     workspace: int
 
     def for_sessions(self, fraction: float) -> int:
-        """Bytes of a budget."""
+        """Bytes that sessions may hold."""
         return max(0, int((self.free - self.workspace) * fraction))
 
 
 class DeviceShare:
     """The memory of one GPU that an engine has claimed for its sessions.
 
-    Engines of one process share torch's allocator, so what one has claimed and not yet used looks
-    free to the next; ``_claims`` tells them apart. Other processes are kept out by what the
+    Engines of one process share torch's allocator, so the workspace that one has claimed looks free
+    to the next; ``_claims`` tells them apart. Other processes are kept out by what the
     allocator holds, which is exact with one engine in the process.
 
     Args:
-        decoder: its device, and what a token of KV takes.
+        decoder: says which device, and how much a token of KV takes.
         chunk_tokens: prompt tokens that run at once.
     """
 
@@ -115,7 +115,7 @@ class DeviceShare:
         self._device = decoder.device
         self._chunk_tokens = chunk_tokens
         self.unused = 0
-        """Bytes that were promised and that no tensor holds yet."""
+        """Bytes of the workspace, which no tensor holds between two passes."""
 
     @classmethod
     def claims(cls) -> int:
@@ -123,16 +123,24 @@ class DeviceShare:
         with cls._lock:
             return sum(len(shares) for shares in cls._claims.values())
 
-    def claim(self, fraction: float, wanted: int | None, graphs: int) -> int:
-        """Takes bytes for sessions from the device, and keeps them until ``release``.
+    def claim(
+        self,
+        fraction: float,
+        wanted: int | None,
+        graphs: int,
+        allocate: Callable[[int], KvPool],
+    ) -> tuple[int, KvPool]:
+        """Allocates the KV pool of sessions, and claims what prompts and graphs work in until
+        ``release``.
 
         Args:
-            fraction: of what is free.
-            wanted: so many bytes instead.
+            fraction: fraction of what is free.
+            wanted: number of bytes for the sessions instead of a fraction; None for the fraction.
             graphs: bytes to leave for the steps' graphs, which are captured later.
+            allocate: makes a pool of up to that many bytes.
 
         Returns:
-            The bytes of the budget. ``allocated`` is to be called when tensors hold them.
+            The bytes that sessions may hold, and the pool.
 
         Raises:
             DeviceMemoryExhausted: less is free than is wanted, or too little for any session.
@@ -144,22 +152,18 @@ class DeviceShare:
                 size = check_room(
                     room, fraction, wanted, self._smallest_bytes(), device=str(self._device)
                 )
-                if self._take(size + workspace):
-                    self.unused = size + workspace
+                pool = self._allocate(size, workspace, allocate)
+                if pool is not None:
+                    self.unused = workspace
                     self._claims.setdefault(self._device, []).append(self)
-                    return size
+                    return size, pool
         raise DeviceMemoryExhausted(
             f"session memory: another process takes the memory of {self._device} as fast as it is "
-            f"counted; {said_size(room.free)} were free. Start one server after the other"
+            f"counted; {format_bytes(room.free)} were free. Start one server after the other"
         )
 
-    def allocated(self, size: int) -> None:
-        """Notes that tensors hold so many of the bytes."""
-        with self._lock:
-            self.unused = max(0, self.unused - size)
-
     def release(self) -> None:
-        """Gives back what no tensor uses any more."""
+        """Returns to the device what no tensor uses any more."""
         with self._lock:
             self._claims[self._device].remove(self)
             gc.collect()  # caches of sessions that ended just now
@@ -178,19 +182,25 @@ class DeviceShare:
             workspace=workspace,
         )
 
-    def _take(self, size: int) -> bool:
-        """Has torch's allocator hold that many unused bytes, beside those that other engines of
-        this process were promised."""
-        missing = size + self._unused_by_others() - cached_bytes(self._device)
-        return missing <= 0 or grow(missing, self._device)
+    def _allocate(
+        self, size: int, workspace: int, allocate: Callable[[int], KvPool]
+    ) -> KvPool | None:
+        """A pool, with the workspace of this engine and of others still to be had; None if the
+        device has less by now."""
+        try:
+            pool = allocate(size)
+        except torch.OutOfMemoryError:
+            return None
+        missing = workspace + self._unused_by_others() - cached_bytes(self._device)
+        return pool if missing <= 0 or grow(missing, self._device) else None
 
     def _unused_by_others(self) -> int:
         return sum(share.unused for share in self._claims.get(self._device, []))
 
     def measure_workspace(self) -> int:
-        """Runs a chunk of a prompt at the end of the longest context that there is room for: where
-        attention needs a mask, what it takes grows with the context. Returns the bytes that it
-        takes beside its KV."""
+        """Runs a chunk of a prompt at the end of the longest context that there is room for, since
+        attention with a mask needs more memory the longer the context is. Returns the bytes that
+        the chunk needs besides its KV."""
         decoder, context = self._decoder, self._decoder.spec.context_length
         while True:
             torch.cuda.empty_cache()
@@ -202,7 +212,7 @@ class DeviceShare:
                     free, _ = torch.cuda.mem_get_info(self._device)
                     raise DeviceMemoryExhausted(
                         f"session memory: a prompt of one token does not fit what is free of "
-                        f"{self._device}, {said_size(free)}"
+                        f"{self._device}, {format_bytes(free)}"
                     ) from None
                 log.info("a chunk after %d tokens does not fit %s", context * 2, decoder.device)
 
@@ -210,7 +220,7 @@ class DeviceShare:
         decoder = self._decoder
         tokens = min(self._chunk_tokens, context)
         cache = decoder.new_cache(context)
-        cache.advance(context - tokens)  # whatever lies there: only sizes matter
+        cache.advance(context - tokens)  # only sizes matter, not what the cache holds
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -229,10 +239,10 @@ class DeviceShare:
 
 def graph_bytes(decoder: Decoder, sessions: int) -> int:
     """About how many bytes the graphs of decode steps take: each keeps its logits, and all share
-    what a step works in.
+    the memory of intermediate results.
 
     Args:
-        sessions: most sessions of a step.
+        sessions: most sessions in a step.
     """
     if not decoder.backend.captures:
         return 0
@@ -244,35 +254,35 @@ def graph_bytes(decoder: Decoder, sessions: int) -> int:
 def check_room(
     room: Room, fraction: float, wanted: int | None, smallest: int, *, device: str
 ) -> int:
-    """The bytes of a budget, or one line on why there are too few.
+    """The bytes that sessions may hold.
 
     Args:
         wanted: see ``DeviceShare.claim``.
-        smallest: with less, no session is worth beginning.
+        smallest: bytes without which no session can begin.
 
     Raises:
-        DeviceMemoryExhausted: naming what is needed and what is free.
+        DeviceMemoryExhausted: there are too few; the message says what is needed and what is free.
     """
     left = max(0, room.free - room.workspace)
     if wanted is not None:
         if wanted > left:
             raise DeviceMemoryExhausted(
-                f"session_memory_gib: got {wanted / GIB:g}; {device} has {said_size(left)} free, "
-                "beside the weights, the graphs and what a prompt works in"
+                f"session_memory_gib: got {wanted / GIB:g}; {device} has {format_bytes(left)} "
+                "free, besides the weights, the graphs and what a prompt's chunk needs"
             )
         return wanted
     size = room.for_sessions(fraction)
     if size < smallest:
         raise DeviceMemoryExhausted(
-            f"session memory: {fraction:g} of what {device} has free is {said_size(size)}, and a "
-            f"prompt's chunk alone needs {said_size(smallest)} of KV. Free some, or start what "
-            "else is there with a smaller --memory-fraction"
+            f"session memory: {fraction:g} of what {device} has free is {format_bytes(size)}, and "
+            f"a prompt's chunk alone needs {format_bytes(smallest)} of KV. Free some memory, or "
+            "start the other servers there with a smaller --memory-fraction"
         )
     return size
 
 
 def grow(size: int, device: torch.device) -> bool:
-    """Has torch's allocator take bytes from a GPU and keep them. Whether it could."""
+    """Makes torch's allocator take bytes from a GPU and keep them. Returns whether it could."""
     try:
         torch.empty(size, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError:
@@ -281,7 +291,7 @@ def grow(size: int, device: torch.device) -> bool:
 
 
 def cached_bytes(device: torch.device) -> int:
-    """Bytes that torch's allocator holds and no tensor uses; those of graphs not counted."""
+    """Bytes that torch's allocator holds and no tensor uses, without those of graphs."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return sum(
         segment["total_size"] - segment["allocated_size"]
@@ -293,13 +303,13 @@ def cached_bytes(device: torch.device) -> int:
 def budget_from_cpu(
     decoder: Decoder, fraction: float, chunk_tokens: int, available: int | None = None
 ) -> int:
-    """Bytes of sessions on a CPU.
+    """Bytes that sessions may hold on a CPU.
 
     Args:
-        available: bytes; None asks the system.
+        available: bytes that are available; None to ask the system.
 
     Raises:
-        DeviceMemoryExhausted: too few for any session.
+        DeviceMemoryExhausted: there are too few for any session.
     """
     free = available_bytes() if available is None else available
     tokens = min(chunk_tokens, decoder.spec.context_length)
@@ -307,8 +317,8 @@ def budget_from_cpu(
     return check_room(Room(free=free, workspace=0), fraction, None, smallest, device="the machine")
 
 
-def said_size(size: int) -> str:
-    """Bytes for people, in the unit that suits them."""
+def format_bytes(size: int) -> str:
+    """A number of bytes for people to read, in a fitting unit."""
     units = ("bytes", "KiB", "MiB", "GiB")
     power = 0 if size < 1 else min(int(math.log2(size)) // 10, 3)
     return f"{size / (1 << 10 * power):.{1 if power else 0}f} {units[power]}"

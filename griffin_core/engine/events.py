@@ -1,13 +1,16 @@
-"""What the engine tells a caller about its session, in order."""
+"""What the engine tells the caller of a task or of a prefill, in the order in which it comes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
-from griffin_core.experts.selection import PolicyName, Selection
+from griffin_core.forward.events import (
+    LayerActivations,
+    PrefillEvent,
+)
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.stopping import FinishReason
+from griffin_core.spec.choices import PolicyName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +21,11 @@ class PruningFigures:
         experts_per_layer: K.
         ff_width: F.
         norm_mass: L values, see ``expert_set.norm_mass``.
-        slim_view_bytes: held beyond the model's own weights.
-        kv_cache_bytes: held by the session's cache.
-        mean_density: mean over the turn's tokens so far of the density they ran at; 0 before the
-            first. The first comes of the dense prompt and counts as 1.
-        dense_tokens: how many of them ran on all neurons, that first one included.
+        slim_view_bytes: what it holds beyond the model's own weights.
+        kv_cache_bytes: what the session's KV cache holds.
+        mean_density: mean density over the turn's tokens so far; 0 before the first token. The
+            first token comes from the dense prompt and counts as 1.
+        dense_tokens: how many of these tokens ran on all neurons, the first one included.
     """
 
     density: float
@@ -43,16 +46,13 @@ class PruningFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """There is room.
+    """There is room for the session; its prompt is about to be read.
 
     Args:
         queue_s: seconds it waited.
-        handoff: how the caller is to have the prompt prefilled, handing what comes to
-            ``Engine.intake``; None for a later turn, which the engine prefills itself.
     """
 
     queue_s: float
-    handoff: Selection | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class Started:
     """The prompt is read and the experts are chosen; generation or scoring begins.
 
     Args:
-        prefill_s: seconds since it was admitted.
-        selection_s: seconds of them that went into choosing, wherever that was.
+        prefill_s: seconds since the session was admitted.
+        selection_s: seconds of these in which the experts were chosen, here or elsewhere.
     """
 
     session_id: str
@@ -73,7 +73,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensMade:
-    """Tokens of one step. ``text`` lags behind ``ids`` where a character is not whole yet."""
+    """New tokens. ``text`` lags behind ``ids`` while a character is not whole yet."""
 
     ids: tuple[int, ...]
     text: str
@@ -82,7 +82,7 @@ class TokensMade:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds, all of one monotonic clock but selection_s. As in generation.proto."""
+    """Seconds, as in generation.proto. All but ``selection_s`` are of one monotonic clock."""
 
     queue_s: float
     prefill_s: float
@@ -108,7 +108,8 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuationScored:
-    """For each token of a continuation its log-probability, and whether it is the most likely."""
+    """For each token of a continuation: its log-probability, and whether it is the most likely
+    one."""
 
     logprobs: tuple[float, ...]
     greedy: tuple[bool, ...]
@@ -119,7 +120,7 @@ class Scored:
     """Result of a ScoreTask.
 
     Args:
-        continuations: one for each of the task's, in order.
+        continuations: one for each continuation of the task, in order.
         pruning: its experts are those of the last continuation.
     """
 
@@ -129,7 +130,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """It ended with an error; nothing of it is left."""
+    """It ended with an error, and holds nothing any more."""
 
     error: Exception
 
@@ -137,15 +138,15 @@ class Failed:
 Event = Admitted | Started | TokensMade | Finished | Scored | Failed
 
 
-E_contra = TypeVar("E_contra", contravariant=True)
+@dataclass(frozen=True, kw_only=True)
+class PrefillBegun:
+    """The first pass with tokens of this prompt begins.
 
-
-class Sink(Protocol[E_contra]):
-    """Where events go. Called in the engine's thread; must not block.
-
-    A sink that is not ready pauses what feeds it and nothing else.
+    Args:
+        queue_s: seconds the prompt waited.
     """
 
-    def put(self, event: E_contra) -> None: ...
+    queue_s: float
 
-    def ready(self) -> bool: ...
+
+PrefillStreamEvent = PrefillBegun | PrefillEvent | LayerActivations | Failed

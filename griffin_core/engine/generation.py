@@ -1,4 +1,4 @@
-"""What a generating session does at each step."""
+"""A turn that generates tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 import time
 
 from griffin_core.backends.base import Layout
+from griffin_core.engine.after_stop import tokens_after_stop
 from griffin_core.engine.events import Finished, Timings, TokensMade
-from griffin_core.engine.held import held_after_stop
-from griffin_core.engine.sessions import Session
+from griffin_core.engine.session import Session
 from griffin_core.engine.task import GenerateTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.forward.draws import Drawn
@@ -18,42 +18,46 @@ from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import FinishReason, StopChecker
 
-STREAMS_SHOWN = 4
-"""About how many streams a step shows tokens of, if it may choose."""
+IMMEDIATE_STREAMS = 4
+"""About how many streams emit tokens in one step, unless the number of tokens is fixed."""
 
-MOST_SHOWN = 4
-"""Most tokens a stream then shows at once."""
+MAX_HELD_TOKENS = 4
+"""Most tokens that a stream holds back before it emits them together."""
 
 
-class Pace:
-    """How many tokens a stream shows at once, behind its first. One for all streams of an engine.
+class FlushPolicy:
+    """After how many new tokens a stream emits them, except for its first token, which it emits at
+    once. There is one policy for all streams of an engine.
 
-    A message costs server and client the same with one token as with four, and what it costs is
-    taken from the steps where they share CPUs (ADR 12).
+    A message costs server and client the same with one token as with four, and that time is taken
+    from the steps where they share CPUs (ADR 12).
 
     Args:
-        fixed: so many; None for one while there are few streams, more while there are many.
+        interval: number of tokens; None for one while there are few streams, and for more while
+            there are many.
     """
 
-    def __init__(self, fixed: int | None) -> None:
-        self._fixed = fixed
-        self.tokens = fixed or 1
+    def __init__(self, interval: int | None) -> None:
+        self._fixed = interval
+        self.tokens = interval or 1
 
     def set(self, *, streams: int, prompts: bool) -> None:
-        """Before a step.
+        """Settles the number of tokens for the next step.
 
         Args:
-            streams: in the step.
-            prompts: whether chunks of prompts come between steps; tokens then wait long enough.
+            streams: number of streams in the step.
+            prompts: whether passes over prompts come between steps. Tokens then wait long enough.
         """
         if self._fixed is None:
-            crowded = 1 if prompts else math.ceil(streams / STREAMS_SHOWN)
-            self.tokens = min(max(1, crowded), MOST_SHOWN)
+            crowded = 1 if prompts else math.ceil(streams / IMMEDIATE_STREAMS)
+            self.tokens = min(max(1, crowded), MAX_HELD_TOKENS)
 
 
 class Generation:
-    """One turn: take the tokens that are drawn, show them, and say when it ends. ``Work`` of a
-    session.
+    """A ``Turn`` that generates: it takes drawn tokens, emits them, and says when it ends.
+
+    Args:
+        flush_policy: when tokens are emitted.
 
     Raises:
         InvalidRequest: the request bans every token.
@@ -62,9 +66,9 @@ class Generation:
     layout: Layout = "gemv"
     chooses = False
 
-    def __init__(self, model: Model, task: GenerateTask, pace: Pace) -> None:
+    def __init__(self, model: Model, task: GenerateTask, flush_policy: FlushPolicy) -> None:
         self._model = model
-        self._pace = pace
+        self._flush_policy = flush_policy
         self._stopping = task.stopping
         self.sampling = task.sampling
         self.top_logprobs = task.top_logprobs
@@ -76,7 +80,7 @@ class Generation:
         self._logprobs: list[Logprobs] = []
 
     def begin(self, session: Session) -> None:
-        """The prompt is read."""
+        """Called once the prompt has been read."""
         self._checker = StopChecker(
             self._stopping,
             self._model.tokenizer,
@@ -86,22 +90,22 @@ class Generation:
         )
 
     def wants(self, session: Session) -> bool:
-        """Whether a token more may be drawn, as far as numbers say: what those in flight are is
-        not known yet. A token that may be banned because of those before it waits for them."""
+        """Whether another token may be drawn. Tokens in flight count, although it is not known yet
+        what they are; a token that may be banned because of them waits for them."""
         if self._bans.lookback and session.in_flight:
             return False
         return self._checker.remaining > session.in_flight
 
     def ban(self, session: Session, sampler: Sampler) -> None:
-        """Tells the sampler what the next token must not be, before it is drawn.
+        """Tells the sampler which tokens the next one must not be, before it is drawn.
 
         Raises:
             InvalidRequest: no token is left.
         """
         assert session.slot is not None
-        place = session.turn_generated + session.in_flight
+        position = session.turn_generated + session.in_flight
         known = min(self._bans.lookback, session.turn_generated)
-        banned = self._bans.at(place, session.tokens[len(session.tokens) - known :])
+        banned = self._bans.at(position, session.tokens[len(session.tokens) - known :])
         if banned != self._banned:
             sampler.ban(session.slot, sorted(banned))
             self._banned = banned
@@ -110,7 +114,7 @@ class Generation:
         """Takes the next token. Returns the turn's last event when it ends with that token.
 
         Raises:
-            NonFiniteLogits: there is none.
+            NonFiniteLogits: none could be drawn.
         """
         token = drawn.token
         if token < 0:
@@ -126,22 +130,22 @@ class Generation:
         session.clock.last_token = time.monotonic()
         session.clock.first_token = session.clock.first_token or session.clock.last_token
         first = session.turn_generated == 1
-        if first or reason is not None or len(self._ids) >= self._pace.tokens:
-            self._show(session)
+        if first or reason is not None or len(self._ids) >= self._flush_policy.tokens:
+            self._emit(session)
         if reason is None:
             return None
-        self._settle(session, reason)
+        self._truncate(session, reason)
         return self._finished(session, reason)
 
-    def _settle(self, session: Session, reason: FinishReason) -> None:
-        """Leaves in the session what its client has seen, and in its cache the tokens of that which
-        were run. The last one counts as not run, though a step too many may have run it, or it was
-        before a stop string: so a turn that ends is the same whatever ended it."""
+    def _truncate(self, session: Session, reason: FinishReason) -> None:
+        """Leaves in the session what its client has seen, and in its cache those of these tokens
+        that were run. The last one counts as not run, even if a step too many has run it or a stop
+        string came after it: so a session is the same whatever has ended its turn."""
         assert session.cache is not None
         begin = len(session.tokens) - session.turn_generated
         kept = session.turn_generated
         if session.keep and reason is FinishReason.STOP_SEQUENCE:
-            kept, made_anew = held_after_stop(
+            kept, replaced = tokens_after_stop(
                 self._model.tokenizer,
                 session.tokens[:begin],
                 session.tokens[begin:],
@@ -149,15 +153,15 @@ class Generation:
                 vocabulary=self._model.decoder.spec.vocabulary,
                 skip_special_tokens=self._stopping.skip_special_tokens,
             )
-            session.tokens[begin + kept :] = made_anew
+            session.tokens[begin + kept :] = replaced
         session.cache.rewind(max(begin, min(begin + kept, len(session.tokens) - 1)))
 
     def flush(self, session: Session) -> None:
-        """Shows the tokens that wait for others."""
+        """Emits the tokens that are held back."""
         if self._ids:
-            self._show(session)
+            self._emit(session)
 
-    def _show(self, session: Session) -> None:
+    def _emit(self, session: Session) -> None:
         session.sink.put(
             TokensMade(ids=tuple(self._ids), text=self._text, logprobs=tuple(self._logprobs))
         )
@@ -179,6 +183,6 @@ class Generation:
                 first_token_s=clock.first_token - clock.arrived,
                 decode_s=clock.last_token - clock.first_token,
             ),
-            pruning=session.figures(self._model.decoder.spec.ff_width),
+            pruning=session.pruning_stats(self._model.decoder.spec.ff_width),
             kept=session.keep,
         )

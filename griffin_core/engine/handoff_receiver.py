@@ -5,25 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin_core.engine.sessions import Session
+from griffin_core.engine.session import Session
 from griffin_core.errors import HandoffBroken
 from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PromptExperts
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PromptExperts,
+)
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 
 
-class Intake:
+class HandoffReceiver:
     """Collects a session's state from the events of a prefill, in whatever order layers come.
 
-    Nothing of it reaches the session before ``PrefillFinished`` came and all of it was there.
+    Nothing of it reaches the session before ``PrefillFinished`` has come and everything was there.
 
     A handoff brings KV, statistic and experts layer by layer. A prompt that this engine reads
     itself has its KV in the session's cache, and the rest comes in one piece.
 
     Args:
         cache: of the session.
-        tokens: T, which the prefill must bring in every layer.
+        tokens: T, the tokens that the prefill must bring in every layer.
         experts_per_layer: K.
     """
 
@@ -36,9 +40,9 @@ class Intake:
         experts_per_layer: int,
     ) -> None:
         layers = len(decoder.layers)
+        self.tokens = tokens
         self._decoder = decoder
         self._cache = cache
-        self._tokens = tokens
         self._k = experts_per_layer
         self._received = [0] * layers
         self._experts: list[Tensor | None] = [None] * layers
@@ -46,16 +50,11 @@ class Intake:
         self._own: PromptExperts | None = None
 
     @property
-    def tokens(self) -> int:
-        """T, the tokens that the prefill must bring in every layer."""
-        return self._tokens
-
-    @property
     def received(self) -> tuple[int, ...]:
         """For each layer, the tokens whose KV has been handed over so far."""
         return tuple(self._received)
 
-    def take(self, event: LayerKv | LayerExperts | PromptExperts) -> None:
+    def receive(self, event: LayerKv | LayerExperts | PromptExperts) -> None:
         """Takes one layer's KV or experts, or the experts of a prompt that this engine has read.
 
         Raises:
@@ -67,11 +66,11 @@ class Intake:
         if not 0 <= event.layer < len(self._experts):
             raise HandoffBroken(f"handoff: got layer {event.layer} of {len(self._experts)}")
         if isinstance(event, LayerKv):
-            self._take_kv(event)
+            self._receive_kv(event)
         else:
-            self._take_experts(event)
+            self._receive_experts(event)
 
-    def _take_kv(self, event: LayerKv) -> None:
+    def _receive_kv(self, event: LayerKv) -> None:
         tokens = event.kv.shape[2]
         received = self._received[event.layer]
         if event.first_token != received:
@@ -79,8 +78,8 @@ class Intake:
                 f"handoff: layer {event.layer} goes on at token {event.first_token}; "
                 f"expected {received}"
             )
-        if received + tokens > self._tokens:
-            raise HandoffBroken(f"handoff: layer {event.layer} has over {self._tokens} tokens")
+        if received + tokens > self.tokens:
+            raise HandoffBroken(f"handoff: layer {event.layer} has over {self.tokens} tokens")
         if event.ready is not None:  # it comes on another stream
             stream = torch.cuda.current_stream()
             stream.wait_event(event.ready)
@@ -88,15 +87,15 @@ class Intake:
         self._cache.slice(event.layer, received, received + tokens).copy_(event.kv)
         self._received[event.layer] += tokens
 
-    def _take_experts(self, event: LayerExperts) -> None:
+    def _receive_experts(self, event: LayerExperts) -> None:
         neurons = self._decoder.spec.ff_width
-        if event.experts.numel() != self._k or event.s.shape != (neurons,):
+        if event.experts.numel() != self._k or event.s2.shape != (neurons,):
             raise HandoffBroken(
                 f"handoff: layer {event.layer} has {event.experts.numel()} experts of "
-                f"{event.s.numel()} neurons; expected {self._k} of {neurons}"
+                f"{event.s2.numel()} neurons; expected {self._k} of {neurons}"
             )
         self._experts[event.layer] = event.experts
-        self._s2[event.layer] = event.s.to(self._s2.device).square()
+        self._s2[event.layer] = event.s2.to(self._s2.device)
 
     def finish(self, session: Session) -> None:
         """Moves what was collected into the session.
@@ -110,11 +109,11 @@ class Intake:
             return
         experts = [layer for layer in self._experts if layer is not None]
         missing = len(self._experts) - len(experts)
-        if missing or any(n != self._tokens for n in self._received):
+        if missing or any(n != self.tokens for n in self._received):
             raise HandoffBroken(
                 f"handoff: finished with the experts of {len(experts)} of {len(self._experts)} "
-                f"layers and {min(self._received)} of {self._tokens} tokens"
+                f"layers and {min(self._received)} of {self.tokens} tokens"
             )
-        self._cache.advance(self._tokens)
+        self._cache.advance(self.tokens)
         indices = torch.stack(experts).to(self._s2.device)
         session.chosen(self._s2, ExpertSet(ff_width=self._s2.shape[1], indices=indices))

@@ -1,4 +1,5 @@
-"""Runs the next tokens of sessions that score, many in one batch, and looks up log-probabilities.
+"""Runs the next tokens of sessions that score, many sessions in one batch, and looks up
+log-probabilities.
 
 If a batch fails, all sessions are as they were before it.
 """
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.engine.scoring import Chance, Scoring, Stage
-from griffin_core.engine.sessions import Session
+from griffin_core.engine.session import Session
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.forward.decode import Stepper
 from griffin_core.forward.prefill import launch
@@ -20,7 +21,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimViews
 
 STEP_TOKENS = 256
-"""Most rows of logits in a step, over all sessions that score: bounds the logits to this × V."""
+"""Most rows of logits in a step, over all sessions that score. The logits are at most this × V."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +33,22 @@ class Piece:
     """
 
     session: Session
-    work: Scoring
+    turn: Scoring
     stage: Stage
     rows: int
 
 
 def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
     """The pieces of a step, for sessions in the given order and up to STEP_TOKENS rows in all,
-    grouped by stage: those of one stage run together."""
+    grouped by stage: the pieces of one stage run together."""
     together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
     room = STEP_TOKENS
     for session in sessions:
-        work = session.work
-        assert isinstance(work, Scoring)
-        stage = work.stage
-        rows = work.rows_of_step(room)
-        together[stage].append(Piece(session=session, work=work, stage=stage, rows=rows))
+        turn = session.turn
+        assert isinstance(turn, Scoring)
+        stage = turn.stage
+        rows = turn.rows_of_step(room)
+        together[stage].append(Piece(session=session, turn=turn, stage=stage, rows=rows))
         room -= rows
         if not room:
             break
@@ -65,7 +66,7 @@ def look_up(
     """
     match pieces[0].stage:
         case Stage.CONTEXT:
-            hidden = torch.stack([piece.work.context_hidden for piece in pieces])
+            hidden = torch.stack([piece.turn.context_hidden for piece in pieces])
             return chances_of(
                 pieces, torch.split_with_sizes(decoder.head(hidden), [1] * len(pieces))
             )
@@ -78,7 +79,7 @@ def look_up(
 def _look_up_on_experts(
     stepper: Stepper, views: SlimViews, pieces: Sequence[Piece]
 ) -> list[list[Chance]]:
-    sequences = [piece.work.on_experts(piece.session, piece.rows, views) for piece in pieces]
+    sequences = [piece.turn.on_experts(piece.session, piece.rows, views) for piece in pieces]
     logits = stepper.launch(sequences, [None] * len(sequences)).logits
     rows = [piece.rows for piece in pieces]
     chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
@@ -89,7 +90,7 @@ def _look_up_on_experts(
 
 
 def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Chance]]:
-    parts = [piece.work.counted(piece.session, piece.rows) for piece in pieces]
+    parts = [piece.turn.counted(piece.session, piece.rows) for piece in pieces]
     run = launch(decoder, parts)
     logits = decoder.logits(run.hidden)
     rows = [piece.rows for piece in pieces]
@@ -98,7 +99,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
     for piece, part in zip(pieces, parts, strict=True):
         if each := read.get(id(part.prompt)):
             experts = ExpertSet(ff_width=each.s2.shape[1], indices=each.experts)
-            piece.work.counted_to_its_end(piece.session, each.s2, experts)
+            piece.turn.counted_to_its_end(piece.session, each.s2, experts)
     return chances
 
 
@@ -106,7 +107,7 @@ def chances_of(pieces: Sequence[Piece], logits: Sequence[Tensor]) -> list[list[C
     """The scores of each piece's targets from its logits [T, V]. Waits for the device once."""
     columns, counts = [], []
     for piece, own in zip(pieces, logits, strict=True):
-        targets = torch.tensor(piece.work.targets(piece.rows), device=own.device)
+        targets = torch.tensor(piece.turn.targets(piece.rows), device=own.device)
         rows, tokens = targets.unbind(dim=1)
         finite = own.sum(dim=1).isfinite()  # NaN and infinite values carry over to the sum
         logprobs = own.log_softmax(dim=1)

@@ -1,4 +1,4 @@
-"""Sessions that score: the log-probabilities of given continuations after a context.
+"""A turn that scores: the log-probabilities of given continuations after a context.
 
 The *tail* of a continuation c is the context's last token, then c without its last token: the
 logits after token i of the tail give the log-probability of c[i]. The two modes differ in what the
@@ -26,12 +26,15 @@ from torch import Tensor
 from griffin_core.backends.base import Layout
 from griffin_core.backends.batch import StepSequence
 from griffin_core.engine.events import ContinuationScored, Scored
-from griffin_core.engine.sessions import Session
+from griffin_core.engine.session import Session
 from griffin_core.engine.task import ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import Part, Prompt
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimViews, WholeView
 from griffin_core.slim.zeroed import zeroed_bytes
@@ -65,7 +68,7 @@ class Chance(NamedTuple):
 
 
 class Scoring:
-    """``Work`` of a session that scores.
+    """A ``Turn`` that scores given continuations.
 
     Args:
         selection: how experts are chosen.
@@ -122,7 +125,7 @@ class Scoring:
         return len(self._task.continuations[self._index]) - len(self._scored[self._index])
 
     def rows_of_step(self, room: int) -> int:
-        """Rows of logits that the next step needs, at most ``room``."""
+        """Number of rows of logits that the next step needs, at most ``room``."""
         match self.stage:
             case Stage.CONTEXT | Stage.CHOSEN:
                 return 1
@@ -150,12 +153,7 @@ class Scoring:
         else:
             assert session.view is not None
             slim_id = session.view.slim_id
-        return StepSequence(
-            first_slot=session.cache.first_slot,
-            cached=session.cache.length,
-            token_ids=tuple(tokens),
-            slim_id=slim_id,
-        )
+        return StepSequence.next_of(session.cache, tokens, slim_id=slim_id)
 
     def counted(self, session: Session, rows: int) -> Part:
         """In stage COUNTED: the next tokens of the tail."""
@@ -207,7 +205,7 @@ class Scoring:
                 )
                 for scored in self._scored
             ),
-            pruning=session.figures(self._decoder.spec.ff_width),
+            pruning=session.pruning_stats(self._decoder.spec.ff_width),
         )
 
     def counted_to_its_end(self, session: Session, s2: Tensor, experts: ExpertSet) -> None:
@@ -243,8 +241,8 @@ class Scoring:
 
 
 def choice_bytes(decoder: Decoder) -> int:
-    """Most bytes of a session whose continuations choose experts of their own: those of the masks
-    with which one token runs zeroed, and of three statistics [L, F] float32: of a pass, of the tail
-    with that pass, and as rounded for a handoff."""
+    """The most bytes that a session holds if its continuations choose their own experts: the masks
+    with which one token runs zeroed, and three statistics [L, F] float32: that of a pass, that of
+    the tail with this pass, and the latter as a handoff would round it."""
     statistic = 4 * len(decoder.layers) * decoder.spec.ff_width
     return 3 * statistic + zeroed_bytes(decoder)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from griffin_core.experts.expert_set import ExpertSet
 
-if TYPE_CHECKING:  # these modules offer snapshots of themselves
-    from griffin_core.engine.sessions import Session, State
+if TYPE_CHECKING:  # the session module imports rooms that offer snapshots of themselves
+    from griffin_core.engine.session import State
 
 RunForm = Literal["dense", "own", "shared", "zeroed"]
 """What a session runs on: all neurons, a slim view of its own experts, the slim view of its group,
@@ -48,7 +48,7 @@ class SessionSnapshot:
         slot: its slot in the sampler; None while it draws no tokens.
         in_flight: tokens that the device draws and the host has not read yet.
         stalled: whether it waits for a reader that lags.
-        in_turn: whether it holds a turn's work and sink.
+        in_turn: whether it holds anything of a turn.
         turn_generated: tokens that were generated in the turn.
         total_tokens: tokens of all turns.
         cache: its KV cache; None before it is admitted.
@@ -109,7 +109,7 @@ class SchedulerSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class HandoffSnapshot:
-    """A prompt whose KV cache and experts are on their way to a session.
+    """A prompt that is being read for a session, here or elsewhere.
 
     Args:
         turn_id: the turn that it is for.
@@ -130,12 +130,12 @@ class PrefillsSnapshot:
     Args:
         queued: prompts in the queue, those that are being read included.
         begun: prompts of these whose first pass has begun.
-        holding_cache: prompts of these that have a KV cache of their own.
+        owning_cache: prompts of these that have a KV cache of their own.
     """
 
     queued: int
     begun: int
-    holding_cache: int
+    owning_cache: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,7 @@ class EngineSnapshot:
         sessions: all sessions, oldest first.
         turns: for each turn that has not ended, by its id, the id of its session.
         scheduler: which sessions run, wait and rest.
-        handoffs: prompts whose KV cache and experts are on their way.
+        handoffs: prompts that are being read for sessions.
         prefills: prompts that this engine reads.
         views: all slim views, used or not.
         groups: what the sessions run on.
@@ -238,36 +238,3 @@ class EngineSnapshot:
     def session(self, session_id: str) -> SessionSnapshot | None:
         """The session of an id; None if there is none."""
         return next((each for each in self.sessions if each.session_id == session_id), None)
-
-
-def snapshot_session(session: Session, form: RunForm | None, *, contents: bool) -> SessionSnapshot:
-    """Takes a snapshot of a session.
-
-    Args:
-        form: what its next step runs on.
-        contents: whether to include its tokens and a copy of its statistic.
-    """
-    cache, view = session.cache, session.view
-    statistic = session.s2.clone() if contents and session.s2 is not None else None
-    return SessionSnapshot(
-        session_id=session.session_id,
-        turn_id=session.turn_id,
-        state=session.state,
-        slot=session.slot,
-        in_flight=session.in_flight,
-        stalled=bool(session.clock.stalled),
-        in_turn=hasattr(session, "work") or hasattr(session, "sink"),
-        turn_generated=session.turn_generated,
-        total_tokens=len(session.tokens),
-        cache=None
-        if cache is None
-        else CacheSnapshot(tokens=cache.length, capacity=cache.capacity, nbytes=cache.nbytes),
-        reserved_kv_bytes=session.reservation.kv,
-        view_bytes=session.view_bytes,
-        view=None if view is None else id(view),
-        form=form,
-        runs_on=None if view is None else view.experts,
-        experts=session.experts,
-        tokens=tuple(session.tokens) if contents else None,
-        statistic=statistic,
-    )

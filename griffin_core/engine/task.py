@@ -1,4 +1,4 @@
-"""What a caller may ask of the engine, checked against the model before anything is done."""
+"""What a caller may ask of the engine, checked against the model before work is spent on it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import get_args
 from uuid import uuid4
 
-from griffin_core.engine.sessions import SHARINGS, Sharing
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.spec.choices import ScoreMode
+from griffin_core.spec.choices import SCORE_MODES, SHARINGS, ScoreMode, Sharing
 from griffin_core.spec.model import ModelSpec
 
-SCORE_MODES: tuple[ScoreMode, ...] = get_args(ScoreMode)
+MAX_CONTINUATIONS = 256
+"""Most continuations of one ScoreTask."""
 
-MOST_CONTINUATIONS = 256
-"""Of one ScoreTask."""
+MAX_CONCURRENT_PREFILLS = 4
+"""Prefills for other servers that run at once, each with a KV cache that no session's reservation
+covers. There may be several, so that a reader that lags delays no other prompt, and so that
+several share a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningParams:
-    """What a request says of its experts; what it leaves open is None.
+    """What a request says about its experts. None leaves a choice to the engine's defaults.
 
     Args:
-        sharing: see ``session.Sharing``.
+        sharing: see ``choices.Sharing``.
 
     Raises:
         InvalidRequest: density is not in (0, 1], or there is no such policy or sharing.
@@ -49,7 +50,7 @@ class PruningParams:
             raise InvalidRequest("pruning.sharing", self.sharing, ", ".join(SHARINGS))
 
     def selection(self, base: Selection, seed: int) -> Selection:
-        """The selection to run: this request's words, ``base`` for what it leaves open."""
+        """The selection to run: what this request sets, and ``base`` for the rest."""
         return Selection(
             density=base.density if self.density is None else self.density,
             policy=self.policy or base.policy,
@@ -63,12 +64,12 @@ class GenerateTask:
 
     Args:
         prompt: token ids of this turn, at least one.
-        sampling: its seed is also that of the policies that draw.
-        top_logprobs: None for no log-probabilities.
+        sampling: its seed is also the seed of selection policies that draw.
+        top_logprobs: alternatives to report with each token; None for no log-probabilities.
         continues: id of the kept session this is a later turn of.
         keep: keep the session afterwards.
         arrived: when the call came, on ``time.monotonic``.
-        deadline: on the same clock, or None: until when the caller waits.
+        deadline: until when the caller waits, on the same clock; None for no limit.
         turn_id: names this turn; also the id of the session it opens, unless it continues one.
     """
 
@@ -85,7 +86,7 @@ class GenerateTask:
 
     @property
     def prefilled(self) -> tuple[int, ...]:
-        """What the prefill reads."""
+        """The tokens that the prefill reads."""
         return self.prompt
 
     def check(self, spec: ModelSpec, prompt_field: str) -> None:
@@ -111,16 +112,16 @@ class GenerateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """Log-probabilities of continuations, each scored by itself after ``prompt``, the context. All
-    have at least one token, and in classification the context has at least two.
+    """Log-probabilities of continuations, each scored by itself after ``prompt``, the context.
 
     Args:
-        continuations: 1 to MOST_CONTINUATIONS.
+        prompt: token ids of the context, at least one; in mode classification at least two.
+        continuations: 1 to MAX_CONTINUATIONS, each of at least one token.
         mode: see ``choices.ScoreMode``.
-        seed: of the policies that draw.
+        seed: for selection policies that draw.
         turn_id: also the id of its session.
         arrived: when the call came, on ``time.monotonic``.
-        deadline: on the same clock, or None: until when the caller waits.
+        deadline: until when the caller waits, on the same clock; None for no limit.
 
     Raises:
         InvalidRequest: there is no such mode.
@@ -141,13 +142,14 @@ class ScoreTask:
 
     @property
     def prefilled(self) -> tuple[int, ...]:
-        """What the prefill reads of the context. In classification its last token is the first of
-        what each continuation runs by itself."""
+        """The tokens of the context that the prefill reads. In classification that is all but the
+        last one, with which every continuation begins."""
         return self.prompt if self.mode == "generation" else self.prompt[:-1]
 
     @property
     def run_tokens(self) -> int:
-        """Tokens of the context and the longest continuation that are run: the last is not."""
+        """Tokens of the context and of the longest continuation that are run. The last token of a
+        continuation is only looked up."""
         return len(self.prompt) + max(map(len, self.continuations)) - 1
 
     def check(
@@ -171,7 +173,7 @@ class ScoreTask:
         check_token_ids(context_field, self.prompt, spec)
         for name, continuation in zip(continuation_fields, self.continuations, strict=True):
             if not continuation:
-                raise InvalidRequest(name, "no tokens behind the context", "at least one token")
+                raise InvalidRequest(name, "no tokens after the context", "at least one token")
             check_token_ids(name, continuation, spec)
             total = len(self.prompt) + len(continuation)
             if total - 1 > spec.context_length:  # the last is only looked up
@@ -184,8 +186,8 @@ class ScoreTask:
 
 def check_continuations(count: int) -> None:
     """Raises InvalidRequest if one context may not have that many continuations."""
-    if not 1 <= count <= MOST_CONTINUATIONS:
-        raise InvalidRequest("continuations", f"{count} of them", f"1 to {MOST_CONTINUATIONS}")
+    if not 1 <= count <= MAX_CONTINUATIONS:
+        raise InvalidRequest("continuations", f"{count} of them", f"1 to {MAX_CONTINUATIONS}")
 
 
 def check_token_ids(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
@@ -195,3 +197,22 @@ def check_token_ids(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
             raise InvalidRequest(
                 f"{name}[{index}]", token, f"[0, {spec.vocabulary}), the vocabulary"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillTask:
+    """A prompt to read for a Decode engine, here or elsewhere, or for a caller that studies it.
+
+    Args:
+        token_ids: at least one id.
+        wants_kv: whether LayerKv events are wanted.
+        watch: layers whose activations are wanted.
+        max_concurrent: it begins only while at most that many prefills that own their KV cache
+            run, this one included.
+    """
+
+    token_ids: tuple[int, ...]
+    selection: Selection
+    wants_kv: bool = True
+    watch: frozenset[int] = frozenset()
+    max_concurrent: int = MAX_CONCURRENT_PREFILLS

@@ -20,10 +20,10 @@ class ExpertSet:
         indices: [L, K] int32, each row ascending.
 
     Raises:
-        ValueError: indices are of another shape or type; or not ascending, not distinct or not in
-            [0, F), if they are on the CPU. On a GPU their values are not looked at, for that would
-            wait for all it was given to do: what comes from elsewhere is checked before it gets
-            there (``unpack_indices``).
+        ValueError: the indices have another shape or type; or, if they are on the CPU, they are not
+            ascending, not distinct or not in [0, F). On a GPU the values are not checked, since
+            that would synchronize; received indices are checked before they are copied there
+            (``unpack_indices``).
     """
 
     ff_width: int
@@ -39,32 +39,32 @@ class ExpertSet:
 
     @cached_property
     def layers(self) -> tuple[Tensor, ...]:
-        """For each layer its experts [K]."""
+        """The experts [K] of each layer."""
         return self.indices.unbind()
 
     @property
     def density(self) -> float:
-        """Fraction of all neurons that are in the set."""
+        """The fraction of all neurons that are in the set."""
         return self.indices.shape[1] / self.ff_width
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that equal sets share and different ones do not."""
+        """A hash of 16 bytes: equal for equal sets, different for different ones."""
         shape = repr((self.ff_width, *self.indices.shape)).encode()
         return blake2b(pack_indices(self.indices), digest_size=16, key=shape).digest()
 
     def norm_mass(self, s2: Tensor) -> tuple[float, ...]:
-        """For each layer the share of its statistic s2 [L, F] that its experts hold, in [0, 1]; 1
-        if nothing fired at all."""
+        """Returns for each layer the share of its statistic s2 [L, F] that its experts hold, in [0,
+        1]; 1 if the statistic is all zero."""
         kept = s2.gather(1, self.indices.to(s2.device, torch.int64)).sum(dim=1)
         total = s2.sum(dim=1)
         return tuple(torch.where(total > 0, kept / total, torch.ones_like(total)).tolist())
 
     def jaccard(self, other: ExpertSet) -> list[float]:
-        """|A ∩ B| / |A ∪ B| for each layer.
+        """Returns |A ∩ B| / |A ∪ B| for each layer.
 
         Raises:
-            ValueError: the two are of different models.
+            ValueError: the sets belong to different models.
         """
         if (self.ff_width, len(self.layers)) != (other.ff_width, len(other.layers)):
             raise ValueError(
@@ -102,21 +102,21 @@ def _check_form(experts: Tensor, ff_width: int, what: str) -> None:
 
 
 def pack_indices(experts: Tensor) -> bytes:
-    """Experts [..., K] -> little-endian int32, in order."""
+    """Serializes experts [..., K] as little-endian int32, in order."""
     return experts.cpu().numpy().astype("<i4", copy=False).tobytes()
 
 
 def unpack_indices(data: bytes, ff_width: int, what: str) -> Tensor:
-    """The inverse of ``pack_indices``, of one layer: -> [K] int32.
+    """Parses the experts of one layer, as ``pack_indices`` serializes them: -> [K] int32.
 
     Args:
         what: its name in the error.
 
     Raises:
-        ValueError: the bytes are no expert set of a layer of ``ff_width`` neurons.
+        ValueError: the bytes are not an expert set of a layer of ``ff_width`` neurons.
     """
     if len(data) % 4:
-        raise ValueError(f"{what}: {len(data)} bytes are no run of int32")
+        raise ValueError(f"{what}: got {len(data)} bytes; allowed: int32 values, 4 bytes each")
     experts = torch.from_numpy(np.frombuffer(data, dtype="<i4").astype(np.int32))
     check_experts(experts, ff_width, what)
     return experts

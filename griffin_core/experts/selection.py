@@ -17,26 +17,26 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 class SelectionPolicy(Protocol):
-    """Chooses the experts of all layers, each by itself."""
+    """Chooses the experts of all layers, each layer independently."""
 
     def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
-        """s2 [L, F] (or any score that orders as it does) -> [L, k] int32, of each layer k distinct
-        indices, ascending.
+        """Takes s2 [L, F], or any score in the same order. Returns [L, k] int32: for each layer k
+        distinct indices, ascending.
 
         Args:
-            seed: of policies that draw.
+            seed: used by policies that draw at random.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """How the experts of a request are chosen.
+    """The parameters by which the experts of a request are chosen.
 
     Args:
-        density: fraction of neurons kept, in (0, 1].
+        density: the fraction of neurons to keep, in (0, 1].
         policy: one of ``POLICIES``.
-        seed: for the policies that draw, in [0, 2**64).
+        seed: for policies that draw at random, in [0, 2**64).
     """
 
     density: float
@@ -49,20 +49,25 @@ class Selection:
         if self.policy not in POLICIES:
             raise ValueError(f"policy: got {self.policy!r}; allowed: {', '.join(POLICIES)}")
 
+    def expert_counts(self, layers: int, ff_width: int) -> tuple[int, ...]:
+        """Returns K for each layer."""
+        return (self.experts_of(ff_width),) * layers
+
     def experts_of(self, ff_width: int) -> int:
-        """K = max(1, floor(F · density))."""
-        # Rounded first: 100 * 0.29 is 28.999999999999996, and 29 is meant.
+        """Returns K = max(1, floor(F · density))."""
+        # Rounded first: 100 * 0.29 is 28.999999999999996, but the user means 29.
         return max(1, math.floor(round(ff_width * self.density, 6)))
 
 
 def select_experts(s2: Tensor, selection: Selection, *, magnitude: Callable[[], Tensor]) -> Tensor:
-    """The stage: s2 [L, F] of all layers -> their expert sets [L, K], each ascending int32.
+    """Runs the expert-selection stage: s2 [L, F] of all layers -> expert sets [L, K], ascending
+    int32.
 
-    Depends on its arguments alone, and a layer's set on that layer's alone: a draw is seeded by
-    request and layer.
+    The result depends only on the arguments, and a layer's set only on that layer's s2: random
+    draws are seeded by request and layer.
 
     Args:
-        magnitude: gives the layers' static strengths [L, F], asked for only if the policy needs
+        magnitude: returns the layers' static strengths [L, F]; called only if the policy needs
             them.
     """
     k = selection.experts_of(s2.shape[1])
@@ -70,20 +75,22 @@ def select_experts(s2: Tensor, selection: Selection, *, magnitude: Callable[[], 
 
 
 SELECTED_TOGETHER = 8
-"""Most prompts whose experts are chosen in one batch: sorting takes some 25 bytes a neuron and
-layer of each, 11 MB for Llama-3-8B."""
+"""The most prompts whose experts are chosen in one batch. Sorting takes about 25 bytes per prompt,
+layer and neuron: 11 MB per prompt for Llama-3-8B."""
 
 
 def select_together(
     s2s: Sequence[Tensor], selections: Sequence[Selection], *, magnitude: Callable[[], Tensor]
 ) -> list[Tensor]:
-    """The stage for several requests at once: for each what ``select_experts`` gives for it alone.
-    Where experts are chosen by their s2 alone, requests of one density share their batches.
+    """Runs the stage for several requests at once, with the same results as ``select_experts`` for
+    each.
+
+    Requests whose policy uses only s2 share batches if they have the same density.
 
     Args:
-        s2s: [L, F] of each request.
-        selections: of each request.
-        magnitude: as of ``select_experts``.
+        s2s: [L, F] for each request.
+        selections: the parameters of each request.
+        magnitude: as for ``select_experts``.
     """
     chosen: dict[int, Tensor] = {}
     alike: dict[float, list[int]] = {}
@@ -116,22 +123,22 @@ def _policy(name: PolicyName, magnitude: Callable[[], Tensor]) -> SelectionPolic
 
 
 class TopK:
-    """The k neurons of largest s; ties go to the lower index, so that the same prompt has the
-    same experts everywhere. The paper's method."""
+    """Takes the k neurons with the largest s, the paper's method. Ties go to the lower index, so
+    that the same prompt has the same experts everywhere."""
 
     def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
         return _largest(s2, k)
 
 
 class Sampled:
-    """k neurons drawn without replacement with weights s."""
+    """Draws k neurons without replacement, with weights s."""
 
     def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
         return _largest(_sampling_keys(s2, seed), k)
 
 
 class TopKSampled:
-    """The ceil(k / 2) neurons of largest s, the others drawn as by ``Sampled`` from the rest."""
+    """Takes the ceil(k / 2) neurons with the largest s, and draws the others like ``Sampled``."""
 
     def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
         keys = _sampling_keys(s2, seed)
@@ -140,10 +147,10 @@ class TopKSampled:
 
 
 class Magnitude:
-    """The k neurons of largest weights: static, the prompt has no say. A baseline.
+    """Takes the k neurons with the largest weights, independent of the prompt. A baseline.
 
     Args:
-        strengths: [L, F], see ``Neurons.magnitude``.
+        strengths: [L, F], see ``FFWeights.magnitude``.
     """
 
     def __init__(self, strengths: Tensor) -> None:
@@ -154,15 +161,15 @@ class Magnitude:
 
 
 class Random:
-    """k neurons drawn uniformly. A baseline."""
+    """Draws k neurons uniformly. A baseline."""
 
     def select(self, s2: Tensor, k: int, seed: int) -> Tensor:
         return _largest(_uniform(s2, seed, torch.float32), k).to(s2.device)
 
 
 def _largest(score: Tensor, k: int) -> Tensor:
-    """Ascending int32 indices [L, k] of the k largest of each row of score [L, F]; of equals, those
-    of lower index."""
+    """Returns the ascending int32 indices [L, k] of the k largest values in each row of score [L,
+    F]; ties go to the lower index."""
     if k == score.shape[1]:
         return torch.arange(k, dtype=torch.int32, device=score.device).repeat(score.shape[0], 1)
     order = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :k]
@@ -170,14 +177,14 @@ def _largest(score: Tensor, k: int) -> Tensor:
 
 
 def _sampling_keys(s2: Tensor, seed: int) -> Tensor:
-    """Keys whose k largest are a draw without replacement with weights s (Efraimidis and Spirakis,
-    2006, as log weight plus Gumbel noise). Neurons of weight 0 come last, by index."""
+    """Returns keys whose k largest are a draw without replacement with weights s (Efraimidis and
+    Spirakis, 2006, as log weight plus Gumbel noise). Neurons of weight 0 come last, by index."""
     gumbel = -torch.log(-torch.log(_uniform(s2, seed, torch.float64))).to(s2.device)
     return 0.5 * torch.log(s2.double()) + gumbel
 
 
 def _uniform(s2: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
-    """Numbers in [0, 1) for every neuron of s2 [L, F], on the CPU."""
+    """Returns random numbers in [0, 1) for every neuron of s2 [L, F], on the CPU."""
     rows = []
     for layer in range(s2.shape[0]):
         generator = torch.Generator().manual_seed((seed + layer * 0x9E3779B97F4A7C15) % 2**64)

@@ -1,1 +1,1 @@
-"""Runs of the model: prompts and decode steps."""
+"""Forward passes of the model: prefill of prompts, and decode steps."""

@@ -1,6 +1,6 @@
-"""Decode steps: a few new tokens of many sequences through the model, each on its own experts.
+"""Decode steps run a few new tokens of many sequences through the model, each on its own experts.
 
-``step_logits`` is the one forward pass of a step. An ``EagerStep`` runs it operation by operation,
+``step_logits`` is the one forward pass of a step. An ``EagerStep`` runs it operation by operation
 on any device; ``graphs.GraphStep`` replays it as captured graphs.
 """
 
@@ -32,25 +32,25 @@ class Stepper(Protocol):
     def launch(
         self, sequences: Sequence[StepSequence], top_logprobs: Sequence[int | None]
     ) -> Draws:
-        """Runs the tokens of all sequences in one batch and draws the next token of those that have
-        a sampler slot. The device may still be at work on return.
+        """Runs the tokens of all sequences in one batch, and samples the next token of each
+        sequence with a sampler slot. The device may still be running on return.
 
         Args:
-            top_logprobs: for each sequence how many log-probabilities to report with its token;
-                None for none at all.
+            top_logprobs: for each sequence the number of top log-probabilities to report with its
+                token; None to report no log-probabilities.
 
         Raises:
-            DrawLost: tokens were drawn and cannot be read: the sequences must end.
+            DrawLost: tokens were sampled and cannot be read: the sequences must end.
             Exception: anything else. The same sequences may be run again.
         """
         ...
 
 
 def token_ids(rows: RowTable, drawn: Tensor) -> Tensor:
-    """The tokens [N] to run: those given, or what the rows' slots drew last.
+    """Returns the tokens [N] to run: those in the table, or the token that a row's slot drew last.
 
-    A row whose logits were not finite has drawn -1; its session is about to be told, and token 0
-    runs in its place.
+    A slot whose logits were not finite has drawn -1. Its session is about to end with an error, and
+    token 0 runs in its place.
     """
     given = rows.token_ids
     return torch.where(given < 0, drawn[rows.slots].clamp_(min=0), given)
@@ -59,7 +59,8 @@ def token_ids(rows: RowTable, drawn: Tensor) -> Tensor:
 def step_logits(
     decoder: Decoder, pool: KvPool, rows: RowTable, ids: Tensor, ff: Callable[[int], RunFF]
 ) -> Tensor:
-    """Logits [N, V] float32 after each of ids [N]; stores their keys and values in the pool."""
+    """Returns the logits [N, V] float32 after each of ids [N], and stores their keys and values in
+    the pool."""
     x = decoder.embed(ids, rows.positions)
     attention = decoder.backend.decode_attention(decoder.spec, pool, rows)
     return decoder.logits(decoder.forward(x, attention, ff))
@@ -70,7 +71,7 @@ class EagerStep:
     """Runs a step operation by operation, on any device.
 
     Args:
-        slims: what the slim ids stand for.
+        slims: the table of slim ids.
     """
 
     decoder: Decoder
@@ -100,16 +101,16 @@ class EagerStep:
 
 
 def order_of(slims: SlimTable, sequences: Sequence[StepSequence]) -> list[int]:
-    """The order in which a step has its sequences: those of one product side by side."""
+    """Returns the order of sequences in a step: those that share a product are adjacent."""
     return sorted(range(len(sequences)), key=lambda i: slims.order(sequences[i].slim_id))
 
 
 def rows_back(ordered: Sequence[StepSequence], order: Sequence[int]) -> list[int]:
-    """For each row in the order that was asked for, its row in the step.
+    """Returns, for each row in the caller's order, its row in the step.
 
     Args:
-        ordered: the sequences as the step has them.
-        order: for each of them its place in what was asked for.
+        ordered: the sequences in the order of the step.
+        order: for each of them its index in the caller's order.
     """
     spans: dict[int, range] = {}
     begin = 0
@@ -121,11 +122,11 @@ def rows_back(ordered: Sequence[StepSequence], order: Sequence[int]) -> list[int
 
 @dataclass(frozen=True, kw_only=True)
 class StepTokens:
-    """Given tokens of one sequence, for callers without an engine.
+    """Tokens to run of one sequence, for callers without an engine.
 
     Args:
-        cache: holds what is before them; must have room for them.
-        view: the FF block of each layer. Sequences with the same list share every product.
+        cache: holds the tokens before these, and has room for these.
+        view: the FF block of each layer. Sequences with the same list object share every product.
         token_ids: at least one.
     """
 
@@ -139,40 +140,30 @@ def decode_tokens(
     decoder: Decoder, steps: Sequence[StepTokens], table: BlockTable | None = None
 ) -> list[Tensor]:
     """Runs each sequence's tokens after its cached ones, all in one batch. If it raises, no cache
-    has moved on, and the same tokens may be run again.
+    has advanced, and the same tokens may be run again.
 
     Args:
-        steps: their caches are of one pool.
-        table: keeps masks from call to call, for sequences that run zeroed.
+        steps: the sequences; their caches are in one pool.
+        table: keeps the masks of sequences that run zeroed from call to call.
 
     Returns:
-        Logits [T, V] float32 for each sequence, one row after each of its tokens.
+        Logits [T, V] float32 for each sequence, a row for each of its T tokens.
 
     Raises:
-        ValueError: the caches are of different pools, or tokens do not fit one.
+        ValueError: the caches are in different pools, or the tokens do not fit a cache.
     """
     pool, table = steps[0].cache.pool, table or BlockTable(decoder)
     views: dict[int, WholeView] = {}
     sequences = []
     for step in steps:
-        cache, end = step.cache, step.cache.length + len(step.token_ids)
-        if cache.pool is not pool:
+        if step.cache.pool is not pool:
             raise ValueError("caches of different pools cannot run in one batch")
-        if end > cache.capacity:
-            raise ValueError(f"tokens {cache.length}..{end} do not fit a cache of {cache.capacity}")
         view = views.get(id(step.view))
         if view is None:
             view = views[id(step.view)] = WholeView(step.view)
             if step.view[0] is not decoder.layers[0].ff:
                 view.slim_id = table.add(view)
-        sequences.append(
-            StepSequence(
-                first_slot=cache.first_slot,
-                cached=cache.length,
-                token_ids=tuple(step.token_ids),
-                slim_id=view.slim_id,
-            )
-        )
+        sequences.append(StepSequence.next_of(step.cache, step.token_ids, slim_id=view.slim_id))
     order = order_of(table, sequences)
     ordered = tuple(sequences[i] for i in order)
     rows = RowTable.of(StepBatch(sequences=ordered), decoder.device)

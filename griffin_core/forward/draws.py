@@ -1,4 +1,4 @@
-"""Tokens that a device draws, perhaps still at work."""
+"""Sampled tokens that a device may still be computing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Drawn:
 
     Args:
         token: its id; -1 if the logits were not finite.
-        logprobs: if they were asked for.
+        logprobs: its log-probabilities, if they were requested.
     """
 
     token: int
@@ -29,32 +29,32 @@ class Drawn:
 
 
 class DrawLost(Exception):
-    """Tokens were drawn and cannot be read. The sampler has moved on, so the sequences must not be
-    run again; the cause is what went wrong."""
+    """Tokens were sampled and cannot be read. The sampler's state has advanced, so the sequences
+    must not be run again. The exception's cause is the original error."""
 
 
 class Draws(Protocol):
-    """Tokens that a device draws, of one ``Draw`` or several."""
+    """The sampled tokens of a step: one ``Draw`` or several."""
 
     @property
     def logits(self) -> Tensor:
-        """[N, V] float32, one row for each token that was run."""
+        """[N, V] float32, a row for each token that was run."""
         ...
 
     def wait(self) -> list[Drawn]:
-        """The next token of each sequence; waits for the device."""
+        """Waits for the device, and returns the next token of each sequence."""
         ...
 
 
 class Draw:
-    """The draw of one batch.
+    """The sampled tokens of one batch.
 
     Args:
         tokens: [B] int64 on the device, one for each sequence.
-        logits: [N, V] float32, of all rows. What is needed of them is taken now: they may be gone
-            with the next step.
-        last_rows: [B], the row of each sequence whose logits the token was drawn from.
-        top_logprobs: for each sequence as in ``Stepper.launch``.
+        logits: [N, V] float32, all rows. Log-probabilities are computed from them now, since the
+            next step may overwrite them.
+        last_rows: [B], the row of each sequence that its token was sampled from.
+        top_logprobs: as in ``Stepper.launch``.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Draw:
         sequences: Sequence[StepSequence],
         top_logprobs: Sequence[int | None],
     ) -> Draw:
-        """The draw of sequences whose rows stand in their order.
+        """Makes the draw of sequences whose rows are in the same order as the sequences.
 
         Args:
             tokens: [N] int64 on the device, one for each row.
 
         Raises:
-            DrawLost: what is needed of it cannot be taken.
+            DrawLost: the tokens or their log-probabilities cannot be read.
         """
         last_rows = [end - 1 for end in accumulate(len(each.token_ids) for each in sequences)]
         try:
@@ -115,7 +115,7 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedDraws:
-    """Several draws, the sequences of one after those of another."""
+    """Several draws, concatenated."""
 
     parts: Sequence[Draws]
 

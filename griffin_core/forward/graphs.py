@@ -1,10 +1,11 @@
-"""Decode steps as captured graphs: every live session's next token, run and drawn in one launch.
+"""Decode steps as captured CUDA graphs: one launch runs the model and samples the next token of
+every live session.
 
 Graphs are captured for batch sizes of powers of two and for each way to run the FF
-(``slim.indexed.FFMode``). What differs from step to step stands in one small table of integers on
-the device, so sessions come, go and change their experts without a new capture. The tokens
-themselves stay on the device: a step reads those that the step before has drawn, so it may be
-launched before the host knows them.
+(``slim.indexed.FFMode``). Everything that differs from step to step is in one small table of
+integers on the device, so sessions can start, end and change their experts without a new capture.
+Tokens stay on the device: a step reads the tokens that the previous step sampled, so it can be
+launched before the host has read them.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ from griffin_core.slim.costs import ASSUMED_COSTS, GraphCosts, StepCosts
 from griffin_core.slim.indexed import MODES, FFMode, IndexTable
 
 MOST_PRIVATE, ROUNDS = 8, 5
-"""Most rows that may run on a set each, and how often steps are timed. At density 0.25 sets of
-their own cost as much as dense with four sessions (docs/BENCHMARKS.md)."""
+"""The most rows that may run on private sets, and how often steps are timed. At density 0.25 the
+private sets of four sessions cost as much as a dense step (docs/BENCHMARKS.md)."""
 
 BUFFERS = 2
-"""Host copies of a step's table: one may still be on its way to the device while the next is
-written."""
+"""The number of host buffers for a step's table: while one is being copied to the device, the next
+can be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What a step leaves on the device, good until the next one.
+    """The output of a step on the device, valid until the next step.
 
     Args:
         tokens: [N] int64.
-        logits: [N, V] float32 that they were drawn from.
+        logits: [N, V] float32, from which the tokens were sampled.
     """
 
     tokens: Tensor
@@ -61,13 +62,12 @@ class StepOutput:
 
 
 class StepTable:
-    """The table of a step of N rows: on the device always at the same place, filled from pinned
-    memory.
+    """The table of a step of N rows, at a fixed address on the device, filled from pinned memory.
 
     Args:
         rows: N.
-        padding: the sampler slot of rows that draw nothing.
-        slim_id: what rows that pad the step run on.
+        padding: the sampler slot of rows that draw no token.
+        slim_id: the slim id of padding rows.
     """
 
     def __init__(self, rows: int, device: torch.device, padding: int, slim_id: int) -> None:
@@ -84,11 +84,11 @@ class StepTable:
         ]
 
     def send(self, sequences: Sequence[StepSequence]) -> None:
-        """Sends the rows of sequences to the device, in the order of its work; the rest of the rows
-        are padding."""
+        """Copies the rows of sequences to the device in stream order; the remaining rows are
+        padding."""
         host, sent = self._sent.pop(0)
         self._sent.append((host, sent))
-        sent.synchronize()  # of the step before the last: long over, unless steps are not read
+        sent.synchronize()  # the copy of the step before last
         columns = StepBatch(sequences=tuple(sequences), padding=self._padding).columns()
         table = host.numpy()
         table[:] = self._empty
@@ -98,18 +98,18 @@ class StepTable:
 
 
 class GraphStep:
-    """Runs decode steps of a model in bfloat16 or float16. A ``Stepper``.
+    """A ``Stepper`` that runs the decode steps of a model in bfloat16 or float16 as graphs.
 
     Args:
-        sampler: draws the tokens.
-        slims: what the slim ids stand for.
-        max_sequences: most sequences of a step. Graphs are captured for up to
+        sampler: samples the tokens.
+        slims: the table of slim ids.
+        max_sequences: the most sequences in a step. Graphs are captured for up to
             ``MAX_SHARED_TOKENS`` rows; a larger step runs as several.
-        graphs: capture them at all.
-        apart: makes each row's result independent of the other rows, as in
+        graphs: whether to capture graphs at all.
+        apart: whether each row's result must be independent of the other rows, as in
             ``forward.invariant``: a step has ``ROWS`` rows and runs zeroed; more sequences run as
             several such steps.
-        progress: is told what is being captured.
+        progress: called with a description of what is being captured.
     """
 
     def __init__(
@@ -136,15 +136,16 @@ class GraphStep:
         }
         self._graphs: dict[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
         self.private_up_to = {size: 1 / size for size in sizes if size <= MOST_PRIVATE}
-        """By the size of a step, the largest mean density at which each row runs on a set of its
-        own and not zeroed. Bytes decide until ``measure_costs`` has measured which is slower."""
+        """For each step size, the largest mean density at which rows run on private sets and not
+        zeroed. It is estimated from bytes until ``measure_costs`` has measured which is slower."""
         if graphs:
             with torch.inference_mode():
                 self._capture(progress)
 
     @property
     def graphs(self) -> Mapping[tuple[int, FFMode], tuple[torch.cuda.CUDAGraph, StepOutput]]:
-        """The captured graphs and their outputs, by size and mode. Replay none of them."""
+        """The captured graphs and their outputs, by size and mode. For inspection only: do not
+        replay them."""
         return MappingProxyType(self._graphs)
 
     @torch.inference_mode()
@@ -154,7 +155,7 @@ class GraphStep:
         """See ``Stepper``."""
         rows = sum(len(each.token_ids) for each in sequences)
         largest = max(self._tables)
-        # Their logits are read, and a graph's are gone once the next one runs.
+        # Their logits are read, and the next graph would overwrite a graph's logits.
         reads_logits = any(each.slot is None or len(each.token_ids) > 1 for each in sequences)
         if reads_logits and (self._apart or rows > largest):
             return self._launch_eager(sequences, top_logprobs)
@@ -179,14 +180,15 @@ class GraphStep:
     def _launch_eager(
         self, sequences: Sequence[StepSequence], top_logprobs: Sequence[int | None]
     ) -> Draws:
-        """A step of more tokens than any graph has rows."""
+        """Runs a step of more tokens than any graph has rows."""
         batch = StepBatch(sequences=tuple(sequences), padding=self.sampler.padding)
         mode = self.mode(sequences, batch.rows)
         output = self._run(RowTable.of(batch, self._decoder.device), mode)
         return Draw.of(output.tokens, output.logits, sequences, top_logprobs)
 
     def mode(self, sequences: Sequence[StepSequence], size: int) -> FFMode:
-        """The cheapest mode in which every sequence runs on its own set, in a step of a size."""
+        """Returns the cheapest mode in which every sequence runs on its own set, in a step of a
+        given size."""
         if self._apart:
             return "zeroed"
         ids = [each.slim_id for each in sequences for _ in each.token_ids]
@@ -211,16 +213,16 @@ class GraphStep:
 
     def _capture(self, progress: Progress | None) -> None:
         pool = None
-        # torch's own is of the GPU that was captured on first, whichever that was.
+        # torch's default capture stream belongs to the GPU of the first capture.
         stream = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]
-        self.slims.write_random(0.5, max(self._tables))  # configurations are chosen on these sets
+        self.slims.write_random(0.5, max(self._tables))  # autotuning measures on these sets
         for size in reversed(self._tables):
             if progress is not None:
                 progress(f"capturing a step of {size}")
             table = self._tables[size]
             table.send(self._usual(size))
             for mode in self._modes(size):
-                self._run(table.rows, mode)  # chooses configurations, allocates for cuBLAS
+                self._run(table.rows, mode)  # runs autotuning and allocates cuBLAS workspaces
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
@@ -229,7 +231,7 @@ class GraphStep:
                 self._graphs[size, mode] = graph, output
 
     def _modes(self, size: int) -> list[FFMode]:
-        """The modes that a step of a captured size can run in."""
+        """Returns the modes that a step of a captured size can run in."""
         if self._apart:
             return ["zeroed"]
         if size == 1:
@@ -237,7 +239,8 @@ class GraphStep:
         return [mode for mode in MODES if mode != "private" or size <= MOST_PRIVATE]
 
     def _usual(self, size: int) -> list[StepSequence]:
-        """Rows that run on a set each, as far as there are so many."""
+        """Returns warm-up sequences that run on private sets, as far as the table has enough
+        sets."""
         sets = self.slims.sets
         return [
             StepSequence(
@@ -251,13 +254,13 @@ class GraphStep:
         ]
 
     def measure_costs(self) -> StepCosts:
-        """What steps cost, measured on the graphs, by which modes are chosen from now on; without
-        graphs, what bytes say."""
+        """Measures the cost of steps on the graphs, and chooses modes by it from now on. Without
+        graphs it returns costs estimated from bytes."""
         if not self._graphs:
             return ASSUMED_COSTS
 
         def seconds(mode: FFMode) -> dict[int, tuple[float, float]]:
-            """On half of the neurons and on all, by captured size."""
+            """Returns the seconds on half of the neurons and on all neurons, by captured size."""
             sizes = [size for size in self._tables if (size, mode) in self._graphs]
             return {
                 size: (self._seconds(size, mode, 0.5), self._seconds(size, mode, 1.0))
@@ -278,7 +281,7 @@ class GraphStep:
         self.slims.write_random(density, size)
         self._tables[size].send(self._usual(size))
         times = []
-        for _ in range(ROUNDS + 1):  # the first warms up
+        for _ in range(ROUNDS + 1):  # the first round warms up
             clock = time.perf_counter()
             graph.replay()
             torch.cuda.current_stream().synchronize()
@@ -288,7 +291,7 @@ class GraphStep:
     @torch.inference_mode()
     def rows_stay_apart(self) -> bool:
         """Tests whether each row's result is independent of the other rows, as
-        ``InvariantStep.rows_stay_apart`` does. To be called before the first session."""
+        ``InvariantStep.rows_stay_apart`` does. Call it before the first session."""
         draw, most = random.Random(0), min(ROWS, self.sampler.padding)
         vocabulary = self._decoder.spec.vocabulary
         token, *others = (draw.randrange(vocabulary) for _ in range(most))
@@ -299,7 +302,7 @@ class GraphStep:
         return all(torch.equal(alone, own) for own in beside)
 
     def _trial(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [N, V] of one step that runs each token as the first of a sequence."""
+        """Returns the logits [N, V] of one step that runs each token as the first of a sequence."""
         caches = [self._pool.allocate(1) for _ in tokens]
         sequences = []
         for slot, (token, cache) in enumerate(zip(tokens, caches, strict=True)):

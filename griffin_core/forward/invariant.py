@@ -1,10 +1,11 @@
-"""Steps in which what a session makes does not depend, to the bit, on the sessions beside it.
+"""Batch-invariant steps: a session's output is bitwise independent of the other sessions in the
+batch.
 
-In which order a library adds up the terms of a product depends on how many rows the product has. So
+The order in which a library sums the terms of a matrix product depends on the number of rows. So
 every product of such a step has the same number of rows: those of some sessions, filled up with
-padding. Everything else is either exact (sums, masks, copies) or a row's own: attention, norms,
-activations. All sessions run on all weights, dense or zeroed outside their set, because a copy of a
-set adds up in another order, too.
+padding. Everything else is either exact (sums, masks, copies) or computed for each row alone
+(attention, norms, activations). All sessions run on all weights, dense or zeroed outside their set,
+because a product with a copy of a set sums in another order, too.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from griffin_core.slim.zeroed import RowMasks
 from griffin_core.spec.weights import Norm
 
 ROWS = 8
-"""Rows of each product. Of SmolLM2 in bfloat16 a step of 1, 4 and 16 sessions took 1.8, 1.4 and 1.3
-times as long as one of any number of rows; with 16 rows it was 2.1, 1.5 and 1.0 times, and with the
-kernel of one row called for each 1.0, 2.2 and 3.7 times."""
+"""The number of rows of each product. For SmolLM2 in bfloat16, steps of 1, 4 and 16 sessions took
+1.8, 1.4 and 1.3 times as long as normal steps; with products of 16 rows 2.1, 1.5 and 1.0 times; and
+with the one-row kernel called for each row 1.0, 2.2 and 3.7 times."""
 
 
 class InvariantStep:
     """A ``Stepper`` in which no row's result depends on other rows.
 
-    Sequences that draw run together, in products of ``ROWS`` rows. A sequence that draws none (a
-    score) must be the only one of its step, and runs by itself.
+    Sequences that draw a token run together, in products of ``ROWS`` rows. A sequence that draws no
+    token (a score) must be the only one of its step, and runs by itself.
 
     Args:
-        slims: of views that run dense or zeroed.
+        slims: the table of slim ids; its views run dense or zeroed.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class InvariantStep:
         self._sampler = sampler
         self.slims = slims
         self._alone = EagerStep(decoder=decoder, pool=pool, sampler=sampler, slims=slims)
-        self._masks: dict[int, RowMasks] = defaultdict(RowMasks)  # by the first row of a product
+        self._masks: dict[int, RowMasks] = defaultdict(RowMasks)  # by first row of a product
 
     @torch.inference_mode()
     def launch(
@@ -76,7 +77,7 @@ class InvariantStep:
         return Draw.of(tokens, logits, sequences, top_logprobs)
 
     def _product(self, first: int, sequences: Sequence[StepSequence]) -> tuple[Tensor, RowTable]:
-        """Logits [n, V] of up to ``ROWS`` rows, and their table."""
+        """Returns the logits [n, V] of up to ``ROWS`` rows, and their table."""
         missing = ROWS - len(sequences)
         batch = StepBatch(
             sequences=(PADDING,) * missing + tuple(sequences), padding=self._sampler.padding
@@ -91,8 +92,9 @@ class InvariantStep:
 
     @torch.inference_mode()
     def rows_stay_apart(self) -> bool:
-        """Whether it works on this machine, by trial: a token's logits are the same in each of the
-        places of a product, beside whatever tokens. To be called before the first session."""
+        """Tests whether batch invariance holds on this machine: a token's logits must be the same
+        in every row of a product, whatever the other tokens are. Call it before the first
+        session."""
         draw = random.Random(0)
         vocabulary = self._decoder.spec.vocabulary
         token, *others = (draw.randrange(vocabulary) for _ in range(ROWS))
@@ -103,7 +105,7 @@ class InvariantStep:
         return all(torch.equal(alone, own) for own in beside)
 
     def _trial(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [N, V] of a step that runs each token as the first of a sequence."""
+        """Returns the logits [N, V] of a step that runs each token as the first of a sequence."""
         pool = self._decoder.new_pool(len(tokens))
         sequences = [
             StepSequence(first_slot=pool.allocate(1).first_slot, cached=0, token_ids=(token,))

@@ -1,9 +1,10 @@
-"""The prompt phase: token ids in; each layer's KV out as it is made, its experts at the end.
+"""Prefill: runs token ids through the model, hands out each layer's KV as it is computed, and
+chooses the experts at the end.
 
 Prompts are read in passes. A pass runs the model once over parts of one or more prompts, one after
-the other in one batch of rows, so that the weights are read once for all of them. Attention, cache
-and statistic are each prompt's own, so what comes of a prompt does not depend on what else was in
-its passes, but for rounding.
+the other in one batch of rows, so that the weights are read once for all of them. Each prompt has
+its own attention, cache and statistic, so its result does not depend on the other prompts in its
+passes, except for rounding.
 """
 
 from __future__ import annotations
@@ -18,9 +19,17 @@ from torch import Tensor
 
 from griffin_core.backends.base import Moment, RunFF
 from griffin_core.backends.batch import RowRuns
-from griffin_core.backends.transfers import on_device
 from griffin_core.experts.selection import Selection, select_together
 from griffin_core.experts.statistic import relative
+from griffin_core.forward.events import (
+    LayerActivations,
+    LayerExperts,
+    LayerKv,
+    PrefillEvent,
+    PrefillFinished,
+    PromptExperts,
+)
+from griffin_core.forward.prompt import Part, Prompt
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.spec.weights import Norm
@@ -28,165 +37,14 @@ from griffin_core.spec.weights import Norm
 CHUNK_TOKENS = 512
 
 MAX_TOGETHER = 16
-"""Most prompts of one pass. Each has its statistic in it, L · F float32 (1.8 MB for Llama-3-8B),
-and each costs every layer an attention call of its own: that many prompts of 128 tokens already
-fill a pass of 2,048."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerKv:
-    """One layer's keys and values for a run of tokens.
-
-    Args:
-        kv: [2, kv_heads, tokens, head_dim], keys then values. A view of the prompt's cache.
-        ready: on a GPU, when they are there; None if they are already, or come in order.
-    """
-
-    layer: int
-    first_token: int
-    kv: Tensor
-    ready: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerExperts:
-    """One layer's statistic over all tokens, and its experts.
-
-    Args:
-        s: [F] float32.
-        experts: [K] int32, ascending.
-    """
-
-    layer: int
-    s: Tensor
-    experts: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerActivations:
-    """One layer's relative activations for a run of tokens, for callers that study them.
-
-    Args:
-        values: [tokens, F] float32, |Z_t| / ‖Z_t‖: what the statistic squares and adds up.
-    """
-
-    layer: int
-    first_token: int
-    values: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptExperts:
-    """The statistic and the experts of all layers in one piece, for a prompt that an engine has
-    read for a session of its own. Its KV is in the session's cache already.
-
-    Args:
-        s2: [L, F] float32, over all tokens of the session so far.
-        experts: [L, K] int32, each row ascending.
-        norm_mass: L values, as of ``ExpertSet.norm_mass``.
-    """
-
-    s2: Tensor
-    experts: Tensor
-    norm_mass: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillFinished:
-    """The end of a prefill.
-
-    A pass runs several prompts at once, so its time is divided among them: by their tokens in it
-    for the model, equally among those that chose their experts in it for the selection. The times
-    of all prompts add up to the time the device was busy.
-
-    Args:
-        last_hidden: [D] float32, what the head reads to give the first token's logits.
-        compute_s: this prompt's share of running the model, selection included.
-        selection_s: its share of choosing experts.
-    """
-
-    last_hidden: Tensor
-    compute_s: float
-    selection_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillRestarted:
-    """Another server begins the prefill anew: what came so far does not count."""
-
-
-PrefillEvent = LayerKv | LayerExperts | PromptExperts | PrefillFinished | PrefillRestarted
-
-
-class Prompt:
-    """A prompt on its way through the model: how far it is read, and its statistic so far.
-
-    Args:
-        token_ids: T >= 1 ids.
-        selection: how its experts are chosen.
-        cache: holds the tokens before these, and room for these; a new one if None.
-        s2: [L, F], the statistic of the tokens before these; None if there are none. Not changed.
-        wants_kv: passes tell of each layer's KV as it is made.
-        watch: layers whose activations passes tell of.
-
-    Raises:
-        ValueError: no token.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        token_ids: Sequence[int],
-        selection: Selection,
-        *,
-        cache: KvCache | None = None,
-        s2: Tensor | None = None,
-        wants_kv: bool = False,
-        watch: Collection[int] = (),
-    ) -> None:
-        if not token_ids:
-            raise ValueError("prefill needs at least one token")
-        self.selection = selection
-        self.cache = decoder.new_cache(len(token_ids)) if cache is None else cache
-        self.s2 = s2
-        self.wants_kv = wants_kv
-        self.watch = watch
-        self.tokens = len(token_ids)
-        self.read = 0
-        """Tokens that passes have read."""
-        self.shares: list[tuple[Moment, Moment, float]] = []
-        """Of each pass it was in: begin, end, and its share of the tokens."""
-        self.layers_told = 0
-        """Layers of the pass under way that were told of. A pass that failed is run again, and its
-        reader is not to get the same layer twice."""
-        self._ids = on_device(token_ids, torch.int64, decoder.device)
-
-    @property
-    def left(self) -> int:
-        """Tokens still to read."""
-        return self.tokens - self.read
-
-    def next_ids(self, tokens: int) -> Tensor:
-        """The ids [tokens] of what is read next."""
-        return self._ids[self.read : self.read + tokens]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a pass reads of one prompt: its next ``tokens`` tokens, at least one."""
-
-    prompt: Prompt
-    tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the prompt is read to its end with it."""
-        return self.tokens == self.prompt.left
+"""The most prompts in a pass. Each prompt needs memory for its statistic, L · F float32 (1.8 MB for
+Llama-3-8B), and its own attention call in every layer. 16 prompts of 128 tokens already fill a pass
+of 2,048 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRead:
-    """What came of a prompt that was read to its end.
+    """The result of a prompt that was read to its end.
 
     Args:
         s2: [L, F] float32.
@@ -202,35 +60,35 @@ class PromptRead:
     finished: PrefillFinished
 
     def by_layer(self) -> list[LayerExperts]:
-        """The statistic and the experts, one event a layer."""
-        layers = zip(self.s2.sqrt().unbind(), self.experts.unbind(), strict=True)
+        """Returns the statistic and the experts as one event per layer."""
+        layers = zip(self.s2.unbind(), self.experts.unbind(), strict=True)
         return [
-            LayerExperts(layer=layer, s=s, experts=experts)
-            for layer, (s, experts) in enumerate(layers)
+            LayerExperts(layer=layer, s2=s2, experts=experts)
+            for layer, (s2, experts) in enumerate(layers)
         ]
 
     def on_host(self) -> PromptRead:
-        """The same in the CPU's memory, so that what reads it there waits for no work that the
-        device has been given since."""
+        """Returns a copy in the CPU's memory, so that reading it does not wait for work that was
+        submitted to the device later."""
         finished = replace(self.finished, last_hidden=self.finished.last_hidden.cpu())
         return replace(self, s2=self.s2.cpu(), experts=self.experts.cpu(), finished=finished)
 
     def in_one_piece(self) -> PromptExperts:
-        """The statistic and the experts, one event in all."""
+        """Returns the statistic and the experts as a single event."""
         return PromptExperts(s2=self.s2, experts=self.experts, norm_mass=self.norm_mass)
 
 
 Tell = Callable[[Prompt, LayerKv | LayerActivations], None]
-"""Is told what a pass makes of a prompt, while the pass runs."""
+"""A callback for a prompt's events while a pass runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A pass that has been launched: on a GPU the device may still be at it.
+    """A launched pass, which a GPU may still be running.
 
     Args:
         rows: the first row of each part, then the number of rows.
-        hidden: [N, D], output of the last layer.
+        hidden: [N, D], the output of the last layer.
         s2: [R, L, F] float32, the statistic of each part.
     """
 
@@ -242,13 +100,14 @@ class Pass:
     began: Moment
 
     def end(self) -> list[PromptRead]:
-        """Moves every prompt on by its part, and chooses the experts of those read to their end.
+        """Advances every prompt by its part, and chooses the experts of prompts that are read to
+        their end.
 
-        A pass that ends no prompt does not wait for the device; one that does waits once. If it
-        raises, no prompt has moved on.
+        A pass that completes no prompt does not wait for the device; otherwise it waits once. If it
+        raises, no prompt has advanced.
 
         Returns:
-            One for each prompt that is read to its end, in the order of the parts.
+            A result for each prompt that is read to its end, in the order of the parts.
         """
         ended = self.decoder.backend.moment()
         total = self.rows[-1]
@@ -265,11 +124,11 @@ class Pass:
         return chosen
 
     def _s2_so_far(self, index: int) -> Tensor:
-        """The statistic [L, F] of a prompt with this pass's part of it."""
+        """Returns the statistic [L, F] of a prompt, this pass's part included."""
         before, own = self.parts[index].prompt.s2, self.s2[index]
         if before is not None:
             return before + own
-        return own.clone() if len(self.parts) > 1 else own  # else it held all parts' memory
+        return own.clone() if len(self.parts) > 1 else own  # a view holds all parts' memory
 
     def _choose(self, last: Sequence[int], s2s: Sequence[Tensor]) -> list[PromptRead]:
         decoder = self.decoder
@@ -282,10 +141,10 @@ class Pass:
             s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
         )
         selected = decoder.backend.moment()
-        # What is kept is the square of what a handoff brings, so that it is the same, to the bit,
-        # wherever a prompt is read.
+        # Servers send the root of s2. Rounded to the square of a float32 root, the statistic of a
+        # prompt is bitwise the same, whichever server prefills it.
         s2s = [s2.sqrt().square() for s2 in s2s]
-        # The one wait: after it every moment of this pass and of those before it is known.
+        # The only synchronization: after it the times of this pass and of earlier ones are known.
         masses = torch.stack([_norm_mass(*pair) for pair in zip(s2s, experts, strict=True)])
         norm_mass: list[list[float]] = masses.tolist()
         selection_s = _seconds(selecting, selected) / len(prompts)
@@ -312,21 +171,20 @@ class Pass:
 
 
 Launch = Callable[[Decoder, Sequence[Part], Tell], Pass]
-"""Runs a pass, as ``launch`` does."""
+"""The signature of ``launch``, which runs a pass."""
 
 
 @torch.inference_mode()
 def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None) -> Pass:
-    """Runs the model dense over parts of prompts, together, and takes each one's statistic.
+    """Runs the model dense over parts of several prompts, and computes the statistic of each.
 
-    Nothing of a prompt moves on before ``Pass.end``, so that after an error the same parts can be
-    run again.
+    No prompt advances before ``Pass.end``, so that after an error the same parts can be run again.
 
     Args:
-        parts: at least one, each of another prompt.
-        tell: gets LayerKv, then LayerActivations, of prompts that want them, layer by
-            layer. On a GPU the values are not there yet when it is called; they come in the order
-            of the device's work.
+        parts: at least one, each from another prompt.
+        tell: called with LayerKv, then LayerActivations, for prompts that want them, layer by
+            layer. On a GPU the values are not computed yet when it is called; they follow in stream
+            order.
     """
     device = decoder.device
     began = decoder.backend.moment()
@@ -364,11 +222,11 @@ def counting_ff(
     runs: RowRuns,
     activations: dict[int, Tensor] | None = None,
 ) -> RunFF:
-    """A layer's dense FF block, which adds the statistic of what passes through it to s2 [R, L, F].
+    """Returns a layer's dense FF block that also adds the statistic of its input to s2 [R, L, F].
 
     Args:
-        runs: whose rows are whose.
-        activations: gets Z [N, F], if given.
+        runs: the rows of each prompt.
+        activations: if given, called with Z [N, F].
     """
     ff, backend = decoder.layers[layer].ff, decoder.backend
 
@@ -385,7 +243,7 @@ def counting_ff(
 def _tell_layer(
     part: Part, layer: int, ready: torch.cuda.Event | None, z: Tensor | None, tell: Tell
 ) -> None:
-    """Tells of one layer of a prompt, unless a pass that failed has done so."""
+    """Reports one layer of a prompt, unless a failed pass has already reported it."""
     prompt = part.prompt
     if layer < prompt.layers_told:
         return
@@ -409,21 +267,21 @@ def prefill(
     chunk_tokens: int = CHUNK_TOKENS,
     watch: Collection[int] = (),
 ) -> Iterator[PrefillEvent | LayerActivations | None]:
-    """Runs one prompt dense, in chunks, and takes the statistic.
+    """Prefills one prompt dense, in chunks, and computes its statistic.
 
-    A generator, so that its caller may do other work between chunks: it yields None after each
-    chunk but the last. Results do not depend on the chunk size, but for rounding.
+    This is a generator, so that its caller can do other work between chunks: it yields None after
+    each chunk but the last. Results do not depend on the chunk size, except for rounding.
 
     Args:
-        token_ids, cache, s2, watch: as of ``Prompt``.
-        chunk_tokens: most tokens that run at once.
+        token_ids, cache, s2, watch: as for ``Prompt``.
+        chunk_tokens: the most tokens that run at once.
 
     Yields:
         LayerKv for each chunk and layer, followed by LayerActivations if the layer is watched;
-        then LayerExperts for each layer, PrefillFinished last.
+        then LayerExperts for each layer, and PrefillFinished last.
 
     Raises:
-        ValueError: no token.
+        ValueError: there is no token.
     """
     prompt = Prompt(decoder, token_ids, selection, cache=cache, s2=s2, wants_kv=True, watch=watch)
     while True:
@@ -439,7 +297,7 @@ def prefill(
 
 
 def _norm_mass(s2: Tensor, experts: Tensor) -> Tensor:
-    """For each layer [L] the share of its statistic that its experts hold; see ``ExpertSet``."""
+    """Returns the share of each layer's statistic that its experts hold, [L]; see ``ExpertSet``."""
     total = s2.sum(dim=1)
     if experts.shape[1] == s2.shape[1]:
         return torch.ones_like(total)
@@ -448,7 +306,7 @@ def _norm_mass(s2: Tensor, experts: Tensor) -> Tensor:
 
 
 def _seconds(begin: Moment, end: Moment) -> float:
-    """Between two moments of one device; waits for the second."""
+    """Returns the seconds between two moments of one device; waits for the second."""
     if isinstance(begin, float) or isinstance(end, float):
         return cast("float", end) - cast("float", begin)
     end.synchronize()

@@ -1,10 +1,9 @@
-"""Short prompts as captured graphs: a pass over one of them is a single launch.
+"""Prefill of short prompts as captured CUDA graphs, so that a pass is a single launch.
 
-A pass over a few hundred tokens keeps a GPU busy for less time than the host takes to launch its
-kernels, about fifteen a layer. Captured for a few sizes, it is launched at once. A prompt of
-another length runs in the next larger size: the rows after it are computed and have no effect,
-since attention is causal, the statistic is taken of the prompt's rows alone, and only those are
-stored in the KV pool.
+A pass over a few hundred tokens takes a GPU less time than the host needs to launch its kernels,
+about fifteen per layer. So it is captured for a few sizes. A prompt of another length runs in the
+next larger size: the padding rows after it have no effect, since attention is causal, and only the
+prompt's rows count in the statistic and are stored in the KV pool.
 """
 
 from __future__ import annotations
@@ -20,13 +19,16 @@ from torch import Tensor
 from griffin_core.backends.batch import RowRuns
 from griffin_core.backends.cuda.backend import CudaBackend
 from griffin_core.backends.transfers import on_device
-from griffin_core.forward.prefill import Part, Pass, Tell, counting_ff, launch
+from griffin_core.forward.prefill import Pass, Tell, counting_ff, launch
+from griffin_core.forward.prompt import (
+    Part,
+)
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 
 SIZES = (128, 256, 512)
-"""Tokens of the graphs. Up to 256 reading the weights takes longer than the products do, so that
-rows that pad cost nothing; for 1024 and more the host keeps up without a graph."""
+"""The sizes of the graphs in tokens. Up to 256 tokens reading the weights takes longer than the
+arithmetic, so padding rows cost nothing; from 1024 tokens on the host keeps up without a graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,9 @@ class Captured:
     """A graph, and the memory it reads and writes.
 
     Args:
-        ids: [N] int64; the prompt's come first.
-        numbers: [3] int64: KV slot of the first token, 0, and the tokens of the prompt.
+        ids: [N] int64; those of the prompt come first.
+        numbers: [3] int64: the KV slot of the first token, 0, and the number of tokens of the
+            prompt.
         hidden: [N, D], output of the last layer.
         s2: [1, L, F] float32.
     """
@@ -48,13 +51,13 @@ class Captured:
 
 
 class PromptGraphs:
-    """Passes, as ``prefill.launch`` runs them, with graphs for single short prompts. What a graph
-    has written is good until its next launch, so a pass is to be ended before the next begins.
+    """Runs passes like ``prefill.launch``, with graphs for single short prompts. A graph's output
+    is valid until its next launch, so a pass must be ended before the next one is launched.
 
     Args:
-        pool: of the prompts that run as graphs.
+        pool: holds the KV of the prompts that run as graphs.
         most_tokens: graphs for more tokens are not captured.
-        progress: is told what is being captured.
+        progress: called with a description of what is being captured.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class PromptGraphs:
                 self._graphs[size] = captured
 
     def launch(self, decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None) -> Pass:
-        """As ``prefill.launch``."""
+        """See ``prefill.launch``."""
         part = parts[0]
         prompt, cache = part.prompt, part.prompt.cache
         size = min((size for size in self._graphs if size >= part.tokens), default=None)
@@ -109,7 +112,7 @@ class PromptGraphs:
     def _capture(self, size: int, memory: Any, stream: torch.cuda.Stream) -> Captured:
         device = self._decoder.device
         ids = torch.zeros(size, dtype=torch.int64, device=device)
-        # No rows are a prompt's, so that nothing is stored while kernels are compiled.
+        # No row belongs to a prompt, so that nothing is stored while kernels are compiled.
         numbers = on_device([0, 0, 0], torch.int64, device)
         self._run(ids, numbers)
         torch.cuda.synchronize()
@@ -119,7 +122,7 @@ class PromptGraphs:
         return Captured(graph=graph, ids=ids, numbers=numbers, hidden=hidden, s2=s2)
 
     def _run(self, ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The last layer's output [N, D], and the statistic [1, L, F]."""
+        """Returns the last layer's output [N, D], and the statistic [1, L, F]."""
         decoder, spec, size = self._decoder, self._decoder.spec, len(ids)
         positions = torch.arange(size, device=decoder.device)
         places = torch.where(positions < numbers[2], positions + numbers[0], -1)

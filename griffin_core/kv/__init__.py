@@ -1,1 +1,1 @@
-"""Keys and values of sessions, and the bytes they may take."""
+"""The KV cache of sessions, and the budget of bytes for caches and slim views."""

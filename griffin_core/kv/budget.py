@@ -1,4 +1,4 @@
-"""Bytes of sessions: what is held, what may be held, and what gives way."""
+"""The memory budget of sessions: bytes held, the limit, and eviction when bytes run short."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 
 class Budget:
-    """A number of bytes that KV caches and slim views are taken from. Owned by one thread.
+    """The bytes that KV caches and slim views may use. Owned by one thread.
 
-    Who takes has reserved before (``Scheduler``), so ``take`` finds room once everything that is
-    kept only because there was room has gone.
+    Callers reserve bytes with the scheduler before they acquire them, so ``acquire`` succeeds once
+    everything evictable has been evicted.
 
     Args:
-        limit: bytes that may be held.
-        idle_limit: bytes of them that kept sessions may hold between their turns.
+        limit: the most bytes that may be held.
+        idle_limit: the most of these that kept sessions may hold between their turns.
     """
 
     def __init__(self, limit: int, idle_limit: int = 0) -> None:
@@ -21,27 +21,29 @@ class Budget:
         self.idle_limit = idle_limit
         self.held = 0
         self.peak = 0
-        """The most that was ever held."""
-        self._give_way: Callable[[], bool] = lambda: False
+        """The most bytes that were ever held."""
+        self._evict: Callable[[], bool] = lambda: False
 
-    def on_short(self, give_way: Callable[[], bool]) -> None:
-        """Sets what is called when bytes run short: it gives some back, or returns False."""
-        self._give_way = give_way
+    def on_short(self, evict: Callable[[], bool]) -> None:
+        """Sets the function that is called when bytes run short: it evicts something, or returns
+        False."""
+        self._evict = evict
 
-    def take(self, size: int) -> None:
+    def acquire(self, size: int) -> None:
         """Counts bytes as held, before they are allocated.
 
         Raises:
-            MemoryError: nothing more gives way. A bug: nobody may take what was not reserved.
+            MemoryError: nothing is left to evict. This is a bug: all bytes must be reserved before
+                they are acquired.
         """
         while self.held + size > self.limit:
-            if not self._give_way():
+            if not self._evict():
                 raise MemoryError(
                     f"session memory: {size} bytes asked for, {self.held} of {self.limit} held"
                 )
         self.held += size
         self.peak = max(self.peak, self.held)
 
-    def give_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         """Counts bytes as free again."""
         self.held -= size

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence."""
+"""The keys and values of one sequence."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 class KvCache:
     """Consecutive slots of a pool, filled from the front. Made by ``KvPool.allocate``.
 
-    A layer is written as its tokens pass through it, so within a step layers differ in how far
-    they are filled; ``length`` is how many tokens every layer holds and moves with ``advance``.
+    Layers are written one after the other, so during a step they are filled to different lengths;
+    ``length`` is the number of tokens that every layer holds, and grows with ``advance``.
 
     Args:
-        first_slot: KV slot of the first token. It may change when the pool makes room.
-        capacity: most tokens.
+        first_slot: KV slot of the first token. It may change when the pool compacts.
+        capacity: the most tokens that fit.
     """
 
     def __init__(self, pool: KvPool, first_slot: int, capacity: int) -> None:
@@ -29,7 +29,7 @@ class KvCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its slots in all layers."""
+        """Size of its slots in all layers, in bytes."""
         return self.capacity * self.pool.token_bytes
 
     def write(self, layer: int, start: int, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,8 +39,7 @@ class KvCache:
             kv: [T, 2 · kv_heads, head_dim], the heads of the keys, then those of the values.
 
         Returns:
-            The layer's keys and values up to there, each [kv_heads, start + T, head_dim], without
-            a copy.
+            Views of the layer's keys and values up to there, each [kv_heads, start + T, head_dim].
         """
         tokens, _, head_dim = kv.shape
         end = start + tokens
@@ -50,10 +49,11 @@ class KvCache:
         return keys, values
 
     def slice(self, layer: int, start: int, end: int) -> Tensor:
-        """A view [2, kv_heads, end - start, head_dim] of keys and values, to read or to fill.
+        """Returns a view [2, kv_heads, end - start, head_dim] of keys and values, to read or to
+        fill.
 
         Raises:
-            ValueError: positions outside the cache.
+            ValueError: the positions are outside the cache.
         """
         if not 0 <= start <= end <= self.capacity:
             raise ValueError(f"tokens {start}..{end} do not fit a cache of {self.capacity}")
@@ -61,11 +61,11 @@ class KvCache:
         return self.pool.layers[layer][:, :, first + start : first + end]
 
     def advance(self, tokens: int) -> None:
-        """Notes that every layer now holds that many tokens more."""
+        """Records that every layer now holds ``tokens`` more tokens."""
         self.length += tokens
 
     def rewind(self, length: int) -> None:
-        """Forgets what is after the first ``length`` tokens.
+        """Drops all tokens after the first ``length``.
 
         Raises:
             ValueError: the cache holds fewer tokens.
@@ -75,9 +75,9 @@ class KvCache:
         self.length = length
 
     def resize(self, capacity: int) -> None:
-        """Makes room for ``capacity`` tokens in all, or gives room back; see ``KvPool.resize``."""
+        """Changes the capacity to ``capacity`` tokens; see ``KvPool.resize``."""
         self.pool.resize(self, capacity)
 
     def free(self) -> None:
-        """Gives all room back."""
+        """Returns all slots to the pool."""
         self.pool.free(self)

@@ -1,4 +1,4 @@
-"""One memory for the keys and values of all sequences, handed out by the token."""
+"""One pool of memory for the keys and values of all sequences, allocated by the token."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from griffin_core.kv.cache import KvCache
 from griffin_core.spec.model import ModelSpec
 
 NULL_SLOT = 0
-"""The KV slot of rows that pad a step: written by all of them, read by none that matters."""
+"""The null slot: the KV slot that all padding rows write to. No sequence reads it."""
 
 
 def kv_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes of the keys and values of that many tokens, in all layers."""
+    """Returns the bytes that the keys and values of ``tokens`` tokens take in all layers."""
     return len(spec.layers) * 2 * spec.kv_heads * spec.head_dim * tokens * dtype.itemsize
 
 
 class KvPool:
-    """Room for some tokens in every layer. A *KV slot* is the index of a token in it.
+    """The keys and values of a fixed number of tokens in every layer. A *KV slot* is the index of a
+    token in the pool.
 
-    A sequence has consecutive slots (``KvCache``). Where the free slots are scattered, sequences
-    are moved together, so ``allocate`` finds room whenever there are enough free slots in all.
-    Owned by one thread. On a GPU, moves take their place in the order of the device's work, so
-    steps that were launched before still find the old slots.
+    A sequence has consecutive slots (``KvCache``). When the free slots are fragmented, the pool
+    compacts by moving sequences, so ``allocate`` succeeds whenever enough slots are free in all.
+
+    Owned by one thread. On a GPU, moves happen in stream order, so steps that were launched earlier
+    still read the old slots.
 
     Args:
-        layers: L tensors [2, kv_heads, slots, head_dim], keys, then values, of which slot 0 is the
-            null slot.
-        trim: called with (first slot, end) of slots that were freed, for memory that the system
-            can take back; None keeps it.
+        layers: L tensors [2, kv_heads, slots, head_dim], keys, then values. Slot 0 is the null
+            slot.
+        trim: called with (first slot, end slot) of freed slots, to return their memory to the
+            system; None keeps it.
     """
 
     def __init__(
@@ -44,17 +46,18 @@ class KvPool:
             layer[:, :, NULL_SLOT].zero_()
         tokens = layers[0].shape[2] - 1
         self.tokens = tokens
-        """Number of slots, beside the null slot."""
+        """The number of slots, the null slot not counted."""
         self.token_bytes = sum(layer[:, :, 0].nbytes for layer in layers)
         self._trim = trim
-        # Weak, so that a pool of one cache goes with it at once, without a collection of cycles.
+        # Weak references, so that a pool with one cache is freed with it at once, without the
+        # cyclic garbage collector.
         self._caches: WeakSet[KvCache] = WeakSet()
-        self._holes = [(NULL_SLOT + 1, tokens + 1)]  # (first slot, end) of free slots, ascending
+        self._holes = [(NULL_SLOT + 1, tokens + 1)]  # (first, end) of free slots, ascending
         self.free_tokens = tokens
-        """Slots that belong to no sequence."""
+        """The number of slots that belong to no sequence."""
 
     def allocate(self, capacity: int) -> KvCache:
-        """An empty cache for that many tokens.
+        """Allocates an empty cache for ``capacity`` tokens.
 
         Raises:
             MemoryError: fewer slots are free.
@@ -70,17 +73,17 @@ class KvPool:
         return cache
 
     def free(self, cache: KvCache) -> None:
-        """Takes a cache's slots back. Without effect if it has none any more."""
+        """Frees a cache's slots. Does nothing if they are free already."""
         if cache in self._caches:
             self._caches.remove(cache)
             self._give_back(cache.first_slot, cache.first_slot + cache.capacity)
             cache.capacity = cache.length = 0
 
     def resize(self, cache: KvCache, capacity: int) -> None:
-        """Gives a cache room for ``capacity`` tokens in all; it may move.
+        """Changes the capacity of a cache to ``capacity`` tokens. The cache may move.
 
         Raises:
-            ValueError: it holds more tokens.
+            ValueError: the cache holds more tokens.
             MemoryError: fewer slots are free.
         """
         if capacity < cache.length:
@@ -107,8 +110,8 @@ class KvPool:
             raise MemoryError(f"KV pool: {tokens} tokens asked for, {self.free_tokens} are free")
 
     def _take(self, tokens: int, at: int | None = None) -> int | None:
-        """Takes slots from the first hole that is large enough, or from the one that begins at a
-        slot. Returns the first of them, or None if there is no such hole."""
+        """Takes slots from the first hole that is large enough, or from the hole that begins at
+        slot ``at``. Returns the first slot, or None if there is no such hole."""
         holes = self._holes
         if at is None:
             index = next((i for i, (a, b) in enumerate(holes) if b - a >= tokens), len(holes))
@@ -152,12 +155,12 @@ class KvPool:
     def _move(
         self, moves: Sequence[tuple[KvCache, int]], last: tuple[KvCache, int] | None = None
     ) -> None:
-        """Moves caches to other first slots, in order, with a copy of one layer of one cache as the
-        most that is held beside the pool.
+        """Moves caches to other first slots, in order. It needs temporary memory for at most one
+        layer of one cache.
 
         Args:
-            moves: none may overwrite a cache whose move comes later, but its own old slots.
-            last: may be overwritten by the others; is written after them.
+            moves: a move may overwrite the cache's own old slots, but not a cache that moves later.
+            last: a cache that other moves may overwrite; it is written after them.
         """
         for layer in self.layers:
             saved = None if last is None else _slots(layer, last[0], last[0].first_slot).clone()

@@ -1,1 +1,1 @@
-"""One decoder definition for every family: spec, weights, attention, feedforward, tokenizer."""
+"""Models: finding and loading them, and the one decoder definition for all families."""

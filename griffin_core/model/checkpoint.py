@@ -1,8 +1,7 @@
-"""The tensors of a checkpoint: what is stored, and whether it is all of the model.
+"""Checks the tensors of a checkpoint against the model.
 
-All of the model comes from the file, or there is no model: every tensor that the model takes is in
-the checkpoint, with its shape, and every tensor of the checkpoint is taken, but for those that
-``LEFT_OVER`` names.
+A checkpoint must be complete: it must hold every tensor of the model with the right shape, and
+every tensor that it holds must be used, except for those that ``LEFT_OVER`` names.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ STORED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "BF16": torch.bfloat16,
     }
 )
-"""Types that weights may be stored in. They are converted to the type that the model runs in.
-Others (F8_E4M3, I8, U8, ...) are quantized: they mean nothing without scales and a layout."""
+"""The types that weights may be stored in. They are converted to the type that the model runs in.
+Other types (F8_E4M3, I8, U8, ...) are quantized, and cannot be read without their scales and
+layout."""
 
 LEFT_OVER: Mapping[str, str] = MappingProxyType(
     {
@@ -38,7 +38,8 @@ LEFT_OVER: Mapping[str, str] = MappingProxyType(
         r"(^|\.)position_ids$": "counted, not learned",
     }
 )
-"""Pattern of tensor names -> why a checkpoint may hold what the model does not take."""
+"""Pattern of tensor names -> why a checkpoint may hold such tensors though the model does not use
+them."""
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
@@ -49,11 +50,12 @@ _SCALES = re.compile(r"scale|zero_point|zeros|qweight|g_idx|absmax|quant|packed|
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """What a checkpoint says about a tensor.
+    """The description of a tensor in a checkpoint.
 
     Args:
-        dtype: as safetensors spells it, "BF16" say; torch's name for types that it lacks.
-        file: name of the file that holds it.
+        dtype: its type as safetensors spells it, such as "BF16"; torch's name for types that
+            safetensors lacks.
+        file: the name of the file that holds it.
     """
 
     dtype: str
@@ -62,11 +64,11 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Tensors of the checkpoint that transformers loads from a directory, by name.
+    """Lists the tensors, by name, of the checkpoint that transformers would load from a directory.
 
     Raises:
-        BadModelFile: there is no checkpoint, a file of it is missing or damaged, a tensor is stored
-            twice, or in a type that is none of ``STORED_DTYPES``.
+        BadModelFile: there is no checkpoint, one of its files is missing or damaged, or a tensor is
+            stored twice or in a type that is not in ``STORED_DTYPES``.
     """
     tensors: dict[str, StoredTensor] = {}
     bare: dict[str, str] = {}
@@ -84,14 +86,15 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         if tensor.dtype not in STORED_DTYPES and left_over(name) is None
     }:
         raise BadModelFile(
-            f"weights of types that are not known, quantized perhaps: {_listed(odd)}; "
+            f"weights have unsupported types, perhaps quantized ones: {_listed(odd)}; "
             f"allowed: {', '.join(STORED_DTYPES)}"
         )
     return tensors
 
 
 def left_over(name: str) -> str | None:
-    """Why a checkpoint may hold a tensor that the model does not take; None if it may not."""
+    """Returns why a checkpoint may hold a tensor that the model does not use; None if it may
+    not."""
     return next((why for pattern, why in LEFT_OVER.items() if re.search(pattern, name)), None)
 
 
@@ -100,15 +103,15 @@ def check_complete(
     taken: Mapping[str, torch.Tensor],
     tied: Mapping[str, str],
 ) -> None:
-    """Refuses a checkpoint that is not the whole model and nothing else.
+    """Refuses a checkpoint whose tensors are not exactly those of the model.
 
     Args:
         stored: see ``stored_tensors``.
-        taken: the model's tensors by name; only their shapes count.
-        tied: pairs of them that are one tensor, of which one is enough.
+        taken: the model's tensors by name; only their shapes matter.
+        tied: pairs of names for one tensor; the checkpoint needs only one of each pair.
 
     Raises:
-        BadModelFile: naming the tensors.
+        BadModelFile: the checkpoint differs; the message names the tensors.
     """
     names = {_bare(name): name for name in stored}
     there = {name for name in taken if _bare(name) in names}
@@ -133,7 +136,8 @@ def check_complete(
 
 
 def _files(directory: Path) -> list[Path]:
-    """In the order in which transformers looks for them."""
+    """Returns the files of the checkpoint, which are searched for in the same order as in
+    transformers."""
     for single in _SINGLE:
         if (directory / single).is_file():
             return [directory / single]
@@ -143,9 +147,9 @@ def _files(directory: Path) -> list[Path]:
         said = read_json_object(index)
         shards = said.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-            raise BadModelFile(f"{index.name}: weight_map is no object from tensors to files")
+            raise BadModelFile(f"{index.name}: weight_map is not an object from tensors to files")
         if not isinstance(said.get("metadata"), dict):
-            raise BadModelFile(f"{index.name}: metadata is no object; an empty one will do")
+            raise BadModelFile(f"{index.name}: metadata is not an object; an empty one will do")
         names = sorted(set(shards.values()))
         if lacking := [name for name in names if not (directory / name).is_file()]:
             raise BadModelFile(f"{index.name}: files are missing: {listed(lacking)}")
@@ -168,10 +172,10 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
             }
     except BadModelFile:
         raise
-    except Exception as error:  # safetensors, torch and pickle each raise their own
+    except Exception as error:  # safetensors, torch and pickle each raise errors of their own
         if _is_lfs_pointer(path):
             raise BadModelFile(
-                f"{path.name}: is a pointer of Git LFS, not the file; `git lfs pull` fetches it"
+                f"{path.name}: is a Git LFS pointer, not the file; `git lfs pull` fetches the file"
             ) from error
         raise BadModelFile(
             f"{path.name}: cannot be read, truncated or damaged? ({one_line(error)})"
@@ -187,7 +191,7 @@ def _is_lfs_pointer(path: Path) -> bool:
 def _tensors_of_pickle(path: Path) -> dict[str, StoredTensor]:
     state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(state, Mapping) or not all(torch.is_tensor(t) for t in state.values()):
-        raise BadModelFile(f"{path.name}: holds something else than tensors by name")
+        raise BadModelFile(f"{path.name}: does not hold tensors by name")
     spelled = {dtype: name for name, dtype in STORED_DTYPES.items()}
     return {
         name: StoredTensor(
@@ -200,7 +204,7 @@ def _tensors_of_pickle(path: Path) -> dict[str, StoredTensor]:
 
 
 def _bare(name: str) -> str:
-    """Without the prefix, with and without which transformers takes a name."""
+    """Returns a tensor name without the prefix that transformers treats as optional."""
     return re.sub(r"^(model\.)+", "", name)
 
 

@@ -1,7 +1,8 @@
-"""The cache of converted models: directories that appear whole or not at all.
+"""The cache of converted models: directories that appear complete or not at all.
 
-A conversion is made in a scratch directory beside its place and renamed into it. Its maker holds a
-lock on the scratch directory (flock), so that the next start can tell what a killed one has left.
+A conversion is written to a scratch directory next to its final path, and then renamed. The process
+that writes it holds a lock on the scratch directory (flock), so that the next start can recognize
+what a killed process has left.
 """
 
 from __future__ import annotations
@@ -25,34 +26,34 @@ _MANIFEST = ".complete.json"
 
 def cache_directory() -> Path | None:
     """``$GRIFFIN_CACHE_DIR``, else ``$XDG_CACHE_HOME/griffin``, else ``~/.cache/griffin``; None if
-    there is no home either."""
+    there is no home directory either."""
     if path := os.environ.get(_VARIABLE):
         return Path(path)
     if path := os.environ.get("XDG_CACHE_HOME"):
         return Path(path) / "griffin"
     try:
         return Path.home() / ".cache" / "griffin"
-    except RuntimeError:  # no HOME, and no such user
+    except RuntimeError:  # HOME is not set, and the user has no entry
         return None
 
 
 def cached(
     name: str, make: Callable[[Path], None], progress: Callable[[str], None], what: str
 ) -> Path:
-    """The directory ``name`` of the cache. ``make`` fills it if it is not there.
+    """Returns the directory ``name`` of the cache, filled by ``make`` if it does not exist.
 
     If the default cache cannot be written, ``griffin-UID`` in the directory for temporary files is
     used instead.
 
     Args:
-        name: differs whenever the contents differ.
+        name: must differ whenever the contents differ.
         make: writes into an empty directory; raises OSError or SafetensorError if it cannot.
-        progress: is told what is made, and where it is kept.
-        what: what is made, for ``progress``: "converting x.gguf".
+        progress: called with what is made and where it is kept.
+        what: a description for ``progress``, such as "converting x.gguf".
 
     Raises:
-        CacheUnusable: the directory that ``GRIFFIN_CACHE_DIR`` names cannot be written, or, without
-            it, no place can.
+        CacheUnusable: the directory in ``GRIFFIN_CACHE_DIR`` cannot be written, or, if that is not
+            set, none of the default places can.
     """
     places = []
     for place in _places():
@@ -75,7 +76,7 @@ def cached(
 
 
 def _places() -> Iterator[Path]:
-    """Places for the cache, the preferred one first; at least one."""
+    """Yields places for the cache, the preferred one first; at least one."""
     place = cache_directory()
     if place is not None:
         yield place
@@ -84,7 +85,7 @@ def _places() -> Iterator[Path]:
     temporary = Path(tempfile.gettempdir()) / f"griffin-{os.getuid()}"
     with suppress(OSError):
         temporary.mkdir(mode=0o700, exist_ok=True)
-        # Another user may have made it first, to put models of theirs there.
+        # Another user may have created it first, to plant models there.
         if temporary.lstat().st_uid != os.getuid() or temporary.is_symlink():
             temporary = Path(tempfile.mkdtemp(prefix="griffin-"))
     yield temporary
@@ -99,12 +100,12 @@ def _made(target: Path, make: Callable[[Path], None]) -> Path:
         sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
         (scratch / _MANIFEST).write_text(json.dumps(sizes))
         mode = models.stat().st_mode & 0o777
-        with suppress(OSError):  # mkdtemp and safetensors make private ones; a cache may be shared
+        with suppress(OSError):  # mkdtemp makes private directories, but a cache may be shared
             for path in (scratch / _MANIFEST, *files):
                 path.chmod(mode & 0o666)
             scratch.chmod(mode)
         with _locked(models):
-            if not _is_whole(target):  # else another process has made the same contents
+            if not _is_whole(target):  # otherwise another process has made the same contents
                 shutil.rmtree(target, ignore_errors=True)
                 scratch.rename(target)
     return target
@@ -112,9 +113,9 @@ def _made(target: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """An empty directory beside ``target``, removed when the context ends. If the process ends
-    first, the next start removes it."""
-    with _locked(target.parent):  # or another start could remove it before it is locked
+    """Creates an empty directory next to ``target``, and removes it when the context ends. If the
+    process is killed, the next start removes it."""
+    with _locked(target.parent):  # so that another start cannot remove it before it is locked
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         held = ExitStack()
         held.enter_context(_locked(scratch))
@@ -126,7 +127,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(models: Path) -> None:
-    """Removes scratch directories whose maker is gone."""
+    """Removes scratch directories of processes that have ended."""
     with suppress(OSError), _locked(models):
         for scratch in models.glob(".*-*/"):
             with suppress(OSError), _locked(scratch, wait=False):
@@ -135,16 +136,16 @@ def _remove_abandoned(models: Path) -> None:
 
 @contextmanager
 def _locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds a directory's lock, at the longest until the end of the process.
+    """Holds a directory's lock; the system releases it when the process ends.
 
     Raises:
-        OSError: there is no such directory; or, with ``wait`` false, it cannot be locked.
+        OSError: the directory does not exist; or, with ``wait`` false, it cannot be locked.
     """
     held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held by another, or no locks on this file system
+        except OSError:  # another process holds it, or this file system has no locks
             if not wait:
                 raise
         yield
@@ -153,7 +154,7 @@ def _locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether all files are there that its maker wrote, of the sizes that they had."""
+    """Returns whether the directory holds all files that were written, with their sizes."""
     try:
         sizes = json.loads((directory / _MANIFEST).read_text())
         return all((directory / name).stat().st_size == size for name, size in sizes.items())

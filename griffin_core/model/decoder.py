@@ -1,6 +1,7 @@
-"""The decoder: one forward pass for prompts and decode steps, all families, dense or on experts.
+"""The decoder: the one forward pass, for prompts and decode steps, all families, dense or on
+experts.
 
-It says what a layer does; a backend says how.
+It defines what a layer computes; a backend defines how.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from griffin_core.spec.weights import Norm
 
 
 class Decoder:
-    """A model ready to run. Holds weights and no state of any request.
+    """A model that is ready to run. It holds weights, and no state of any request.
 
     Args:
-        spec: its shape.
-        weights: laid out by the backend.
+        spec: the shape of the model.
+        weights: its weights, laid out by the backend.
     """
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, backend: Backend) -> None:
@@ -43,19 +44,20 @@ class Decoder:
         return self._weights.embedding.device
 
     def new_pool(self, tokens: int) -> KvPool:
-        """Room for that many tokens of any number of sequences."""
+        """Allocates a KV pool for ``tokens`` tokens, shared by any number of sequences."""
         return self.backend.new_pool(self.spec, tokens)
 
     def new_cache(self, capacity: int) -> KvCache:
-        """An empty cache for that many tokens, in a pool of its own."""
+        """Allocates an empty cache for ``capacity`` tokens in a pool of its own."""
         return self.new_pool(capacity).allocate(capacity)
 
     def magnitudes(self) -> Tensor:
-        """Static strength of every neuron, [L, F] float32; see ``FFWeights.magnitude``."""
+        """Returns the static strength of every neuron, [L, F] float32; see
+        ``FFWeights.magnitude``."""
         return torch.stack([layer.ff.weights.magnitude() for layer in self.layers])
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Tokens [N] int64 at positions [N] -> what the first layer reads [N, D]."""
+        """Embeds tokens [N] int64 at positions [N] -> the input of the first layer [N, D]."""
         w = self._weights
         x = F.embedding(token_ids, w.embedding)
         if self.spec.embed_scale != 1.0:
@@ -71,12 +73,13 @@ class Decoder:
 
         Args:
             token_ids: [N] int64.
-            runs: each sequence's cache, and how many of the tokens are its next ones.
+            runs: each sequence's cache, and the number of the tokens that are its next ones.
 
         Returns:
             Embeddings [N, D], and the attention for all layers.
         """
-        # Made on the device: a list of thousands takes the host longer than a GPU takes a layer.
+        # Made on the device: building a list of thousands on the host takes longer than a layer on
+        # a GPU.
         spans = [
             torch.arange(cache.length, cache.length + tokens, device=self.device)
             for cache, tokens in runs
@@ -86,17 +89,17 @@ class Decoder:
         return self.embed(token_ids, positions), attention
 
     def forward(self, x: Tensor, attention: Attention, ff: Callable[[int], RunFF]) -> Tensor:
-        """x [N, D] through all layers.
+        """Runs x [N, D] through all layers.
 
         Args:
-            ff: gives each layer's FF block by its index.
+            ff: returns a layer's FF block by its index.
         """
         for index in range(len(self.layers)):
             x = self.layer(index, x, attention, ff(index))
         return x
 
     def layer(self, index: int, x: Tensor, attention: Attention, ff: RunFF) -> Tensor:
-        """x [N, D] through layer ``index``; stores its keys and values."""
+        """Runs x [N, D] through layer ``index``, and stores its keys and values."""
         w, spec, run = self.layers[index], self.spec, self.backend
         before = spec.norm_before
         qkv = run.linear(x, w.qkv, norm=w.attention_norm if before else None)
@@ -116,19 +119,19 @@ class Decoder:
         return x if before else run.norm(x, w.ff_norm)
 
     def dense(self, index: int) -> RunFF:
-        """The FF block of a layer on all neurons."""
+        """Returns the FF block of a layer on all neurons."""
         return self.layers[index].ff
 
     def final_hidden(self, x: Tensor) -> Tensor:
-        """Output of the last layer [N, D] -> what the head reads [N, D]."""
+        """Turns the output of the last layer [N, D] into the input of the head [N, D]."""
         norm = self._weights.final_norm
         return x if norm is None else self.backend.norm(x, norm)
 
     def head(self, hidden: Tensor, norm: Norm | None = None) -> Tensor:
-        """Hidden state [N, D] -> logits [N, V] float32.
+        """Turns hidden states [N, D] into logits [N, V] float32.
 
         Args:
-            norm: to apply first; None for what ``final_hidden`` has normalized.
+            norm: the norm to apply first; None if ``final_hidden`` has applied it.
         """
         w = self._weights
         if w.project_out is not None:
@@ -139,5 +142,5 @@ class Decoder:
         return logits if cap is None else self.backend.softcap(logits, cap)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Output of the last layer [N, D] -> logits [N, V] float32."""
+        """Turns the output of the last layer [N, D] into logits [N, V] float32."""
         return self.head(x, self._weights.final_norm)

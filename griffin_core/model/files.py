@@ -1,4 +1,4 @@
-"""The files of a model's directory: found or fetched, and read as JSON."""
+"""Finds or fetches the files of a model's directory, and reads JSON files."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ JSON_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-"""Further files that hold a JSON object, if they are there."""
+"""Optional files that hold a JSON object."""
 
 REFUSED_FILES: Mapping[str, str] = MappingProxyType(
     {
         "adapter_config.json": "adapters are not applied; merge it into the weights",
         "adapter_model.safetensors": "adapters are not applied; merge it into the weights",
         "adapter_model.bin": "adapters are not applied; merge it into the weights",
-        "hf_quant_config.json": "weights quantized by ModelOpt are not known",
-        "quantize_config.json": "weights quantized by GPTQ are not known",
-        "quant_config.json": "weights quantized by AWQ are not known",
-        "quantization_config.json": "quantized weights are not known",
+        "hf_quant_config.json": "weights quantized by ModelOpt are not supported",
+        "quantize_config.json": "weights quantized by GPTQ are not supported",
+        "quant_config.json": "weights quantized by AWQ are not supported",
+        "quantization_config.json": "quantized weights are not supported",
     }
 )
-"""File beside the weights -> why a model with it is refused: the weights are not all of it."""
+"""File next to the weights -> why a model with this file is refused: it changes the weights."""
 
 _HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def local_directory(model: str, where: str) -> Path:
-    """The directory of a model's files; a hub's are fetched if they are not here.
+    """Returns the directory of a model's files, which are fetched from the hub if necessary.
 
     Args:
-        model: as the caller named it, for messages.
+        model: the name that the caller used, for messages.
         where: a directory or a hub id.
 
     Raises:
-        ModelNotFound: the hub id is not to be had, or is no model of transformers.
+        ModelNotFound: the hub id cannot be fetched, or is not a transformers model.
     """
     if Path(where).is_dir():
         return Path(where)
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # only where a hub is asked
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  # only needed for the hub
 
     try:
         found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "model*.safetensors"])
         if not any(Path(found).glob("*.safetensors")):
             found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"])
-    except Exception as error:  # of the hub, of what carries it, and of the disk
+    except Exception as error:  # errors of the hub, of the network, and of the disk
         raise ModelNotFound(
-            f"model: got {model!r}, which is no directory, no .gguf file, and not to be had from "
-            f"the hub ({one_line(error)})"
+            f"model: got {model!r}, which is not a directory or .gguf file and cannot be fetched "
+            f"from the hub ({one_line(error)})"
         ) from error
     if not (Path(found) / CONFIG_NAME).is_file():
         raise ModelNotFound(no_config(model, Path(found)))
@@ -65,10 +65,10 @@ def local_directory(model: str, where: str) -> Path:
 
 
 def no_config(model: str, directory: Path) -> str:
-    """Says that a directory has no config.json, and what it has instead."""
+    """Returns a message that a directory has no config.json, and what it holds instead."""
     said = f"model: {model!r} has no config.json; a Hugging Face model has one"
     if found := sorted(path.name for path in directory.glob("*.gguf")):
-        return f"{said}. Name a .gguf file itself: {listed(found)}"
+        return f"{said}. To load a .gguf file, name the file: {listed(found)}"
     for name, why in REFUSED_FILES.items():
         if (directory / name).exists():
             return f"{said}. It has {name}: {why}"
@@ -76,13 +76,13 @@ def no_config(model: str, directory: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Reads a JSON file that holds an object.
 
     Raises:
-        BadModelFile: naming the file and what is wrong.
+        BadModelFile: it cannot be read; the message names the file and the reason.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))  # transformers, too, takes no other encoding
+        value = json.loads(path.read_text("utf-8"))  # transformers accepts no other encoding either
     except (OSError, ValueError, RecursionError) as error:
         raise BadModelFile(f"{path.name}: cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -91,25 +91,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def check_files(directory: Path) -> None:
-    """Refuses a model whose weights are not all that it is made of, or one of whose smaller files
-    cannot be read.
+    """Refuses a model that has adapters or quantized weights, or a JSON file that cannot be read.
 
     Raises:
-        BadModelFile: naming the file.
+        BadModelFile: the message names the file.
     """
     for name, why in REFUSED_FILES.items():
         if (directory / name).exists():
-            raise BadModelFile(f"{name} is beside the weights; {why}")
+            raise BadModelFile(f"{name} is next to the weights; {why}")
     for name in JSON_FILES:
         if (directory / name).exists():
             read_json_object(directory / name)
 
 
 def one_line(error: BaseException, most: int = 400) -> str:
-    """What an error says, in one line of at most ``most`` characters."""
+    """Returns an error's message in one line of at most ``most`` characters."""
     while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
         error = error.__cause__
     said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):  # which says the key and nothing else
+    if isinstance(error, KeyError):  # its message is only the key
         said = f"no entry {said}"
     return shortened(said, most)

@@ -1,4 +1,4 @@
-"""What a model's own generation_config.json says: its sampling, and the tokens that end a text."""
+"""A model's own generation_config.json: its sampling defaults, and its end-of-sequence tokens."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from transformers import GenerationConfig
 from griffin_core.errors import BadModelFile
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""Fields of a generation_config.json that change how a token is drawn, by the names that they have
-there and in ``SamplingParams``."""
+"""The fields of a generation_config.json that change how a token is drawn. They have the same names
+in ``SamplingParams``."""
 
 SamplingDefaults = Mapping[str, float | int]
-"""Values by the names of ``SAMPLING_FIELDS``; a name that is missing keeps its plain default."""
+"""Values by the names in ``SAMPLING_FIELDS``; a missing name keeps its plain default."""
 
 NO_SAMPLING_DEFAULTS: SamplingDefaults = MappingProxyType({})
 """Plain defaults for every field: greedy."""
 
 
 def load_generation_config(where: str) -> GenerationConfig | None:
-    """The file of a directory or hub id; None if there is none, since the file is optional.
+    """Loads the file of a directory or hub id; None if there is none, since the file is optional.
 
     Raises:
-        BadModelFile: there is one, and it cannot be read.
+        BadModelFile: the file exists and cannot be read.
     """
     try:
         return GenerationConfig.from_pretrained(where)
-    except Exception as error:  # transformers raises OSError for a missing file and a broken one
+    except Exception as error:  # transformers raises OSError for missing and for broken files
         path = Path(where) / "generation_config.json"
         if not path.exists() and isinstance(error, OSError):
             return None
@@ -37,17 +37,17 @@ def load_generation_config(where: str) -> GenerationConfig | None:
 
 
 def sampling_defaults(config: GenerationConfig | None) -> SamplingDefaults:
-    """How the authors of a model want its tokens drawn.
+    """Returns the sampling defaults that the authors of a model recommend.
 
     ``do_sample`` false is temperature 0. ``do_sample`` true without a temperature is temperature 1,
-    as transformers has it. A file that says neither leaves the temperature out; other fields count
-    in any case, as in transformers.
+    as in transformers. If the file sets neither, the temperature is left out; other fields count in
+    any case, as in transformers.
 
     Args:
         config: see ``load_generation_config``.
 
     Returns:
-        The fields that the file sets. They are not checked: ``SamplingParams`` does that.
+        The fields that the file sets. ``SamplingParams`` checks their values.
     """
     if config is None:
         return NO_SAMPLING_DEFAULTS

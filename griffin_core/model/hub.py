@@ -1,7 +1,7 @@
-"""Where a model's files are: the packaged default, a directory, a .gguf file, a hub id.
+"""Resolves a model's name: the packaged default, a directory, a .gguf file or a hub id.
 
-A GGUF file is converted once into a plain directory under the cache, so that every later start, and
-everything behind this module, sees directories only.
+A GGUF file is converted once into a plain directory in the cache, so that later starts and all
+other modules only see directories.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ Progress = Callable[[str], None]
 """Called with a sentence at the start of each slow part of loading."""
 
 _STEM_CHARACTERS = 40
-"""Of a file's name, kept in the name of its copy; names of files have at most 255 bytes."""
+"""The number of characters of a GGUF file's name that are kept in the name of its copy; file names
+have at most 255 bytes."""
 
 
 def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
-    """Model name -> a directory, or a hub id that transformers will fetch.
+    """Resolves a model name to a directory, or to a hub id that transformers will fetch.
 
     Args:
         model: ``DEFAULT_MODEL``, a directory, a path to a .gguf file, or a hub id.
-        dtype: of the converted copy, if one has to be made.
+        dtype: the type of the converted copy, if one has to be made.
 
     Raises:
-        ModelNotFound: no such file or directory, or the default's package is not installed.
-        BadModelFile: not a GGUF file, a damaged one, or one that says what is not understood.
-        UnknownFamily: a GGUF file of another architecture.
+        ModelNotFound: the file or directory does not exist, or the default's package is not
+            installed.
+        BadModelFile: the file is not a GGUF file, is damaged, or has contents that are not
+            supported.
+        UnknownFamily: the GGUF file has an unsupported architecture.
         CacheUnusable: the converted copy cannot be written.
     """
     if model == DEFAULT_MODEL:
@@ -47,7 +50,7 @@ def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
     try:
         path = Path(model).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # no such user, names that are too long, no permission
+    except (OSError, RuntimeError) as error:  # unknown user, name too long, or no permission
         raise ModelNotFound(f"model: cannot look for {model!r} ({error})") from error
     if is_directory:
         if not (path / "config.json").is_file():
@@ -61,8 +64,8 @@ def resolve(model: str, dtype: torch.dtype, progress: Progress) -> str:
 
 
 def gguf_file(model: str) -> Path | None:
-    """The GGUF file, its first part if it is split, that ``resolve`` converts; None for a directory
-    or a hub id."""
+    """Returns the GGUF file that ``resolve`` converts, or its first part if it is split; None for a
+    directory or a hub id."""
     if model == DEFAULT_MODEL:
         return packaged_default()
     path = Path(model).expanduser()
@@ -70,12 +73,13 @@ def gguf_file(model: str) -> Path | None:
 
 
 def packaged_default() -> Path:
-    """The default model's GGUF file.
+    """Returns the default model's GGUF file.
 
     Raises:
         ModelNotFound: its package is not installed.
     """
-    # The package's own code needs llama.cpp; only the file beside it is wanted.
+    # The package is not imported, since its code needs llama.cpp; only the model file in it is
+    # used.
     found = importlib.util.find_spec(_DEFAULT_PACKAGE)
     if found is None or found.origin is None:
         raise ModelNotFound(

@@ -1,4 +1,4 @@
-"""Loading: a model's name in, everything that is needed to run it out."""
+"""Loads a model by its name, with everything that is needed to run it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Model:
     """A loaded model.
 
     Args:
-        name: what was asked for, paths reduced to their last part.
-        fingerprint: equal fingerprints give equal KV; see ``weights.fingerprint``.
-        eos_ids: tokens that end a completion: all that generation_config.json, config.json and the
-            tokenizer name.
-        sampling_defaults: how the model's own generation_config.json wants tokens drawn.
+        name: the requested name; of a path, the last part.
+        fingerprint: models with equal fingerprints compute equal KV; see ``fingerprint``.
+        eos_ids: the tokens that end a completion: all that generation_config.json, config.json and
+            the tokenizer name.
+        sampling_defaults: the sampling defaults in the model's own generation_config.json.
     """
 
     name: str
@@ -63,8 +63,8 @@ class Model:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32. On a CPU that takes AMX or
-    AVX-512 bf16."""
+    """Returns bfloat16 if the device multiplies it natively, else float32. A CPU needs AMX or
+    AVX-512 bf16 for that."""
     native = (
         device.type != "cpu"
         or torch.cpu._is_amx_tile_supported()
@@ -82,25 +82,25 @@ def load_model(
 ) -> Model:
     """Loads config, tokenizer and weights.
 
-    Done on a thread that ends with it, so that the caller's keeps no OpenMP workers: see
+    It runs on a thread that ends with it, so that the caller's thread keeps no OpenMP workers: see
     ``Engine``.
 
     Args:
         model: a directory, a path to a .gguf file, a hub id, or ``source.DEFAULT_MODEL``.
-        dtype: of weights, activations and KV; ``default_dtype`` if None.
+        dtype: the type of weights, activations and KV; ``default_dtype`` if None.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
-        progress: told about each slow part.
+        progress: called with a sentence about each slow part.
 
     Raises:
         ModelNotFound, UnknownFamily, BadModelFile: see ``griffin_core.errors``.
         DeviceMemoryExhausted: the device has no room for the weights.
-        InvalidRequest: no such device.
+        InvalidRequest: the device does not exist.
     """
     there = _device(device)
     with ThreadPoolExecutor(1, "griffin-load") as loader:
         try:
             return loader.submit(_load, model, dtype, there, progress).result()
-        except ModelError as error:  # libraries below write several
+        except ModelError as error:  # the libraries write several lines
             if len(str(error).splitlines()) == 1:
                 raise
             raise type(error)(one_line(error)) from error
@@ -119,7 +119,7 @@ def _device(given: torch.device | str) -> torch.device:
 
 
 def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress: Progress) -> Model:
-    if not sys.stderr.isatty():  # bars are for people
+    if not sys.stderr.isatty():  # progress bars are for terminals only
         transformers_logging.disable_progress_bar()
     dtype = dtype or default_dtype(device)
     with quiet():
@@ -146,7 +146,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what the libraries below say off standard error: what matters of it is raised."""
+    """Keeps the libraries' messages off standard error; important ones are raised as errors."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     try:
@@ -163,11 +163,11 @@ def quiet() -> Iterator[None]:
 def decoder_on_device(
     spec: ModelSpec, state: Mapping[str, torch.Tensor], device: torch.device
 ) -> tuple[Decoder, Mapping[str, torch.Tensor]]:
-    """The decoder, and the state where its weights are.
+    """Returns the decoder, and the state dict on its device.
 
     Raises:
-        DeviceMemoryExhausted: a GPU has no room for them. Found out before anything is copied, or
-            while they are laid out, when some are there twice.
+        DeviceMemoryExhausted: a GPU has no room for the weights. This is checked before anything is
+            copied, and can also happen while the weights are laid out, when some exist twice.
     """
     if device.type != "cuda":
         return decoder_of(spec, state), state
@@ -186,18 +186,18 @@ def decoder_on_device(
 
 
 def decoder_of(spec: ModelSpec, state: Mapping[str, torch.Tensor]) -> Decoder:
-    """The decoder of a state dict whose tensors are all of one dtype, on one device."""
+    """Returns the decoder of a state dict whose tensors all have one dtype and device."""
     first = next(iter(state.values()))
     backend = backend_for(first.device, first.dtype)
     return Decoder(spec, weights_from_state(spec, state, backend), backend)
 
 
 def check_weights(directory: Path, config: PreTrainedConfig) -> None:
-    """Holds the checkpoint of a directory against the model that its config describes. Reads what
-    the files say about tensors, not the tensors themselves.
+    """Checks the checkpoint of a directory against the model that its config describes. It reads
+    only the metadata of tensors.
 
     Raises:
-        BadModelFile: the checkpoint is not the whole model and nothing else.
+        BadModelFile: the tensors are not exactly those of the model.
     """
     stored = stored_tensors(directory)
     try:
@@ -205,19 +205,19 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> None:
             module = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
             )
-    except Exception as error:  # each module checks its arguments in its own way
+    except Exception as error:  # each module raises errors of its own
         raise BadModelFile(
-            f"{CONFIG_NAME}: no model can be made of it: {one_line(error)}"
+            f"{CONFIG_NAME}: cannot make a model of it: {one_line(error)}"
         ) from error
     check_complete(stored, module.state_dict(), module.all_tied_weights_keys)
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
-    """Refuses a tokenizer that makes tokens of ordinary text which the model does not have. Added
-    tokens may be beyond its vocabulary: a prompt with one of them is refused.
+    """Refuses a tokenizer that can turn ordinary text into tokens that the model does not have.
+    Added tokens may be beyond the vocabulary: a prompt that contains one is refused.
 
     Raises:
-        BadModelFile: naming a token.
+        BadModelFile: the message names a token.
     """
     if beyond := tokenizer.ordinary_tokens_from(vocabulary):
         raise BadModelFile(
@@ -227,16 +227,16 @@ def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
 
 
 def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that ``check_weights`` has passed."""
+    """Loads the tensors of a checkpoint that ``check_weights`` has checked."""
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            attn_implementation="eager",  # it is never run; others may not be installed
+            attn_implementation="eager",  # never run; others may not be installed
             output_loading_info=True,
             local_files_only=True,
         )
-    except Exception as error:  # safetensors, torch and json each raise their own
+    except Exception as error:  # safetensors, torch and json each raise errors of their own
         raise BadModelFile(f"cannot read the weights: {one_line(error)}") from error
     unexpected = [name for name in info["unexpected_keys"] if left_over(name) is None]
     if wrong := [*info["missing_keys"], *unexpected, *info["error_msgs"]]:
@@ -247,11 +247,11 @@ def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _eos_ids(
     where: str, generation: GenerationConfig | None, tokenizer: Tokenizer, vocabulary: int
 ) -> frozenset[int]:
-    """All end-of-sequence tokens that generation_config.json, config.json and the tokenizer name.
-    One that only stands in transformers' defaults for the family is none.
+    """Returns all end-of-sequence tokens that generation_config.json, config.json and the tokenizer
+    name. Defaults of transformers for the family do not count.
 
     Raises:
-        BadModelFile: one of the files has a value that is no token id and no list of them.
+        BadModelFile: one of the files has a value that is neither a token id nor a list of them.
     """
     stated, _ = PreTrainedConfig.get_config_dict(where)
     found = [tokenizer.eos_id]
@@ -265,5 +265,5 @@ def _eos_ids(
                 f"model: {file} has eos_token_id {value!r}; allowed: a token id or a list of them"
             )
         found += ids
-    # Ids outside the vocabulary, -1 for one, are how some models say that there is none.
+    # Some models use an id outside the vocabulary, such as -1, to say that there is none.
     return frozenset(token for token in found if token is not None and 0 <= token < vocabulary)

@@ -1,4 +1,4 @@
-"""A model tried on a token, so that one that cannot run is refused before it is served."""
+"""A trial run at load, so that a model that cannot run is refused before it is served."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.files import one_line
 
 TRIED_TOKENS = 32
-"""Tokens that a model is tried on at load: with fewer keys than a vector register holds (16), NaN
-among queries and keys does not come out of torch's attention on a CPU (measured with 2.13)."""
+"""The number of tokens in the trial run. With fewer keys than a vector register holds (16), torch's
+attention on a CPU does not propagate NaN from queries and keys (measured with 2.13)."""
 
 
 @torch.inference_mode()
 def try_token(decoder: Decoder, bos_id: object) -> None:
-    """Runs a token through a decoder as it was loaded, so that a model that cannot run is refused
-    before it is served. The token is repeated ``TRIED_TOKENS`` times.
+    """Runs a token, repeated ``TRIED_TOKENS`` times, through a loaded decoder.
 
     Args:
-        bos_id: the token, if it is one of the vocabulary; else token 0.
+        bos_id: the token; token 0 is used if it is not in the vocabulary.
 
     Raises:
-        BadModelFile: its logits are not finite, or running it raises.
-        DeviceMemoryExhausted: the device has no room for it.
+        BadModelFile: the logits are not finite, or the run raises.
+        DeviceMemoryExhausted: the device has no room for the run.
     """
     known = isinstance(bos_id, int) and 0 <= bos_id < decoder.spec.vocabulary
     token = bos_id if known else 0
@@ -36,7 +35,7 @@ def try_token(decoder: Decoder, bos_id: object) -> None:
         finite = bool(decoder.logits(x).isfinite().all())
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryExhausted(f"no room to run one token: {one_line(error)}") from error
-    except Exception as error:  # weights of any shape and value meet kernels here
+    except Exception as error:  # kernels may raise anything for unusual shapes and values
         raise BadModelFile(f"model: running token {token} fails: {one_line(error)}") from error
     if not finite:
         dtype = str(decoder.dtype).removeprefix("torch.")

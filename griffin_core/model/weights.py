@@ -12,16 +12,17 @@ from griffin_core.spec.weights import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Weights of one decoder layer. The optional norms are there if the family has them.
+    """The weights of one decoder layer. Norms that the family does not have are None.
 
     Args:
-        qkv: to queries, keys and values, one below the other.
-        o: from the heads' outputs back to D.
+        qkv: the projection to queries, keys and values, concatenated.
+        o: the output projection from the heads back to D.
         ff: the FF block on all neurons.
-        attention_norm, ff_norm: before attention and FF, or after the residual add
+        attention_norm, ff_norm: the norms before attention and FF, or after the residual add
             (``ModelSpec.norm_before``).
-        q_norm, k_norm: of each head of queries and keys.
-        attention_out_norm, ff_out_norm: of what attention and FF give, before it is added.
+        q_norm, k_norm: the norms of each query and key head.
+        attention_out_norm, ff_out_norm: the norms of the outputs of attention and FF, before the
+            residual add.
     """
 
     qkv: Linear
@@ -37,13 +38,13 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderWeights:
-    """Everything that is loaded.
+    """All weights of a decoder.
 
     Args:
-        embedding: [V, embed width].
-        head: to V logits.
-        positions: learned position table, or None.
-        project_in, project_out: between embedding width and D (OPT-350m), or None.
+        embedding: [V, embed_width].
+        head: the projection to V logits.
+        positions: the table of learned positions, or None.
+        project_in, project_out: the projections between embed_width and D (OPT-350m), or None.
     """
 
     embedding: Tensor

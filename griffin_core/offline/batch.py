@@ -1,4 +1,4 @@
-"""Many tasks through one engine: a bounded number at a time, events as they come."""
+"""Runs many tasks on one engine: a bounded number at a time, with their events as they come."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Arrivals = queue.SimpleQueue[tuple[int, list[Event]]]
 
 class _Inbox:
     """The sink of one task. It is always ready: only a bounded number of tasks is submitted, and a
-    session that waited for its reader would keep its place from others, perhaps from work that
-    this reader is waiting for.
+    session that waited for its reader would hold its place in the engine, perhaps while the reader
+    waits for another session to get one.
 
     Args:
-        whole: hand the events on all together, after the last one: a token then wakes nobody.
+        whole: pass the events on all together, after the last one, so that no token wakes the
+            reader.
     """
 
     def __init__(self, index: int, arrivals: Arrivals, *, whole: bool) -> None:
@@ -43,16 +44,17 @@ class _Inbox:
 def run_tasks(
     engine: Engine, tasks: Sequence[GenerateTask | ScoreTask], *, most: int, whole: bool
 ) -> Generator[tuple[int, Event], None, None]:
-    """Runs tasks to their ends, submitted in order.
+    """Runs tasks to their end. They are submitted in order.
 
     Closing the iterator, or an exception in it, cancels what still runs.
 
     Args:
-        most: tasks that are submitted and have not ended, at least 1.
-        whole: events of a task come all together, when it has ended.
+        most: most tasks that are submitted and have not ended, at least 1.
+        whole: whether the events of a task come all together, when it has ended.
 
     Yields:
-        The index of a task and an event of it. Its last is Finished, Scored or Failed.
+        The index of a task, and one of its events. The last event of a task is Finished, Scored or
+        Failed.
     """
     arrivals: Arrivals = queue.SimpleQueue()
     submitted: dict[int, str] = {}  # index -> turn id, of those that have not ended

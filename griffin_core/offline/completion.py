@@ -1,4 +1,4 @@
-"""What offline batches give: completions, their pieces, and scores."""
+"""Results of offline batches: completions, pieces of completions, and scores."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from griffin_core.sampling.stopping import FinishReason
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What became of a prompt.
+    """The completion of a prompt.
 
     Args:
         text: without the stop string and special tokens, unless ``StoppingParams`` asks for them.
         token_ids: all tokens that were drawn, an end token included.
-        prompt_token_ids: what the prompt was to the model.
+        prompt_token_ids: the prompt as the model has read it.
         finish_reason: "eos", "stop_sequence", "max_tokens" or "context_length".
         stop: the stop string that matched; empty if none did.
-        logprobs: of each token; None unless ``top_logprobs`` was given.
+        logprobs: those of each token; None unless ``top_logprobs`` was given.
         timings: in seconds, from when the prompt was handed to the engine.
-        pruning: what the tokens ran on.
+        pruning: which experts the tokens ran on.
     """
 
     text: str
@@ -46,12 +46,14 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one step adds to a completion. Texts of all pieces, joined, are the completion's.
+    """What one step adds to a completion. The texts of all pieces together are the completion's
+    text.
 
     Args:
         text: whole characters; may lag behind ``token_ids``.
-        logprobs: of each token; empty unless ``top_logprobs`` was given.
-        completion: all of it, in its last piece, which adds nothing; None in the others.
+        logprobs: those of each token; empty unless ``top_logprobs`` was given.
+        completion: the whole completion, in its last piece, which adds nothing; None in the other
+            pieces.
     """
 
     text: str = ""
@@ -62,7 +64,8 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScore:
-    """One token of a scored continuation; ``greedy`` if it is the most likely one there."""
+    """One token of a scored continuation. ``greedy`` says whether it is the most likely token
+    there."""
 
     id: int
     logprob: float
@@ -71,11 +74,12 @@ class TokenScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Log-probability of a continuation; ``greedy`` if each of its tokens is the most likely.
+    """Log-probability of a continuation. ``greedy`` says whether each of its tokens is the most
+    likely one.
 
     Args:
         pruning: its experts are those of the last continuation that was scored after the same
-            context. In mode "generation" that is no difference.
+            context. In mode "generation" these are the same for all.
     """
 
     logprob: float
@@ -86,7 +90,7 @@ class Score:
 
 
 def completion_of(task: GenerateTask, made: Sequence[TokensMade], end: Finished) -> Completion:
-    """A completion, from all its tokens and its end."""
+    """Puts a completion together from its tokens and its last event."""
     logprobs = tuple(item for each in made for item in each.logprobs)
     return Completion(
         text="".join(each.text for each in made),
@@ -101,7 +105,7 @@ def completion_of(task: GenerateTask, made: Sequence[TokensMade], end: Finished)
 
 
 def scores_of(task: ScoreTask, event: Scored) -> list[Score]:
-    """The score of each continuation, from what the engine says at its end."""
+    """The score of each continuation, from the task's last event."""
     return [
         Score(
             logprob=sum(scored.logprobs),

@@ -1,2 +1,2 @@
-"""From logits to tokens: what a request asks for, the draw for a whole batch, log-probabilities,
-and the end of a completion."""
+"""From logits to tokens: sampling parameters, the sampler of a whole batch, log-probabilities, and
+stopping."""

@@ -1,4 +1,4 @@
-"""From words that a completion must not hold to the token sequences that would make them."""
+"""Converts words that a completion must not contain to the token sequences that spell them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MAX_BAD_WORD_CHARACTERS = 256
 
 
 def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The sequences of each word: as the tokenizer splits it alone, after a space (vLLM bans these
-    two), and after a line break, which is how a sentencepiece tokenizer splits a word that no space
-    precedes. A sequence that ends in another one is left out, since that one never comes.
+    """Returns the token sequences of each word: alone and after a space (vLLM bans these two), and
+    after a line break, which is how a sentencepiece tokenizer splits a word without a space before
+    it. A sequence that ends in a shorter banned one is left out, since the shorter one prevents it.
 
-    Other tokens that make the same text, single letters for example, stay allowed.
+    Other tokens for the same text, such as single letters, stay allowed.
 
     Raises:
-        InvalidRequest: too many words, or one that is empty, too long or has no tokens.
+        InvalidRequest: there are too many words, or a word is empty, too long or has no tokens.
     """
     if len(words) > MAX_BAD_WORDS:
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""Which tokens a completion may not draw next."""
+"""The tokens that a completion must not draw next."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from griffin_core.sampling.stopping import StoppingParams
 
 
 class Bans:
-    """What bad words and ``min_tokens`` rule out at each place of one completion.
+    """The tokens that bad words and ``min_tokens`` ban at each position of one completion.
 
     Args:
         eos_ids: the model's end-of-sequence tokens.
         vocabulary: V.
 
     Raises:
-        InvalidRequest: no token is left for the first place.
+        InvalidRequest: no token is left for the first position.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class Bans:
         self._allowed = sampling.allowed_token_ids
         self._vocabulary = vocabulary
         self.lookback = max((len(word) - 1 for word in self._words), default=0)
-        """How many tokens before a place decide what is banned there."""
+        """The number of tokens before a position that determine what is banned there."""
         self.at(0, ())
 
     def at(self, place: int, before: Sequence[int]) -> frozenset[int]:
-        """The tokens that are banned at one place.
+        """Returns the tokens that are banned at one position.
 
         Args:
-            place: how many tokens of the completion are before it.
-            before: the last of those, as many as there are up to ``lookback``.
+            place: the number of tokens of the completion before it.
+            before: the last of those tokens, up to ``lookback``.
 
         Raises:
             InvalidRequest: no token is left.
@@ -58,7 +58,7 @@ class Bans:
         if self._allowed <= banned if self._allowed else len(banned) >= self._vocabulary:
             raise InvalidRequest(
                 "sampling.allowed_token_ids" if self._allowed else "sampling.bad_words",
-                f"no token to draw after {place} of the completion",
-                "one at least that neither bad_words nor min_tokens bans",
+                f"no token left to draw after {place} tokens of the completion",
+                "at least one token that neither bad_words nor min_tokens bans",
             )
         return banned

@@ -13,11 +13,11 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Logprobs:
-    """Log-probabilities at one place.
+    """The log-probabilities at one position.
 
     Args:
-        chosen: of the token that was taken.
-        top: (token id, log-probability) of the likeliest, in falling order.
+        chosen: that of the chosen token.
+        top: (token id, log-probability) of the most likely tokens, in descending order.
     """
 
     chosen: float
@@ -26,12 +26,13 @@ class Logprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class RowLogprobs:
-    """Log-probabilities of R rows, where their logits are; or, after ``to_host``, on the host.
+    """The log-probabilities of R rows, on the device of the logits or, after ``to_host``, on the
+    host.
 
     Args:
-        chosen: [R] float32, of the tokens that were taken.
-        values: [R, K] float32, of the K likeliest, in falling order.
-        ids: [R, K] int64, which those are.
+        chosen: [R] float32, those of the chosen tokens.
+        values: [R, K] float32, those of the K most likely tokens, in descending order.
+        ids: [R, K] int64, the ids of those K tokens.
     """
 
     chosen: Tensor
@@ -39,7 +40,7 @@ class RowLogprobs:
     ids: Tensor
 
     def to_host(self) -> RowLogprobs:
-        """Copies, which have arrived once the device's stream has come by."""
+        """Returns copies on the host, which are valid once the device's stream has reached them."""
         if self.chosen.device.type == "cpu":
             return self
         return RowLogprobs(
@@ -47,20 +48,21 @@ class RowLogprobs:
         )
 
     def read(self, row: int, top: int) -> Logprobs:
-        """Those of one row, with the ``top`` likeliest of its K. They must be on the host."""
+        """Returns one row, with the ``top`` most likely of its K tokens. The values must be on the
+        host."""
         ids, values = self.ids[row, :top].tolist(), self.values[row, :top].tolist()
         return Logprobs(chosen=float(self.chosen[row]), top=tuple(zip(ids, values, strict=True)))
 
 
 def logprobs_of(logits: Tensor, rows: Tensor, tokens: Tensor, top: int) -> RowLogprobs:
-    """Log-probabilities of some rows of a step; nothing waits for the device.
+    """Computes the log-probabilities of some rows of a step, without waiting for the device.
 
     Args:
         logits: [N, V] float32.
-        rows: [R] int64, on the same device: the rows that are asked for.
-        tokens: [R] int64, on the same device: what those rows took; -1, of a row whose logits are
-            not finite, counts as 0.
-        top: K, the most that any of them asks for, at most V.
+        rows: [R] int64, on the same device: the requested rows.
+        tokens: [R] int64, on the same device: the chosen tokens of those rows; -1, for a row whose
+            logits are not finite, counts as 0.
+        top: K, the most that any of the rows requests, at most V.
     """
     values = logits.index_select(0, rows).log_softmax(dim=1)
     taken = tokens.clamp(min=0)

@@ -1,4 +1,4 @@
-"""What a request asks of the draw."""
+"""The sampling parameters of a request."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn; the defaults change nothing. Ranges as in generation.proto.
+    """How tokens are drawn. The defaults are greedy. The ranges are those of generation.proto.
 
     Args:
-        bad_words_ids: token sequences that the completion never comes to hold; see ``bad_words``.
-        allowed_token_ids: only these are drawn; all if it is empty.
+        bad_words_ids: token sequences that the completion must not contain; see ``bad_words``.
+        allowed_token_ids: only these are drawn; all tokens are if it is empty.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -71,19 +71,19 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        """Whether tokens already seen matter."""
+        """Whether a penalty depends on the tokens seen so far."""
         additive = self.presence_penalty != 0 or self.frequency_penalty != 0
         return additive or self.repetition_penalty != 1
 
     @property
     def plain(self) -> bool:
-        """Whether the token is always the likeliest one of the logits as they are, of those that
-        are not banned."""
+        """Whether the token is always the argmax of the raw logits among the tokens that are not
+        banned."""
         return self.temperature == 0 and not self.penalizes and not self.logit_bias
 
     @property
     def inverse_temperature(self) -> float:
-        """What logits are multiplied by, at most float32's largest; 0 for a greedy request, too."""
+        """The factor on logits, at most the largest float32; 0 for a greedy request."""
         if self.temperature == 0:
             return 0.0
         if self.temperature <= 1 / _LARGEST_FLOAT32:

@@ -1,4 +1,4 @@
-"""When a completion ends, and what of its text may be shown."""
+"""Stopping: when a completion ends, and which part of its text may be shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_STOP_TOKENS = 64
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended. Equal to its name in small letters: ``reason == "eos"``."""
+    """Why a completion ended. A reason equals its lower-case name: ``reason == "eos"``."""
 
     EOS = "eos"
     STOP_SEQUENCE = "stop_sequence"
@@ -27,7 +27,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingParams:
-    """When to stop. Ranges as in generation.proto.
+    """The stopping parameters of a request. The ranges are those of generation.proto.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -69,11 +69,11 @@ class StoppingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A completion that a stop string cut, as its first tokens and the text after them.
+    """A completion cut by a stop string, split into its first tokens and the text after them.
 
     Args:
-        tokens: how many tokens.
-        text: the visible text that came with them.
+        tokens: the number of tokens.
+        text: the visible text of those tokens.
         rest: the shown text after it.
     """
 
@@ -85,15 +85,15 @@ class Split:
 class StopChecker:
     """Follows one completion token by token.
 
-    Stop strings are looked for in the text with its special tokens shown. The one counts that is
-    complete first, and of several that end with the same character the longest. So it makes no
-    difference where tokens end.
+    Stop strings are searched in the text with special tokens shown. The one that is complete first
+    counts; if several end at the same character, the longest. So token boundaries make no
+    difference.
 
     Args:
         tokenizer: decodes the completion's tokens.
         before: the tokens before the completion.
         eos_ids: the model's end-of-sequence tokens.
-        room: most tokens the context still takes.
+        room: the most tokens that still fit the context.
     """
 
     def __init__(
@@ -111,36 +111,38 @@ class StopChecker:
         self._ends = params.stop_token_ids | (frozenset() if params.ignore_eos else eos_ids)
         self._room = room
         self._pieces: list[str] = []
-        """The text that came with each token, special tokens shown."""
+        """The text of each token, special tokens shown."""
         self._ended = False
-        """Whether the last of them is an end token, which has no text itself."""
+        """Whether the last token is an end token, which has no text."""
         self._visible = bytearray()
-        """Of each character of that text whether it is to be shown."""
+        """For each character of that text, whether it is to be shown."""
         self._held = ""
-        """The end of that text, which nobody has seen yet."""
+        """The end of that text, which is held back."""
         self._passed = 0
-        """How much of the held text came with the first ``min_tokens`` tokens."""
+        """The length of the held text that belongs to the first ``min_tokens`` tokens."""
         self._match = (0, 0)
-        """Where in the whole text the stop string begins and the shown text ends."""
+        """The positions in the whole text where the stop string begins and where the shown text
+        ends."""
         self.matched = ""
         """The stop string that ended the completion, once one has."""
 
     @property
     def remaining(self) -> int:
-        """Most tokens that the completion still takes."""
+        """The most tokens that may still be added to the completion."""
         return min(self._params.max_tokens, self._room) - len(self._pieces)
 
     def push(self, token_id: int) -> tuple[str, FinishReason | None]:
-        """The text this token lets out, and why the completion ends with it, if it does.
+        """Adds a token. Returns the text that can be shown now, and the finish reason if the
+        completion ends.
 
-        Text that may yet become a stop string is held back.
+        Text that may still become a stop string is held back.
         """
         self._pieces.append("")
         if token_id in self._ends:
             self._ended = True
             return self._finish(FinishReason.EOS)
         self._add(self._stream.push(token_id), visible=True)
-        if self._params.skip_special_tokens:  # then the stream has left it out
+        if self._params.skip_special_tokens:  # the stream has left out the special token
             self._add(self._tokenizer.special_text(token_id) or "", visible=False)
         if self._find_stop():
             return self._cut(), FinishReason.STOP_SEQUENCE
@@ -151,8 +153,8 @@ class StopChecker:
         return self._let_out(len(self._held) - self._possible_start()), None
 
     def splits(self) -> Iterator[Split]:
-        """After a stop string: the ways to split what the completion shows, those with the most
-        tokens first. An end token is in none: of it nothing is shown."""
+        """Yields, after a stop string, the ways to split the shown completion, those with the most
+        tokens first. No split contains an end token, since it has no shown text."""
         start, end = self._match
         text = "".join(self._pieces)
         at = len(text)
@@ -173,7 +175,8 @@ class StopChecker:
             self._passed = len(self._held)
 
     def _let_out(self, size: int) -> str:
-        """Takes that much of the held text away, and returns what is to be shown of it."""
+        """Removes ``size`` characters from the held text, and returns those that are to be
+        shown."""
         begin = len(self._visible) - len(self._held)
         shown = "".join(compress(self._held, self._visible[begin : begin + size]))
         self._held = self._held[size:]
@@ -182,13 +185,13 @@ class StopChecker:
 
     def _finish(self, reason: FinishReason) -> tuple[str, FinishReason]:
         self._add(self._stream.flush(), visible=True)
-        if self._find_stop():  # the flushed text may complete one
+        if self._find_stop():  # the flushed text may complete a stop string
             return self._cut(), FinishReason.STOP_SEQUENCE
         return self._let_out(len(self._held)), reason
 
     def _find_stop(self) -> bool:
-        """Whether a stop string is in the held text that ends after the first ``min_tokens``
-        tokens. It is noted then."""
+        """Returns whether the held text contains a stop string that ends after the first
+        ``min_tokens`` tokens, and records the match."""
         ends = []
         for stop in self._params.stop:
             at = self._held.find(stop, max(0, self._passed - len(stop) + 1))
@@ -204,13 +207,14 @@ class StopChecker:
         return True
 
     def _cut(self) -> str:
-        """The text up to the stop string, or up to its end: a stop string is shown if that was
-        asked for, even where it is a special token."""
+        """Returns the text up to the stop string, or up to its end if the request includes stop
+        strings in the output, even those that are special tokens."""
         before = self._let_out(self._match[0] - len(self._visible) + len(self._held))
         return before + (self.matched if self._params.include_stop_string else "")
 
     def _possible_start(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Returns the length of the longest suffix of the held text that is a prefix of a stop
+        string."""
         return max(
             (
                 size

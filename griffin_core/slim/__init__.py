@@ -1,1 +1,1 @@
-"""Running FF blocks on experts. Every form is tested against ``masked``."""
+"""Slim views: forms in which FF blocks run on experts. Every form is tested against ``masked``."""

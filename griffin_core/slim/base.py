@@ -1,4 +1,4 @@
-"""What slim views are to the rooms that use them."""
+"""The interfaces of slim views."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from griffin_core.model.weights import Layer
 
 
 class RunView(Protocol):
-    """What a session's FF runs on: a slim view, all weights zeroed outside its set, or all."""
+    """What a session's FF runs on: a slim view of its experts; all weights, with activations zeroed
+    outside its set; or all neurons."""
 
     @property
     def slim_id(self) -> int:
-        """Its number in the engine's ``SlimTable``. Sessions with the same number share every
-        product."""
+        """Its id in the engine's ``SlimTable``. Sessions with the same id share every product."""
         ...
 
     @property
     def experts(self) -> ExpertSet | None:
-        """The set; None for all neurons."""
+        """The expert set; None for all neurons."""
         ...
 
 
@@ -33,61 +33,64 @@ class BlockView(RunView, Protocol):
 
     @property
     def layers(self) -> Sequence[RunFF]:
-        """One block a layer, [T, D] -> [T, D]."""
+        """The block of each layer, [T, D] -> [T, D]."""
         ...
 
 
 class SlimForm(Protocol):
-    """A way of building FF blocks on experts: copies of their weights, or masks over all.
+    """A way of building FF blocks on experts: copies of their weights, or masks over all weights.
 
-    Blocks cost memory and time to build. Sessions run on all weights, zeroed (``slim.zeroed``),
-    until theirs are built and whenever they would not pay. One object serves all sessions and
-    layers and holds no state of any.
+    Blocks take memory and time to build. Until a session's blocks are built, and whenever they
+    would not pay, it runs on all weights, zeroed outside its set (``slim.zeroed``). One object
+    serves all sessions and layers and holds no state for any of them.
     """
 
     def build(self, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:
-        """The layer's FF block on ``experts`` [K], ascending int32 on any device. All neurons give
-        the layer's own dense block.
+        """Builds the layer's FF block on ``experts`` [K], ascending int32 on any device. For all
+        neurons it returns the layer's own dense block.
 
         Args:
-            layout: for how many rows at once.
+            layout: the number of rows that the block is laid out for.
         """
         ...
 
     def planned_bytes(self, layer: Layer, k: int) -> int:
-        """Most bytes that ``build`` holds beyond the model's own weights for K = k: known before
-        any expert is chosen."""
+        """Returns the most bytes that ``build`` holds beyond the model's own weights for K = k. It
+        is known before any expert is chosen."""
         ...
 
 
 class SlimTable(Protocol):
-    """What the slim ids of one engine stand for. Id 0 is all neurons; other ids are given by
-    ``add`` and end with the view."""
+    """The table of slim ids of one engine. Id 0 stands for all neurons; other ids are assigned by
+    ``add`` and freed with the view."""
 
     def add(self, view: BlockView) -> int:
-        """A slim id for a view, for as long as the view lives.
+        """Assigns a slim id to a view, for as long as the view lives.
 
         Raises:
-            MemoryError: there is no place for another set.
+            MemoryError: the table has no place for another set.
         """
         ...
 
     def update(self, view: BlockView) -> None:
-        """The view has other experts from the next step on, as many in each layer."""
+        """Takes over the changed experts of a view from the next step on. Their number is
+        unchanged."""
         ...
 
     def set_bytes(self, k: int) -> int:
-        """Bytes that a set of K = k takes in the table."""
+        """Returns the bytes that a set of K = k takes in the table."""
         ...
 
     def run(self, rows: RowTable) -> Callable[[int], RunFF]:
-        """For each layer the FF block of a step, in which each row runs on what its id stands for.
+        """Returns the FF blocks of a step by layer, in which each row runs on the view of its slim
+        id.
 
         Args:
-            rows: those of one kind of view side by side, see ``order``.
+            rows: the rows of the step; those of one kind of view are adjacent, see ``order``.
         """
         ...
 
     def order(self, slim_id: int) -> tuple[int, int]:
-        """Where a step has the rows of an id: sorted by this, each kind stands side by side."""
+        """Returns the sort key of the rows of an id: sorted by it, rows of one kind are
+        adjacent."""
         ...

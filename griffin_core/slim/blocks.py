@@ -1,4 +1,4 @@
-"""Slim ids of backends that run a step's FF block by block, one after the other."""
+"""The slim ids of backends that run a step's FF blocks one after the other."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 from griffin_core.spec.weights import Norm
 
 _DENSE, _ZEROED, _SLIM = range(3)
-"""Kinds of views, in the order in which a step has their rows."""
+"""The kinds of views, in the order of their rows in a step."""
 
 
 class BlockTable:
     """A ``SlimTable`` of views that have an FF block for each layer.
 
-    A step reads all weights once for the rows that run dense or zeroed, and each slim view once for
-    its rows.
+    A step reads all weights once for the rows that run dense or zeroed, and the copies of each slim
+    view once for its rows.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.masks = RowMasks()
-        """Masks of the rows that ran zeroed in the last step."""
+        """The masks of the rows that ran zeroed in the last step."""
         self._decoder = decoder
         self._views: WeakValueDictionary[int, BlockView] = WeakValueDictionary()
         self._numbers = count(DENSE + 1)
 
     def add(self, view: BlockView) -> int:
-        """A slim id for a view, for as long as the view lives."""
+        """Assigns a slim id to a view, for as long as the view lives."""
         slim_id = next(self._numbers)
         self._views[slim_id] = view
         return slim_id
 
     def update(self, view: BlockView) -> None:
-        """Does nothing: a view's blocks are its own."""
+        """Does nothing: a view holds its own blocks."""
 
     def set_bytes(self, k: int) -> int:
-        """None: a view counts its blocks itself."""
+        """Returns 0: a view counts the bytes of its own blocks."""
         return 0
 
     def order(self, slim_id: int) -> tuple[int, int]:
@@ -69,11 +69,12 @@ class BlockTable:
         return partial(_grouped, self._decoder.backend, groups)
 
     def keeps(self, slim_ids: Sequence[int], masks: RowMasks) -> Sequence[Tensor] | None:
-        """For each layer the activations [n, F] that zeroed rows keep; None if no row is zeroed.
+        """Returns for each layer the mask [n, F] of zeroed rows, 1 for activations to keep; None if
+        no row runs zeroed.
 
         Args:
-            slim_ids: of rows that run dense, then of n rows that run zeroed.
-            masks: keeps them for the next step of the same sessions.
+            slim_ids: the ids of the rows that run dense, then those of the n rows that run zeroed.
+            masks: caches the masks for the next step of the same sessions.
         """
         views = [self._zeroed(each) for each in slim_ids if each != DENSE]
         return masks.of(views, self._decoder.dtype) if views else None
@@ -89,7 +90,8 @@ class BlockTable:
         return layers
 
     def _on_all(self, slim_ids: Sequence[int], kv_slots: Sequence[int]) -> Callable[[int], RunFF]:
-        """The dense block of rows that run on all weights, those that run zeroed at the end."""
+        """Returns the dense block for rows that run on all weights; those that run zeroed are at
+        the end."""
         layers, dtype = self._decoder.layers, self._decoder.dtype
         dense = sum(each == DENSE for each in slim_ids)
         views = [self._zeroed(each) for each in slim_ids[dense:]]
@@ -97,7 +99,7 @@ class BlockTable:
             return self._decoder.dense
         if not dense and len(set(slim_ids)) == 1:
             return views[0].__getitem__
-        if len(set(kv_slots[dense:])) == len(views):  # each session has reserved one row of masks
+        if len(set(kv_slots[dense:])) == len(views):  # sessions reserve one row of masks each
             masks = self.masks.of(views, dtype)
             return lambda layer: partial(_zeroed_rows, layers[layer].ff, masks[layer])
 
@@ -121,7 +123,7 @@ def _zeroed_rows(
 def _grouped(
     backend: Backend, groups: Sequence[tuple[int, Callable[[int], RunFF]]], layer: int
 ) -> RunFF:
-    """A layer's block for rows of several groups, each given by its number of rows."""
+    """Returns a layer's block for the rows of several groups, each given by its number of rows."""
     sizes = [n for n, _ in groups]
 
     def run(x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:

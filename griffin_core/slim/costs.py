@@ -1,8 +1,9 @@
-"""What a step costs by how its FF runs, measured at start on the device and the model at hand.
+"""The cost of a step for each way to run its FF, measured at start on this device and model.
 
 A step reads each private set once, a shared set once for all its sessions, and all weights once for
-all sessions that run dense or zeroed. By bytes alone n private sets of density d pay while n · d is
-below 1; what rows and small products cost beside bytes depends on the machine, so it is measured.
+all sessions that run dense or zeroed. Counting only bytes, n private sets of density d pay while
+n · d is below 1. Rows and small products have further costs that depend on the machine, so they are
+measured.
 """
 
 from __future__ import annotations
@@ -24,59 +25,61 @@ from griffin_core.slim.base import SlimForm
 from griffin_core.spec.weights import Norm
 
 MOST_COPIES = 16
-"""No more sessions are given a set each as copies, whatever was measured."""
+"""The most sessions that get copies of their own sets, whatever was measured."""
 
 _ROWS = (1, 2, 4, 8, 16)
-_BYTES = 256 << 20  # measured over layers of so much together: more than caches hold
-_CACHED = 128  # tokens after which the rest of a step is measured
+_BYTES = 256 << 20  # bytes of the layers that are measured: more than CPU caches hold
+_CACHED = 128  # cached tokens with which the rest of a step is measured
 _ROUNDS = 3
 
 Seconds = Mapping[int, float]
-"""Number of sessions -> seconds. Between and beyond those given it is interpolated linearly."""
+"""Number of sessions -> seconds. Other numbers are interpolated and extrapolated linearly."""
 
 
 Candidate = tuple[str, int]
-"""What is timed, for how many sessions."""
+"""The name of what is timed, and its number of sessions."""
 
 
 class StepCosts(Protocol):
-    """Seconds of a step."""
+    """The duration of a step in seconds."""
 
     def step_s(
         self, *, dense: int, own: Sequence[float], shared: Sequence[tuple[float, int]]
     ) -> float:
-        """The step in the cheapest way that keeps each session on its set.
+        """Returns the seconds of a step in the cheapest way that runs each session on its set.
 
         Args:
-            dense: sessions on all neurons.
-            own: the densities of sessions on a set each.
-            shared: for each set that several sessions share its density and how many they are.
+            dense: the number of sessions on all neurons.
+            own: the densities of sessions that each have their own set.
+            shared: for each set that several sessions share, its density and their number.
         """
         ...
 
     def copies_pay(self, *, whole: int, own: Sequence[float]) -> bool:
-        """Whether a copy of its experts for each of ``own`` costs less than running them zeroed.
+        """Returns whether copies of the experts for each of ``own`` cost less than running them
+        zeroed.
 
         Args:
-            whole: further sessions that run on all weights.
-            own: the densities of sessions on a set each.
+            whole: the number of further sessions that run on all weights.
+            own: the densities of sessions that each have their own set.
         """
         ...
 
     def most_copies(self, density: float) -> int:
-        """The most sessions of a density for which ``copies_pay`` may say so; at least 1."""
+        """Returns the most sessions of a density for which ``copies_pay`` may be true; at least
+        1."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCosts:
-    """Of a backend that runs a step group by group, one after the other: a CPU.
+    """The step costs of a backend that runs the groups of a step one after the other: a CPU.
 
     Args:
-        rest: everything but the FF, by sessions.
-        dense: the FF of all layers on all neurons, by sessions.
-        half: on half of them, one set for all, by sessions. Its entry for 1 is that of a set laid
-            out for one row.
+        rest: seconds of everything but the FF, by number of sessions.
+        dense: seconds of the FF of all layers on all neurons, by number of sessions.
+        half: the same on half of the neurons, one set for all sessions. Its entry for 1 is for a
+            set laid out for one row.
     """
 
     rest: Seconds
@@ -86,7 +89,7 @@ class BlockCosts:
     def step_s(
         self, *, dense: int, own: Sequence[float], shared: Sequence[tuple[float, int]]
     ) -> float:
-        """As ``StepCosts`` says."""
+        """See ``StepCosts``."""
         copies = self.copies_pay(whole=dense, own=own)
         whole = dense if copies else dense + len(own)
         sessions = dense + len(own) + sum(rows for _, rows in shared)
@@ -98,14 +101,14 @@ class BlockCosts:
         )
 
     def copies_pay(self, *, whole: int, own: Sequence[float]) -> bool:
-        """As ``StepCosts`` says."""
+        """See ``StepCosts``."""
         if not own or len(own) > min(self.most_copies(density) for density in own):
             return False
         copied = sum(self._slim(density, 1) for density in own)
         return self._whole(whole) + copied <= self._whole(whole + len(own))
 
     def most_copies(self, density: float) -> int:
-        """As ``StepCosts`` says."""
+        """See ``StepCosts``."""
         one = self._slim(density, 1)
         counts = range(1, MOST_COPIES + 1)
         return max(takewhile(lambda n: n * one <= self._whole(n), counts), default=1)
@@ -119,14 +122,15 @@ class BlockCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphCosts:
-    """Of a backend that runs every step as one captured graph: a GPU. A step has the next larger
-    captured size, and takes as long as one of that size.
+    """The step costs of a backend that runs every step as one captured graph: a GPU. A step runs in
+    the next larger captured size, and takes as long as a step of that size.
 
     Args:
-        dense, zeroed: by captured size.
-        shared: on one set for all of half of the neurons and of all, by captured size.
-        private: on a set each, of half of the neurons and of all, by captured size; only sizes for
-            which private graphs were captured.
+        dense, zeroed: seconds by captured size.
+        shared: seconds with one set for all sessions, of half of the neurons and of all neurons, by
+            captured size.
+        private: seconds with a set for each session, of half of the neurons and of all neurons, by
+            captured size; only sizes for which private graphs were captured.
     """
 
     dense: Seconds
@@ -137,8 +141,8 @@ class GraphCosts:
     def step_s(
         self, *, dense: int, own: Sequence[float], shared: Sequence[tuple[float, int]]
     ) -> float:
-        """As ``StepCosts`` says. Sessions of a shared set beside others run as if each had its
-        own."""
+        """See ``StepCosts``. Sessions that share a set cost as much as private ones if the step has
+        other sessions too."""
         densities = [*own, *(d for d, rows in shared for _ in range(rows))]
         sessions = dense + len(densities)
         size = next((size for size in sorted(self.dense) if size >= sessions), max(self.dense))
@@ -153,8 +157,8 @@ class GraphCosts:
         return min(ways)
 
     def private_up_to(self, size: int) -> float:
-        """The largest mean density at which a set each costs no more than zeroing, in a step of a
-        captured size."""
+        """Returns the largest mean density at which private sets cost no more than running zeroed,
+        in a step of a captured size."""
         if size not in self.private:
             return 0.0
         if size not in self.zeroed:  # one session
@@ -165,27 +169,28 @@ class GraphCosts:
         return 0.5 + 0.5 * (self.zeroed[size] - half) / (whole - half)
 
     def copies_pay(self, *, whole: int, own: Sequence[float]) -> bool:
-        """There are no copies; the step itself decides."""
+        """Returns True: sets are not copied, and each step chooses how it runs."""
         return True
 
     def most_copies(self, density: float) -> int:
-        """There are no copies."""
+        """Returns ``MOST_COPIES``: sets are not copied."""
         return MOST_COPIES
 
 
 ASSUMED_COSTS = BlockCosts(
     rest=dict.fromkeys(_ROWS, 0.5), dense=dict.fromkeys(_ROWS, 1.0), half=dict.fromkeys(_ROWS, 0.5)
 )
-"""What counting bytes alone says, for an FF that is two thirds of a step."""
+"""Costs by bytes alone, for an FF that takes two thirds of a step."""
 
 EVEN_COSTS = BlockCosts(rest={1: 0.5}, dense={1: 1.0}, half={1: 1.0})
-"""Of steps that take the same time however their FF runs: pruning gains none."""
+"""Costs of steps that take the same time however their FF runs, so pruning gains nothing."""
 
 
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
-    """Times FF blocks for 1 to 16 rows over enough layers to be read from memory, dense and on half
-    of the neurons, and the rest of a step after ``_CACHED`` tokens."""
+    """Times FF blocks for 1 to 16 rows, dense and on half of the neurons, over so many layers that
+    weights come from memory and not from caches; and the rest of a step with ``_CACHED`` cached
+    tokens."""
     spec = decoder.spec
     layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].ff.weights.nbytes))]
     k = Selection(density=0.5).experts_of(spec.ff_width)
@@ -217,7 +222,7 @@ def _run(blocks: Sequence[RunFF], x: Tensor) -> Tensor:
 
 
 def _rest(decoder: Decoder, rows: int, layers: int) -> Callable[[], Tensor]:
-    """Runs some layers for several sessions without their FF."""
+    """Returns a function that runs some layers for several sessions without their FF."""
     pool = decoder.new_pool(rows * _CACHED)
     caches = [pool.allocate(_CACHED) for _ in range(rows)]
     for cache in caches:
@@ -244,24 +249,27 @@ def _no_ff(x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) 
 
 
 def _seconds(candidates: Mapping[Candidate, Callable[[], Tensor]]) -> dict[Candidate, float]:
-    """The least of several rounds, in turn, so that a busy moment of the machine hits all alike."""
+    """Times the candidates in turn for several rounds and returns the least time of each, so that
+    other load on the machine affects all of them alike."""
     times = dict.fromkeys(candidates, float("inf"))
-    for turn in range(_ROUNDS + 1):  # the first warms up
+    for turn in range(_ROUNDS + 1):  # the first round warms up
         for name, run in candidates.items():
             clock = time.perf_counter()
-            run()[0, 0].item()  # a GPU is waited for
+            run()[0, 0].item()  # waits for a GPU
             if turn:
                 times[name] = min(times[name], time.perf_counter() - clock)
     return times
 
 
 def _by_density(density: float, half: float, whole: float) -> float:
-    """Seconds at a density, from those at 0.5 and 1; never less than a tenth of half's."""
+    """Interpolates the seconds at a density from those at 0.5 and 1; at least a tenth of those at
+    0.5."""
     return max(half + (density - 0.5) / 0.5 * (whole - half), 0.1 * half)
 
 
 def _at(times: Seconds, sessions: int) -> float:
-    """Seconds for so many sessions: interpolated, and beyond the largest on the last line."""
+    """Returns the seconds for a number of sessions, interpolated, or extrapolated from the last
+    two."""
     if sessions in times:
         return times[sessions]
     known = sorted(times)

@@ -1,4 +1,5 @@
-"""Slim ids of the CUDA backend: expert sets as numbers, in tensors that captured steps read."""
+"""The slim ids of the CUDA backend: expert sets as neuron indices, in tensors that captured steps
+read."""
 
 from __future__ import annotations
 
@@ -20,18 +21,19 @@ from griffin_core.slim.base import BlockView
 from griffin_core.spec.weights import Norm
 
 FFMode = Literal["dense", "shared", "private", "zeroed"]
-"""How the FF of a step runs: on all neurons; all rows on one set; each row on a set of its own,
-which few rows are fastest with; or zeroed: all weights read once for all rows and each one's
-activations zeroed outside its set, which gives the same as private at what dense costs."""
+"""How the FF of a step runs. dense: on all neurons. shared: all rows on one set. private: each row
+on its own set, which is fastest for few rows. zeroed: all weights are read once for all rows, and
+each row's activations are zeroed outside its set, which gives the result of private at the cost of
+dense."""
 
 MODES: tuple[FFMode, ...] = ("dense", "shared", "private", "zeroed")
 
 
 class IndexTable:
-    """A ``SlimTable`` of sets of neuron numbers; no weight is copied.
+    """A ``SlimTable`` of sets of neuron indices; no weights are copied.
 
     Args:
-        sets: most sets at once, beside that of all neurons.
+        sets: the most sets at once, not counting the set of all neurons.
     """
 
     def __init__(self, decoder: Decoder, *, sets: int) -> None:
@@ -44,9 +46,9 @@ class IndexTable:
         self._device_counts = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         self.sets = sets
         self.padding = sets + 1
-        """The slim id of rows that pad a step: one neuron, the least that a row can read."""
+        """The slim id of padding rows: a set of one neuron, the least that a row can read."""
         self.counts = [0] * (sets + 2)
-        """By slim id, the neurons of all layers together; 0 for an id that is not given out."""
+        """The number of neurons in all layers, by slim id; 0 for an unused id."""
         self._free = list(range(sets, 0, -1))
         every = torch.arange(neurons, dtype=torch.int32, device=device)
         self._write(DENSE, every.repeat(layers, 1))
@@ -54,12 +56,12 @@ class IndexTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the table on the device, taken from the start."""
+        """Size of the table on the device in bytes, allocated at start."""
         return self._indices.nbytes + self._keep.nbytes + self._device_counts.nbytes
 
     @property
     def all_neurons(self) -> int:
-        """The neurons of all layers together."""
+        """The number of neurons in all layers."""
         return self.counts[DENSE]
 
     def add(self, view: BlockView) -> int:
@@ -73,8 +75,8 @@ class IndexTable:
         return slim_id
 
     def update(self, view: BlockView) -> None:
-        """See ``SlimTable``. In the order of the device's work: steps that were launched before
-        still read the old set."""
+        """See ``SlimTable``. The change is in stream order: steps that were launched earlier still
+        read the old set."""
         assert view.experts is not None
         self._write(view.slim_id, view.experts.indices)
 
@@ -84,14 +86,14 @@ class IndexTable:
         return 0 if k == neurons else layers * (4 * k + neurons)
 
     def order(self, slim_id: int) -> tuple[int, int]:
-        """See ``SlimTable``. Rows may stand in any order."""
+        """See ``SlimTable``. Rows may be in any order."""
         return (0, 0)
 
     def run(self, rows: RowTable, mode: FFMode = "zeroed") -> Callable[[int], RunFF]:
         """See ``SlimTable``.
 
         Args:
-            mode: must suit the rows: "shared" only rows of one id, "dense" only rows of id 0.
+            mode: must fit the rows: "shared" needs rows of one id, "dense" needs rows of id 0.
         """
         if mode == "dense":
             return self._decoder.dense
@@ -99,8 +101,8 @@ class IndexTable:
         return partial(self._block, rows, counts, mode)
 
     def write_random(self, density: float, sets: int) -> None:
-        """Gives the ids from 1 to ``sets``, or to the last there is, random sets, for measurements
-        before the first view."""
+        """Writes random sets to the ids 1 to ``sets``, or to the last id, for measurements before
+        the first view."""
         layers, _, neurons = self._indices.shape
         k = Selection(density=density).experts_of(neurons)
         for slim_id in range(1, 1 + min(sets, self.sets)):

@@ -1,4 +1,5 @@
-"""The reference: the dense FF with all but the experts' activations set to zero. Saves nothing."""
+"""The reference form: the dense FF with all activations but the experts' set to zero. It saves no
+work."""
 
 from __future__ import annotations
 

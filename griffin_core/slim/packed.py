@@ -9,10 +9,11 @@ from griffin_core.model.weights import Layer
 
 
 class Packed:
-    """Builds FF blocks that have only the experts' neurons.
+    """Builds FF blocks that hold only the experts' neurons.
 
-    A copy cannot take other experts in place: oneDNN's layout is opaque, a neuron is no row in it.
-    A layer whose experts change is packed anew.
+    A copy cannot be changed in place: oneDNN's layout is opaque, and a neuron is not a row in it.
+        If
+    the experts of a layer change, the layer is packed again.
     """
 
     def build(self, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:

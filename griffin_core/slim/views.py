@@ -1,5 +1,5 @@
-"""Slim views: built a layer at a time, shared by sessions of the same experts, kept while there is
-room."""
+"""Slim views: built layer by layer, shared by sessions with the same experts, and cached while
+memory allows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
 Key = tuple[bytes, Layout]
 
 MOST_UNUSED = 8
-"""Views that are kept though no session uses them. A prompt that is asked again finds its view if
-it comes soon; a budget that is a large part of the machine's memory is not filled for it."""
+"""The most unused views that are kept. A prompt that soon comes again finds its view, and unused
+views do not fill a large memory budget."""
 
 
 class SlimView:
     """The FF blocks of all layers on one expert set.
 
     Args:
-        experts: the set it is, or is coming to be, built of.
-        layout: for how many rows at once.
-        nbytes: the most it will hold beyond the model's own weights.
+        experts: the set that it is built from, or will be once ``pending`` is empty.
+        layout: the number of rows that its blocks are laid out for.
+        nbytes: the most bytes that it will hold beyond the model's own weights.
     """
 
     def __init__(self, experts: ExpertSet, layout: Layout, nbytes: int) -> None:
@@ -38,29 +38,29 @@ class SlimView:
         self.layout: Layout = layout
         self.nbytes = nbytes
         self.slim_id = DENSE
-        """See ``SlimTable``; set once the view has a place in it."""
+        """See ``SlimTable``; set once the view is added to the table."""
         self.layers: list[RunFF] = []
-        """The blocks that are built; those of all layers once the view is ready. The list is the
-        same for as long as the view lives."""
+        """The blocks built so far; those of all layers once the view is ready. It stays the same
+        list object for as long as the view lives."""
         self.pending: deque[int] = deque(range(len(experts.layers)))
-        """Layers that are to be built, or built anew."""
+        """The layers to build, or to build again."""
         self.error: Exception | None = None
-        """Why it cannot be built."""
+        """The error that keeps the view from being built."""
         self.users = 0
 
     @property
     def key(self) -> Key:
-        """What views are told apart by."""
+        """The key that identifies the view."""
         return self.experts.digest, self.layout
 
     @property
     def ready(self) -> bool:
-        """Whether all layers can run. Some may still run on the experts before a ``change``."""
+        """Whether all layers can run. After a ``change`` some may still run on the old experts."""
         return len(self.layers) == len(self.experts.layers)
 
 
 class WholeView:
-    """All weights, dense or zeroed outside a set.
+    """A view of all weights, dense or zeroed outside a set.
 
     Args:
         experts: the set; None for all neurons.
@@ -75,15 +75,16 @@ class WholeView:
 class SlimViews:
     """All slim views of an engine. Owned by the engine's thread.
 
-    A view that is no longer used stays until its bytes are needed, for the next session that
-    chooses the same experts: a prompt that is asked again, a kept session's next turn.
+    An unused view is kept until its bytes are needed, for the next session with the same experts: a
+    repeated prompt, or a kept session's next turn.
 
     Args:
         table: gives the views their slim ids.
-        form: how blocks are built; None where the table itself holds the sets, and a step decides
-            how it runs them: views are then complete at once.
-        budget: what the views' bytes are taken from; when it runs short, unused views go first.
-        builds: whether there are views at all; else sessions run on all weights, dense or zeroed.
+        form: builds the blocks; None if the table itself holds the sets and each step chooses how
+            to run them: views are then complete at once.
+        budget: the budget that holds the views' bytes; when it runs short, unused views are evicted
+            first.
+        builds: whether views are built; if not, sessions run on all weights, dense or zeroed.
     """
 
     def __init__(
@@ -97,15 +98,15 @@ class SlimViews:
     ) -> None:
         self.builds = builds
         self.dense = WholeView([layer.ff for layer in decoder.layers])
-        """What sessions on all neurons run on."""
+        """The view that sessions on all neurons use."""
         self._decoder = decoder
         self._table = table
         self._form = form
         self._budget = budget
         self._views: OrderedDict[Key, SlimView] = OrderedDict()  # longest unused first
-        self._owned: list[SlimView] = []  # of groups, which change them
+        self._owned: list[SlimView] = []  # views of expert groups, which change their experts
         self._unbuilt: deque[SlimView] = deque()
-        self._zeroed = 0  # bytes of sessions that run zeroed
+        self._zeroed = 0  # bytes for sessions that run zeroed
         budget.on_short(self._drop_unused)
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class SlimViews:
         return self._form is not None
 
     def planned_bytes(self, k: int) -> int:
-        """Most bytes a view of k experts a layer holds."""
+        """Returns the most bytes that a view of k experts per layer holds."""
         if not self.builds:
             return 0
         if self._form is None:
@@ -125,23 +126,23 @@ class SlimViews:
         return sum(self._form.planned_bytes(layer, k) for layer in self._decoder.layers)
 
     def zeroed_bytes(self, k: int) -> int:
-        """Most bytes a session of k experts a layer holds to run zeroed: none where views are
-        numbers, which a step reads either way."""
+        """Returns the most bytes that a session of k experts per layer needs to run zeroed: 0 if
+        views are indices, which a step reads in every mode."""
         runs_zeroed = self.copies and k < self._decoder.spec.ff_width
         return zeroed_bytes(self._decoder) if runs_zeroed else 0
 
-    def take_zeroed(self, size: int) -> None:
+    def acquire_zeroed(self, size: int) -> None:
         """Counts the bytes of a session that may run zeroed from now on."""
-        self._budget.take(size)
+        self._budget.acquire(size)
         self._zeroed += size
 
-    def give_back_zeroed(self, size: int) -> None:
-        """The session has gone."""
-        self._budget.give_back(size)
+    def release_zeroed(self, size: int) -> None:
+        """Frees the bytes of a session that has ended."""
+        self._budget.release(size)
         self._zeroed -= size
 
     def zeroed(self, experts: ExpertSet) -> WholeView:
-        """A view of all weights, zeroed outside a set. It needs no building.
+        """Returns a view of all weights, zeroed outside a set. It needs no building.
 
         Raises:
             MemoryError: the table has no place for another set.
@@ -152,21 +153,21 @@ class SlimViews:
         return view
 
     def acquire(self, experts: ExpertSet, layout: Layout, *, own: bool = False) -> SlimView:
-        """The view of an expert set, perhaps still to be built. ``release`` it after use.
+        """Returns the view of an expert set, which may not be built yet. ``release`` it after use.
 
         Args:
-            layout: for how many tokens its users together mostly run at once.
-            own: for one user alone, who may ``change`` it.
+            layout: the number of rows that its users together usually run in a step.
+            own: whether the view is for this caller only, which may ``change`` it.
         """
-        # A digest takes the set to the host, which waits for the device; numbers that are there at
-        # once are not worth it.
+        # A digest needs the set on the host, which synchronizes; that does not pay for indices,
+        # which are complete at once.
         own = own or not self.copies
         view = self._views.get((experts.digest, layout)) if self.copies else None
         if own and view is not None and view.users:
             view = None
         if view is None:
             view = SlimView(experts, layout, self.planned_bytes(experts.indices.shape[1]))
-            self._budget.take(view.nbytes)
+            self._budget.acquire(view.nbytes)
             self._begin(view)
         elif own:
             del self._views[view.key]
@@ -187,13 +188,14 @@ class SlimViews:
         if self.copies:
             self._unbuilt.append(view)
         else:
-            view.layers += self.dense.layers  # never run: a step reads the set from the table
+            view.layers += self.dense.layers  # never called: a step reads the set from the table
             view.pending.clear()
 
     def change(self, view: SlimView, experts: ExpertSet) -> None:
-        """Lets a view of ``acquire(own=True)`` run on other experts, as many: at once where the
-        table holds the sets, else layer by layer as ``build`` comes to them. Until then a layer
-        runs on its old ones. Layers whose experts stay are not touched."""
+        """Changes the experts of a view from ``acquire(own=True)`` to as many others. If the table
+        holds the sets, all layers change at once; otherwise ``build`` changes them layer by layer,
+        and a layer runs on its old experts until then. Layers whose experts are the same are not
+        rebuilt."""
         if not self.copies:
             view.experts = experts
             self._table.update(view)
@@ -206,7 +208,7 @@ class SlimViews:
             self._unbuilt.append(view)
 
     def release(self, view: SlimView) -> None:
-        """Drops a reference. A view that is unfinished by then is discarded."""
+        """Drops a reference, and discards the view if it is unfinished."""
         view.users -= 1
         if view in self._owned:
             self._owned.remove(view)
@@ -222,8 +224,8 @@ class SlimViews:
             self._drop_unused()
 
     def build(self, seconds: float) -> None:
-        """Builds layers of the views that wait, in order, for about so long; at least one layer.
-        What goes wrong becomes the view's ``error``."""
+        """Builds layers of pending views, in order, for about ``seconds``; at least one layer. An
+        exception becomes the view's ``error``."""
         until = time.monotonic() + seconds
         while self._unbuilt:
             view = self._unbuilt[0]
@@ -231,7 +233,7 @@ class SlimViews:
             experts = view.experts.layers[layer]
             of = self._decoder.layers[layer]
             if layer < len(view.layers):
-                view.layers[layer] = of.ff  # the old copy goes first: never two of a layer
+                view.layers[layer] = of.ff  # frees the old copy before the new one is made
             try:
                 assert self._form is not None
                 block = self._form.build(of, experts, view.layout)
@@ -248,17 +250,17 @@ class SlimViews:
 
     @property
     def held(self) -> Sequence[SlimView]:
-        """All views, used or not."""
+        """All views, used and unused."""
         return [*self._views.values(), *self._owned]
 
     @property
     def nbytes(self) -> int:
-        """The most that all views hold, with what lets sessions run zeroed."""
+        """The most bytes that all views and all sessions that run zeroed hold."""
         return sum(view.nbytes for view in self.held) + self._zeroed
 
     @property
     def building(self) -> bool:
-        """Whether ``build`` has something to do."""
+        """Whether ``build`` has work to do."""
         return bool(self._unbuilt)
 
     def _drop_unused(self) -> bool:
@@ -272,4 +274,4 @@ class SlimViews:
     def _discard(self, view: SlimView) -> None:
         if view in self._unbuilt:
             self._unbuilt.remove(view)
-        self._budget.give_back(view.nbytes)
+        self._budget.release(view.nbytes)

@@ -1,8 +1,8 @@
 """The dense FF for several sessions at once, with each one's activations zeroed outside its set.
 
-All weights are read once for all rows, so a step costs what a dense one does, and each session has
-the same result as on a copy of its experts. Sessions run this way where copies do not pay, and
-until one is built.
+All weights are read once for all rows, so a step costs as much as a dense one, and each session
+gets the same result as on a copy of its experts. Sessions run this way while copies are being
+built, and where copies do not pay.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ZeroedFF:
 
 
 class ZeroedLayers(Sequence[ZeroedFF]):
-    """The blocks of all layers on one expert set. Made in microseconds: no weight is touched."""
+    """The blocks of all layers on one expert set. They are made in microseconds, since no weights
+    are copied."""
 
     def __init__(self, decoder: Decoder, experts: ExpertSet) -> None:
         device = decoder.device
@@ -61,16 +62,16 @@ class ZeroedLayers(Sequence[ZeroedFF]):
 
 
 def zeroed_bytes(decoder: Decoder) -> int:
-    """Most bytes that a session which runs zeroed takes: its ``ZeroedLayers``, and its row of the
-    step's ``RowMasks``."""
+    """Returns the most bytes that a session needs to run zeroed: its ``ZeroedLayers``, and its row
+    of the step's ``RowMasks``."""
     neurons = len(decoder.layers) * decoder.spec.ff_width
     return neurons * (torch.bool.itemsize + decoder.dtype.itemsize)
 
 
 class RowMasks:
-    """Which activations the rows of a step keep. Made when the step's sessions change, and kept
-    for the steps after, until one of these sessions no longer runs zeroed: their bytes are part of
-    what it holds."""
+    """The masks of the activations that the rows of a step keep. They are made when the step's
+    sessions change and kept for later steps, until one of these sessions no longer runs zeroed:
+    their bytes are counted for these sessions."""
 
     def __init__(self) -> None:
         self._sessions: list[ReferenceType[ZeroedLayers]] = []
@@ -78,16 +79,17 @@ class RowMasks:
 
     @property
     def empty(self) -> bool:
-        """Whether it holds neither masks nor references to sessions."""
+        """Whether it holds no masks and no references to sessions."""
         return not self._masks and not self._sessions
 
     def of(self, sessions: Sequence[ZeroedLayers], dtype: torch.dtype) -> Sequence[Tensor]:
-        """For each layer [N, F]: 1 for what a row keeps, else 0; a row for each session."""
+        """Returns a mask [N, F] for each layer, with a row for each session: 1 for activations that
+        the row keeps, else 0."""
         same = len(sessions) == len(self._sessions) and all(
             one is other() for one, other in zip(sessions, self._sessions, strict=True)
         )
         if not same:
-            self._drop()  # so that old and new are never held together
+            self._drop()  # so that old and new masks are never held at the same time
             self._masks = list(torch.stack([s.keep for s in sessions], dim=1).to(dtype).unbind())
             self._sessions = [ref(session, self._drop) for session in sessions]
         return self._masks

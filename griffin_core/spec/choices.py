@@ -1,18 +1,24 @@
-"""What settings and requests choose from by name. Without torch, so that settings are read fast."""
+"""The names that settings and requests choose from. Imports no torch, so that settings load
+fast."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 PolicyName = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
 
 Sharing = Literal["private", "shared", "auto"]
-"""Whether a session runs on one expert set with others: never; with all that may; or whatever costs
-least at the time, and on all neurons while no set of experts gains enough."""
+"""Which sessions share an expert set. private: none do. shared: all that may do. auto: the engine
+takes whichever costs least at the time, and runs on all neurons while experts gain too little."""
+
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 
 ScoreMode = Literal["generation", "classification"]
-"""Which tokens choose the experts of a scored continuation, and which run on them. Generation: the
-context chooses, and every token of the continuation runs on them. Classification: every token that
-is run chooses, and the last of them alone runs on them."""
+"""Which tokens choose the experts of a scored continuation, and which tokens run on them.
+generation: the context chooses, and every token of the continuation runs on the experts.
+classification: the last token that is run runs on the experts, which all tokens before it
+choose."""
+
+SCORE_MODES: tuple[ScoreMode, ...] = get_args(ScoreMode)

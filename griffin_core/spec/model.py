@@ -1,4 +1,4 @@
-"""What a decoder is made of."""
+"""The shape of a decoder: its sizes, its layers, and the variants that it uses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What differs from layer to layer.
+    """The properties that differ from layer to layer.
 
     Args:
-        window: tokens a query sees, itself included; None for all before it.
+        window: number of tokens that a query sees, its own included; None for no limit.
         rotary: index into ``ModelSpec.rotaries``; None for learned positions.
     """
 
@@ -29,20 +29,21 @@ class ModelSpec:
     """A decoder's shape and its variants. Dimension letters are the project's (docs/structure.md).
 
     Args:
-        layers: one LayerSpec for each of the L layers.
-        rotaries: the kinds of rotary positions that layers use.
-        width: D.
-        ff_width: F.
-        heads: H query heads; a multiple of kv_heads.
+        layers: a LayerSpec for each of the L layers.
+        rotaries: the kinds of rotary positions that the layers use.
+        width: D, the hidden size.
+        ff_width: F, the intermediate size.
+        heads: H, the number of query heads; a multiple of kv_heads.
         embed_width: width of the embedding; differs from D in OPT-350m only.
-        norm_before: normalize before attention and FF (True) or after the residual add (False).
+        norm_before: whether layers normalize before attention and FF (True) or after the residual
+            add (False).
         norm_offset: added to RMSNorm weights (1 in Gemma).
-        sandwich_norms: further norms on the outputs of attention and FF (Gemma 2 and 3).
+        sandwich_norms: whether the outputs of attention and FF are normalized too (Gemma 2 and 3).
         final_norm: whether a norm precedes the head.
-        query_scale: factor on q·k.
-        attention_softcap: s -> cap * tanh(s / cap) on attention scores; None for none.
-        logit_softcap: the same on logits.
-        embed_scale: factor on embeddings.
+        query_scale: the factor on q·k.
+        attention_softcap: attention scores s become cap * tanh(s / cap); None for no soft cap.
+        logit_softcap: the same for logits.
+        embed_scale: the factor on embeddings.
         position_offset: rows skipped at the start of a learned position table (2 in OPT).
     """
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class RotarySpec:
-    """Rotary positions of one kind of layer.
+    """The rotary positions of one kind of layer.
 
     Args:
-        inverse_frequencies: head_dim / 2 values, in radians a position.
-        scale: factor on cos and sin (YaRN's attention factor; 1 otherwise).
+        inverse_frequencies: head_dim / 2 values, in radians per position.
+        scale: the factor on cos and sin (YaRN's attention factor; 1 otherwise).
     """
 
     inverse_frequencies: tuple[float, ...]

@@ -27,13 +27,13 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class FFWeights:
-    """Weights of one FF block, stored neuron-major: row f of every matrix belongs to neuron f.
+    """The weights of one FF block, stored neuron-major: row f of every matrix belongs to neuron f.
 
     Gated: ``Z = act(x gateᵀ) · (x upᵀ)``; plain: ``Z = act(x upᵀ + up_bias)``; output ``Z down``.
 
     Args:
         w_in: [2, F, D], gate then up; [1, F, D], up alone, for a plain FF.
-        down: [F, D]: the transpose of the usual W_down, so that a neuron is one contiguous row.
+        down: [F, D], the transpose of the usual W_down, so that a neuron is one contiguous row.
         up_bias: [F] or None; plain FF only.
         down_bias: [D] or None.
     """
@@ -55,12 +55,12 @@ class FFWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
+        """Size of the weights in bytes."""
         tensors = (self.w_in, self.down, self.up_bias, self.down_bias)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def gather(self, experts: Tensor) -> FFWeights:
-        """A copy of some neurons: experts [K] integers -> FFWeights of K neurons."""
+        """Copies some neurons: experts [K] integers -> FFWeights of K neurons."""
         index = experts.to(self.down.device, torch.int64)
         return FFWeights(
             activation=self.activation,
@@ -71,8 +71,8 @@ class FFWeights:
         )
 
     def magnitude(self) -> Tensor:
-        """Static strength of each neuron, [F] float32: the l2 norm of its row of W_1, or for a
-        gated FF the product of the norms of its rows of W_gate and W_up (the baseline of arXiv
-        2404.01365, section 5)."""
+        """Returns the static strength of each neuron, [F] float32: the l2 norm of its row of W_1,
+        or for a gated FF the product of the norms of its rows of W_gate and W_up (the baseline of
+        arXiv 2404.01365, section 5)."""
         norms: Tensor = torch.linalg.vector_norm(self.w_in, dim=2, dtype=torch.float32)
         return norms.prod(dim=0)

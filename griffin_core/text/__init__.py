@@ -1,1 +1,1 @@
-"""Between text and token ids: tokenizers, chat templates, prompts, text as it is generated."""
+"""Text and token ids: tokenizers, chat templates, prompts, and incremental decoding."""

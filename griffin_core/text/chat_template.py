@@ -1,4 +1,4 @@
-"""A model's chat template: tried when the model is loaded, and chats as text."""
+"""A model's chat template: it is tried when the model is loaded, and renders chats as text."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from griffin_core.errors import InvalidRequest, shortened
 
 MOST_WORDS = 200
-"""Characters of somebody else's error that a message repeats: a status has to fit 8 KiB."""
+"""The most characters of a template's error that a message repeats, since a gRPC status must fit 8
+KiB."""
 
 RENDER_S = 5.0
-"""Longest a template may run. Ordinary ones take a millisecond for tens of messages."""
+"""The most seconds that a template may run. Ordinary templates take a millisecond for tens of
+messages."""
 
 _PROBE = "probe7content"
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG"
-"""transformers puts it behind the last message to see where to cut, and leaves it where a template
-has put that message a second time."""
+"""transformers appends this tag to the last message to find where to cut the text. If a template
+shows that message twice, one tag stays in the text."""
 
 _PROBE_ROLES = ("user", "human", "system", "assistant")
 
@@ -34,9 +36,9 @@ class _Use:
     """How one template takes messages.
 
     Args:
-        as_parts: a message's content is a list of parts, ``{"type": "text", "text": ...}``, and no
-            string.
-        unusable: why no message can be rendered with it; empty if some can.
+        as_parts: whether a message's content is a list of parts, ``{"type": "text", "text": ...}``,
+            instead of a string.
+        unusable: why no message can be rendered with it; empty if it can be used.
     """
 
     as_parts: bool = False
@@ -50,11 +52,11 @@ class TooSlow(TemplateError):
 class ChatTemplate:
     """Renders chats with the template of a tokenizer.
 
-    Whether it can be used, and whether it takes content as a string or as parts, is found out at
-    construction: of a message that it renders, the content has to be in the text.
+    At construction a trial message is rendered to find out whether the template can be used, and
+    whether it takes content as a string or as parts: the rendered text must contain the content.
 
     Args:
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a transformers tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -75,18 +77,18 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Text of a chat that the model is to answer.
+        """Renders a chat as a prompt for the model's answer.
 
         Args:
             messages: (role, content) pairs, at least one.
-            continue_final_message: the text ends with the last message's, for the model to go on
-                with, as in transformers.
-            variables: further ones of the template; ``tools`` and ``documents`` as transformers
-                takes them.
+            continue_final_message: whether the text ends with the text of the last message, for the
+                model to continue, as in transformers.
+            variables: further variables of the template; ``tools`` and ``documents`` as in
+                transformers.
 
         Raises:
-            InvalidRequest: there is no template that can be used, or it fails, whichever way; a
-                variable has a name that is taken.
+            InvalidRequest: no usable template exists, the template fails, or a variable has a
+                reserved name.
         """
         variables = variables or {}
         self._check(variables)
@@ -99,7 +101,7 @@ class ChatTemplate:
             text = self._rendered(
                 template, messages, use.as_parts, continue_final_message, variables
             )
-        except Exception as error:  # a template is a program of somebody else
+        except Exception as error:  # a template is foreign code and may raise anything
             if isinstance(error, ValueError) and str(error).startswith("continue_final_message"):
                 raise InvalidRequest(
                     "continue_final_message", True, f"false here: {_words(error)}"
@@ -131,7 +133,7 @@ class ChatTemplate:
                 raise InvalidRequest(f"chat_template_kwargs.{name}", value, "a list of objects")
 
     def _use(self, tools: Any) -> tuple[str, _Use]:
-        """The template for chats with these tools, and how it is used."""
+        """Returns the template for chats with these tools, and how to use it."""
         stored = self._tokenizer.chat_template
         if not stored:
             return "", _Use(unusable="no chat template")
@@ -154,7 +156,7 @@ class ChatTemplate:
                 try:
                     text = self._rendered(template, [(role, _PROBE)], as_parts, False, {})
                 except Exception as error:
-                    # What raise_exception() raises: the template refuses this chat, not each one.
+                    # Raised by raise_exception(): the template refuses this chat, not every chat.
                     refused |= type(error) is TemplateError
                     if not as_parts:
                         why = f"the chat template fails: {_words(error)}"
@@ -193,18 +195,18 @@ class ChatTemplate:
 
 
 def _within(seconds: float, render: Callable[[], str]) -> str:
-    """Runs a template, on a thread of its own: only that can be stopped in a loop without end, and
-    nothing else runs on it that its end could hit.
+    """Runs a template on its own thread, which can be stopped in an endless loop without affecting
+    other code.
 
     Raises:
-        TooSlow: it took longer. It ends then, unless it is inside a single operation.
+        TooSlow: it took longer. The thread is stopped, unless it is inside a single operation.
     """
     rendered: Future[str] = Future()
 
     def work() -> None:
         try:
             rendered.set_result(render())
-        except BaseException as error:  # the caller's to judge
+        except BaseException as error:  # raised again for the caller
             rendered.set_exception(error)
 
     thread = threading.Thread(target=work, name="griffin-template", daemon=True)
@@ -220,7 +222,7 @@ def _within(seconds: float, render: Callable[[], str]) -> str:
 
 
 def _words(error: Exception) -> str:
-    """What an error says, in one line that is not long."""
+    """Returns an error's message in one short line."""
     words = " ".join(str(error).split())
     if not isinstance(error, TemplateError):
         words = f"{type(error).__name__}: {words}"

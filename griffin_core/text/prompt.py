@@ -1,4 +1,5 @@
-"""What callers give as a prompt, as token ids: at least one, and no more than the context takes."""
+"""Converts prompts of callers to token ids: at least one, and at most as many as the context
+holds."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from griffin_core.errors import InvalidRequest
 from griffin_core.text.tokenizer import Tokenizer
 
 PromptKind = Literal["text", "token_ids", "messages"]
-"""What a prompt is given as; errors name it so."""
+"""The kind of a prompt, by the name that errors use."""
 
 Message = Mapping[str, str] | tuple[str, str]
 """``{"role": ..., "content": ...}``, or a pair of the two."""
@@ -26,7 +27,8 @@ def check_options(
     continue_final_message: bool,
     chat_template_kwargs: object | None,
 ) -> None:
-    """Checks that options of a text come with a text, and those of a chat with a chat.
+    """Checks that options for text prompts are only set with a text, and options for chats only
+    with a chat.
 
     Args:
         add_special_tokens, chat_template_kwargs: None if they are not set.
@@ -46,14 +48,15 @@ def check_options(
 def text_ids(
     text: str, tokenizer: Tokenizer, *, special_tokens: bool = True, most: int
 ) -> list[int]:
-    """Token ids of a text.
+    """Tokenizes a text.
 
     Args:
-        special_tokens: whether it gets the tokenizer's own BOS and the like.
-        most: tokens that the context takes. A text of more is refused before all are made.
+        special_tokens: whether the tokenizer adds its special tokens, such as a BOS.
+        most: the most tokens that the context holds. A longer text is refused before it is
+            tokenized completely.
 
     Raises:
-        InvalidRequest: naming what was given and what is allowed.
+        InvalidRequest: the text is empty or too long.
     """
     if not text:
         raise InvalidRequest("text", "an empty prompt", "at least one token")
@@ -68,16 +71,16 @@ def chat_ids(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     most: int,
 ) -> list[int]:
-    """Token ids of a chat that the model is to answer.
+    """Tokenizes a chat as a prompt for the model's answer.
 
     Args:
         messages: (role, content) pairs, at least one.
-        continue_final_message: the model is to go on with the last message instead.
+        continue_final_message: whether the model continues the last message instead.
         chat_template_kwargs: further variables of the chat template.
         most: see ``text_ids``.
 
     Raises:
-        InvalidRequest: naming what was given and what is allowed.
+        InvalidRequest: the chat cannot be rendered, or is empty or too long.
     """
     if len(messages) > most:
         raise InvalidRequest(
@@ -96,10 +99,11 @@ def chat_ids(
 
 
 def given_ids(name: str, ids: Sequence[int], *, most: int) -> list[int]:
-    """Token ids that the caller has made itself. Whether the model has them is not looked at.
+    """Checks the number of token ids that the caller gives. It does not check that the model has
+    them.
 
     Args:
-        name: what the caller calls them.
+        name: the name of the field, for errors.
         most: see ``text_ids``.
 
     Raises:
@@ -111,10 +115,10 @@ def given_ids(name: str, ids: Sequence[int], *, most: int) -> list[int]:
 
 
 def list_prompts(prompts: object) -> list[Any]:
-    """The prompts: a single one may come without a list around it.
+    """Returns the prompts as a list; a single prompt may be given without a list around it.
 
     Raises:
-        InvalidRequest: they are neither.
+        InvalidRequest: the value is neither a prompt nor a list of prompts.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -131,7 +135,7 @@ def _is_id(item: object) -> bool:
 
 
 def are_ids(given: object) -> bool:
-    """Whether something is a list of token ids, as far as types say."""
+    """Returns whether a value is a list of token ids, judged by types alone."""
     return isinstance(given, Sequence) and all(_is_id(item) for item in given)
 
 
@@ -141,7 +145,7 @@ def _is_message(item: object) -> bool:
 
 
 def is_chat(prompt: object) -> bool:
-    """Whether something is a list of messages; what is in them is for ``prompt_ids`` to say."""
+    """Returns whether a value is a list of messages; ``prompt_ids`` checks their contents."""
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
@@ -159,7 +163,7 @@ def prompt_ids(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     most: int,
 ) -> tuple[PromptKind, list[int]]:
-    """What a prompt is given as, and its token ids.
+    """Returns the kind of a prompt, and its token ids.
 
     Args:
         prompt: a ``Prompt``.
@@ -167,7 +171,7 @@ def prompt_ids(
         most: see ``text_ids``.
 
     Raises:
-        InvalidRequest: naming what was given and what is allowed.
+        InvalidRequest: the prompt or one of its options is invalid.
     """
     kind: PromptKind
     if isinstance(prompt, str):
@@ -210,16 +214,15 @@ def continuations_ids(
     special_tokens: bool = True,
     most: int,
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a context, and of each of the continuations after it; see
-    ``Tokenizer.encode_pair``.
+    """Tokenizes a context and each of the continuations after it; see ``Tokenizer.encode_pair``.
 
     Args:
-        names: what the caller calls each continuation.
+        names: the name of each continuation's field, for errors.
         special_tokens, most: see ``text_ids``.
 
     Raises:
         InvalidRequest: a text is too long; or a continuation shares a token with the context, so
-            that the context is not the same for all.
+            that the context would not be the same for all continuations.
     """
     prompts, rests = [], []
     for name, continuation in zip(names, continuations, strict=True):
@@ -232,7 +235,7 @@ def continuations_ids(
             raise InvalidRequest(field, error.given, error.allowed) from error
         prompts.append(prompt)
         rests.append(rest)
-    usual = max(prompts, key=len)  # what a shared token takes away from the context is missing
+    usual = max(prompts, key=len)  # a shared token shortens the context
     for name, prompt, continuation in zip(names, prompts, continuations, strict=True):
         if prompt != usual:
             raise InvalidRequest(
@@ -244,7 +247,7 @@ def continuations_ids(
 
 
 def _message_of(index: int, given: object) -> tuple[str, str]:
-    """Role and content of a message of a chat, which is its ``index``-th."""
+    """Returns role and content of the message with index ``index`` of a chat."""
     if isinstance(given, Mapping):
         if given.keys() != {"role", "content"}:
             names = ", ".join(map(str, given)) or "nothing"

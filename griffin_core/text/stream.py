@@ -1,4 +1,4 @@
-"""Token ids in one by one, text out: a completion's text as it is made."""
+"""Incremental decoding: turns token ids into text as they are generated."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 REPLACEMENT = "\ufffd"
 
 ANCHOR_TOKENS = 4
-"""Tokens with text that come before the next one in a window: a character has at most 4 bytes, so
-they show whether one is unfinished, and they keep decoders that strip the text's first blank from
-the blanks behind them."""
+"""The number of tokens with text that a window keeps before the next token. A character has at most
+4 bytes, so they show whether one is unfinished; and a decoder that strips the first space of a text
+does not strip later ones."""
 
 WINDOW_TOKENS = 16
-"""A longer window is shortened to its anchor. Each token decodes the window once."""
+"""The window size above which it is shortened to its anchor. Each token decodes the window once."""
 
 
 class TokenDecoder:
-    """A tokenizer's decoder, and what it makes of single tokens.
+    """A tokenizer's decoder, with the properties of single tokens.
 
     Args:
         backend: a ``tokenizers.Tokenizer``.
@@ -36,24 +36,25 @@ class TokenDecoder:
             if (token_id := backend.token_to_id(name)) is not None
             and backend.decode([token_id], skip_special_tokens=False) != name
         )
-        """Tokens for single bytes (sentencepiece's byte fallback). The decoder judges a run of them
-        as a whole: if it is not UTF-8, each becomes U+FFFD, the ones that were fine included."""
+        """The tokens for single bytes (sentencepiece's byte fallback). The decoder treats a run of
+        them as a whole: if it is not valid UTF-8, every byte becomes U+FFFD, valid parts
+        included."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of ``ids``. Ids that the tokenizer does not know have none."""
+        """Returns the text of ``ids``. Unknown ids have no text."""
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def has_text(self, token_id: int, *, skip_special_tokens: bool) -> bool:
-        """Whether the decoder looks at this token at all: not at special ones that are left out,
-        nor at ids beyond the tokenizer's vocabulary, which a model's padded one may hold."""
+        """Returns whether the decoder uses this token: it skips special tokens that are left out,
+        and ids beyond the tokenizer's vocabulary, which a model's padded vocabulary may have."""
         if skip_special_tokens and token_id in self.special_texts:
             return False
         return self._backend.id_to_token(token_id) is not None
 
     def tail(self, ids: Sequence[int], *, skip_special_tokens: bool) -> list[int]:
-        """The end of ``ids``, without tokens that have no text, that decides the text of what is
-        appended to it. It does not begin within a run of byte tokens."""
+        """Returns the end of ``ids``, without tokens that have no text, that determines the text of
+        tokens appended to it. It does not begin within a run of byte tokens."""
         tail: list[int] = []
         missing = ANCHOR_TOKENS
         for token_id in reversed(ids):
@@ -67,21 +68,22 @@ class TokenDecoder:
 
 
 class TextStream:
-    """Token ids in one by one, text out in whole characters.
+    """Takes token ids one by one, and returns text in whole characters.
 
-    The pieces, joined, are what decoding all ids together adds to the text of those before. Where
-    a character or a run of byte tokens reaches over the border, that text itself can change. A
-    character that is whole only with the completion belongs to it, so the pieces begin at the first
-    difference. If the completion spoils a run, so that text before becomes U+FFFD, the pieces have
-    those of the completion's own bytes only.
+    The joined pieces are the text that the completion adds when all ids are decoded together. If a
+    character or a run of byte tokens crosses the boundary between prompt and completion, the
+    prompt's own text can change. A character that only the completion finishes belongs to the
+    completion, so the pieces begin at the first difference. If the completion makes a run invalid,
+    so that earlier text becomes U+FFFD, the pieces contain U+FFFD only for the completion's own
+    bytes.
 
-    Text that was given stays given, so what the next token may change is held back: an unfinished
+    Returned text is final, so text that the next token may change is held back: an unfinished
     character (U+FFFD at the end), and a run of byte tokens until another token ends it. Each token
-    decodes a short window only, so the cost is linear in the number of tokens.
+    decodes only a short window, so the cost is linear in the number of tokens.
 
     Args:
-        before: ids that the completion follows, as far as they are known.
-        skip_special_tokens: leave special tokens out of the text.
+        before: the ids before the completion, as far as they are known.
+        skip_special_tokens: whether to leave special tokens out of the text.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class TextStream:
         self._skip = skip_special_tokens
         self._window = decoder.tail(before, skip_special_tokens=skip_special_tokens)
         self._shown = self._decode()
-        """The window's text that was given, or belongs to what was before."""
+        """The part of the window's text that was returned already or belongs to the prompt."""
 
     def push(self, token_id: int) -> str:
-        """Text that this token completes; empty inside a character or a run of byte tokens."""
+        """Adds a token and returns the text that it completes; empty inside a character or a run of
+        byte tokens."""
         if not self._decoder.has_text(token_id, skip_special_tokens=self._skip):
             return ""
         self._window.append(token_id)
@@ -107,19 +110,19 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end: a character cut short shows as U+FFFD."""
+        """Returns the remaining text at the end; an unfinished character becomes U+FFFD."""
         return self._show(self._decode())
 
     def _decode(self) -> str:
         return self._decoder.decode(self._window, skip_special_tokens=self._skip)
 
     def _show(self, text: str) -> str:
-        """What ``text`` has that was not shown."""
+        """Returns the part of ``text`` that was not returned yet."""
         same = len(self._shown)
         if not text.startswith(self._shown):
             pairs = zip(self._shown, text, strict=False)
             same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(text))
-            # A run of byte tokens that was fine until now: a U+FFFD for each of its bytes.
+            # A run of byte tokens that was valid until now has become a U+FFFD for each byte.
             taken_back = len(self._shown[same:].encode())
             if text.startswith(REPLACEMENT * taken_back, same):
                 same += taken_back
@@ -128,7 +131,7 @@ class TextStream:
         return piece
 
     def _shorten(self, text: str) -> None:
-        """Leaves tokens out of the window that the next ones cannot change any more."""
+        """Drops tokens from the window whose text later tokens cannot change."""
         window = self._decoder.tail(self._window, skip_special_tokens=self._skip)
         shorter = self._decoder.decode(window, skip_special_tokens=self._skip)
         held = text[len(self._shown) :]

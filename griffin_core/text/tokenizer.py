@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Converts text to token ids and back."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from griffin_core.text.chat_template import ChatTemplate
 from griffin_core.text.stream import TextStream, TokenDecoder
 
 CHARACTERS_PER_TOKEN = 16
-"""Of a text with more characters for each token that fits, the beginning is tokenized by itself
-first: ordinary text has about 4."""
+"""If a text has more characters per token that fits than this, only its beginning is tokenized at
+first. Ordinary text has about 4."""
 
 
 class Tokenizer:
@@ -39,7 +39,7 @@ class Tokenizer:
 
     @property
     def fast(self) -> Any:
-        """The tokenizer of transformers that this one is made of."""
+        """The transformers tokenizer that this class wraps."""
         return self._tokenizer
 
     @property
@@ -49,7 +49,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether there is a chat template that can be used."""
+        """Whether the model has a usable chat template."""
         return not self._chat.unusable
 
     @property
@@ -65,22 +65,22 @@ class Tokenizer:
         most: int | None = None,
         field: str = "text",
     ) -> list[int]:
-        """Token ids of ``text``, with the tokenizer's own BOS and the like if asked for.
+        """Tokenizes ``text``, optionally with the tokenizer's special tokens, such as a BOS.
 
         Args:
-            most: most tokens that are of use; None for any number. Of a long text only a beginning
-                is tokenized if that alone has more than twice as many.
-            field: what the caller calls the text.
+            most: the most tokens that are allowed; None for any number. If the beginning of a long
+                text alone has more than twice as many, the rest is not tokenized.
+            field: the name of the text's field, for errors.
 
         Raises:
-            InvalidRequest: more tokens.
+            InvalidRequest: the text has more than ``most`` tokens.
         """
         ids: list[int] = self._encoding(text, special_tokens, most, field).ids
         return ids
 
     def encode_inner(self, text: str) -> list[int]:
-        """Token ids of a text that stands after a line break, without the space that sentencepiece
-        puts before a text; none if the tokenizer joins it to the line break."""
+        """Tokenizes a text as it would be after a line break, without the space that sentencepiece
+        puts before a text. Returns no ids if the tokenizer merges the text with the line break."""
         line_break = self.encode("\n", special_tokens=False)
         both = self.encode(f"\n{text}", special_tokens=False)
         return both[len(line_break) :] if both[: len(line_break)] == line_break else []
@@ -93,17 +93,18 @@ class Tokenizer:
         special_tokens: bool = True,
         most: int | None = None,
     ) -> tuple[list[int], list[int]]:
-        """Token ids of both together, split where the continuation's begin.
+        """Tokenizes context and continuation together, and splits the ids where the continuation
+        begins.
 
-        If the tokens of the context alone are not the first of the whole's, the continuation's
-        first is the first token that has a part of it, though it may have some of the context, too.
-        What the tokenizer puts after a text, an EOS, is left out.
+        If the ids do not begin with those of the context alone, the continuation begins at the
+        first token that contains a part of it, though this token may also contain a part of the
+        context. Special tokens after a text, such as an EOS, are left out.
 
         Args:
             most: see ``encode``.
 
         Raises:
-            InvalidRequest: more tokens, in the context or in both.
+            InvalidRequest: the context, or both together, have more than ``most`` tokens.
         """
         texts = {"context": context, "continuation": context + continuation}
         first, whole = (self._encoding(t, special_tokens, most, f) for f, t in texts.items())
@@ -112,12 +113,15 @@ class Tokenizer:
         before, ids = first.ids, whole.ids
         split = len(before)
         if ids[:split] != before:
-            # Ends in characters of the text; 0 for tokens that are not of the text, such as a BOS.
+            # The end of each token in characters of the text; 0 for tokens outside it, such as a
+            # BOS.
             ends = [end for _, end in whole.offsets]
             split = next((i for i, end in enumerate(ends) if end > len(context)), len(ids))
-            if self._joined_by_normalizer(context, continuation):  # ends are those before joining
+            # The ends refer to the text before normalization.
+            if self._joined_by_normalizer(context, continuation):
                 pairs = enumerate(zip(ids, before, strict=False))
-                shorter = min(len(ids), len(before))  # the continuation may take tokens away
+                # The continuation may merge with tokens of the context.
+                shorter = min(len(ids), len(before))
                 split = next((i for i, (now, then) in pairs if now != then), shorter)
         return ids[:split], ids[split:]
 
@@ -129,7 +133,7 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
         most: int | None = None,
     ) -> list[int]:
-        """Token ids of a chat that the model is to answer.
+        """Tokenizes a chat as a prompt for the model's answer.
 
         Args:
             messages, continue_final_message, variables: see ``ChatTemplate.render``.
@@ -144,46 +148,48 @@ class Tokenizer:
         return self.encode(text, special_tokens=False, most=most, field="messages")
 
     def ordinary_tokens_from(self, first: int) -> list[str]:
-        """Tokens with an id of ``first`` or more that are no added ones."""
+        """Returns the tokens with an id of ``first`` or more, without added tokens."""
         added = self._backend.get_added_tokens_decoder()
         vocabulary = self._backend.get_vocab(with_added_tokens=False).items()
         return [text for text, token in vocabulary if token >= first and token not in added]
 
     def special_text(self, token_id: int) -> str | None:
-        """The text of a special token, which other texts leave out; None for any other token."""
+        """Returns the text of a special token; None for any other token."""
         return self._decoder.special_texts.get(token_id)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``, by default without special tokens."""
+        """Returns the text of ``ids``, by default without special tokens."""
         return self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_one(self, token_id: int) -> str:
-        """Text of one token by itself, special tokens shown."""
+        """Returns the text of one token by itself, special tokens shown."""
         return self._decoder.decode([token_id], skip_special_tokens=False)
 
     def stream(self, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> TextStream:
-        """A new incremental decoder of a completion.
+        """Returns a new incremental decoder for a completion.
 
         Args:
-            before: ids that the completion follows: its prompt, all that a session holds.
+            before: the ids before the completion: all that the session holds.
         """
         return TextStream(self._decoder, before, skip_special_tokens=skip_special_tokens)
 
     def _joined_by_normalizer(self, context: str, continuation: str) -> bool:
-        """Whether characters on both sides of the border become one, such as an accent and its
-        letter."""
+        """Returns whether the normalizer joins characters across the boundary, such as a letter and
+        its accent."""
         if (normalizer := self._backend.normalizer) is None:
             return False
         whole = normalizer.normalize_str(context + continuation)
         return not whole.startswith(normalizer.normalize_str(context))
 
     def _encoding(self, text: str, special_tokens: bool, most: int | None, field: str) -> Any:
-        """A ``tokenizers.Encoding``, whose length is known without a list of its ids."""
+        """Returns a ``tokenizers.Encoding``, which knows its length without making a list of
+        ids."""
         if most is None:
             return self._encoded(text, special_tokens)
         size = CHARACTERS_PER_TOKEN * most
         while size < len(text):
-            # Where a text is cut, tokens are others, but not half of them: this many are too many.
+            # Cutting a text changes a few tokens at the cut, but not half of them, so this is too
+            # long.
             if (count := len(self._encoded(text[:size], special_tokens))) > 2 * most:
                 raise InvalidRequest(
                     field,
@@ -199,12 +205,13 @@ class Tokenizer:
         return encoding
 
     def _encoded(self, text: str, special_tokens: bool) -> Any:
-        # A batch of one: encode() holds the interpreter's lock, which stops the engine's thread.
+        # A batch of one, since encode() holds the interpreter's lock, which blocks the engine's
+        # thread.
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=special_tokens)
         return encoding
 
     def _count_added_after(self) -> int:
-        """How many tokens the tokenizer puts after a text."""
+        """Returns the number of special tokens that the tokenizer adds after a text."""
         one_token = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token="")).encode("a")
         added: list[int] = self._backend.post_process(one_token).special_tokens_mask
         return len(added) - 1 - added.index(0)
@@ -214,8 +221,8 @@ def load_tokenizer(where: str) -> Tokenizer:
     """Loads the tokenizer of a directory or hub id.
 
     Raises:
-        BadModelFile: there is none, it cannot be read, or it has no fast form. In one line, with
-            the file that is the reason.
+        BadModelFile: it does not exist, cannot be read, or has no fast form. The message is one
+            line and names the file at fault.
     """
     needs_sentencepiece = _only_sentencepiece(Path(where))
     if needs_sentencepiece and find_spec("sentencepiece") is None:
@@ -225,7 +232,7 @@ def load_tokenizer(where: str) -> Tokenizer:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-    except Exception as error:  # each tokenizer class raises its own
+    except Exception as error:  # each tokenizer class raises errors of its own
         if needs_sentencepiece:
             raise BadModelFile(
                 "tokenizer.model: sentencepiece cannot read it; put a tokenizer.json beside it"
@@ -237,7 +244,7 @@ def load_tokenizer(where: str) -> Tokenizer:
         raise BadModelFile(
             f"tokenizer: {type(tokenizer).__name__} has no fast form, which is needed"
         )
-    # transformers makes an empty one of a class for which it finds no file.
+    # transformers makes an empty tokenizer if it finds no file for a class.
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder().keys()
     if backend.get_vocab_size(with_added_tokens=False) <= len(added):
@@ -258,18 +265,18 @@ def _only_sentencepiece(directory: Path) -> bool:
 
 
 def _broken_file(directory: Path) -> str:
-    """Which of a tokenizer's files cannot be read, and why; empty if all can."""
+    """Returns the tokenizer file that cannot be read, and why; empty if all can be read."""
     files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for file in (directory / name for name in files):
         try:
             if file.exists() and not isinstance(json.loads(file.read_text("utf-8")), dict):
-                return f"{file.name}: is no JSON object"
+                return f"{file.name}: is not a JSON object"
         except (OSError, ValueError):
             return f"{file.name}: cannot be read"
     if (file := directory / "tokenizer.json").exists():
         try:
             tokenizers.Tokenizer.from_file(str(file))
-        except Exception:  # of no narrower type
+        except Exception:  # tokenizers raises a plain Exception
             return "tokenizer.json: is not a tokenizer that the library tokenizers reads"
     elif directory.is_dir():
         return "tokenizer: the model has no tokenizer.json"

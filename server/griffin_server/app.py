@@ -9,7 +9,7 @@ import torch
 
 from griffin_core.engine.cpu_share import CpuShare
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.errors import BadModelFile, DeviceMemoryExhausted, EngineFault, InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
@@ -20,6 +20,7 @@ from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.listener import Listener
 from griffin_server.prefill_pool.client import PrefillClient
 from griffin_server.prefill_pool.router import PrefillRouter
+from griffin_server.prefill_pool.source import PoolSource, TurnContexts
 from griffin_server.rpc.generation import GenerationServicer
 from griffin_server.rpc.messages.model_info import sampling_defaults_to_pb
 from griffin_server.rpc.output_queue import LoopBridge
@@ -93,6 +94,8 @@ class App:
         self._sampling_defaults = _sampling_defaults(settings, model)
         self.listener = listener or Listener(settings)
         self.metrics = self.listener.metrics
+        self._contexts = TurnContexts()
+        self._source = PoolSource(self._contexts)
         session_bytes = _bytes(settings.session_memory_gib)
         self.engine = Engine(
             model,
@@ -113,7 +116,8 @@ class App:
             selection=Selection(density=settings.density, policy=settings.policy),
             sharing=settings.sharing,
             costs=ASSUMED_COSTS if settings.role == "prefill" else None,
-            own_prefill_tokens=settings.own_prefill_tokens if settings.prefill_target else None,
+            prefill_source=self._source if settings.prefill_target else None,
+            local_prefill_max_tokens=settings.local_prefill_max_tokens,
             threads=settings.threads or CpuShare(),
             batch_invariant=settings.batch_invariant,
             observer=self.metrics,
@@ -173,9 +177,10 @@ class App:
                     for target in settings.prefill_target
                 ]
             )
+            self._source.open(self._prefill)
         return GenerationServicer(
             engine,
-            self._prefill,
+            self._contexts,
             settings.role,
             bridge,
             self.metrics,
@@ -190,6 +195,7 @@ class App:
         await self.listener.drain(grace_s)
         await asyncio.to_thread(self.engine.stop)
         await self.listener.close()
+        await self._source.close()
         if self._prefill is not None:
             await self._prefill.close()
         await asyncio.to_thread(self._tracing.close)

@@ -81,11 +81,16 @@ class Settings(BaseSettings):
         "dns:///prefill:50052. Repeat it, or separate several with commas. Role decode needs it; "
         "other roles refuse it.",
     )
-    own_prefill_tokens: int = Field(
+    local_prefill_max_tokens: int = Field(
         32,
         ge=0,
         description="In role decode, prompts of up to this many tokens are not sent to a prefill "
         "server.",
+    )
+    own_prefill_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="The old name of local_prefill_max_tokens. It works until the next release.",
     )
     handoff: HandoffTransports = Field(
         "auto",
@@ -221,6 +226,13 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field(
         "auto", description="Form of the logs; auto is console on a terminal, else json."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if (old := values.get("own_prefill_tokens")) is not None:
+            return {"local_prefill_max_tokens": old, **values}
+        return values
 
     @field_validator("prefill_target", mode="before")
     @classmethod

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.events import Admitted, Failed, Finished, Scored, TokensMade
-from griffin_core.engine.prefill_queue import PrefillBegun, PrefillTask
-from griffin_core.engine.task import GenerateTask, ScoreTask
+from griffin_core.engine.events import Failed, Finished, PrefillBegun, Scored, TokensMade
+from griffin_core.engine.ports import PrefillReceiver
+from griffin_core.engine.prefill_run import PrefillRun
+from griffin_core.engine.task import GenerateTask, PrefillTask, ScoreTask
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
 from griffin_core.model.load import Model
 
 
@@ -38,13 +42,83 @@ class Inbox:
         return event
 
 
+class Loopback:
+    """A prefill source that reads prompts on an engine, as a prefill server would: by default on
+    the one that it serves."""
+
+    def __init__(self, reader: Engine | None = None) -> None:
+        self.reader = reader
+        self.begun: dict[str, PrefillRun] = {}
+        """The prefills that were begun, by turn id."""
+
+    def start(
+        self, turn_id: str, task: PrefillTask, deadline: float | None, receiver: PrefillReceiver
+    ) -> PrefillRun:
+        assert self.reader is not None
+        self.begun[turn_id] = self.reader.prefill(task, Forwarded(receiver))
+        return self.begun[turn_id]
+
+
+class Forwarded:
+    """A sink that hands a prefill's events to a turn."""
+
+    def __init__(self, receiver: PrefillReceiver) -> None:
+        self.receiver = receiver
+
+    def put(self, event: Any) -> None:
+        if isinstance(event, Failed):
+            self.receiver.fail(event.error)
+        elif not isinstance(event, PrefillBegun):
+            self.receiver.receive(event)
+
+    def ready(self) -> bool:
+        return True
+
+
+class Begun:
+    """A prefill that a test brings by hand."""
+
+    def __init__(
+        self, turn_id: str, task: PrefillTask, deadline: float | None, receiver: PrefillReceiver
+    ) -> None:
+        self.turn_id = turn_id
+        self.task = task
+        self.deadline = deadline
+        self.receiver = receiver
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        assert not self.cancelled.is_set(), "it was cancelled before"
+        self.cancelled.set()
+
+
+class ByHand:
+    """A prefill source that keeps what it was asked for, and does nothing."""
+
+    def __init__(self) -> None:
+        self._begun: queue.Queue[Begun] = queue.Queue()
+
+    def start(
+        self, turn_id: str, task: PrefillTask, deadline: float | None, receiver: PrefillReceiver
+    ) -> Begun:
+        begun = Begun(turn_id, task, deadline, receiver)
+        self._begun.put(begun)
+        return begun
+
+    def next(self) -> Begun:
+        """The next prefill that was asked for."""
+        return self._begun.get(timeout=30)
+
+
 @contextlib.contextmanager
 def engine(model: Model, **options: Any) -> Iterator[Engine]:
-    """Runs an engine; whose caller brings it every prompt's prefill, unless told otherwise. By
-    default sessions are private, so that what one makes does not depend on the others, and the
-    engine runs on one thread, however many another engine of this process has left set."""
-    defaults = {"own_prefill_tokens": 0, "sharing": "private", "threads": 1}
-    running = Engine(model, **{**defaults, **options})
+    """Runs an engine that has every prompt handed over, unless told otherwise. By default sessions
+    are private, so that what one makes does not depend on the others, and the engine runs on one
+    thread, however many another engine of this process has left set."""
+    source = Loopback()
+    defaults = {"prefill_source": source, "local_prefill_max_tokens": 0, "sharing": "private"}
+    running = Engine(model, **{**defaults, "threads": 1, **options})
+    source.reader = running
     running.start()
     try:
         yield running
@@ -52,27 +126,20 @@ def engine(model: Model, **options: Any) -> Iterator[Engine]:
         running.stop()
 
 
+def prefilled(running: Engine, task: PrefillTask) -> list[Any]:
+    """The events of a prefill, PrefillFinished last."""
+    inbox = Inbox()
+    running.prefill(task, inbox)
+    events = [inbox.get()]
+    while not isinstance(events[-1], PrefillFinished):
+        events.append(inbox.get())
+    return events[1:]  # the first says that it begins
+
+
 def submit(running: Engine, task: GenerateTask | ScoreTask) -> tuple[str, Inbox]:
     """Queues a task."""
     inbox = Inbox()
     return running.submit(task, inbox), inbox
-
-
-def hand_over(running: Engine, task: GenerateTask | ScoreTask, inbox: Inbox) -> None:
-    """Waits for admission and has the prompt prefilled by the same engine."""
-    admitted = inbox.until(Admitted)
-    assert isinstance(admitted, Admitted), admitted
-    if admitted.handoff is None:
-        return
-    prefilled = Inbox()
-    running.prefill(PrefillTask(token_ids=task.prefilled, selection=admitted.handoff), prefilled)
-    while True:
-        event = prefilled.get()
-        if isinstance(event, PrefillBegun):
-            continue
-        running.intake(task.turn_id, event)
-        if type(event).__name__ == "PrefillFinished":
-            return
 
 
 def finish(inbox: Inbox) -> tuple[list[int], Any]:
@@ -87,9 +154,7 @@ def finish(inbox: Inbox) -> tuple[list[int], Any]:
 
 def complete(running: Engine, task: GenerateTask | ScoreTask) -> tuple[list[int], Any]:
     """Runs a task to its end."""
-    _, inbox = submit(running, task)
-    hand_over(running, task, inbox)
-    return finish(inbox)
+    return finish(submit(running, task)[1])
 
 
 def at_baseline(running: Engine) -> bool:

@@ -70,7 +70,7 @@ def test_tokens_that_the_model_cannot_draw_need_no_ban() -> None:
 def test_a_request_that_bans_every_token_is_refused(
     words: list[tuple[int, ...]], more: dict[str, object], field: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match="no token to draw") as caught:
+    with pytest.raises(InvalidRequest, match="no token left to draw") as caught:
         bans(*words, **more)
     assert caught.value.field == field
 
@@ -78,7 +78,7 @@ def test_a_request_that_bans_every_token_is_refused(
 def test_a_place_where_nothing_is_left_is_refused() -> None:
     some = bans((3, 3), allowed=frozenset([3]))
     assert some.at(0, ()) == frozenset()
-    with pytest.raises(InvalidRequest, match="after 1 of the completion"):
+    with pytest.raises(InvalidRequest, match="after 1 tokens of the completion"):
         some.at(1, (3,))
 
 

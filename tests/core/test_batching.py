@@ -19,16 +19,24 @@ from griffin_core.backends.base import RunFF
 from griffin_core.backends.batch import StepSequence
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, Finished, Scored, Started, TokensMade
-from griffin_core.engine.observer import Observer
-from griffin_core.engine.prefill_queue import PrefillQueue, PrefillRun
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.ports import Observer
+from griffin_core.engine.prefill_queue import PrefillQueue
+from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.events import (
+    LayerExperts,
+)
 from griffin_core.forward.invariant import InvariantStep
-from griffin_core.forward.prefill import LayerExperts, Part, Pass, Prompt, Tell, launch, prefill
+from griffin_core.forward.prefill import Pass, Tell, launch, prefill
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
@@ -77,12 +85,12 @@ def test_32_sessions_that_come_and_go_make_what_each_makes_alone(
     name: str, overlap: bool, tiny: Callable[[str], Model]
 ) -> None:
     tasks = [random_task(number) for number in range(32)]
-    with engine(tiny(name), own_prefill_tokens=None) as running:
+    with engine(tiny(name), prefill_source=None) as running:
         alone = [complete(running, each)[0] for each in tasks]
     draw = random.Random(0)
     with engine(
         tiny(name),
-        own_prefill_tokens=None,
+        prefill_source=None,
         limits=Limits(max_sessions=24, chunk_tokens=16),
         overlap=overlap,
     ) as running:
@@ -217,7 +225,7 @@ def test_an_engine_without_sessions_holds_no_masks(
         return of(masks, *arguments)
 
     monkeypatch.setattr(RowMasks, "of", noted)
-    with engine(model, own_prefill_tokens=None, batch_invariant=True) as running:
+    with engine(model, prefill_source=None, batch_invariant=True) as running:
         for sessions in (2, 9):  # in one part of a step, and in two
             tasks = [random_task(number) for number in range(sessions)]
             half = PruningParams(density=0.5)
@@ -253,12 +261,12 @@ def test_sessions_with_one_view_share_its_products(model: Model) -> None:
 def test_scoring_runs_beside_generation(model: Model) -> None:
     generate = random_task(3)
     score = ScoreTask(prompt=(1, 2, 3), continuations=(tuple(range(40, 140)),))
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         alone = (
             complete(running, random_task(3))[0],
             complete(running, score)[1].continuations[0].logprobs,
         )
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         again = ScoreTask(prompt=(1, 2, 3), continuations=(tuple(range(40, 140)),))
         inboxes = [submit(running, each)[1] for each in (generate, again, score)]
         tokens, first, second = (finish(inbox) for inbox in inboxes)
@@ -284,7 +292,7 @@ def chunks_and_steps(model: Model, monkeypatch: pytest.MonkeyPatch, share: float
     stream = GenerateTask(prompt=(1, 2, 3), stopping=stopping)
     long = GenerateTask(prompt=tuple(range(160)), stopping=StoppingParams(max_tokens=1))
     limits = Limits(chunk_tokens=8, prefill_share=share)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         _, inbox = submit(running, stream)
         inbox.until(TokensMade)
         finish(submit(running, long)[1])
@@ -312,7 +320,7 @@ def test_the_smaller_the_share_the_more_steps_between_chunks(
 
 
 def test_what_streams_hold_back_is_shown_before_a_chunk_of_a_prompt(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None, stream_interval=1000) as running:
+    with engine(model, prefill_source=None, stream_interval=1000) as running:
         stopping = StoppingParams(max_tokens=240, ignore_eos=True)
         stream, inbox = submit(running, GenerateTask(prompt=(1, 2, 3), stopping=stopping))
         assert len(inbox.until(TokensMade).ids) == 1
@@ -326,7 +334,7 @@ def test_what_streams_hold_back_is_shown_before_a_chunk_of_a_prompt(model: Model
 
 def test_a_reader_that_stops_is_ended_after_the_stated_time(model: Model) -> None:
     limits = Limits(reader_timeout_s=0.2)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         stream = GenerateTask(prompt=(1,), stopping=StoppingParams(max_tokens=200, ignore_eos=True))
         inbox = Inbox()
         running.submit(stream, inbox)
@@ -414,7 +422,7 @@ def chosen(logprobs: Any) -> float:
 def made_alone(model: Model, **options: Any) -> list[Made]:
     """What the probes make, and then their next turns, one after the other."""
     limits, probes = Limits(chunk_tokens=16), [probe(number) for number in PROBES]
-    with engine(model, own_prefill_tokens=None, limits=limits, **options) as running:
+    with engine(model, prefill_source=None, limits=limits, **options) as running:
         turns = [*probes, *(next_turn(each) for each in probes[:SCORE])]
         return [made(submit(running, each)[1]) for each in turns]
 
@@ -427,7 +435,7 @@ def made_beside(model: Model, others: int, **options: Any) -> list[Made]:
     arrivals = [*probes, *(other(100 + number) for number in range(others))]
     draw.shuffle(arrivals)
     inboxes = {}
-    with engine(model, own_prefill_tokens=None, limits=limits, **options) as running:
+    with engine(model, prefill_source=None, limits=limits, **options) as running:
         for task in arrivals:
             inboxes[task.turn_id] = submit(running, task)[1]
             time.sleep(draw.choice((0.0, 0.002, 0.01)))
@@ -481,7 +489,7 @@ def test_batch_invariant_holds_for_smollm2_beside_3_to_15_others() -> None:
             top_logprobs=3,
         )
 
-    with engine(model, own_prefill_tokens=None, batch_invariant=True) as running:
+    with engine(model, prefill_source=None, batch_invariant=True) as running:
         alone = [made(submit(running, asked(number))[1]) for number in range(3)]
         for others in (1, 4, 8, 13):
             neighbours = [random_task(1000 * others + index) for index in range(others)]
@@ -542,7 +550,7 @@ def invariant(decoder: Decoder, pool: KvPool | None = None) -> InvariantStep:
 def test_batch_invariant_sessions_have_no_copies_and_auto_runs_dense(
     bfloat16: Callable[[str], Model],
 ) -> None:
-    with engine(bfloat16("llama"), own_prefill_tokens=None, batch_invariant=True) as running:
+    with engine(bfloat16("llama"), prefill_source=None, batch_invariant=True) as running:
         for sharing, density in (("private", 0.25), ("shared", 0.25), ("auto", 1.0)):
             task = replace(
                 probe(1), pruning=PruningParams(density=0.25, sharing=sharing), keep=True
@@ -572,7 +580,7 @@ def test_batch_invariant_passes_read_one_prompt_each_and_short_ones_pass_long_on
         prompt = partial(Prompt, model.decoder, range(tokens), Selection(density=1.0))
         queue.add(PrefillRun(prompt, Inbox(), tokens=tokens, admitted=True), 0.0)
     while queue.has_work:
-        queue.turn()
+        queue.run_pass()
     # In turns the oldest and the one with the least left: of 40, 8; then of 33, 17.
     assert order == [(1, tokens) for tokens in (40, 5, 40, 40, 33, 33, 33, 20, 20)]
 

@@ -68,4 +68,4 @@ def test_a_split_file_of_which_transformers_reads_one_part_is_not_compared(
         part.write(tmp_path / f"tiny-{number + 1:05d}-of-00002.gguf")
     report = check(tmp_path / "tiny-00001-of-00002.gguf")
     assert report.comparison is None
-    assert "it reads no " in report.not_compared
+    assert "it does not find " in report.not_compared

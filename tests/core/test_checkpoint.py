@@ -173,7 +173,7 @@ def test_scales_beside_weights_are_refused(name: str, copy: Path) -> None:
 @pytest.mark.parametrize("name", REFUSED_FILES)
 def test_a_file_that_says_that_weights_are_not_all_is_refused(name: str, copy: Path) -> None:
     (copy / name).write_text('{"quantization": {"quant_algo": "FP8"}}')
-    assert refusal(copy).startswith(f"{name} is beside the weights; ")
+    assert refusal(copy).startswith(f"{name} is next to the weights; ")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_model_of_the_hub_is_read_from_its_cache(
     loaded = load_model("griffin-tests/tiny", dtype=torch.float32)
     assert loaded.name == "griffin-tests/tiny"
     assert loaded.fingerprint == load_model(str(copy), dtype=torch.float32).fingerprint
-    with pytest.raises(ModelNotFound, match="not to be had from the hub"):
+    with pytest.raises(ModelNotFound, match="cannot be fetched from the hub"):
         load_model("griffin-tests/other", dtype=torch.float32)
 
 
@@ -300,7 +300,7 @@ def test_a_pointer_of_git_lfs_is_told(name: str, copy: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (copy / name).write_text(pointer)
     assert refusal(copy) == (
-        f"{name}: is a pointer of Git LFS, not the file; `git lfs pull` fetches it"
+        f"{name}: is a Git LFS pointer, not the file; `git lfs pull` fetches the file"
     )
 
 
@@ -308,4 +308,4 @@ def test_a_pointer_of_git_lfs_is_told(name: str, copy: Path) -> None:
 def test_a_pickle_of_something_else_is_named(content: object, copy: Path) -> None:
     (copy / FILE).unlink()
     torch.save(content, copy / "pytorch_model.bin")
-    assert refusal(copy) == "pytorch_model.bin: holds something else than tensors by name"
+    assert refusal(copy) == "pytorch_model.bin: does not hold tensors by name"

@@ -16,13 +16,13 @@ from griffin_core.engine.cpu_share import (
     CALM_S,
     INTERVAL_S,
     CpuShare,
-    Look,
+    CpuTimes,
     available_cpus,
     busy_seconds,
     others_cpus,
     threads_beside,
 )
-from griffin_core.engine.observer import Observer
+from griffin_core.engine.ports import Observer
 from griffin_core.model.load import Model
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
@@ -164,26 +164,26 @@ def test_a_system_that_does_not_tell_is_not_asked_again(
         (tmp_path / "stat").write_text(text, encoding="ascii")
         monkeypatch.setattr(cpu_share, "STAT", path)
         monkeypatch.setattr(cpu_share, "allowed_cpus", lambda: frozenset({0}))
-        assert cpu_share.look() is None
+        assert cpu_share.read_cpu_times() is None
     asked = []
 
     def nothing() -> None:
         asked.append(1)
 
-    share = CpuShare(most=4, cpus=4, look=nothing)
+    share = CpuShare(max_threads=4, cpus=4, read=nothing)
     assert not any(share.follow() for _ in range(3))
     assert (share.threads, len(asked)) == (4, 1)
 
 
 def test_this_process_is_not_another() -> None:
     """The clocks of this machine: an idle process sees no less than nothing of others."""
-    before = cpu_share.look()
+    before = cpu_share.read_cpu_times()
     if before is None:
         pytest.skip("not Linux")
     until = time.process_time() + 0.05
     while time.process_time() < until:
         pass
-    after = cpu_share.look()
+    after = cpu_share.read_cpu_times()
     assert after is not None
     assert after.own_s - before.own_s >= 0.05
     assert 0 <= others_cpus(before, after) <= len(cpu_share.allowed_cpus()) * 2
@@ -215,7 +215,7 @@ def test_this_process_is_not_another() -> None:
 def test_a_thread_for_each_cpu_that_others_leave(
     others: float, most: int, cpus: int, threads: int
 ) -> None:
-    assert threads_beside(others, most=most, cpus=cpus) == threads
+    assert threads_beside(others, max_threads=most, cpus=cpus) == threads
 
 
 STEP_S = 0.25
@@ -230,8 +230,8 @@ class Clock:
         self.at = self.busy_s = 0.0
         monkeypatch.setattr(cpu_share.time, "monotonic", lambda: self.at)
 
-    def look(self) -> Look:
-        return Look(at=self.at, busy_s=self.busy_s, own_s=0.0)
+    def look(self) -> CpuTimes:
+        return CpuTimes(at=self.at, busy_s=self.busy_s, own_s=0.0)
 
     def threads(self, share: CpuShare, others: Iterable[float]) -> list[int]:
         """The number of threads after each look."""
@@ -250,7 +250,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_threads_fall_at_once_and_rise_after_a_second_of_calm(clock: Clock) -> None:
-    share = CpuShare(most=2, cpus=2, look=clock.look)
+    share = CpuShare(max_threads=2, cpus=2, read=clock.look)
     share.follow()
     looks = round(CALM_S / STEP_S)
     assert clock.threads(share, [0.0, 0.1]) == [2, 2]
@@ -260,7 +260,7 @@ def test_threads_fall_at_once_and_rise_after_a_second_of_calm(clock: Clock) -> N
 
 
 def test_one_look_over_a_long_step_is_enough_to_rise(clock: Clock) -> None:
-    share = CpuShare(most=2, cpus=2, look=clock.look)
+    share = CpuShare(max_threads=2, cpus=2, read=clock.look)
     share.follow()
     assert clock.threads(share, [1.0]) == [1]
     clock.at += 2 * CALM_S
@@ -268,7 +268,7 @@ def test_one_look_over_a_long_step_is_enough_to_rise(clock: Clock) -> None:
 
 
 def test_what_others_did_while_the_process_was_idle_is_not_held_against_it(clock: Clock) -> None:
-    share = CpuShare(most=2, cpus=2, look=clock.look)
+    share = CpuShare(max_threads=2, cpus=2, read=clock.look)
     share.follow()
     clock.at += 60
     clock.busy_s += 120  # both CPUs, all the time
@@ -283,11 +283,11 @@ def test_what_others_did_while_the_process_was_idle_is_not_held_against_it(clock
 def test_between_two_looks_nothing_is_read(clock: Clock) -> None:
     asked = []
 
-    def look() -> Look:
+    def look() -> CpuTimes:
         asked.append(clock.at)
         return clock.look()
 
-    share = CpuShare(most=2, cpus=2, look=look)
+    share = CpuShare(max_threads=2, cpus=2, read=look)
     for _ in range(10):
         clock.at += INTERVAL_S / 5
         share.follow()
@@ -295,7 +295,7 @@ def test_between_two_looks_nothing_is_read(clock: Clock) -> None:
 
 
 def test_one_thread_has_nothing_to_follow(clock: Clock) -> None:
-    share = CpuShare(most=1, cpus=8, look=lambda: pytest.fail("looked"))
+    share = CpuShare(max_threads=1, cpus=8, read=lambda: pytest.fail("looked"))
     assert clock.threads(share, [3.0, 0.0]) == [1, 1]
 
 
@@ -319,13 +319,13 @@ def torchs_threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def busy_after(calm: int) -> Callable[[], Look]:
+def busy_after(calm: int) -> Callable[[], CpuTimes]:
     """Clocks of two CPUs that others leave alone for so many looks and keep busy afterwards."""
     looks = iter(range(1000))
 
-    def look() -> Look:
+    def look() -> CpuTimes:
         number = next(looks)
-        return Look(at=float(number), busy_s=2.0 * max(0, number - calm), own_s=0.0)
+        return CpuTimes(at=float(number), busy_s=2.0 * max(0, number - calm), own_s=0.0)
 
     return look
 
@@ -336,8 +336,8 @@ def test_steps_run_on_fewer_threads_once_others_are_busy(
 ) -> None:
     monkeypatch.setattr(cpu_share, "INTERVAL_S", 0.0)
     monkeypatch.setattr(cpu_share, "MOST_COST", float("inf"))
-    counts, share = CountsThreads(), CpuShare(most=2, cpus=2, look=busy_after(12))
-    with engine(tiny("llama"), own_prefill_tokens=None, threads=share, observer=counts) as running:
+    counts, share = CountsThreads(), CpuShare(max_threads=2, cpus=2, read=busy_after(12))
+    with engine(tiny("llama"), prefill_source=None, threads=share, observer=counts) as running:
         assert running.threads == 2
         complete(running, task(60))
         assert running.threads == 1
@@ -349,9 +349,9 @@ def test_steps_run_on_fewer_threads_once_others_are_busy(
 def test_a_number_of_threads_that_is_set_stays(
     tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_share, "look", lambda: pytest.fail("looked"))
+    monkeypatch.setattr(cpu_share, "read_cpu_times", lambda: pytest.fail("looked"))
     counts = CountsThreads()
-    with engine(tiny("llama"), own_prefill_tokens=None, threads=2, observer=counts) as running:
+    with engine(tiny("llama"), prefill_source=None, threads=2, observer=counts) as running:
         complete(running, task(60))
         assert running.threads == 2
     assert set(counts.threads) == {2}

@@ -11,7 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import LayerExperts, PrefillFinished, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+    PrefillFinished,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from griffin_core.slim.masked import Masked
 from tests.tiny import MODELS, VOCABULARY

@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
-from griffin_core.engine import device_memory
+from griffin_core.engine import device_memory, memory
 from griffin_core.engine.device_memory import (
     ASSUMED_BYTES,
     DeviceShare,
     Room,
     available_bytes,
     check_room,
+    format_bytes,
     fraction_of,
-    said_size,
 )
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.errors import DeviceMemoryExhausted
-from griffin_core.kv.pool import kv_bytes
+from griffin_core.kv.pool import KvPool, kv_bytes
 from griffin_core.model.load import Model, decoder_on_device
 from tests.core.engines import complete, engine
 from tests.core.test_scheduler import task
@@ -86,7 +87,7 @@ def test_half_of_what_is_available_or_what_the_limits_say(
         running.ready.result(30)
         assert running.session_bytes == session
         assert running.snapshot().result(10).nbytes.idle_limit == idle
-        assert running.holdings().result(10).limit_bytes == session
+        assert running.usage().result(10).limit_bytes == session
 
 
 def test_a_request_that_comes_before_the_memory_is_known_waits_for_it(model: Model) -> None:
@@ -107,7 +108,7 @@ def test_the_start_says_how_many_tokens_there_is_room_for(
     for tokens, warned in ((1234, True), (context, False), (context - 1, True)):
         caplog.clear()
         with (
-            caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
+            caplog.at_level(logging.INFO, "griffin_core.engine.memory"),
             engine(model, limits=Limits(session_bytes=tokens * one)) as running,
         ):
             running.ready.result(30)
@@ -122,7 +123,7 @@ def test_an_engine_for_the_prompts_of_others_alone_holds_no_sessions(
     model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        caplog.at_level(logging.INFO, "griffin_core.engine.engine"),
+        caplog.at_level(logging.INFO, "griffin_core.engine.memory"),
         engine(model, limits=Limits(session_bytes=0)) as running,
     ):
         running.ready.result(30)
@@ -214,34 +215,51 @@ class Gpu:
         return True
 
 
+class FakePool:
+    """Bytes of a GPU, as long as it lives."""
+
+    def __init__(self, gpu: Gpu, size: int) -> None:
+        if size > gpu.free:
+            raise torch.OutOfMemoryError
+        self._gpu, self._size = gpu, size
+        gpu.free -= size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_gpu"):
+            self._gpu.free += self._size
+
+
+def claim(gpu: Gpu, share: DeviceShare, *arguments: Any) -> tuple[int, Any]:
+    return share.claim(*arguments, lambda size: cast(KvPool, FakePool(gpu, size)))
+
+
 def test_what_an_engine_claims_is_gone_from_the_device(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(monkeypatch, 62 * GIB)
     share = DeviceShare(model.decoder, 64)
-    assert share.claim(0.5, None, GIB) == 30 * GIB
-    assert (gpu.free, gpu.cached) == (30 * GIB, 32 * GIB)  # with what prompts and graphs take
+    size, pool = claim(gpu, share, 0.5, None, GIB)
+    assert size == 30 * GIB
+    assert (gpu.free, gpu.cached) == (30 * GIB, 2 * GIB)  # with what prompts and graphs take
+    del pool
     share.release()
     gpu.empty_cache()
     other = DeviceShare(model.decoder, 64)
-    assert other.claim(0.5, 50 * GIB, 0) == 50 * GIB
+    assert claim(gpu, other, 0.5, 50 * GIB, 0)[0] == 50 * GIB
     other.release()
     assert DeviceShare.claims() == 0
 
 
-@pytest.mark.parametrize("allocated", [False, True])
 def test_two_engines_of_one_process_do_not_promise_the_same_bytes(
-    allocated: bool, model: Model, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(monkeypatch, 61 * GIB)
-    one = DeviceShare(model.decoder, 64)
-    size = one.claim(0.5, None, 0)
-    if allocated:  # the pool that holds the sessions' KV
-        one.allocated(size)
-        gpu.cached -= size
-    other = DeviceShare(model.decoder, 64)
-    assert other.claim(0.5, None, 0) == (30 - 1) * GIB // 2
-    assert gpu.free == 30 * GIB - (30 - 1) * GIB // 2 - GIB
+    one, other = DeviceShare(model.decoder, 64), DeviceShare(model.decoder, 64)
+    first = claim(gpu, one, 0.5, None, 0)
+    second = claim(gpu, other, 0.5, None, 0)
+    assert (first[0], second[0]) == (30 * GIB, (30 - 1) * GIB // 2)
+    assert gpu.cached == 2 * GIB, "each has its own to work in"
+    assert gpu.free + gpu.cached + first[0] + second[0] == 61 * GIB
     for share in (one, other):
         share.release()
     assert DeviceShare.claims() == 0
@@ -254,17 +272,31 @@ def test_memory_that_a_neighbour_takes_meanwhile_is_counted_again(
     grow = gpu.grow
 
     def beaten(size: int, device: torch.device) -> bool:
-        if gpu.free == 61 * GIB:  # another server was faster
-            gpu.free -= 40 * GIB
+        if gpu.free == 61 * GIB - 54 * GIB:  # another server was faster
+            gpu.free -= 7 * GIB
         return grow(size, device)
 
     monkeypatch.setattr(device_memory, "grow", beaten)
     share = DeviceShare(model.decoder, 64)
-    assert share.claim(0.9, None, 0) == 18 * GIB
+    size, pool = claim(gpu, share, 0.9, None, 0)
+    assert size == int((54 - 1) * 0.9 * GIB)
+    del pool
     share.release()
+    gpu.empty_cache()
     monkeypatch.setattr(device_memory, "grow", lambda *_: False)
-    with pytest.raises(DeviceMemoryExhausted, match=r"21\.0 GiB were free"):
-        share.claim(0.9, None, 0)
+    with pytest.raises(DeviceMemoryExhausted, match=r"54\.0 GiB were free"):
+        claim(gpu, share, 0.9, None, 0)
+    assert gpu.free == 54 * GIB
+
+
+def test_a_pool_has_no_more_slots_than_attention_can_count(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "LARGEST_STRIDE", 16 * 100)
+    with engine(model, limits=Limits(session_bytes=GIB)) as running:
+        running.ready.result(30)
+        token = kv_bytes(model.decoder.spec, model.decoder.dtype, 1)
+        assert running.session_bytes == 99 * token
 
 
 def test_weights_that_do_not_fit_are_not_begun_to_be_copied(
@@ -283,4 +315,4 @@ def test_weights_that_do_not_fit_are_not_begun_to_be_copied(
     [(0, "0 bytes"), (900, "900 bytes"), (5000, "4.9 KiB"), (60 * GIB + GIB // 10, "60.1 GiB")],
 )
 def test_sizes_are_said_in_a_unit_that_suits_them(size: int, said: str) -> None:
-    assert said_size(size) == said
+    assert format_bytes(size) == said

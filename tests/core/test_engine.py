@@ -10,31 +10,37 @@ import pytest
 import torch
 
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.events import Admitted, Failed, Finished, Started, TokensMade
-from griffin_core.engine.loop import Decoding
-from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillTask
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import State
-from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.engine.events import Admitted, Finished, Started, TokensMade
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.loop import EngineLoop
+from griffin_core.engine.session import State
+from griffin_core.engine.task import (
+    MAX_CONCURRENT_PREFILLS,
+    GenerateTask,
+    PrefillTask,
+    PruningParams,
+    ScoreTask,
+)
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
     EngineStopped,
-    HandoffBroken,
     InvalidRequest,
     SessionBusy,
     SessionClosed,
     SessionNotFound,
 )
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerExperts, PrefillFinished
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
-from tests.core.engines import Busy, Inbox, complete, engine, finish, hand_over, submit
+from tests.core.engines import Busy, ByHand, Inbox, complete, engine, finish, prefilled, submit
 from tests.servers import eventually
 
 PROMPT = tuple(range(20, 40))
@@ -94,8 +100,6 @@ def test_sessions_that_take_turns_make_what_each_makes_alone(running: Engine) ->
     ]
     alone = [complete(running, each)[0] for each in tasks]
     inboxes = [submit(running, each)[1] for each in tasks]
-    for each, inbox in zip(tasks, inboxes, strict=True):
-        hand_over(running, each, inbox)
     assert [finish(inbox)[0] for inbox in inboxes] == alone
 
 
@@ -150,9 +154,7 @@ def test_tokens_come_in_messages_of_so_many_behind_the_first(model: Model, inter
     with engine(model) as running:
         expected, _ = complete(running, task(12))
     with engine(model, stream_interval=interval) as running:
-        generation = task(12, top_logprobs=1)
-        _, inbox = submit(running, generation)
-        hand_over(running, generation, inbox)
+        _, inbox = submit(running, task(12, top_logprobs=1))
         messages = []
         while isinstance(event := inbox.until(TokensMade, Finished), TokensMade):
             messages.append(event)
@@ -165,8 +167,7 @@ def test_tokens_come_in_messages_of_so_many_behind_the_first(model: Model, inter
 
 def test_a_turn_that_fails_first_shows_the_tokens_it_has_made(model: Model) -> None:
     with engine(model, stream_interval=1000) as running:
-        turn_id, inbox = submit(running, generation := task(200))
-        hand_over(running, generation, inbox)
+        turn_id, inbox = submit(running, task(200))
         inbox.until(TokensMade)
         eventually(lambda: running.session(turn_id).result(10).generated_tokens > 5)
         running.close(turn_id).result(10)
@@ -175,8 +176,7 @@ def test_a_turn_that_fails_first_shows_the_tokens_it_has_made(model: Model) -> N
 
 
 def test_logprobs_come_with_each_token(running: Engine) -> None:
-    _, inbox = submit(running, asked := task(3, top_logprobs=2))
-    hand_over(running, asked, inbox)
+    _, inbox = submit(running, task(3, top_logprobs=2))
     made = [inbox.until(TokensMade) for _ in range(3)]
     for event in made:
         (logprobs,) = event.logprobs
@@ -188,7 +188,6 @@ def test_scoring_equals_generating(running: Engine) -> None:
     """Greedy tokens score as greedy, in one run, and with the log-probabilities they had."""
     asked = task(300 - 280, density=0.5, top_logprobs=0)
     _, inbox = submit(running, asked)
-    hand_over(running, asked, inbox)
     events = []
     while isinstance(event := inbox.until(TokensMade, Finished), TokensMade):
         events.append(event)
@@ -249,7 +248,6 @@ def test_unknown_busy_and_overlong_sessions_are_refused(running: Engine) -> None
     )
     first = task(200, keep=True)
     _, inbox = submit(running, first)
-    hand_over(running, first, inbox)
     inbox.until(Started)
     busy = submit(running, task(continues=first.turn_id))[1].until(Finished)
     assert isinstance(busy.error, SessionBusy)
@@ -262,12 +260,10 @@ def test_unknown_busy_and_overlong_sessions_are_refused(running: Engine) -> None
 def test_ending_a_turn_that_was_refused_leaves_the_running_one_alone(running: Engine) -> None:
     first = task(100, keep=True)
     _, inbox = submit(running, first)
-    hand_over(running, first, inbox)
     inbox.until(Started)
-    for end in (running.cancel, lambda turn: running.fail(turn, EngineFault("gone"))):
-        refused, other = submit(running, task(continues=first.turn_id))
-        assert isinstance(other.until(Finished).error, SessionBusy)
-        end(refused)
+    refused, other = submit(running, task(continues=first.turn_id))
+    assert isinstance(other.until(Finished).error, SessionBusy)
+    running.cancel(refused)
     tokens, _ = finish(inbox)
     assert len(tokens) == 100
     running.cancel(first.turn_id)  # over already: the session was kept
@@ -303,8 +299,7 @@ def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
         live, large = task(31), task(40)  # 51, and 60: more than there is beside either
         later = task(1, prompt=(1,), continues=kept.turn_id)
         inboxes = [submit(running, each)[1] for each in (live, large, later)]
-        for each, inbox in ((live, inboxes[0]), (later, inboxes[2]), (large, inboxes[1])):
-            hand_over(running, each, inbox)
+        for inbox in inboxes:
             assert isinstance(finish(inbox)[1], Finished)
 
 
@@ -315,12 +310,10 @@ def test_kept_sessions_that_block_one_another_give_way(model: Model) -> None:
         kept = [task(20, keep=True) for _ in range(2)]  # 40 of 100 tokens each
         for each in kept:
             complete(running, each)
-        live = task(1, prompt=(1, 2))
-        _, inbox = submit(running, live)
+        submit(running, task(1, prompt=(1, 2)))
         # 75 each, and a third of it to grow by.
         turns = [task(34, prompt=(1,), continues=each.turn_id) for each in kept]
         inboxes = [submit(running, each)[1] for each in turns]
-        hand_over(running, live, inbox)
         evicted = inboxes[1].until(Finished)
         assert isinstance(evicted.error, CapacityExhausted)
         assert isinstance(finish(inboxes[0])[1], Finished)
@@ -335,9 +328,11 @@ def test_a_smaller_later_turn_reserves_what_the_cache_still_holds(running: Engin
 
 
 def test_the_engine_sleeps_while_a_later_turn_waits(model: Model) -> None:
-    with engine(model, limits=Limits(max_sessions=1)) as running:
+    source = ByHand()
+    limits = Limits(max_sessions=1)
+    with engine(model, limits=limits, prefill_source=source, local_prefill_max_tokens=1) as running:
         # The kept session's own next turn waits behind one whose prompt never comes.
-        kept = task(1, keep=True)
+        kept = task(1, prompt=(1,), keep=True)
         complete(running, kept)
         submit(running, task())
         submit(running, task(1, prompt=(1,), continues=kept.turn_id))
@@ -355,17 +350,22 @@ def test_an_endless_time_to_live_is_fine(model: Model) -> None:
 
 
 def test_sessions_beyond_the_limit_wait_in_order(model: Model) -> None:
-    with engine(model, limits=Limits(max_sessions=1)) as running:
-        first, second, third = task(), task(), task()
-        inboxes = [submit(running, each)[1] for each in (first, second, third)]
+    source = ByHand()
+    with engine(model, limits=Limits(max_sessions=1), prefill_source=source) as running:
+        tasks = task(), task(), task()
+        inboxes = [submit(running, each)[1] for each in tasks]
         assert sessions(running) == [State.PREFILL, State.QUEUED, State.QUEUED]
-        for each, inbox in zip((first, second, third), inboxes, strict=True):
-            hand_over(running, each, inbox)
+        for each, inbox in zip(tasks, inboxes, strict=True):
+            begun = source.next()
+            assert begun.turn_id == each.turn_id
+            for event in prefilled(running, begun.task):
+                begun.receiver.receive(event)
             assert isinstance(finish(inbox)[1], Finished)
 
 
 def test_a_full_queue_refuses_with_a_hint(model: Model) -> None:
-    with engine(model, limits=Limits(max_sessions=1, max_queue=1)) as running:
+    limits = Limits(max_sessions=1, max_queue=1)
+    with engine(model, limits=limits, prefill_source=ByHand()) as running:
         submit(running, task())
         submit(running, task())
         refused = submit(running, task())[1].until(Finished)
@@ -375,7 +375,7 @@ def test_a_full_queue_refuses_with_a_hint(model: Model) -> None:
 
 def test_bytes_hold_sessions_back_and_what_never_fits_is_refused_at_once(model: Model) -> None:
     one = kv_bytes(model.decoder.spec, torch.float32, 28)
-    with engine(model, limits=Limits(session_bytes=one)) as running:
+    with engine(model, limits=Limits(session_bytes=one), prefill_source=ByHand()) as running:
         submit(running, task())
         submit(running, task())
         assert sessions(running) == [State.PREFILL, State.QUEUED]
@@ -389,10 +389,11 @@ def test_bytes_hold_sessions_back_and_what_never_fits_is_refused_at_once(model: 
 
 
 def test_cancelling_frees_a_session_in_the_queue_in_prefill_and_in_decode(model: Model) -> None:
-    with engine(model, limits=Limits(max_sessions=2)) as running:
-        decoding = task(230)
-        decoding_id, decoding_inbox = submit(running, decoding)
-        hand_over(running, decoding, decoding_inbox)
+    limits = Limits(max_sessions=2)
+    with engine(
+        model, limits=limits, prefill_source=ByHand(), local_prefill_max_tokens=1
+    ) as running:
+        decoding_id, decoding_inbox = submit(running, task(230, prompt=(1,)))
         decoding_inbox.until(Started)
         prefilling_id, _ = submit(running, task())
         queued_id, _ = submit(running, task())
@@ -418,32 +419,13 @@ def test_cancelling_a_prefill_stops_it_within_a_chunk(running: Engine) -> None:
     eventually(lambda: not running.snapshot().result(10).prefills.queued)
 
 
-def test_closing_a_running_session_tells_its_caller(running: Engine) -> None:
-    session_id, inbox = submit(running, task())
-    running.close(session_id).result(10)
-    assert isinstance(inbox.until(Finished).error, SessionClosed)
-    with pytest.raises(SessionNotFound):
+def test_closing_a_running_session_tells_its_caller(model: Model) -> None:
+    with engine(model, prefill_source=ByHand()) as running:
+        session_id, inbox = submit(running, task())
         running.close(session_id).result(10)
-
-
-def test_no_token_is_drawn_from_a_handoff_that_did_not_come_whole(running: Engine) -> None:
-    session_id, inbox = submit(running, asked := task())
-    admitted = inbox.until(Admitted)
-    prefilled = Inbox()
-    running.prefill(PrefillTask(token_ids=asked.prompt, selection=admitted.handoff), prefilled)
-    dropped = False
-    while not isinstance(event := prefilled.get(), PrefillFinished):
-        if isinstance(event, LayerExperts) and not dropped:
-            dropped = True
-            continue
-        if type(event).__name__ != "PrefillBegun":
-            running.intake(session_id, event)
-    running.intake(session_id, event)
-    failed = inbox.get()
-    assert isinstance(failed, Failed)
-    assert isinstance(failed.error, HandoffBroken)
-    assert "2 of 3 layers" in str(failed.error)
-    assert sessions(running) == []
+        assert isinstance(inbox.until(Finished).error, SessionClosed)
+        with pytest.raises(SessionNotFound):
+            running.close(session_id).result(10)
 
 
 def test_a_fault_in_one_session_leaves_the_others_running(
@@ -461,8 +443,6 @@ def test_a_fault_in_one_session_leaves_the_others_running(
         ),
     )
     inboxes = [submit(running, each)[1] for each in (healthy, sick)]
-    for each, inbox in zip((healthy, sick), inboxes, strict=True):
-        hand_over(running, each, inbox)
     assert isinstance(finish(inboxes[1])[1].error, EngineFault)
     assert len(finish(inboxes[0])[0]) == 40
     assert sessions(running) == []
@@ -473,8 +453,6 @@ def test_a_reader_that_lags_pauses_only_its_own_session(running: Engine) -> None
     lagging, eager = task(20), task(20)
     (_, slow), (_, fast) = submit(running, lagging), submit(running, eager)
     slow.open = False
-    for each, inbox in ((lagging, slow), (eager, fast)):
-        hand_over(running, each, inbox)
     slow.until(Started)
     assert len(finish(fast)[0]) == 20
     assert sessions(running) == [State.DECODE]
@@ -484,7 +462,7 @@ def test_a_reader_that_lags_pauses_only_its_own_session(running: Engine) -> None
 
 
 def test_stopping_ends_everything_with_an_error(model: Model) -> None:
-    with engine(model, limits=Limits(max_sessions=1)) as running:
+    with engine(model, limits=Limits(max_sessions=1), prefill_source=ByHand()) as running:
         inboxes = [submit(running, task())[1] for _ in range(2)]
         inboxes[0].until(Admitted)
     assert all(isinstance(inbox.until(Finished).error, EngineStopped) for inbox in inboxes)
@@ -498,7 +476,7 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = Engine(model)
-    monkeypatch.setattr(Decoding, "tick", None)
+    monkeypatch.setattr(EngineLoop, "tick", None)
     running.start()
     inbox = submit(running, task())[1]
     assert isinstance(inbox.until(Finished).error, EngineStopped)
@@ -509,7 +487,7 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(
 def test_an_engine_that_does_not_come_up_says_so(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("griffin_core.engine.engine.measure_costs", lambda *_: 1 // 0)
+    monkeypatch.setattr("griffin_core.engine.step_setup.measure_costs", lambda *_: 1 // 0)
     running = Engine(model, costs=None)
     running.start()
     for future in (running.ready, running.ended):
@@ -540,28 +518,23 @@ def test_a_question_whose_asker_has_gone_harms_nobody(running: Engine) -> None:
 
 def test_the_wait_for_a_busy_engine_counts_as_queueing(running: Engine) -> None:
     busy = Busy(running)
-    asked = task(1)
-    _, inbox = submit(running, asked)
+    _, inbox = submit(running, task(1))
     timer = threading.Timer(0.2, busy.release)
     timer.start()
-    hand_over(running, asked, inbox)
     timings = finish(inbox)[1].timings
     assert timings.queue_s >= 0.2
     assert timings.first_token_s >= timings.queue_s + timings.prefill_s
 
 
 def test_a_handoff_that_arrives_while_the_engine_stops_is_no_fault(model: Model) -> None:
-    with engine(model) as running:
-        _, inbox = submit(running, asked := task())
-        admitted = inbox.until(Admitted)
-        prefilled = Inbox()
-        running.prefill(PrefillTask(token_ids=asked.prompt, selection=admitted.handoff), prefilled)
-        events = [prefilled.get()]
-        while not isinstance(events[-1], PrefillFinished):
-            events.append(prefilled.get())
+    source = ByHand()
+    with engine(model, prefill_source=source) as running:
+        _, inbox = submit(running, task())
+        begun = source.next()
+        events = prefilled(running, begun.task)
         busy = Busy(running)
-        for event in events[1:-1]:
-            running.intake(asked.turn_id, event)
+        for event in events[:-1]:
+            begun.receiver.receive(event)
         threading.Timer(0.1, busy.release).start()  # by then it has been told to stop
     assert isinstance(inbox.until(Finished).error, EngineStopped)
 
@@ -586,7 +559,7 @@ def test_limits_are_checked(values: dict[str, float], name: str) -> None:
 
 def test_admitted_sessions_are_not_refused_by_the_prefill_queue(model: Model) -> None:
     """The queue's limit was applied when they were admitted."""
-    with engine(model, limits=Limits(max_queue=0), own_prefill_tokens=None) as running:
+    with engine(model, limits=Limits(max_queue=0), prefill_source=None) as running:
         busy = Busy(running)
         inboxes = [submit(running, task())[1] for _ in range(6)]
         refused = Inbox()
@@ -599,7 +572,7 @@ def test_admitted_sessions_are_not_refused_by_the_prefill_queue(model: Model) ->
 def test_readers_that_lag_hold_few_caches(model: Model) -> None:
     with engine(model, limits=Limits(chunk_tokens=4)) as running:  # five passes each
         asked = PrefillTask(token_ids=PROMPT, selection=Selection(density=0.5))
-        inboxes = [Inbox() for _ in range(2 * MAX_BEGUN_PREFILLS)]
+        inboxes = [Inbox() for _ in range(2 * MAX_CONCURRENT_PREFILLS)]
 
         def close_after_first(inbox: Inbox) -> Callable[[object], None]:
             def put(event: object) -> None:
@@ -612,7 +585,7 @@ def test_readers_that_lag_hold_few_caches(model: Model) -> None:
             inbox.put = close_after_first(inbox)  # type: ignore[method-assign]
             running.prefill(asked, inbox)
         eventually(
-            lambda: running.snapshot().result(10).prefills.holding_cache == MAX_BEGUN_PREFILLS
+            lambda: running.snapshot().result(10).prefills.owning_cache == MAX_CONCURRENT_PREFILLS
         )
         assert running.snapshot().result(10).prefills.queued == len(inboxes)
         for inbox in inboxes:

@@ -22,7 +22,7 @@ def test_packed_indices_come_back_and_are_little_endian() -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"\0\0\0", "no run of int32"),
+        (b"\0\0\0", "got 3 bytes; allowed: int32 values"),
         (b"", "allowed: int32"),
         (pack_indices(experts(3, 3)), "ascending"),
         (pack_indices(experts(5, 2)), "ascending"),

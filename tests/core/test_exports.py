@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,22 @@ def test_importing_the_package_and_its_choices_loads_no_torch() -> None:
         "import sys, griffin_core; from griffin_core.spec import choices; "
         "sys.exit(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
     )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cpu_needs_no_compiler_for_gpus(tiny_directory: Callable[[str], Path]) -> None:
+    """Where triton is installed it is not imported, and where it is not nothing misses it."""
+    program = f"""
+import sys
+sys.modules["triton"] = None
+from griffin_core import LLM
+with LLM({str(tiny_directory("llama"))!r}, dtype="bfloat16", density=0.5) as llm:
+    llm.generate([[1, 2, 3]])
+sys.exit([name for name in sys.modules if name.startswith("griffin_core.backends.cuda")] or 0)
+"""
     done = subprocess.run(
         [sys.executable, "-c", program], check=False, capture_output=True, text=True
     )

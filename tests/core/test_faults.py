@@ -11,12 +11,15 @@ from functools import partial
 import pytest
 import torch
 
-from griffin_core.engine import expert_groups as sharing
-from griffin_core.engine.caches import Caches
+from griffin_core.engine import expert_group as sharing
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, Finished, Scored, Started, TokensMade
-from griffin_core.engine.prefill_queue import PrefillQueue, PrefillRun
-from griffin_core.engine.scheduler import Limits, Scheduler
+from griffin_core.engine.expert_groups import ExpertGroups
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.memory import SessionMemory
+from griffin_core.engine.prefill_queue import PrefillQueue
+from griffin_core.engine.prefill_run import PrefillRun
+from griffin_core.engine.scheduler import Scheduler
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import EngineFault, NonFiniteLogits, SessionNotFound
 from griffin_core.forward.decode import Draw
@@ -27,6 +30,7 @@ from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.slim import views
 from griffin_core.slim.packed import Packed
+from griffin_core.spec.choices import Sharing
 from tests.core.engines import Busy, Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 
@@ -38,7 +42,7 @@ def model(tiny: Callable[[str], Model]) -> Model:
 
 @pytest.fixture
 def running(model: Model) -> Iterator[Engine]:
-    with engine(model, own_prefill_tokens=None) as started:
+    with engine(model, prefill_source=None) as started:
         yield started
 
 
@@ -70,7 +74,7 @@ class Once:
 
 @pytest.mark.parametrize("how", ["private", "shared"])
 def test_a_view_that_cannot_be_built_ends_its_own_sessions_alone(
-    how: sharing.Sharing, running: Engine, monkeypatch: pytest.MonkeyPatch
+    how: Sharing, running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bystander = submit(running, task(200))[1]
     for _ in range(2):  # the second runs on its experts
@@ -109,12 +113,12 @@ def test_a_choice_that_fails_when_a_member_leaves_ends_the_group_alone(
     ("what", "owner", "name"),
     [
         ("kept turn", KvCache, "resize"),
-        ("kept turn", sharing.ExpertGroups, "leave"),
+        ("kept turn", ExpertGroups, "leave"),
         ("kept turn", Scheduler, "keep"),
-        ("turn", sharing.ExpertGroups, "leave"),
-        ("turn", Caches, "free"),
-        ("score", sharing.ExpertGroups, "leave"),
-        ("score", Caches, "free"),
+        ("turn", ExpertGroups, "leave"),
+        ("turn", SessionMemory, "free"),
+        ("score", ExpertGroups, "leave"),
+        ("score", SessionMemory, "free"),
     ],
 )
 def test_a_turn_that_cannot_be_ended_has_failed_and_nothing_else(
@@ -281,7 +285,7 @@ def test_a_session_whose_client_was_told_it_is_kept_is_kept(model: Model) -> Non
     spec = model.decoder.spec
     one = kv_bytes(spec, torch.float32, 10) + 4 * len(spec.layers) * spec.ff_width
     limits = Limits(idle_bytes=2 * one, max_sessions=1)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         kept = [task(2, first=20 * n, keep=True) for n in range(2)]
         for each in kept:
             complete(running, each)
@@ -301,7 +305,7 @@ def test_a_session_whose_client_was_told_it_is_kept_is_kept(model: Model) -> Non
 @pytest.mark.parametrize("timeout_s", [1e10, math.inf])
 def test_an_endless_reader_time_out_is_fine(timeout_s: float, model: Model) -> None:
     limits = Limits(reader_timeout_s=timeout_s)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         _, inbox = submit(running, task(100))
         inbox.until(TokensMade)
         inbox.open = False
@@ -324,7 +328,7 @@ def test_a_reader_that_reads_slowly_is_not_one_that_has_stopped(model: Model) ->
         def ready(self) -> bool:
             return self.allowed > 0
 
-    with engine(model, own_prefill_tokens=None, limits=Limits(reader_timeout_s=0.3)) as running:
+    with engine(model, prefill_source=None, limits=Limits(reader_timeout_s=0.3)) as running:
         inbox = Slow()
         running.submit(task(40), inbox)
         for _ in range(12):

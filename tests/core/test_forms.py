@@ -14,15 +14,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from griffin_core.engine import expert_groups as sharing
-from griffin_core.engine.expert_groups import (
-    STEPS_HELD,
-    ExpertGroups,
-    WholeView,
-    kept_where_alike,
-    select_group,
-)
-from griffin_core.engine.sessions import Clock, Reservation, Session, Sharing
+from griffin_core.engine import expert_group as sharing
+from griffin_core.engine.expert_group import STEPS_HELD, kept_where_alike, select_group
+from griffin_core.engine.expert_groups import ExpertGroups
+from griffin_core.engine.reservation import Reservation
+from griffin_core.engine.session import Clock, Session
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.kv.budget import Budget
@@ -30,8 +26,9 @@ from griffin_core.model.load import Model
 from griffin_core.slim.blocks import BlockTable
 from griffin_core.slim.costs import BlockCosts
 from griffin_core.slim.packed import Packed
-from griffin_core.slim.views import SlimView, SlimViews
+from griffin_core.slim.views import SlimView, SlimViews, WholeView
 from griffin_core.slim.zeroed import ZeroedLayers
+from griffin_core.spec.choices import Sharing
 
 F, L = 88, 3
 
@@ -68,7 +65,7 @@ class House:
         session = Session(f"{seed}")
         session.selection = Selection(density=density)
         session.sharing = how
-        session.work = cast(Any, SimpleNamespace(layout="gemv", chooses=False))
+        session.turn = cast(Any, SimpleNamespace(layout="gemv", chooses=False))
         session.clock = Clock()
         if s2 is None:
             s2 = torch.rand((L, F), generator=torch.Generator().manual_seed(seed))
@@ -112,9 +109,9 @@ class House:
                 pools.setdefault(needs.pool, []).append(needs)
         for of in pools.values():
             assert of[0].pool is not None
-            total += min(len(of), of[0].pool.most_views) * of[0].view
+            total += min(len(of), of[0].pool.max_views) * of[0].view
         self.budget.limit = total
-        self.budget.take(0)  # what is unused gives way, and the rest fits
+        self.budget.acquire(0)  # what is unused gives way, and the rest fits
 
 
 def form(session: Session) -> str:
@@ -305,7 +302,7 @@ def test_a_score_is_never_made_dense_by_auto(model: Model) -> None:
     house = House(model)
     session = house.add(1, "auto")
     house.remove(session)
-    session.work = cast(Any, SimpleNamespace(layout="gemm", chooses=False))
+    session.turn = cast(Any, SimpleNamespace(layout="gemm", chooses=False))
     house.sessions.append(session)
     house.reserve()
     house.groups.join(session)

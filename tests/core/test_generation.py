@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from griffin_core.engine.generation import Pace
+from griffin_core.engine.generation import FlushPolicy
 
 
 @pytest.mark.parametrize(
     ("streams", "tokens"), [(0, 1), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (16, 4), (64, 4)]
 )
 def test_the_more_streams_the_more_tokens_a_message(streams: int, tokens: int) -> None:
-    pace = Pace(None)
+    pace = FlushPolicy(None)
     pace.set(streams=streams, prompts=False)
     assert pace.tokens == tokens
     pace.set(streams=streams, prompts=True)  # they wait for chunks of a prompt already
@@ -19,7 +19,7 @@ def test_the_more_streams_the_more_tokens_a_message(streams: int, tokens: int) -
 
 
 def test_a_fixed_number_stays() -> None:
-    pace = Pace(7)
+    pace = FlushPolicy(7)
     for streams in (1, 64):
         pace.set(streams=streams, prompts=False)
         assert pace.tokens == 7

@@ -937,7 +937,7 @@ def test_a_split_file_is_loaded_whole_from_any_part(tmp_path: Path) -> None:
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     parts = split(contents_of(tiny_model("llama")), tmp_path)
     parts[1].unlink()
-    assert "others are not beside it: whole-00002-of-00003.gguf" in refusal(parts[0])
+    assert "these are not next to it: whole-00002-of-00003.gguf" in refusal(parts[0])
 
 
 @pytest.mark.parametrize("key", ["split.count", "split.no", "split.tensors.count"])
@@ -972,7 +972,7 @@ def split(contents: Contents, where: Path, **changes: int) -> list[Path]:
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("x.gguf", b"", "no GGUF file (it is empty)"),
+        ("x.gguf", b"", "not a GGUF file (it is empty)"),
         ("x.gguf", b"GGUF", "truncated or damaged"),
         ("x.gguf", b"GGUF\x01\0\0\0" + b"\0" * 40, "GGUF version 1; allowed: versions 2 and 3"),
         ("x.gguf", b"GGUF\x09\0\0\0" + b"\0" * 40, "GGUF version 9"),
@@ -1019,7 +1019,7 @@ def _start_of(data: bytearray, name: bytes) -> slice:
 
 def test_a_directory_with_a_gguf_file_names_it(write: Callable[[Contents], Path]) -> None:
     path = write(contents_of(tiny_model("llama")))
-    with pytest.raises(ModelNotFound, match=r"no config\.json.*itself: tiny\.gguf"):
+    with pytest.raises(ModelNotFound, match=r"no config\.json.*name the file: tiny\.gguf"):
         load(path.parent)
 
 

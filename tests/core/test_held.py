@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from griffin_core.engine.held import MOST_TRIED, held_after_stop
+from griffin_core.engine.after_stop import MAX_SPLITS, tokens_after_stop
 from griffin_core.sampling.stopping import FinishReason, StopChecker, StoppingParams
 from griffin_core.text.tokenizer import Tokenizer
 from tests.core.pieces import Pieces, chunkings, llama2_tokenizer, parts
@@ -37,7 +37,7 @@ def held(
         if reason is not None:
             break
     assert reason is FinishReason.STOP_SEQUENCE
-    kept, anew = held_after_stop(
+    kept, anew = tokens_after_stop(
         tokenizer,
         before,
         drawn,
@@ -243,7 +243,7 @@ def test_few_splits_are_tried_however_long_a_completion_is(
         tokenizer, tokenizer.encode("a é"), letters, stop=("reen",), max_tokens=900
     )
     assert shown == "\ufffd" + "ab" * length + " g"
-    if length > MOST_TRIED:
+    if length > MAX_SPLITS:
         assert tokens == [*letters[:-1], *tokenizer.encode("g")]
     run = [*[ids("<0xF0>")] * length, ids("▁green")]
     shown, tokens, _ = held(tokenizer, [ids("a")], run, stop=("\ufffd\ufffd",), max_tokens=900)
@@ -251,7 +251,7 @@ def test_few_splits_are_tried_however_long_a_completion_is(
     faces = [*[ids(f"<0x{byte:02X}>") for byte in "😀".encode()] * length, ids("▁red")]
     shown, tokens, _ = held(tokenizer, [ids("a")], faces, stop=("😀" * 9 + " r",), max_tokens=900)
     assert (shown, tokens) == ("😀" * (length - 9), faces[: 4 * (length - 9)])
-    assert decoded <= 3 * (MOST_TRIED + 6)
+    assert decoded <= 3 * (MAX_SPLITS + 6)
 
 
 def test_what_cannot_be_split_back_into_the_same_text_is_held_as_its_nearest() -> None:

@@ -25,7 +25,10 @@ from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest, UnknownFamily
 from griffin_core.experts.selection import POLICIES, PolicyName, Selection, select_experts
 from griffin_core.experts.statistic import group_score
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.hf import batch_score
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
@@ -325,7 +328,7 @@ def test_greedy_tokens_and_scores_are_the_engines_by_every_policy(
 ) -> None:
     model, prompt, continuation = hf(name), IDS[0, :19], IDS[1, :8]
     whole = torch.cat([prompt, continuation])
-    with engine(tiny(name), own_prefill_tokens=None) as running:
+    with engine(tiny(name), prefill_source=None) as running:
         for policy in POLICIES:
             pruning = PruningParams(density=0.5, policy=policy)
             task = GenerateTask(
@@ -370,7 +373,7 @@ def test_statistic_and_experts_are_the_engines(
     for ids, ours in zip(IDS, layers, strict=True):
         with sparsify(hf(name), ids, **options) as chosen:
             pass
-        s = torch.stack([layer.s for layer in ours])
+        s = torch.stack([layer.s2 for layer in ours]).sqrt()
         torch.testing.assert_close(chosen.s[0].float(), s, rtol=1e-4, atol=1e-5)
         assert torch.equal(chosen.experts.indices, torch.stack([e.experts for e in ours]))
         s2s.append(s.square())

@@ -12,7 +12,7 @@ from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
-from tests.core.engines import at_baseline, complete, engine, hand_over, submit
+from tests.core.engines import at_baseline, complete, engine, submit
 from tests.core.pieces import Pieces
 from tests.core.test_overlap import all_of
 
@@ -49,7 +49,7 @@ def test_the_next_turn_is_that_of_a_call_with_the_visible_text(
     model: Model, include: bool, sharing: str
 ) -> None:
     """With a token for each byte, text and tokens are the same."""
-    with engine(model, own_prefill_tokens=None, sharing=sharing) as running:
+    with engine(model, prefill_source=None, sharing=sharing) as running:
         few = SamplingParams(allowed_token_ids=frozenset(range(97, 123)))
         made, _ = complete(running, turn(PROMPT, GREEDY_20, sampling=few))
         text = bytes(made).decode()
@@ -82,7 +82,7 @@ def test_a_token_in_which_the_text_ends_is_made_anew(
     some = pieces.ids("\nA:", " red", "d\n", "é".encode() + b"A", "\n", "A", ":", "é".encode()[:1])
     few = SamplingParams(temperature=1.0, seed=seed, allowed_token_ids=frozenset(some))
     stopping = StoppingParams(max_tokens=60, stop=("\nA", "red", "éA:"), ignore_eos=True)
-    with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+    with engine(model, prefill_source=None, overlap=overlap) as running:
         first = turn(PROMPT, stopping, sampling=few, keep=True)
         _, inbox = submit(running, first)
         events = [inbox.get()]
@@ -106,7 +106,7 @@ def test_a_turn_that_a_stop_string_ends_is_as_one_that_its_length_ends(
     """On experts, too: statistic, cache and tokens are the same."""
     half = PruningParams(density=0.5, sharing="private")
     few = SamplingParams(allowed_token_ids=frozenset(range(97, 123)))
-    with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+    with engine(model, prefill_source=None, overlap=overlap) as running:
 
         def two_turns(stopping: StoppingParams) -> list[int]:
             first = turn(PROMPT, stopping, sampling=few, pruning=half, keep=True)
@@ -125,7 +125,7 @@ def test_a_turn_that_a_stop_string_ends_is_as_one_that_its_length_ends(
 
 
 def test_nothing_of_a_completion_is_held_if_nothing_was_seen(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         made, _ = complete(running, turn(PROMPT, GREEDY_20))
         stop = replace(GREEDY_20, stop=(model.tokenizer.decode(made[:1]),))
         first = turn(PROMPT, stop, keep=True)
@@ -137,7 +137,7 @@ def test_nothing_of_a_completion_is_held_if_nothing_was_seen(model: Model) -> No
 
 
 def test_a_session_that_ends_by_length_holds_every_token(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         first = turn(PROMPT, GREEDY_20, keep=True)
         made, finished = complete(running, first)
         assert held(running, first.turn_id) == [*PROMPT, *made]
@@ -151,7 +151,6 @@ def test_a_prefill_server_s_session_is_cut_as_well(model: Model) -> None:
         stopping = replace(GREEDY_20, stop=(text[2],))
         first = turn(PROMPT, stopping, keep=True)
         _, inbox = submit(running, first)
-        hand_over(running, first, inbox)
         shown, _ = all_of(inbox)
         tokens = held(running, first.turn_id)
         drawn = [*PROMPT, *(token for token, _ in shown)]

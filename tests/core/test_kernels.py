@@ -14,7 +14,7 @@ from griffin_core.backends.activations import ACTIVATION_CODES, ACTIVATIONS
 from griffin_core.backends.attention import apply_rope
 from griffin_core.backends.cpu.attention import attend_rows
 from griffin_core.backends.cpu.norm import rms_norm
-from griffin_core.backends.cpu.rows import feedforward_row, linear_row
+from griffin_core.backends.cpu.rows import feedforward_row, gemv
 from griffin_core.backends.cpu.statistic import s2_rows
 from griffin_core.backends.cpu.team import runs_kernels
 from griffin_core.forward.decode import StepTokens, decode_tokens
@@ -53,7 +53,7 @@ def threads(request: pytest.FixtureRequest) -> None:
 def test_a_linear_row(shape: tuple[int, int], bias: bool) -> None:
     w, x = weight(*shape), torch.randn(1, shape[1]).bfloat16()
     b = torch.randn(shape[0]).bfloat16() if bias else None
-    close(linear_row(x, w, b), F.linear(x.double(), w.double(), None if b is None else b.double()))
+    close(gemv(x, w, b), F.linear(x.double(), w.double(), None if b is None else b.double()))
 
 
 @pytest.mark.usefixtures("threads")
@@ -93,9 +93,9 @@ def test_results_are_rounded_as_torch_rounds(value: float) -> None:
     x = torch.tensor([[value]])
     exact = x.bfloat16()
     one = torch.ones(1, 1).bfloat16()
-    torch.testing.assert_close(linear_row(exact, one, None), exact, equal_nan=True)
+    torch.testing.assert_close(gemv(exact, one, None), exact, equal_nan=True)
     a, b = torch.tensor([[1.0, 2**-8]]).bfloat16(), torch.tensor([[1.0, 1.0]]).bfloat16()
-    assert linear_row(a, b, None).item() == 1.0  # a tie goes to the even neighbour
+    assert gemv(a, b, None).item() == 1.0  # a tie goes to the even neighbour
 
 
 @pytest.mark.usefixtures("threads")
@@ -167,7 +167,7 @@ def test_scratch_does_not_follow_the_default_dtype(monkeypatch: pytest.MonkeyPat
     x, w = torch.randn(1, 8).bfloat16(), weight(8, 8)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        linear_row(x, w, None)
+        gemv(x, w, None)
         feedforward_row(x, w[None], w, None, None, 0)
         s2_rows(x)
         held = weight(2, 1, 4, 8)

@@ -19,8 +19,8 @@ import griffin_core
 from griffin_core import LLM, SamplingParams, StoppingParams
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished, TokensMade
-from griffin_core.engine.loop import Decoding
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.loop import EngineLoop
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import (
     CapacityExhausted,
@@ -158,7 +158,7 @@ def test_a_bounded_number_is_submitted_at_once(model: Model) -> None:
         for token in range(40)
     ]
     limits = Limits(max_sessions=2, max_queue=3)
-    with engine(model, limits=limits, own_prefill_tokens=None) as running:
+    with engine(model, limits=limits, prefill_source=None) as running:
         for whole in (True, False):
             events = list(run_tasks(running, tasks, most=5, whole=whole))
             ends = [index for index, event in events if isinstance(event, Finished)]
@@ -700,7 +700,7 @@ def test_an_engine_that_does_not_start_leaves_no_thread(
         threads.append(threading.current_thread())
         raise CapacityExhausted("no room", retry_after_s=None)
 
-    monkeypatch.setattr("griffin_core.engine.engine.budget_from_cpu", fails)
+    monkeypatch.setattr("griffin_core.engine.memory.budget_from_cpu", fails)
     with pytest.raises(CapacityExhausted, match="no room"):
         LLM(model, threads=1)
     assert len(threads) == 1 and not threads[0].is_alive()
@@ -708,7 +708,7 @@ def test_an_engine_that_does_not_start_leaves_no_thread(
 
 def test_a_bug_that_ends_the_engine_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(model, threads=1, max_sessions=2) as llm:
-        monkeypatch.setattr(Decoding, "step", lambda _: 1 / 0)
+        monkeypatch.setattr(EngineLoop, "step", lambda _: 1 / 0)
         for _ in range(2):
             with pytest.raises(EngineFault, match="the engine ended: ZeroDivisionError"):
                 llm.generate(["a"] * (2 + 2 * SUBMITTED_AHEAD))

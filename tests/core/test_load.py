@@ -80,7 +80,7 @@ def test_a_tokenizer_of_another_model_is_refused(size: int, missing: int, copy: 
 
 
 def test_a_hub_id_that_cannot_be_had_is_not_found() -> None:
-    with pytest.raises(ModelNotFound, match="not to be had from the hub"):
+    with pytest.raises(ModelNotFound, match="cannot be fetched from the hub"):
         load("griffin-tests/no-such-model")
 
 
@@ -237,7 +237,7 @@ def test_a_missing_tokenizer_is_a_bad_file(copy: Path) -> None:
 def test_a_file_that_is_no_gguf_is_a_bad_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04 something else")
-    with pytest.raises(BadModelFile, match="no GGUF file"):
+    with pytest.raises(BadModelFile, match="not a GGUF file"):
         load(path)
 
 

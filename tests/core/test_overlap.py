@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from griffin_core.engine.events import Finished, Scored, TokensMade
-from griffin_core.engine.observer import Observer
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.ports import Observer
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.expert_set import ExpertSet
@@ -28,7 +28,7 @@ from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
-from tests.core.engines import Inbox, at_baseline, complete, engine, finish, hand_over, submit
+from tests.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 from tests.servers import eventually
 from tests.tiny import FAMILIES
 
@@ -88,7 +88,7 @@ def turns(model: Model, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> list[
         return caches[-1]
 
     monkeypatch.setattr(KvPool, "allocate", noted)
-    with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
+    with engine(model, prefill_source=None, overlap=overlap, observer=observer) as running:
         whole = complete(running, stopping_task())[0]
         session_id = None
         for turn in range(3):
@@ -138,7 +138,7 @@ def test_no_ban_comes_late(model: Model) -> None:
     ]
     made = {}
     for overlap in (False, True):
-        with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+        with engine(model, prefill_source=None, overlap=overlap) as running:
             alone = [complete(running, replace(task, turn_id=uuid4().hex))[0] for task in tasks]
             inboxes = [submit(running, task)[1] for task in tasks]
             made[overlap] = [finish(inbox)[0] for inbox in inboxes]
@@ -165,7 +165,7 @@ def test_steps_are_launched_ahead(model: Model, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(EagerStep, "launch", noted)
     steps = {}
     for overlap in (False, True):
-        with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+        with engine(model, prefill_source=None, overlap=overlap) as running:
             whole = complete(running, stopping_task())[0]
             launches.clear()
             complete(running, stopping_task(whole[-10]))
@@ -176,7 +176,7 @@ def test_steps_are_launched_ahead(model: Model, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_last_token_that_a_request_may_have_is_foreseen(model: Model, overlap: bool) -> None:
     observer = Counting()
-    with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
+    with engine(model, prefill_source=None, overlap=overlap, observer=observer) as running:
         tokens, last = complete(running, stopping_task())
         assert len(tokens) == 40 and last.reason is FinishReason.MAX_TOKENS
     assert observer.steps == [1] * 39  # the first token is the prompt's
@@ -187,7 +187,7 @@ def test_steps_are_counted_alike_while_prompts_come(model: Model) -> None:
     counted = {}
     for overlap in (False, True):
         observer = Counting()
-        with engine(model, own_prefill_tokens=None, overlap=overlap, observer=observer) as running:
+        with engine(model, prefill_source=None, overlap=overlap, observer=observer) as running:
             inboxes = []
             for number in range(6):
                 task = stopping_task(prompt=(number,) * 9)
@@ -204,7 +204,7 @@ def test_steps_are_counted_alike_while_prompts_come(model: Model) -> None:
 def test_logits_that_are_not_finite_end_their_session_alone(
     overlap: bool, value: float, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with engine(model, own_prefill_tokens=None, overlap=overlap) as running:
+    with engine(model, prefill_source=None, overlap=overlap) as running:
         well = complete(running, stopping_task())[0]
         sample = Sampler.sample
         sick = stopping_task(prompt=(7,) * 30)
@@ -231,7 +231,7 @@ def test_logits_that_are_not_finite_end_their_session_alone(
 def test_slots_go_round(model: Model, overlap: bool) -> None:
     """More requests than slots, ended in all ways, leave every slot free."""
     limits = Limits(max_sessions=3)
-    with engine(model, own_prefill_tokens=None, overlap=overlap, limits=limits) as running:
+    with engine(model, prefill_source=None, overlap=overlap, limits=limits) as running:
         alone = complete(running, stopping_task())[0]
         inboxes = [submit(running, stopping_task()) for _ in range(12)]
         for turn_id, _ in inboxes[::4]:
@@ -270,7 +270,7 @@ def test_every_family_generates_what_transformers_does(
     task = GenerateTask(
         prompt=tuple(prompt), stopping=StoppingParams(max_tokens=16, ignore_eos=True)
     )
-    with engine(tiny(name), own_prefill_tokens=None, overlap=overlap) as running:
+    with engine(tiny(name), prefill_source=None, overlap=overlap) as running:
         made = complete(running, task)[0]
     assert made[: len(expected)] == expected  # which ends with an end-of-sequence token
     assert len(expected) > 3
@@ -281,7 +281,7 @@ def test_packed_masked_and_zeroed_generate_the_same(model: Model, overlap: bool)
     forms = {"packed": Packed(), "masked": Masked()}
     made = {}
     for name, form in forms.items():
-        with engine(model, own_prefill_tokens=None, overlap=overlap, slim=form) as running:
+        with engine(model, prefill_source=None, overlap=overlap, slim=form) as running:
             inboxes = [submit(running, stopping_task())[1] for _ in range(3)]  # zeroed, if packed
             made[name] = [finish(inbox)[0] for inbox in inboxes]
             made[name + " alone"] = [complete(running, stopping_task())[0]] * 3
@@ -292,9 +292,6 @@ def test_packed_masked_and_zeroed_generate_the_same(model: Model, overlap: bool)
 def test_prefill_elsewhere_and_here_give_the_same(model: Model, overlap: bool) -> None:
     made = []
     for own in (None, 0):
-        with engine(model, own_prefill_tokens=own, overlap=overlap) as running:
-            task = stopping_task()
-            inbox = submit(running, task)[1]
-            hand_over(running, task, inbox)
-            made.append(all_of(inbox)[0])
+        with engine(model, local_prefill_max_tokens=own, overlap=overlap) as running:
+            made.append(all_of(submit(running, stopping_task())[1])[0])
     assert made[0] == made[1]

@@ -9,7 +9,12 @@ import torch
 
 from griffin_core.backends.base import Backend
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PrefillFinished,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from tests.tiny import FAMILIES, VOCABULARY
 
@@ -38,7 +43,7 @@ def test_any_chunk_size_gives_the_same_statistic_experts_and_hidden_state(
     whole = run(tiny(name), ids)
     chunked = run(tiny(name), ids, chunk_tokens=chunk_tokens)
     for one, other in zip(of(LayerExperts, whole), of(LayerExperts, chunked), strict=True):
-        torch.testing.assert_close(one.s, other.s, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.s2.sqrt(), other.s2.sqrt(), rtol=1e-5, atol=1e-5)
         assert torch.equal(one.experts, other.experts)
     torch.testing.assert_close(
         of(PrefillFinished, whole)[0].last_hidden,
@@ -83,10 +88,10 @@ def test_a_later_turn_adds_to_the_statistic_of_the_earlier(
     whole = of(LayerExperts, run(model, ids))
     cache = model.decoder.new_cache(len(ids))
     first = of(LayerExperts, run(model, ids[:30], cache=cache))
-    s2 = torch.stack([event.s for event in first]).square()
+    s2 = torch.stack([event.s2 for event in first])
     second = of(LayerExperts, run(model, ids[30:], cache=cache, s2=s2))
     for one, other in zip(whole, second, strict=True):
-        torch.testing.assert_close(one.s, other.s, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.s2.sqrt(), other.s2.sqrt(), rtol=1e-5, atol=1e-5)
         assert torch.equal(one.experts, other.experts)
 
 
@@ -94,12 +99,12 @@ def test_a_prompt_of_one_token_has_its_own_experts(tiny: Callable[[str], Model])
     one, other = (of(LayerExperts, run(tiny("llama"), [token])) for token in (5, 77))
     assert all(len(event.experts) == 44 for event in one)
     assert any(not torch.equal(a.experts, b.experts) for a, b in zip(one, other, strict=True))
-    assert one[0].s.square().sum().item() == pytest.approx(1)
+    assert one[0].s2.sum().item() == pytest.approx(1)
 
 
 def test_relu_prompts_with_silent_tokens_give_no_nan(tiny: Callable[[str], Model]) -> None:
     events = of(LayerExperts, run(tiny("llama-relu"), [9, 9, 9]))
-    assert all(event.s.isfinite().all() for event in events)
+    assert all(event.s2.isfinite().all() for event in events)
 
 
 def test_an_empty_prompt_is_an_error(tiny: Callable[[str], Model]) -> None:

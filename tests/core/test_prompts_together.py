@@ -10,22 +10,23 @@ import pytest
 import torch
 
 from griffin_core.backends.base import Backend
-from griffin_core.engine.events import Failed
-from griffin_core.engine.observer import Observer
-from griffin_core.engine.prefill_queue import PrefillBegun, PrefillQueue, PrefillRun
+from griffin_core.engine.events import Failed, PrefillBegun
+from griffin_core.engine.ports import Observer
+from griffin_core.engine.prefill_queue import PrefillQueue
+from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.errors import EngineFault
 from griffin_core.experts.selection import POLICIES, Selection
-from griffin_core.forward.prefill import (
-    MAX_TOGETHER,
+from griffin_core.forward.events import (
     LayerActivations,
     LayerExperts,
     LayerKv,
-    Part,
     PrefillFinished,
-    Prompt,
     PromptExperts,
-    PromptRead,
-    launch,
+)
+from griffin_core.forward.prefill import MAX_TOGETHER, PromptRead, launch
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
 )
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
@@ -184,12 +185,12 @@ class Passes:
         """Runs passes until there is nothing to do."""
         with torch.inference_mode():
             while self.queue.has_work:
-                self.queue.turn()
+                self.queue.run_pass()
         return self.read
 
-    def turn(self) -> dict[str, int]:
+    def run_pass(self) -> dict[str, int]:
         with torch.inference_mode():
-            self.queue.turn()
+            self.queue.run_pass()
         return self.read[-1]
 
 
@@ -229,9 +230,9 @@ def test_a_short_prompt_is_in_the_first_pass_after_it_came(passes: Make) -> None
     queue = passes(512)
     for name in "abc":
         queue.add(name, 4000)
-    queue.turn()
+    queue.run_pass()
     short = queue.add("short", 64)
-    assert queue.turn()["short"] == 64
+    assert queue.run_pass()["short"] == 64
     assert isinstance(events(short)[-1], PrefillFinished)
 
 
@@ -243,7 +244,7 @@ def test_short_prompts_that_keep_coming_leave_a_long_one_half_of_every_pass(
     for number in range(20):
         for name in "ab":
             queue.add(f"{name}{number}", 16)
-        queue.turn()
+        queue.run_pass()
     assert sum(each.get("long", 0) for each in queue.read) == 320
     beside = queue.read[: 1 + max(n for n, each in enumerate(queue.read) if "long" in each)]
     assert all(each["long"] >= 16 and sum(each.values()) == 32 for each in beside)
@@ -258,7 +259,7 @@ def test_among_shorter_ones_that_keep_coming_no_prompt_waits_for_ever(passes: Ma
     for number in range(13):
         queue.add(f"short{number}", 16)
         queue.add(f"shorter{number}", 15)
-        queue.turn()
+        queue.run_pass()
     for name in "abc":
         assert sum(each.get(name, 0) for each in queue.read) == 64
 
@@ -283,7 +284,7 @@ def test_a_reader_that_is_not_ready_joins_no_pass_and_delays_no_other(passes: Ma
 def test_prompts_without_a_reservation_begin_up_to_their_bound(passes: Make) -> None:
     queue = passes(100)
     for name in "abc":
-        queue.add(name, 60, admitted=False, most_begun=2)
+        queue.add(name, 60, admitted=False, max_concurrent=2)
     queue.add("session", 5)
     assert queue.all()[0] == {"a": 60, "b": 35, "session": 5}
     assert queue.read[1] == {"b": 25, "c": 60}
@@ -292,9 +293,9 @@ def test_prompts_without_a_reservation_begin_up_to_their_bound(passes: Make) -> 
 def test_a_cancelled_prompt_gets_no_more_and_leaves_the_next_pass(passes: Make) -> None:
     queue = passes(32)
     gone, stays = queue.add("gone", 60, admitted=False), queue.add("stays", 60, admitted=False)
-    assert queue.turn() == {"gone": 32}
+    assert queue.run_pass() == {"gone": 32}
     queue.during = gone.run.cancel
-    queue.turn()
+    queue.run_pass()
     got = len(events(gone))
     assert got == 1 + 3  # begun, and the first pass's layers
     assert all("gone" not in each for each in queue.all()[2:])
@@ -342,7 +343,7 @@ def test_no_layer_is_told_twice_of_a_prompt_whose_pass_failed_half_way(
         with torch.inference_mode():
             exact = alone(decoder, Prompt(decoder, ids(tokens), HALF))
         torch.testing.assert_close(
-            torch.stack([event.s for event in got if isinstance(event, LayerExperts)]),
+            torch.stack([event.s2 for event in got if isinstance(event, LayerExperts)]).sqrt(),
             exact.s2.sqrt(),
         )
 

@@ -16,8 +16,11 @@ import torch
 
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, Finished, Started
-from griffin_core.engine.scheduler import Limits, Scheduler
-from griffin_core.engine.sessions import Clock, Reservation, Session, State
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.reservation import Reservation
+from griffin_core.engine.scheduler import Scheduler
+from griffin_core.engine.session import Clock, Session, State
+from griffin_core.engine.session_table import SessionTable
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import CapacityExhausted, SessionNotFound
 from griffin_core.kv.budget import Budget
@@ -52,7 +55,7 @@ def kept_bytes(model: Model, tokens: int) -> int:
 def test_a_request_that_cannot_begin_before_its_deadline_is_refused_at_once(
     model: Model,
 ) -> None:
-    with engine(model, own_prefill_tokens=None, limits=Limits(max_sessions=1)) as running:
+    with engine(model, prefill_source=None, limits=Limits(max_sessions=1)) as running:
         complete(running, task(200))  # shows how long a turn takes
         seen = running.snapshot().result(10)
         assert seen.sessions == ()  # and it is noted
@@ -76,7 +79,7 @@ def test_a_request_that_cannot_begin_before_its_deadline_is_refused_at_once(
 
 
 def test_a_deadline_is_no_matter_where_there_is_room(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         complete(running, task(200))
         asked = task(deadline=time.monotonic() + 0.001)
         assert isinstance(finish(submit(running, asked)[1])[1], Finished)
@@ -85,7 +88,7 @@ def test_a_deadline_is_no_matter_where_there_is_room(model: Model) -> None:
 def test_kept_sessions_beyond_the_idle_budget_go_the_longest_idle_first(model: Model) -> None:
     one = kept_bytes(model, 28)
     limits = Limits(idle_bytes=2 * one)
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         kept = [task(keep=True) for _ in range(3)]
         for each in kept:
             assert complete(running, each)[1].kept
@@ -93,19 +96,19 @@ def test_kept_sessions_beyond_the_idle_budget_go_the_longest_idle_first(model: M
         assert left == [each.turn_id for each in kept[1:]]
         again = submit(running, task(continues=kept[0].turn_id))[1].until(Finished)
         assert isinstance(again.error, SessionNotFound)
-        assert "gave way to sessions kept later" in str(again.error)
+        assert "evicted for sessions kept later" in str(again.error)
 
 
 def test_a_session_that_is_larger_than_the_idle_budget_is_not_kept(model: Model) -> None:
     limits = Limits(idle_bytes=kept_bytes(model, 27))
-    with engine(model, own_prefill_tokens=None, limits=limits) as running:
+    with engine(model, prefill_source=None, limits=limits) as running:
         _, finished = complete(running, task(keep=True))
         assert not finished.kept
         assert running.sessions().result(10) == []
 
 
 def test_a_kept_session_holds_no_more_than_its_tokens(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         (first,), _ = complete(running, task(1, density=0.5))
         stopped = GenerateTask(
             prompt=tuple(range(20)),
@@ -135,7 +138,7 @@ def test_a_kept_session_holds_no_more_than_its_tokens(model: Model) -> None:
 def test_a_session_that_is_not_there_says_what_became_of_it(
     how: str, words: str, model: Model
 ) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         first = task(keep=how == "closed", max_tokens=200)
         if how == "cancelled":
             submit(running, first)
@@ -157,7 +160,7 @@ def test_a_small_budget_is_never_exceeded(sharing: str, model: Model) -> None:
     room = 5 * kv_bytes(spec, torch.float32, 120)
     limits = Limits(session_bytes=room, idle_bytes=room, max_queue=6)
     ends: dict[str, int] = {}
-    with engine(model, own_prefill_tokens=None, limits=limits, sharing=sharing) as running:
+    with engine(model, prefill_source=None, limits=limits, sharing=sharing) as running:
         kept: list[str] = []
         waiting: list[Inbox] = []
         for number in range(150):
@@ -231,16 +234,17 @@ def count_instructions(work: Callable[[], object]) -> int:
     return instructions
 
 
-def many_kept(count: int, live: int = 4) -> tuple[Scheduler, Budget]:
+def many_kept(count: int, live: int = 4) -> tuple[Scheduler, SessionTable, Budget]:
     """A scheduler of so many kept sessions of 10 bytes, and some that run."""
     budget = Budget(limit=11 * 10**6, idle_limit=10 * count)
     limits = Limits(session_ttl_s=1e9)
-    scheduler = Scheduler(limits, budget, lambda session: None)
+    table = SessionTable()
+    scheduler = Scheduler(limits, table, budget, lambda session: None)
     for number in range(count + live):
         begin(scheduler, Session(f"session {number}"))
         if number < count:
             scheduler.keep(scheduler.live[0], 10)
-    return scheduler, budget
+    return scheduler, table, budget
 
 
 def begin(scheduler: Scheduler, session: Session) -> None:
@@ -250,10 +254,9 @@ def begin(scheduler: Scheduler, session: Session) -> None:
     assert scheduler.admit() == [session]
 
 
-def turns(scheduler: Scheduler, budget: Budget) -> dict[str, int]:
+def turns(scheduler: Scheduler, table: SessionTable, budget: Budget) -> dict[str, int]:
     """Instructions of each thing that an engine does with its sessions."""
-    kept = scheduler.find("session 2")
-    assert kept is not None
+    kept = table.find("session 2")
     fresh = Session("new")
 
     def whole_life() -> None:
@@ -261,16 +264,16 @@ def turns(scheduler: Scheduler, budget: Budget) -> dict[str, int]:
         scheduler.keep(fresh, 10)  # and the longest idle gives way
 
     def lack_of_memory() -> None:
-        budget.limit = 500 + 10 * (len(scheduler) - 8)
+        budget.limit = 500 + 10 * (len(table) - 8)
         begin(scheduler, Session("another"))
 
     works: dict[str, Callable[[], object]] = {
         "tick": lambda: (scheduler.expire(), scheduler.admit(), scheduler.deadlocked()),
         "due": scheduler.next_expiry_s,
-        "find": lambda: (scheduler.find("session 5"), scheduler.find("nobody")),
+        "find": lambda: (table.find("session 5"), table.closed_reason("nobody")),
         "next turn": lambda: (begin(scheduler, kept), scheduler.keep(kept, 10)),
         "new session": whole_life,
-        "page": lambda: scheduler.page(scheduler.page(0, 2)[-1].number, 2),
+        "page": lambda: table.page(table.page(0, 2)[-1].number, 2),
         "states": scheduler.states,
         "close": lambda: scheduler.drop(kept, "closed"),
         "memory": lack_of_memory,
@@ -291,9 +294,10 @@ def test_running_sums_are_the_sums_after_anything() -> None:
     draw = random.Random(3)
     budget = Budget(limit=1000, idle_limit=400)
     freed: list[Session] = []
-    scheduler = Scheduler(Limits(max_sessions=4, max_queue=6), budget, freed.append)
+    table = SessionTable()
+    scheduler = Scheduler(Limits(max_sessions=4, max_queue=6), table, budget, freed.append)
     for number in range(3000):
-        everyone = list(scheduler)
+        everyone = list(table)
         done = draw.random()
         if done < 0.3 or not everyone:
             session = Session(f"session {number}")
@@ -313,7 +317,7 @@ def test_running_sums_are_the_sums_after_anything() -> None:
         scheduler.admit()
         if stuck := scheduler.deadlocked():
             scheduler.drop(stuck, "it gave way")
-        everyone = list(scheduler)
+        everyone = list(table)
         numbers = [each.number for each in everyone]
         assert numbers == sorted(set(numbers))
         by_state = Counter(each.state for each in everyone)
@@ -332,7 +336,7 @@ def test_running_sums_are_the_sums_after_anything() -> None:
 
 
 def test_pages_are_all_sessions_once_whatever_comes_and_goes_between_them(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         kept = [task(1, prompt=2, keep=True) for _ in range(7)]
         for each in kept:
             complete(running, each)

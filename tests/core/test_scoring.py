@@ -18,7 +18,7 @@ from griffin_core import sparsify
 from griffin_core.engine import look_up
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, Finished, Scored, TokensMade
-from griffin_core.engine.scheduler import Limits
+from griffin_core.engine.limits import Limits
 from griffin_core.engine.scoring import choice_bytes
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import CapacityExhausted, EngineFault, InvalidRequest, NonFiniteLogits
@@ -53,7 +53,7 @@ def model(tiny: Callable[[str], Model]) -> Model:
 
 @pytest.fixture
 def running(model: Model) -> Iterator[Engine]:
-    with engine(model, own_prefill_tokens=None) as made:
+    with engine(model, prefill_source=None) as made:
         yield made
         eventually(lambda: at_baseline(made))
 
@@ -133,7 +133,7 @@ def test_scores_are_those_of_sparsify_in_float64(
     settings = [(density, policy) for density in (0.25, 0.5) for policy in POLICIES]
     tasks = [task(density, mode=mode, policy=policy) for density, policy in settings]
     tasks.append(task(1.0, mode=mode))
-    with engine(tiny(name), own_prefill_tokens=None, limits=Limits(chunk_tokens=40)) as running:
+    with engine(tiny(name), prefill_source=None, limits=Limits(chunk_tokens=40)) as running:
         inboxes = [submit(running, each)[1] for each in tasks]
         results = [finish(inbox)[1] for inbox in inboxes]
     for each, scored in zip(tasks, results, strict=True):
@@ -192,20 +192,20 @@ def test_the_figures_of_a_classification_are_of_the_last_continuations_experts(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_context_that_another_server_reads_gives_the_same(mode: ScoreMode, model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         own = logprobs(complete(running, task(mode=mode))[1])
-    with engine(model, own_prefill_tokens=0) as running:
+    with engine(model, local_prefill_max_tokens=0) as running:
         handed = logprobs(complete(running, task(mode=mode))[1])
         eventually(lambda: at_baseline(running))
     assert handed == own
 
 
 def test_classification_needs_no_view_and_shares_no_set(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None, sharing="shared") as running:
+    with engine(model, prefill_source=None, sharing="shared") as running:
         inboxes = [submit(running, task(prompt=tuple(IDS[n : n + 9])))[1] for n in range(8)]
         shared = [logprobs(finish(inbox)[1]) for inbox in inboxes]
         assert running.snapshot().result(10).views == ()
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         for n, together in enumerate(shared):
             each = task(prompt=tuple(IDS[n : n + 9]))
             close(together, logprobs(complete(running, each)[1]))
@@ -238,7 +238,7 @@ def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) 
         rows.append(len(pieces))
         return whole(*arguments)
 
-    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
     stream = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=40, ignore_eos=True))
     tokens = complete(running, stream)[0]
     beside = submit(running, replace(stream, turn_id=uuid4().hex))[1]
@@ -268,7 +268,7 @@ def test_a_step_holds_a_bounded_number_of_logits(
 
 def test_a_running_score_does_not_hold_up_a_stream(model: Model) -> None:
     """Every step has a token for the stream, and one step's tokens for the scores."""
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         long = task(continuations=(tuple(IDS[:180]),) * 60)
         _, inbox = submit(running, long)
         stream = GenerateTask(prompt=(1,), stopping=StoppingParams(max_tokens=20, ignore_eos=True))
@@ -281,7 +281,7 @@ def test_a_running_score_does_not_hold_up_a_stream(model: Model) -> None:
 
 
 def test_batch_invariant_scores_are_the_same_to_the_bit_in_company(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None, batch_invariant=True) as running:
+    with engine(model, prefill_source=None, batch_invariant=True) as running:
         alone = [logprobs(complete(running, many(number))[1]) for number in range(12)]
         inboxes = [submit(running, many(number))[1] for number in range(12)]
         assert [logprobs(finish(inbox)[1]) for inbox in inboxes] == alone
@@ -373,7 +373,7 @@ def test_a_step_that_fails_once_is_run_again_from_where_it_was(
             raise MemoryError("no memory, this once")
         return whole(*arguments, **named)
 
-    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
     monkeypatch.setattr(owner, name, sometimes)
     busy = Busy(running)  # so that they run together
     inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for each in tasks]
@@ -396,7 +396,7 @@ def test_a_score_that_is_cancelled_midway_leaves_nothing(
         seen.append(pieces)
         return whole(*arguments)
 
-    monkeypatch.setattr("griffin_core.engine.loop.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
     for steps in (1, 2, 9):
         seen.clear()
         each = task(mode=mode, continuations=(tuple(IDS[:100]),) * 50)
@@ -411,12 +411,12 @@ def test_what_a_classification_holds_is_what_it_reserves(model: Model) -> None:
     each = task(continuations=CONTINUATIONS)
     spec = model.decoder.spec
     size = kv_bytes(spec, torch.float32, each.run_tokens) + choice_bytes(model.decoder)
-    with engine(model, own_prefill_tokens=None, limits=Limits(session_bytes=size)) as running:
+    with engine(model, prefill_source=None, limits=Limits(session_bytes=size)) as running:
         inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for _ in range(4)]
         assert all(isinstance(finish(inbox)[1], Scored) for inbox in inboxes)
         assert running.peak_bytes == size
         eventually(lambda: at_baseline(running) and running.held_bytes == 0)
-    with engine(model, own_prefill_tokens=None, limits=Limits(session_bytes=size - 1)) as running:
+    with engine(model, prefill_source=None, limits=Limits(session_bytes=size - 1)) as running:
         refused = submit(running, each)[1].until(Scored)
         assert isinstance(refused, Failed) and isinstance(refused.error, CapacityExhausted)
 
@@ -431,7 +431,7 @@ def test_what_a_classification_holds_is_what_it_reserves(model: Model) -> None:
         ({"prompt": ()}, "context: got no tokens"),
         ({"continuations": ()}, "continuations: got 0 of them; allowed: 1 to 256"),
         ({"continuations": ((1,),) * 257}, "continuations: got 257 of them; allowed: 1 to 256"),
-        ({"continuations": ((1,), ())}, "b: got no tokens behind the context"),
+        ({"continuations": ((1,), ())}, "b: got no tokens after the context"),
         ({"continuations": ((1,), (2, 260))}, r"b\[1\]: got 260; allowed: \[0, 260\)"),
         ({"continuations": ((1,), (2,) * 241)}, "b: got 258 tokens with the context; allowed: at"),
     ],

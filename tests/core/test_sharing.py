@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from griffin_core.engine import expert_groups as sharing
+from griffin_core.engine import expert_group as sharing
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished, Started
-from griffin_core.engine.sessions import Sharing
 from griffin_core.engine.snapshot import SessionSnapshot
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import Sharing
 from tests.core.engines import Inbox, complete, engine, finish, submit
 from tests.servers import eventually
 
@@ -29,7 +29,7 @@ def model(tiny: Callable[[str], Model]) -> Model:
 
 @pytest.fixture
 def running(model: Model) -> Iterator[Engine]:
-    with engine(model, own_prefill_tokens=None) as started:
+    with engine(model, prefill_source=None) as started:
         yield started
 
 

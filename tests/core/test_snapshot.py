@@ -10,17 +10,15 @@ import torch
 
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished, Started, TokensMade
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import State
-from griffin_core.engine.task import GenerateTask, PruningParams
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.session import State
+from griffin_core.engine.task import GenerateTask, PrefillTask, PruningParams
 from griffin_core.errors import EngineStopped
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerKv
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from tests.core.engines import Busy, Inbox, complete, engine, submit
+from tests.core.engines import Busy, ByHand, Inbox, complete, engine, prefilled, submit
 from tests.servers import eventually
 
 
@@ -49,7 +47,7 @@ def test_an_engine_that_was_not_asked_for_anything_holds_nothing(model: Model) -
         held = running.snapshot().result(10)
     assert (held.sessions, held.turns, held.handoffs, held.views) == ((), {}, (), ())
     assert (held.scheduler.live, held.scheduler.waiting, held.scheduler.idle) == ((), (), ())
-    assert (held.prefills.queued, held.prefills.begun, held.prefills.holding_cache) == (0, 0, 0)
+    assert (held.prefills.queued, held.prefills.begun, held.prefills.owning_cache) == (0, 0, 0)
     assert (held.nbytes.limit, held.nbytes.idle_limit) == (1 << 20, 1 << 10)
     assert (held.nbytes.held, held.nbytes.peak, held.nbytes.views) == (0, 0, 0)
     assert sorted(held.free_slots) == [0, 1, 2] and not held.slots_in_use
@@ -59,7 +57,7 @@ def test_an_engine_that_was_not_asked_for_anything_holds_nothing(model: Model) -
 
 
 def test_sessions_are_told_apart_by_where_they_are(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None, limits=Limits(max_sessions=1)) as running:
+    with engine(model, prefill_source=None, limits=Limits(max_sessions=1)) as running:
         kept, live, queued = task(2, keep=True), task(), task()
         complete(running, kept)
         paused(running, live)
@@ -91,7 +89,7 @@ def test_sessions_are_told_apart_by_where_they_are(model: Model) -> None:
 
 
 def test_a_kept_session_holds_nothing_of_its_turn(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         kept = task(2, keep=True, pruning=PruningParams(density=0.5))
         made, _ = complete(running, kept)
         (plain,) = running.snapshot().result(10).sessions
@@ -107,7 +105,7 @@ def test_a_kept_session_holds_nothing_of_its_turn(model: Model) -> None:
 
 
 def test_what_sessions_run_on_is_told(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         dense = task()
         shared = [
             task(prompt=(n, 7, 9), pruning=PruningParams(density=0.5, sharing="shared"))
@@ -144,7 +142,7 @@ def test_what_sessions_run_on_is_told(model: Model) -> None:
 
 
 def test_slots_hold_something_while_a_request_is_not_plain(model: Model) -> None:
-    with engine(model, own_prefill_tokens=None) as running:
+    with engine(model, prefill_source=None) as running:
         _, inbox = submit(running, task(sampling=SamplingParams(temperature=1.0)))
         inbox.until(TokensMade)
         held = running.snapshot().result(10)
@@ -154,12 +152,12 @@ def test_slots_hold_something_while_a_request_is_not_plain(model: Model) -> None
 
 
 def test_a_handoff_under_way_says_what_has_come(model: Model) -> None:
-    with engine(model) as running:
-        asked, prefilled = task(), Inbox()
+    source = ByHand()
+    with engine(model, prefill_source=source) as running:
+        asked = task()
         submit(running, asked)
-        prefill = PrefillTask(token_ids=asked.prompt, selection=Selection(density=1.0))
-        running.prefill(prefill, prefilled)
-        running.intake(asked.turn_id, prefilled.until(LayerKv))
+        begun = source.next()
+        begun.receiver.receive(prefilled(running, begun.task)[0])
         (handoff,) = running.snapshot().result(10).handoffs
     assert (handoff.turn_id, handoff.tokens, handoff.received) == (asked.turn_id, 9, (9, 0, 0))
 
@@ -171,7 +169,7 @@ def test_prefills_are_counted_by_what_they_hold(model: Model) -> None:
         prefill = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
         running.prefill(prefill, inbox)
         prefills = running.snapshot().result(10).prefills
-        assert (prefills.queued, prefills.begun, prefills.holding_cache) == (1, 0, 0)
+        assert (prefills.queued, prefills.begun, prefills.owning_cache) == (1, 0, 0)
 
 
 def test_a_snapshot_is_taken_between_two_steps_and_never_after_the_end(model: Model) -> None:

@@ -14,10 +14,11 @@ import torch
 
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Admitted, Failed, Finished, TokensMade
-from griffin_core.engine.loop import Decoding
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import State
+from griffin_core.engine.limits import Limits
+from griffin_core.engine.loop import EngineLoop
+from griffin_core.engine.session import State
 from griffin_core.engine.snapshot import EngineSnapshot
+from griffin_core.engine.take_snapshot import take_snapshot
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import SessionClosed, SessionNotFound
 from griffin_core.experts.selection import POLICIES, Selection
@@ -26,7 +27,7 @@ from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.sampling.stopping import StoppingParams
-from tests.core.engines import Inbox, engine, hand_over, submit
+from tests.core.engines import Loopback, engine, submit
 from tests.core.pieces import Pieces
 from tests.core.test_scheduler import kept_bytes
 
@@ -116,7 +117,7 @@ def conversation(model: Model, draw: random.Random, **options: Any) -> list[tupl
     """Some turns of one session, and what each makes alone on an engine of its own."""
     turns: list[tuple[Any, Made]] = []
     session_id = None
-    with engine(model, own_prefill_tokens=None, **options) as running:
+    with engine(model, prefill_source=None, **options) as running:
         for _ in range(draw.randint(1, 4)):
             asked, made = random_turn(draw), Made()
             task = GenerateTask(**asked, keep=True, continues=session_id)
@@ -180,7 +181,6 @@ class Talk:
         self._made = Made()
         self._turn_id, self._inbox = submit(self._running, task)
         self._session_id = self._session_id or self._turn_id
-        self._task = task
 
     def go_on(self) -> bool:
         """Takes the next event, if there is one. False once the conversation is over."""
@@ -188,10 +188,6 @@ class Talk:
             event = self._inbox.events.get(timeout=0.001)
         except queue.Empty:  # others may be what it waits for
             return True
-        if isinstance(event, Admitted) and event.handoff is not None:
-            again = Inbox()
-            again.put(event)
-            hand_over(self._running, self._task, again)
         self._made.take(event)
         last = self._next == len(self._turns) - 1
         if last and self._trouble == "cancel" and isinstance(event, TokensMade):
@@ -219,36 +215,39 @@ class Talk:
 
 
 @pytest.mark.parametrize("count", CONVERSATIONS)
-@pytest.mark.parametrize("own_prefill_tokens", [None, 0])
+@pytest.mark.parametrize("local_prefill_max_tokens", [None, 0])
 @pytest.mark.parametrize(("overlap", "batch_invariant"), [(True, False), (False, True)])
 def test_conversations_in_a_crowd_are_what_they_are_alone(
     overlap: bool,
     batch_invariant: bool,
-    own_prefill_tokens: int | None,
+    local_prefill_max_tokens: int | None,
     count: int,
     model: Model,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    draw = random.Random(f"{overlap} {own_prefill_tokens}")
+    draw = random.Random(f"{overlap} {local_prefill_max_tokens}")
     how = {"selection": Selection(density=0.5), "batch_invariant": batch_invariant}
     planned = [conversation(model, draw, **how) for _ in range(count)]
     room = 5 * kv_bytes(model.decoder.spec, torch.float32, 256)
     limits = Limits(max_sessions=5, session_bytes=room, idle_bytes=room, max_queue=100)
+    source = Loopback()
     crowd = Engine(
         model,
         limits=limits,
         sharing="private",
         overlap=overlap,
-        own_prefill_tokens=own_prefill_tokens,
+        prefill_source=source,
+        local_prefill_max_tokens=local_prefill_max_tokens,
         **how,
     )
+    source.reader = crowd
     wrong: list[AssertionError] = []
-    step, sample = Decoding.step, Sampler.sample
+    step, sample = EngineLoop.step, Sampler.sample
 
-    def checked_step(decoding: Decoding) -> None:
-        step(decoding)  # which ends a turn of the engine
+    def checked_step(loop: EngineLoop) -> None:
+        step(loop)  # which ends a turn of the engine
         try:
-            check_books(decoding.snapshot(), limits, model)
+            check_books(take_snapshot(loop.parts), limits, model)
         except AssertionError as error:
             wrong.append(error)
 
@@ -258,7 +257,7 @@ def test_conversations_in_a_crowd_are_what_they_are_alone(
             raise RuntimeError("several rows")
         return sample(self, logits, *more)
 
-    monkeypatch.setattr(Decoding, "step", checked_step)
+    monkeypatch.setattr(EngineLoop, "step", checked_step)
     monkeypatch.setattr(Sampler, "sample", failing_sample)
     crowd.start()
     compared: list[tuple[Made, Made]] = []

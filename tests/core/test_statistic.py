@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.statistic import group_score, relative, s2_of
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from tests.tiny import FAMILIES, VOCABULARY
 
@@ -87,7 +90,7 @@ def test_prefill_takes_it_of_transformers_activations_left_padding_left_out(
         layers = [event for event in events if isinstance(event, LayerExperts)]
         for layer, padded_z in zip(layers, seen, strict=True):
             z = padded_z.view(2, 17, -1)[row][mask[row].bool()]
-            torch.testing.assert_close(layer.s.double(), paper_s(z), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.s2.double().sqrt(), paper_s(z), rtol=1e-4, atol=1e-5)
 
 
 def test_group_score_is_sum_of_s_over_root_of_length() -> None:

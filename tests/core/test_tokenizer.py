@@ -296,7 +296,7 @@ def test_tokenizing_does_not_stop_other_threads() -> None:
             "is not a",
         ),
         ("tokenizer_config.json", "{", "tokenizer_config.json: cannot be read"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: is no JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: is not a JSON object"),
         ("tokenizer.json", None, "the model has no tokenizer.json"),
     ],
 )

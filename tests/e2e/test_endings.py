@@ -21,7 +21,9 @@ from griffin_client import (
     Tokens,
     Unavailable,
 )
-from griffin_core.forward.prefill import Prompt
+from griffin_core.forward.prompt import (
+    Prompt,
+)
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.load import Model
 from tests.e2e.test_load import PROMPT, in_handoff, prefill_command

@@ -92,7 +92,7 @@ def split() -> Iterator[GriffinClient]:
         Process("--role", "prefill", *common) as prefill,
         Process(
             *("--role", "decode", "--prefill-target", prefill.target()),
-            *("--own-prefill-tokens", "0"),
+            *("--local-prefill-max-tokens", "0"),
             *common,
         ) as decode,
         GriffinClient(decode.target()) as client,

@@ -92,7 +92,9 @@ def stub(
         else:
             prefill = started.enter_context(Process("--role", "prefill", *common))
             pulls = ("--role", "decode", "--prefill-target", prefill.target(within_s=LOADING_S))
-            server = started.enter_context(Process(*pulls, "--own-prefill-tokens", "0", *common))
+            server = started.enter_context(
+                Process(*pulls, "--local-prefill-max-tokens", "0", *common)
+            )
         channel = started.enter_context(grpc.insecure_channel(server.target(within_s=LOADING_S)))
         yield generation_pb2_grpc.GenerationServiceStub(channel)
 

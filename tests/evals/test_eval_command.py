@@ -254,7 +254,7 @@ def test_a_report_is_made_again_from_the_cells_alone(
         (["--out", "OUT", "--data", "DATA", "--tokenizer", "a"], 2, "without --target"),
         (["--out", "OUT", "--data", "DATA", "--tasks", "sudoku"], 1, "got 'sudoku'; allowed with"),
         (["--out", "OUT", "--data", "DATA", "--tasks", "human_eval"], 1, "allowed with --run-code"),
-        (["--out", "OUT", "--data", "EMPTY"], 1, "found no file of a task"),
+        (["--out", "OUT", "--data", "EMPTY"], 1, "found no file for a task"),
         (["--out", "OUT", "--tasks", "xsum"], 1, "no such task; give --data DIR with a file xsum*"),
         (["--report", "EMPTY"], 1, "holds no cells"),
         (["--out", "OUT", "--data", "DATA", "--model", "./none"], 1, "./none"),

@@ -60,7 +60,7 @@ def test_a_process_that_is_killed_loses_nothing_that_it_has_put(tmp_path: Path) 
 def test_a_line_in_the_middle_that_is_none_of_a_journal_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text('{"key": "a", "value": 1}\n{"key": "b"}\n{"key": "c", "value": 3}\n')
-    with pytest.raises(JournalError, match=r"run\.jsonl:2: is no line of a journal"):
+    with pytest.raises(JournalError, match=r"run\.jsonl:2: is not a line of a journal"):
         Journal(path)
 
 
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_journal_is_refused_and_left_as_it_was(
 ) -> None:
     path = tmp_path / "results.json"
     path.write_text(content + end)
-    with pytest.raises(JournalError, match=r"results\.json:1: is no line of a journal"):
+    with pytest.raises(JournalError, match=r"results\.json:1: is not a line of a journal"):
         Journal(path)
     assert path.read_text() == content + end
 

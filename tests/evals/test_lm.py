@@ -322,7 +322,7 @@ def test_chats_are_rendered_as_hf_does(
     assert lm.apply_chat_template(begun, False) == theirs.apply_chat_template(begun, False)
     assert lm.chat_template(True) == theirs.chat_template(True)
     assert lm.tokenizer_name.startswith("llama-")
-    with pytest.raises(RequestRefused, match="name it: tokenizer=NAME"):
+    with pytest.raises(RequestRefused, match="set tokenizer=NAME"):
         over_server.apply_chat_template(chat)
 
 

@@ -233,7 +233,7 @@ def test_what_could_not_be_written_whole_leaves_nothing(
 @pytest.mark.parametrize("content", ["{", "[]", '{"identity": {"setting": {}}, "measures": []}'])
 def test_a_damaged_cell_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text(content)
-    with pytest.raises(EvaluationError, match=r"broken.json: is no cell"):
+    with pytest.raises(EvaluationError, match=r"broken.json: is not a cell"):
         Cells(tmp_path).all()
 
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from griffin_evals.study import __main__ as command
 from griffin_evals.study import corpus as texts_of
@@ -256,7 +259,7 @@ def test_reading_gives_the_statistic_and_experts_of_a_prefill(
     cache = decoder.new_cache(len(ids))
     spans = [reading.read(decoder, part, cache, watch=True) for part in (ids[:7], ids[7:])]
     s2 = spans[0].s2 + spans[1].s2
-    assert torch.allclose(s2.sqrt(), torch.stack([layer.s for layer in layers]), atol=1e-5)
+    assert torch.allclose(s2, torch.stack([layer.s2 for layer in layers]), atol=1e-5)
     chosen = reading.choose(decoder, s2, selection)
     assert torch.equal(chosen, torch.stack([layer.experts for layer in layers]))
     own = spans[1].activations[2].square().sum(dim=0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from griffin_core.engine.scheduler import Limits
-from griffin_core.engine.sessions import Sharing
+from griffin_core.engine.limits import Limits
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.load import load_model
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import Sharing
 from tests.core.engines import at_baseline, complete, engine, finish, submit
 from tests.gpu.devices import needs_cuda
 from tests.servers import eventually
@@ -62,7 +64,7 @@ def test_many_sessions_of_other_lengths_come_and_go(sharing: Sharing, tmp_path: 
     model = load_model(
         str(make_tiny("llama", tmp_path / "llama")), dtype=torch.bfloat16, device="cuda"
     )
-    with engine(model, own_prefill_tokens=None, limits=Limits(max_sessions=9)) as running:
+    with engine(model, prefill_source=None, limits=Limits(max_sessions=9)) as running:
         running.sessions().result(100)  # kernels are compiled first
         inboxes = [
             submit(running, task((0.5, 0.25, 1.0)[number % 3], 2 + number, 10 + number, sharing))[1]
@@ -71,3 +73,19 @@ def test_many_sessions_of_other_lengths_come_and_go(sharing: Sharing, tmp_path: 
         ends = [finish(inbox) for inbox in inboxes]
         assert [len(tokens) for tokens, _ in ends] == list(range(10, 40))
         eventually(lambda: at_baseline(running))
+
+
+def test_a_gpu_needs_no_compiler_for_cpus(tmp_path: Path) -> None:
+    where = make_tiny("llama", tmp_path / "llama")
+    program = f"""
+import sys
+import torch
+from griffin_core import LLM
+with LLM({str(where)!r}, dtype="bfloat16", device="cuda", density=0.5) as llm:
+    llm.generate([[1, 2, 3]])
+sys.exit(sorted({{"numba", "llvmlite"}} & set(sys.modules)) or 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

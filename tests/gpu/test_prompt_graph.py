@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import Part, Prompt, PromptRead, launch
+from griffin_core.forward.prefill import PromptRead, launch
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.model.load import load_model
 from tests.gpu.devices import needs_cuda
 from tests.tiny import FAMILIES, make_tiny

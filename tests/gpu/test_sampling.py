@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from griffin_core.backends.cpu.sampling import CpuSlots
+from griffin_core.backends.cpu.sampler_slots import (
+    CpuSlots,
+)
 from griffin_core.sampling.params import LARGEST_SEED, SamplingParams
 from tests.gpu.devices import DEVICE, INTERPRETED, needs_cuda, needs_triton
 from tests.reference_sampler import chi_square, probabilities
@@ -26,7 +28,9 @@ if DEVICE is not None:
     import triton
     import triton.language as tl
 
-    from griffin_core.backends.cuda.sampling import CudaSlots
+    from griffin_core.backends.cuda.sampler_slots import (
+        CudaSlots,
+    )
 
 VOCABULARY = 2500 if INTERPRETED else 128_256
 DRAWS = 8 if INTERPRETED else 20_000

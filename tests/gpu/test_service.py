@@ -9,7 +9,9 @@ import torch
 
 from griffin_client import Finished, GriffinClient, Tokens
 from griffin_core.engine.task import ScoreTask
-from griffin_core.forward.prefill import LayerKv
+from griffin_core.forward.events import (
+    LayerKv,
+)
 from griffin_core.model.load import Model, load_model
 from griffin_server.transfer import cuda_ipc, messages, shared_memory
 from tests.core.engines import complete, engine

@@ -151,15 +151,18 @@ def masked(decoder: Decoder, experts: ExpertSet | None) -> View:
 def sets_of(kind: str, decoder: Decoder) -> list[ExpertSet | None]:
     """Of three sessions; the same object where they share it."""
     width = decoder.spec.ff_width
+    # A norm after the FF makes an output that is nearly zero as large as any other: of one neuron
+    # alone, float16 may then give even another sign.
+    few = 8 if decoder.spec.sandwich_norms else 1
     match kind:
         case "dense":
             return [None] * 3
         case "shared":
             return [random_set(decoder, 44)] * 3
         case "mixed":
-            return [random_set(decoder, 44), random_set(decoder, 1), None]
+            return [random_set(decoder, 44), random_set(decoder, few), None]
         case _:
-            return [random_set(decoder, k) for k in (44, 1, width - 1)]
+            return [random_set(decoder, k) for k in (44, few, width - 1)]
 
 
 def by_set(

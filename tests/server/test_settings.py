@@ -133,3 +133,16 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     path.write_text("density = \n")
     with pytest.raises(ValueError, match="line 1"):
         load_settings(["--config", str(path)])
+
+
+def test_the_old_name_of_a_setting_still_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_settings(["--own-prefill-tokens", "7"]).local_prefill_max_tokens == 7
+    both = ["--own-prefill-tokens", "7", "--local-prefill-max-tokens", "8"]
+    assert load_settings(both).local_prefill_max_tokens == 8
+    path = tmp_path / "griffin.toml"
+    path.write_text("own_prefill_tokens = 9")
+    assert load_settings(["--config", str(path)]).local_prefill_max_tokens == 9
+    monkeypatch.setenv("GRIFFIN_OWN_PREFILL_TOKENS", "10")
+    assert load_settings([]).local_prefill_max_tokens == 10

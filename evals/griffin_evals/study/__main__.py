@@ -79,8 +79,8 @@ def run(
     """Measures the parts that are missing, then writes the page once none is.
 
     Args:
-        parts: of ``PARTS``.
-        out: where the figures of the parts are kept.
+        parts: names in ``PARTS``.
+        out: the folder for the figures of the parts.
         docs: where STUDY.md, and study/ with pictures and all figures, are written.
     """
     long = load_long(corpus)

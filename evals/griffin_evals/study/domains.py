@@ -38,8 +38,8 @@ def summarize(pairs: Floats, groups: list[int], names: list[str]) -> dict[str, A
 
     Args:
         pairs: [texts, texts, L], the similarity of each pair of texts in each layer.
-        groups: of each text, its domain's index.
-        names: of the domains.
+        groups: the index of each text's domain.
+        names: the names of the domains.
 
     Returns:
         None for each figure that has no pair, such as those within domains of a single text.

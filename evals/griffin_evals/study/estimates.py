@@ -23,7 +23,7 @@ class Estimate:
     """A mean over independent units, which are texts unless said otherwise.
 
     Args:
-        mean: in the unit of what was measured.
+        mean: the mean, in the unit of the measured values.
         se: its standard error; None if it is not known, as with a single unit.
         n: number of units.
     """
@@ -42,7 +42,7 @@ class Estimate:
         return float("inf") if self.se is None else self.mean + ERRORS * self.se
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object, rounded to five significant digits."""
+        """Returns a JSON object, with numbers rounded to five significant digits."""
         se = None if self.se is None else rounded(self.se)
         return {"mean": rounded(self.mean), "se": se, "n": self.n}
 
@@ -103,7 +103,7 @@ def bootstrap(
     """A statistic of texts, and its standard error by resampling whole texts within their groups.
 
     Args:
-        groups: of each text, the number of its group.
+        groups: the group number of each text.
         statistic: indices of texts (some more than once) -> values of any fixed shape.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What every part of the study is given: a model, texts as its token ids, and sizes."""
+"""The input of every part of the study: a model, texts as token ids, and sizes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Lab:
-    """A model and what is measured on it.
+    """A model and the texts that are measured on it.
 
     Args:
-        model: in float32.
+        model: the model in float32.
         texts: the same number from each domain, each of ``sizes.text_tokens`` tokens.
         domain_texts: ``texts``, and for a model of a large vocabulary those that other parts leave
             out: the domains part takes little time and needs several texts of each.
         long_texts: each of ``long_tokens`` + ``sizes.follow_tokens`` + 1 tokens.
-        long_tokens: of the longest prefix, as ``sizes`` say or as the model's context allows.
+        long_tokens: the tokens of the longest prefix, from ``sizes`` or limited by the model's
+            context.
         timed: returns the model in the dtype that a server uses, for the timing.
         progress: is called with lines that report progress.
     """

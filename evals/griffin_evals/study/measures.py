@@ -45,7 +45,7 @@ def agreement(own: Tensor, experts: Tensor) -> float:
 
 
 def norm_mass(s2: Tensor, experts: Tensor) -> Tensor:
-    """For each layer the share of the statistic s2 [L, F] that experts [L, K] hold: [L]."""
+    """Returns the share of each layer's statistic s2 [L, F] that experts [L, K] hold: [L]."""
     return s2.gather(1, experts.long()).sum(dim=1) / s2.sum(dim=1)
 
 
@@ -87,7 +87,8 @@ def same_first_choice(dense: Tensor, slim: Tensor) -> Tensor:
 
 
 def negative_log_likelihood(logprobs: Tensor, targets: Sequence[int]) -> Tensor:
-    """In nats, of the token that follows each row of log-probabilities [T, V]: [T]."""
+    """Returns the negative log-likelihood, in nats, of the token that follows each row of
+    log-probabilities [T, V]: [T]."""
     index = torch.tensor(list(targets), device=logprobs.device)
     return -logprobs.gather(1, index[:, None])[:, 0]
 

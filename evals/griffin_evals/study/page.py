@@ -445,7 +445,7 @@ def _speed(tradeoff: Figures, density: float) -> Figures:
 
 
 def _gain(speed: Figures) -> Estimate:
-    """How many more tokens per second than dense, as a share of the dense rate."""
+    """Returns the gain in tokens per second over dense, as a share of the dense rate."""
     ratio = of(speed["speedup"])
     return Estimate(mean=ratio.mean - 1, se=ratio.se, n=ratio.n)
 

@@ -15,7 +15,7 @@ from griffin_evals.study.reading import choose, forced, logprobs_of, on_experts,
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """For short and long texts: KL to dense of the continuation, and the share of the
+    """Measures, for short and long texts, the KL to dense of the continuation, and the share of the
     continuation's own experts that the first n tokens choose."""
     figures = {"short": _of_texts(lab, lab.texts, lab.sizes.prompt_tokens, "prefix")}
     if lab.long_texts:

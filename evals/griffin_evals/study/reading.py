@@ -12,7 +12,15 @@ from griffin_core.backends.base import RunFF
 from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import LayerActivations, LayerKv, Part, Prompt, launch
+from griffin_core.forward.events import (
+    LayerActivations,
+    LayerKv,
+)
+from griffin_core.forward.prefill import launch
+from griffin_core.forward.prompt import (
+    Part,
+    Prompt,
+)
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model

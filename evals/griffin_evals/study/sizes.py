@@ -1,4 +1,4 @@
-"""How much a study measures: the number of texts of a domain, and constants."""
+"""The sizes of a study: numbers of texts and tokens, and constants."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Sizes:
     """Numbers of texts and tokens.
 
     Args:
-        texts: of each domain.
+        texts: the number of texts of each domain.
         prompt_tokens: tokens of a text that choose the experts.
         continuation_tokens: tokens after the prompt that are teacher-forced.
-        long_texts: most long texts.
-        long_tokens: of the longest prefix of a long text.
-        follow_tokens: after that prefix, and the window of the drift part.
-        generated_tokens: of each completion in the drift part.
-        speed_rounds: repetitions of the timing.
-        speed_steps: decode steps of each repetition.
+        long_texts: the most long texts.
+        long_tokens: the tokens of the longest prefix of a long text.
+        follow_tokens: the tokens after that prefix, and the window of the drift part.
+        generated_tokens: the tokens of each completion in the drift part.
+        speed_rounds: the repetitions of the timing.
+        speed_steps: the decode steps of each repetition.
 
     Raises:
         ValueError: a number is below 1.

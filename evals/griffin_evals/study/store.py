@@ -18,8 +18,9 @@ class Store:
     """The figures of a model's parts in a folder, a JSON file each.
 
     Args:
-        folder: made if need be.
-        settings: what the figures depend on; those of other settings count as missing.
+        folder: created if it does not exist.
+        settings: the settings that the figures depend on; figures of other settings count as
+            missing.
     """
 
     def __init__(self, folder: Path, settings: Figures) -> None:
@@ -44,7 +45,7 @@ class Store:
 
 
 def settings_of(lab: Lab) -> Figures:
-    """What the figures of a lab depend on, except the code that makes them."""
+    """Returns the settings that the figures of a lab depend on, except the code."""
     every = (*lab.domain_texts, *lab.long_texts)
     texts = [(text.domain, text.name, text.token_ids) for text in every]
     return {

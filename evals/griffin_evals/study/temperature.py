@@ -24,8 +24,8 @@ TEXT = "text"
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Of completions by temperature, and of the text's own continuation: the share of their experts
-    that are the prompt's, the norm mass that these hold, and the KL to dense on them."""
+    """Measures completions by temperature, and the text's own continuation: the share of their
+    experts that are the prompt's, the norm mass that these hold, and the KL to dense on them."""
     kinds = [str(temperature) for temperature in TEMPERATURES]
     found: dict[str, dict[str, list[float]]] = {
         kind: {measured: [] for measured in MEASURES} for kind in (*kinds, TEXT)

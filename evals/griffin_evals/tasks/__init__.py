@@ -1,4 +1,4 @@
-"""The tasks of ``griffin eval`` over local files, and where lm-eval has its own."""
+"""The tasks of ``griffin eval`` over local files, and the matching tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Task:
     """A task over a local file.
 
     Args:
-        name: also how its file's name begins.
+        name: its name, with which its file's name begins too.
         kind: "choices", "continuation" and "generation" are run on JSON lines; "program" too, whose
             answers are run; "text" on a text file.
-        rows: the layouts of a line that are understood.
+        rows: the supported layouts of a line.
         metrics: the first is the task's score.
         hub: lm-eval's own task, for runs without a local file.
         values: makes a document's values of the model's answers; None for those of a program.
-        until: ends a generated answer, beside the end token.
-        max_tokens: most tokens of a generated answer.
+        until: strings that end a generated answer, in addition to the end token.
+        max_tokens: the most tokens of a generated answer.
     """
 
     name: str
@@ -181,12 +181,12 @@ TASKS: tuple[Task, ...] = (
 
 
 def squeezed(name: str) -> str:
-    """A name in the form in which names are compared: lower case, without punctuation."""
+    """Normalizes a name for comparison: lower case, without punctuation."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def task_named(name: str) -> Task | None:
-    """The task of that name or alias, or None."""
+    """Returns the task with that name or alias, or None."""
     wanted = squeezed(name)
     for task in TASKS:
         if wanted in map(squeezed, (task.name, *task.aliases)):
@@ -195,7 +195,7 @@ def task_named(name: str) -> Task | None:
 
 
 def local_task(name: str) -> Task:
-    """As ``task_named``, but raises.
+    """Does the same as ``task_named``, but raises if there is no such task.
 
     Raises:
         EvaluationError: there is none.
@@ -207,7 +207,7 @@ def local_task(name: str) -> Task:
 
 
 def hub_name(name: str) -> str:
-    """What lm-eval calls a task.
+    """Returns lm-eval's name of a task.
 
     Raises:
         EvaluationError: it has none of that name.

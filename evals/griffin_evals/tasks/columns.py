@@ -1,4 +1,4 @@
-"""The columns of data files: a class for each layout checks a line and makes a document of it.
+"""The columns of data files: a class for each layout checks a line and turns it into a document.
 
 A task runs on documents, which do not depend on the layout of the file:
 
@@ -37,7 +37,7 @@ def _not_blank(text: str) -> str:
 
 
 def _whole_number(value: object) -> object:
-    """A label as an integer: some data sets have strings of digits."""
+    """Converts a label to an integer: some data sets have strings of digits."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+", value) else value
 
 
@@ -50,24 +50,24 @@ class Row(BaseModel):
     """One line of a file. Columns that a layout does not name are ignored.
 
     Attributes:
-        examples: how many first lines are shown, solved, before every other line. They are not
-            evaluated themselves.
+        examples: the number of first lines that are shown, solved, before every other line. They
+            are not evaluated themselves.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     examples: ClassVar[int] = 0
 
     def document(self, examples: Sequence[Self]) -> Document:
-        """The document to evaluate, after these solved examples."""
+        """Returns the document to evaluate, after these solved examples."""
         raise NotImplementedError
 
     def documents(self, examples: Sequence[Self]) -> list[Document]:
-        """As ``document``, for lines that hold several."""
+        """Does the same as ``document`` for lines that hold several documents."""
         return [self.document(examples)]
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
-        """The names of the columns that a line must have."""
+        """Returns the names of the columns that a line must have."""
         return tuple(name for name, field in cls.model_fields.items() if field.is_required())
 
 
@@ -99,7 +99,7 @@ class Choices(Row):
 
 
 class QuestionChoices(Choices):
-    """As ``Choices``, with ``Answer:`` after the query."""
+    """The same as ``Choices``, with ``Answer:`` after the query."""
 
     ending: ClassVar[str] = "\nAnswer:"
 
@@ -170,7 +170,7 @@ class _ArcChoices(BaseModel):
 class Arc(Row):
     question: Text
     choices: _ArcChoices
-    answerKey: Text  # the hub's name
+    answerKey: Text  # its name on the hub
 
     @field_validator("answerKey")
     @classmethod

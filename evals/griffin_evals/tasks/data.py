@@ -18,7 +18,7 @@ from griffin_evals.tasks.errors import BadDataFile
 from griffin_evals.tasks.windows import CONTEXT_WORDS, SCORED_WORDS, plain, windows
 
 MOST_SHOWN = 80
-"""Characters of a wrong value that a message shows."""
+"""The most characters of a wrong value that a message shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class LocalData:
 
     Args:
         documents: at least one; see ``columns``.
-        text: of a text file, all of it, plain.
+        text: the plain text of a text file.
     """
 
     documents: Sequence[Document]
@@ -35,7 +35,7 @@ class LocalData:
 
 
 def files_of(task: Task, directory: Path) -> list[Path]:
-    """The files of a directory whose name begins with the task's name or an alias."""
+    """Returns the files of a directory whose names begin with the task's name or an alias."""
     names = tuple(map(squeezed, (task.name, *task.aliases)))
     return sorted(
         path
@@ -45,7 +45,7 @@ def files_of(task: Task, directory: Path) -> list[Path]:
 
 
 def file_of(task: Task, directory: Path) -> Path:
-    """The only file of ``files_of``.
+    """Returns the only file of ``files_of``.
 
     Raises:
         BadDataFile: there is none, or several.
@@ -103,7 +103,7 @@ def _rows(task: Task, path: Path, data: bytes) -> list[Row]:
             json.dumps(
                 value, ensure_ascii=False
             ).encode()  # refuses lone surrogates, such as \ud800
-        except (ValueError, RecursionError) as error:  # also for numbers of too many digits
+        except (ValueError, RecursionError) as error:  # also for numbers with too many digits
             raise BadDataFile(
                 f"{where}: found {_shown(line.decode())}; allowed: one JSON object a line ({error})"
             ) from error
@@ -117,7 +117,7 @@ def _rows(task: Task, path: Path, data: bytes) -> list[Row]:
 
 
 def _layout(task: Task, first: Mapping[str, Any], where: str) -> type[Row]:
-    """The layout whose columns the first line has."""
+    """Returns the layout whose columns the first line has."""
     for row in task.rows:
         if set(row.columns()) <= first.keys():
             return row

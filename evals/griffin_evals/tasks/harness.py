@@ -38,8 +38,8 @@ class Runnable:
     """A task that lm-eval can run.
 
     Args:
-        name: as in cells and tables.
-        content: digest of everything that its figures depend on, the model aside.
+        name: its name in cells and tables.
+        content: a digest of everything that its figures depend on, except the model.
         task: lm-eval's object.
         metrics: the measures taken from its results; empty for all of them.
         choices_only: whether it can run in classification mode.
@@ -52,7 +52,7 @@ class Runnable:
     choices_only: bool
 
     def measures(self, results: Mapping[str, Any]) -> dict[str, Measured]:
-        """The measures among what ``lm_eval.simple_evaluate`` returns, with each document's
+        """Returns the measures in the results of ``lm_eval.simple_evaluate``, with each document's
         value."""
         name = self.task.task_name
         found = cast(Mapping[str, Any], results["results"][name])
@@ -90,7 +90,8 @@ class Runnable:
 
 
 def _nats(items: Sequence[Any]) -> tuple[list[float], Estimate]:
-    """Nats of documents, whose mean is the logarithm of lm-eval's perplexity, and that mean.
+    """Returns the nats of documents, whose mean is the logarithm of lm-eval's perplexity, and that
+    mean.
 
     Args:
         items: log-likelihoods; or pairs of a log-likelihood and its number of words or bytes, for
@@ -106,10 +107,11 @@ def _nats(items: Sequence[Any]) -> tuple[list[float], Estimate]:
 
 
 def local_runnable(task: Task, data: LocalData, *, verdicts: Journal | None = None) -> Runnable:
-    """A task over a local file.
+    """Returns a task over a local file.
 
     Args:
-        verdicts: of programs that were run before, for a task whose answers are programs.
+        verdicts: the verdicts of programs that were run before, for a task whose answers are
+            programs.
 
     Raises:
         EvaluationError: the answers are programs, and none can be run here.
@@ -118,7 +120,9 @@ def local_runnable(task: Task, data: LocalData, *, verdicts: Journal | None = No
     if task.kind == "program":
         works = run_program("pass")
         if not works.passed:  # every program would fail
-            raise EvaluationError(f"{task.name}: the sandbox runs no program here: {works.reason}")
+            raise EvaluationError(
+                f"{task.name}: the sandbox cannot run programs here: {works.reason}"
+            )
         values = passes(verdicts)
     config: dict[str, Any] = {
         "task": task.name,
@@ -174,7 +178,8 @@ def _declared(metric: Metric) -> dict[str, Any]:
 
 
 def passes(verdicts: Journal | None, limits: ProgramLimits | None = None) -> Values:
-    """Values of a program: whether it passes its tests. Runs each program once."""
+    """Returns a function of the values of a program: whether it passes its tests. It runs each
+    program once."""
     limits = limits or ProgramLimits()
 
     def values(document: Mapping[str, Any], results: Sequence[str]) -> Mapping[str, float]:
@@ -191,10 +196,11 @@ def passes(verdicts: Journal | None, limits: ProgramLimits | None = None) -> Val
 
 
 def hub_runnable(name: str, manager: TaskManager) -> Runnable:
-    """lm-eval's own task, whose data comes from the hub.
+    """Returns lm-eval's own task, whose data comes from the hub.
 
     Raises:
-        EvaluationError: there is none of that name, its data cannot be had, or it runs programs.
+        EvaluationError: there is no task with that name, its data cannot be fetched, or it runs
+            programs.
     """
     theirs, here = hub_name(name), give_data(task_named(name))
     if theirs not in manager.all_subtasks:
@@ -202,10 +208,10 @@ def hub_runnable(name: str, manager: TaskManager) -> Runnable:
     try:
         task = manager.load([theirs])["tasks"][theirs]
         documents = task.eval_docs
-    except Exception as error:  # whatever datasets and the hub raise
+    except Exception as error:  # datasets and the hub raise many kinds of errors
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise EvaluationError(
-            f"{name}: its data cannot be had from the hub ({reason}){here}"
+            f"{name}: its data cannot be fetched from the hub ({reason}){here}"
         ) from (error)
     if getattr(task, "UNSAFE_CODE", False):
         raise EvaluationError(f"{name}: lm-eval would run programs without a sandbox{here}")
@@ -222,8 +228,8 @@ def hub_runnable(name: str, manager: TaskManager) -> Runnable:
 
 
 def content_of(documents: Iterable[Any]) -> str:
-    """A digest of documents, which is the same in every process: the fingerprint that ``datasets``
-    gives them is drawn anew where it cannot hash the function that made them."""
+    """Returns a digest of documents that is the same in every process. The fingerprint of
+    ``datasets`` is random if it cannot hash the function that made them."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps(document, default=repr).encode())

@@ -1,4 +1,4 @@
-"""From a model's answer to the values of a document: one function for each kind of task."""
+"""Computes the values of a document from a model's answer: one function for each kind of task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BITS = "bits_per_byte"
 
 
 def exp_of_mean(values: Sequence[float]) -> float:
-    """Perplexity, from nats."""
+    """Returns the perplexity, from nats."""
     return math.exp(sum(values) / len(values))
 
 

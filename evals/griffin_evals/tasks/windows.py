@@ -1,15 +1,16 @@
-"""A text as windows: a first part that chooses the experts, and a second part that is scored."""
+"""Splits a text into windows: a first part that chooses the experts, and a second part that is
+scored."""
 
 from __future__ import annotations
 
 import re
 
 CONTEXT_WORDS, SCORED_WORDS = 256, 128
-"""Words of a window; about 350 and 170 tokens of WikiText-2."""
+"""The number of words in the two parts of a window; about 350 and 170 tokens of WikiText-2."""
 
 
 def plain(text: str) -> str:
-    """A text without WikiText's markup of spaces and numbers, as in lm-eval."""
+    """Returns a text without WikiText's markup of spaces and numbers, as in lm-eval."""
     # Imported here because lm-eval takes seconds.
     from lm_eval.tasks.wikitext import preprocess_wikitext  # noqa: PLC0415
 
@@ -17,8 +18,8 @@ def plain(text: str) -> str:
 
 
 def windows(text: str) -> list[tuple[str, str]]:
-    """Windows of a plain text, one after the other without overlap; the end of the
-    text that does not fill one is left out. The second part begins with the space between both."""
+    """Returns the windows of a plain text, without overlap; the rest that does not fill a window is
+    left out. The second part begins with the space between both."""
     words = re.findall(r"\s*\S+", text)
     step = CONTEXT_WORDS + SCORED_WORDS
     return [

@@ -1,4 +1,4 @@
-"""Small pieces of the loops, inlined into them."""
+"""Small functions that are inlined into the compiled loops."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ROOT_2_OVER_PI = np.float32(math.sqrt(2 / math.pi))
 
 @njit(inline="always")
 def exp(x: Any) -> Any:
-    """e^x in float32 within 2e-7 of itself, in a form that LLVM turns into vectors: e^x = 2^n · e^r
-    with |r| <= ln 2 / 2, and e^r by its series. Arguments beyond ±87 count as ±87."""
+    """Returns e^x in float32 with a relative error of 2e-7, in a form that LLVM vectorizes: e^x =
+    2^n · e^r with |r| <= ln 2 / 2, and e^r by its series. Arguments are clipped to ±87."""
     x = min(max(x, np.float32(-87.0)), np.float32(87.0))
     n = np.floor(x * _LOG2_E + np.float32(0.5))
     r = x - n * _LN2_HIGH - n * _LN2_LOW
@@ -36,7 +36,7 @@ def exp(x: Any) -> Any:
 
 @njit(inline="always")
 def activate(x: Any, code: Any) -> Any:
-    """The activation of ``ACTIVATION_CODES`` at x, float32."""
+    """Applies an activation, given by its code in ``ACTIVATION_CODES``, to x, float32."""
     if code == 0:
         return x / (np.float32(1.0) + exp(-x))
     if code == 1:
@@ -49,8 +49,8 @@ def activate(x: Any, code: Any) -> Any:
 
 @njit(fastmath=FAST)
 def dot(row: Any, x: Any, size: Any) -> Any:
-    """bfloat16 row · float32 x. One row after the other is how memory is read fastest: four at once
-    ran at half the speed (docs/LOG.md)."""
+    """Returns the dot product of a bfloat16 row and a float32 x. Memory is read fastest one row at
+    a time: four rows at once ran at half the speed (docs/LOG.md)."""
     total = np.float32(0.0)
     for i in range(size):
         total += widen(row[i]) * x[i]
@@ -59,13 +59,13 @@ def dot(row: Any, x: Any, size: Any) -> Any:
 
 @njit(fastmath=FAST)
 def widen_all(source: Any, target: Any, size: Any) -> None:
-    """bfloat16 -> float32."""
+    """Converts bfloat16 values to float32."""
     for i in range(size):
         target[i] = widen(source[i])
 
 
 @njit(fastmath=FAST)
-def add(total: Any, row: Any, weight: Any, size: Any) -> None:
-    """total += weight · bfloat16 row."""
+def axpy(total: Any, row: Any, weight: Any, size: Any) -> None:
+    """Adds weight · row, a bfloat16 row, to total."""
     for i in range(size):
         total[i] += widen(row[i]) * weight

@@ -1,6 +1,6 @@
-"""Attention of a few new tokens of each sequence over its own slots of the pool, all in one call.
+"""Attention for a few new tokens of each sequence over its own slots of the pool, all in one call.
 
-torch's CPU has no attention over many lengths that does not pad them to the longest. All tensors
+On a CPU, torch's attention over several lengths pads them all to the longest. All tensors
 are bfloat16 on the CPU and contiguous; scores and sums are float32.
 """
 
@@ -28,11 +28,11 @@ from griffin_core.backends.cpu.vectors import BLOCK_WIDTH, gather_loop, place, s
 from griffin_core.backends.transfers import float_bits
 
 BLOCK = 128
-"""Cached tokens whose scores are held at once."""
+"""The number of cached tokens whose scores are held at once."""
 
 
 def _plain_score_loop(size: int, group: int) -> Any:
-    """``score_loop`` for heads of any size, four times as slow."""
+    """Does the same as ``score_loop`` for heads of any size, four times slower."""
 
     @njit(fastmath=FAST)
     def score(keys, q, count, scores):
@@ -49,7 +49,7 @@ def _plain_score_loop(size: int, group: int) -> Any:
 
 
 def _plain_gather_loop(size: int, group: int) -> Any:
-    """``gather_loop`` for heads of any size."""
+    """Does the same as ``gather_loop`` for heads of any size."""
 
     @njit(fastmath=FAST)
     def gather(totals, values, count, scores):
@@ -67,12 +67,13 @@ def _plain_gather_loop(size: int, group: int) -> Any:
 
 @cache
 def attend_kernel(size: int, group: int) -> Kernel:
-    """The loop for heads of ``size``, ``group`` query heads to a key head. Compiled for the two as
-    constants, it holds a group's queries and sums in registers and ran 1.7 times as fast."""
+    """Returns the kernel for heads of ``size`` elements and ``group`` query heads per key head.
+    Compiled with both as constants, it keeps a group's queries and sums in registers and is 1.7
+    times faster."""
 
     @njit(inline="always")
     def rotated(x, cos, sin, i):
-        """Element i of a head after rotation; see ``attention.apply_rope``."""
+        """Returns element i of a head after rotation; see ``attention.apply_rope``."""
         other = i + size // 2 if i < size // 2 else i - size // 2
         return widen(x[i]) * widen(cos[i]) + widen(x[other]) * widen(sin[i])
 
@@ -87,7 +88,7 @@ def attend_kernel(size: int, group: int) -> Kernel:
 
     @njit(fastmath=FAST)
     def cap(scores, count, softcap):
-        """cap · tanh(s / cap), from e^x."""
+        """Applies cap · tanh(s / cap) to the scores, computed from e^x."""
         for j in range(count):
             s = scores[j]
             inner = exp(np.float32(-2.0) * abs(s / softcap))
@@ -103,7 +104,7 @@ def attend_kernel(size: int, group: int) -> Kernel:
 
     @njit(fastmath=FAST)
     def weigh(scores, count, largest):
-        """Scores to e^(score - largest), and their sum."""
+        """Turns scores into e^(score - largest), and returns their sum."""
         weight = np.float32(0.0)
         for j in range(count):
             scores[j] = exp(scores[j] - largest)
@@ -131,7 +132,8 @@ def attend_kernel(size: int, group: int) -> Kernel:
                 key[i] = narrow(rotated(new_key, cos, sin, i)) if rotates else new_key[i]
                 value[i] = new_value[i]
         team_barrier()
-        # Each thread some parts of some caches: for a group its sums, weights and largest scores.
+        # Each thread takes some parts of some caches and leaves, for each group of heads, its sums,
+        # weights and largest scores.
         own = a[7] + 4 * team_rank() * group * (size + BLOCK)
         q, scores = at(own, types.float32), own + 4 * group * size
         sums = a[7] + 4 * team_size() * group * (size + BLOCK)
@@ -212,12 +214,12 @@ def attend_rows(
     Args:
         qkv: [N, H + 2 · kv_heads, head_dim].
         heads: H.
-        rope: factors [N, 1, head_dim] as of ``attention.rope_factors``; None for no rotation.
+        rope: factors [N, 1, head_dim] from ``attention.rope_factors``; None for no rotation.
         kv: [2, kv_heads, slots, head_dim], one layer of the pool.
         first_slots: [N] int64, the KV slot of the first token of each row's sequence.
         positions: [N] int64, each row's position in its sequence. The keys and values before it
-            are in the pool, or are those of other rows.
-        window: tokens a query sees, itself included; None for no limit.
+            are in the pool, or belong to other rows.
+        window: number of tokens that a query sees, its own included; None for no limit.
         scale, softcap: as in ``attention.attend``.
 
     Returns:
@@ -226,7 +228,7 @@ def attend_rows(
     rows, all_heads, size = qkv.shape
     kv_heads = (all_heads - heads) // 2
     group, threads = heads // kv_heads, torch.get_num_threads()
-    # Few caches are cut into parts, so that no thread is without.
+    # If there are few caches, they are split into parts, so that every thread has work.
     parts = max(1, -(-2 * threads // (rows * kv_heads)))
     out = qkv.new_empty((rows, heads * size))
     scratch = torch.empty(

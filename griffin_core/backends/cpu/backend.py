@@ -1,4 +1,4 @@
-"""The CPU backend: oneDNN's products, and compiled loops for bfloat16."""
+"""The CPU backend: matrix products by oneDNN, and compiled loops for bfloat16."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from griffin_core.backends.batch import RowTable
 from griffin_core.backends.cpu.attention import attend_kernel, attend_rows
 from griffin_core.backends.cpu.memory import LazyTensors
 from griffin_core.backends.cpu.norm import MAX_VALUES, rms_norm
-from griffin_core.backends.cpu.rows import feedforward_row, linear_row
-from griffin_core.backends.cpu.sampling import CpuSlots
+from griffin_core.backends.cpu.rows import feedforward_row, gemv
+from griffin_core.backends.cpu.sampler_slots import (
+    CpuSlots,
+)
 from griffin_core.backends.cpu.statistic import s2_rows
 from griffin_core.backends.cpu.team import compile_kernels, runs_kernels
 from griffin_core.backends.torch import TorchBackend, TorchFeedForward
@@ -25,22 +27,23 @@ from griffin_core.spec.model import ModelSpec
 from griffin_core.spec.weights import FFWeights, Norm
 
 _ROWS_HINT = 16
-"""For how many rows oneDNN is asked to choose its layout. Of 1, 4, 16 and 512, the one that is
-within 5 % of the best at every number of rows from 1 to 512 (docs/LOG.md)."""
+"""The number of rows that oneDNN is told to choose its weight layout for. Among 1, 4, 16 and 512,
+it is the one within 5 % of the best at every number of rows from 1 to 512 (docs/LOG.md)."""
 
 MOST_NEW_TOKENS = 8
-"""Most new tokens of a sequence that the decode kernel attends for; torch's attention reads keys
-once for many."""
+"""The most new tokens of a sequence for which the decode attention kernel runs. For more tokens
+torch's attention is used, which reads the keys once for all of them."""
 
 
 class CpuLinear:
-    """Weights of a product, in oneDNN's own blocks: a plain product lays them out anew, or reads
-    them badly, at every call. In float32 a row of the result does not depend, to the bit, on how
-    many other rows there are. In bfloat16 a single row has a kernel of its own, which reads the
-    weight as it is.
+    """The weights of a matrix product, in oneDNN's blocked layout. A plain product would reorder
+    them, or read them inefficiently, at every call.
+
+    In float32 a row of the result is bitwise independent of the number of other rows. In bfloat16 a
+    single row has its own kernel, which reads the weight in its plain layout.
 
     Args:
-        kernels: whether single rows have a kernel.
+        kernels: whether single rows have their own kernel.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class CpuLinear:
 
 
 class CpuFeedForward(TorchFeedForward):
-    """An FF block whose single rows have a kernel of their own, in bfloat16."""
+    """An FF block with a separate kernel for single rows in bfloat16."""
 
     def __init__(
         self, backend: CpuBackend, weights: FFWeights, layout: Layout, *, kernels: bool
@@ -92,7 +95,7 @@ class CpuFeedForward(TorchFeedForward):
 
 
 class RowsAttention:
-    """Attention of a few new tokens of each sequence over its own slots, all in one call."""
+    """Attention for a few new tokens of each sequence over its own KV slots, all in one call."""
 
     def __init__(
         self, backend: TorchBackend, spec: ModelSpec, pool: KvPool, rows: RowTable
@@ -158,15 +161,15 @@ class CpuBackend(TorchBackend):
         assert isinstance(w, CpuLinear)
         if w.has_row_kernel and x.shape[0] == 1:
             assert w.weight is not None
-            return linear_row(x, w.weight, w.bias)
+            return gemv(x, w.weight, w.bias)
         if w.packed is None:
             return super().multiply(x, w)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, w.packed, w.bias, "none", [], "")
         return y
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        # Row by row: a vector of values and the few left over at the end of a tensor are rounded
-        # differently, so a row's logits would depend on where it stands.
+        # Row by row: the SIMD body and the scalar tail of a tensor round differently, so a row's
+        # logits would depend on its place in the batch.
         return torch.stack([cap * torch.tanh(row / cap) for row in logits.unbind()])
 
     def decode_attention(self, spec: ModelSpec, pool: KvPool, rows: RowTable) -> Attention:
@@ -188,7 +191,7 @@ class CpuBackend(TorchBackend):
 
 @cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has this product on this CPU."""
+    """Returns whether oneDNN supports matrix products in this dtype on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:

@@ -1,4 +1,5 @@
-"""What numba lacks: bfloat16, as the upper half of a float32, and memory by its address."""
+"""Two things that numba lacks: bfloat16, kept as the upper half of a float32, and access to memory
+by address."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _I32, _F32 = ir.IntType(32), ir.FloatType()
 
 @intrinsic
 def at(typing_context: Any, address: Any, of: Any) -> Any:
-    """``at(address, types.uint16)``: a pointer to values of that type, indexed without checks."""
+    """Makes a pointer from an address: ``at(address, types.uint16)`` is indexed without bounds
+    checks."""
     signature = types.CPointer(of.dtype)(address, of)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -24,7 +26,7 @@ def at(typing_context: Any, address: Any, of: Any) -> Any:
 
 @intrinsic
 def widen(typing_context: Any, bits: Any) -> Any:
-    """bfloat16 bits (uint16) -> float32."""
+    """Converts bfloat16 bits (uint16) to float32."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         upper = builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16))
@@ -35,7 +37,7 @@ def widen(typing_context: Any, bits: Any) -> Any:
 
 @intrinsic
 def float_of(typing_context: Any, bits: Any) -> Any:
-    """int32 bits -> float32."""
+    """Reinterprets int32 bits as float32."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], _F32)
@@ -45,7 +47,7 @@ def float_of(typing_context: Any, bits: Any) -> Any:
 
 @intrinsic
 def bits_of(typing_context: Any, value: Any) -> Any:
-    """float32 -> its bits (uint32)."""
+    """Returns the bits of a float32 as uint32."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], _I32)
@@ -55,7 +57,7 @@ def bits_of(typing_context: Any, value: Any) -> Any:
 
 @njit(inline="always")
 def narrow(value: Any) -> Any:
-    """float32 -> bfloat16 bits, rounded to nearest even; NaN stays NaN."""
+    """Converts a float32 to bfloat16 bits, rounded to nearest even; NaN stays NaN."""
     bits = bits_of(value)
     rounded = bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))
     if value != value:  # NaN: rounding could carry it to infinity

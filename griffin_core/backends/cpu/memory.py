@@ -1,4 +1,4 @@
-"""Memory that the system gives page by page as it is written, and takes back when it is freed."""
+"""Memory that the system allocates page by page on first write, and takes back when it is freed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
 class LazyTensors:
-    """Tensors whose pages are taken when they are first written.
+    """Tensors whose pages are allocated when they are first written.
 
     Args:
         count: number of tensors.
-        shape: of each; its third dimension is what ``trim`` counts.
+        shape: the shape of each tensor, four dimensions; ``trim`` frees ranges of the third.
     """
 
     def __init__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -28,7 +28,7 @@ class LazyTensors:
         self.tensors = [torch.frombuffer(each, dtype=dtype).view(*shape) for each in self._maps]
 
     def trim(self, first: int, end: int) -> None:
-        """Gives the whole pages between two indices of the third dimension back to the system."""
+        """Returns the whole pages between two indices of the third dimension to the system."""
         for outer in range(self._shape[0] * self._shape[1]):
             begin = (outer * self._shape[2] + first) * self._row_bytes
             stop = (outer * self._shape[2] + end) * self._row_bytes

@@ -1,4 +1,4 @@
-"""RMSNorm of a few rows in one call, where torch makes ten."""
+"""RMSNorm of a few rows in one call; torch needs ten."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from griffin_core.backends.cpu.team import Kernel
 from griffin_core.backends.transfers import float_bits
 
 MAX_VALUES = 1 << 15
-"""Up to so many values one thread is as fast as several."""
+"""The number of values up to which one thread is as fast as several."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D] bfloat16, contiguous, weight [D] float32 -> x / rms(x) · weight."""
+    """Returns x / rms(x) · weight, for x [..., D] bfloat16, contiguous, and weight [D] float32."""
     y = x.new_empty(x.shape)
     width = x.shape[-1]
     _rms_norm(

@@ -19,8 +19,9 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 @intrinsic
 def philox(typing_context: Any, c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Four uint32 of a counter and a key, given as uint32. In LLVM's own words, since numba takes
-    half a second over the rounds, and without a loop, so that one around it becomes vectors."""
+    """Returns four random uint32 for a counter and a key, given as uint32. It is written as LLVM
+    code, since numba takes half a second to compile the rounds, and without a loop, so that LLVM
+    can vectorize a loop around it."""
     signature = types.UniTuple(types.uint32, 4)(*[types.uint32] * 6)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

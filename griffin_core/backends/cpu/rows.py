@@ -1,8 +1,9 @@
-"""Products of a single row, as fast as the weights can be read.
+"""Matrix-vector products (gemv), as fast as the weights can be read.
 
-oneDNN's products, which serve more rows, read at half the speed for one. Weights are read where
-they lie, one row behind the other: four rows at once, or every other row, is what a CPU prefetches
-badly (docs/LOG.md). All tensors are bfloat16 on the CPU and contiguous; sums are float32.
+oneDNN's products, which are used for several rows, read at half the speed for one row. The weights
+are read in place, one row after the other: a CPU prefetches poorly when four rows are read at once,
+or every other row (docs/LOG.md). All tensors are bfloat16 on the CPU and contiguous; sums are
+float32.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import torch
 from numba import types
 from torch import Tensor
 
-from griffin_core.backends.cpu.arithmetic import activate, add, dot, widen_all
+from griffin_core.backends.cpu.arithmetic import activate, axpy, dot, widen_all
 from griffin_core.backends.cpu.bfloat16 import at, narrow, widen
 from griffin_core.backends.cpu.team import Kernel, address, team_barrier, team_rank, team_size
 
 
-def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [1, in], weight [out, in], bias [out] -> x weightᵀ + bias [1, out]."""
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns x weightᵀ + bias, for x [1, in], weight [out, in] and bias [out] -> [1, out]."""
     out, inner = weight.shape
     assert x.dtype == weight.dtype, "the loop reads addresses: another type would be noise"
     y = x.new_empty((1, out))
@@ -51,14 +52,14 @@ def feedforward_row(
     activation: int,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """A whole FF block, dense or of a copy of the experts.
+    """Runs a whole FF block for one row, dense or on copies of the experts.
 
     Args:
         x: [1, D].
         w_in, down, up_bias, down_bias: as in ``FFWeights``.
-        activation: as of ``activations.ACTIVATION_CODES``.
-        keep: [F] bool, contiguous: the neurons that are run; None for all. All rows are read
-            nevertheless: to leave out every other one takes longer (docs/LOG.md).
+        activation: a code from ``activations.ACTIVATION_CODES``.
+        keep: [F] bool, contiguous: the neurons to run; None for all. All rows are read
+            nevertheless, since skipping every other row takes longer (docs/LOG.md).
 
     Returns:
         [1, D].
@@ -90,7 +91,7 @@ def _feedforward(a):
     neurons, width, activation, gated = a[7], a[8], a[9], a[10] == 2
     rank, size = team_rank(), team_size()
     begin, end = neurons * rank // size, neurons * (rank + 1) // size
-    totals = a[6] + 4 * neurons  # D for each thread, and behind them x for each thread
+    totals = a[6] + 4 * neurons  # D values for each thread, then x for each thread
     z, of_all = at(a[6], types.float32), at(totals, types.float32)
     own = at(totals + 4 * rank * width, types.float32)
     x = at(totals + 4 * (size + rank) * width, types.float32)
@@ -111,7 +112,7 @@ def _feedforward(a):
             if keep[k] == 0:
                 z[k] = np.float32(0.0)
     for k in range(begin, end):
-        add(own, at(a[2] + 2 * k * width, types.uint16), z[k], width)
+        axpy(own, at(a[2] + 2 * k * width, types.uint16), z[k], width)
     team_barrier()
     for i in range(width * rank // size, width * (rank + 1) // size):
         total = widen(down_bias[i]) if a[4] != 0 else np.float32(0.0)

@@ -1,4 +1,4 @@
-"""The statistic of a prompt's activations, read once and never widened in memory."""
+"""The statistic of a prompt's activations, which are read once and never copied to float32."""
 
 from __future__ import annotations
 

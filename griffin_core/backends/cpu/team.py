@@ -1,8 +1,9 @@
-"""Running compiled loops on the threads that torch's own products run on.
+"""Runs compiled loops on the OpenMP threads that torch's own matrix products use.
 
-A second pool of threads would fight with torch's for the same CPUs: whichever has just worked spins
-for a while, waiting for more (docs/LOG.md). So numba compiles the loops, each for one thread of a
-team, and the team is torch's: libgomp's GOMP_parallel, which is what an OpenMP compiler calls.
+A second thread pool would compete with torch's for the same CPUs, because the threads of a pool
+spin for a while after they finish (docs/LOG.md). So numba compiles each loop for one thread of a
+team, and torch's threads are the team: the loops are started by libgomp's GOMP_parallel, the
+function that an OpenMP compiler calls.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ team_barrier = types.ExternalFunction("griffin_team_barrier", types.void())
 
 
 FAST = {"contract", "reassoc", "nsz"}
-"""What LLVM may do with floats: sum in another order, which vectors need, but believe in infinities
+"""The fast-math flags of LLVM: it may reorder sums, which SIMD needs, but must respect infinities
 and NaN."""
 
 
 @cache
 def _gomp() -> Any:
-    """The libgomp that torch has loaded; None if its threads are other ones."""
+    """Returns the libgomp that torch has loaded, or None if torch uses other threads."""
     try:
         library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
     except OSError:
         return None
-    # By names of our own: another OpenMP in the process has functions of the same names.
+    # Under names of our own, since another OpenMP library in the process may define the same names.
     for name, function in (
         ("griffin_team_rank", library.omp_get_thread_num),
         ("griffin_team_size", library.omp_get_num_threads),
@@ -54,7 +55,8 @@ def _gomp() -> Any:
 
 @cache
 def _stand_alone() -> None:
-    """Where torch's threads are not libgomp's: a team of one, the calling thread."""
+    """Defines a team of one, the calling thread, for use where torch's threads are not
+    libgomp's."""
     for name, signature, body in (
         ("griffin_team_rank", types.int32(), lambda: 0),
         ("griffin_team_size", types.int32(), lambda: 1),
@@ -66,19 +68,20 @@ def _stand_alone() -> None:
 
 
 _ALONE: list[Any] = []
-"""Keeps the code that the symbols name."""
+"""Keeps the functions alive that the symbols point to."""
 
 
 def runs_kernels(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights of this kind are multiplied by the loops of this package."""
+    """Returns whether this package's loops run for weights of a dtype on a device."""
     return device.type == "cpu" and dtype is torch.bfloat16 and _gomp() is not None
 
 
 class Kernel:
-    """A loop for each thread of a team. Compiled at its first use, or by ``compile_kernels``.
+    """A loop that every thread of a team runs. It is compiled at its first use, or by
+    ``compile_kernels``.
 
     Args:
-        body: takes one pointer to int64s, the arguments of ``__call__``; addresses, mostly.
+        body: takes a pointer to int64 values, the arguments of ``__call__``; most are addresses.
     """
 
     known: ClassVar[list[Kernel]] = []
@@ -90,7 +93,7 @@ class Kernel:
     @cached_property
     def address(self) -> int:
         """Address of the compiled function."""
-        if _gomp() is None:  # before it is compiled: the names above are resolved then
+        if _gomp() is None:  # before compiling, which resolves the names above
             _stand_alone()
         # Not cached on disk: numba's cache would miss a change in a loop of another module.
         self._compiled = cfunc(types.void(types.CPointer(types.int64)), fastmath=FAST)(self._body)
@@ -98,11 +101,11 @@ class Kernel:
 
     @property
     def compiled(self) -> bool:
-        """Whether it is, so that a call does not wait for it."""
+        """Whether the loop is compiled already, so that a call does not wait for that."""
         return "address" in self.__dict__
 
     def __call__(self, *arguments: int, threads: int | None = None) -> None:
-        """Runs it on as many threads as torch uses, or on ``threads``."""
+        """Runs the loop on ``threads`` threads, or on as many as torch uses."""
         passed = (ctypes.c_int64 * len(arguments))(*arguments)
         if (library := _gomp()) is None:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)(passed)
@@ -111,11 +114,12 @@ class Kernel:
 
 
 def compile_kernels() -> None:
-    """Compiles all that are imported, a second or two, so that no request waits for it."""
+    """Compiles all imported kernels, which takes a second or two, so that no request waits for
+    it."""
     for kernel in Kernel.known:
         _ = kernel.address
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where its first value lies; 0 for None."""
+    """Returns the address of a tensor's first value; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,9 +1,9 @@
-"""The two inner loops of attention, as LLVM vectors.
+"""The two inner loops of attention, written as LLVM vectors.
 
-Written as plain loops, LLVM adds up the lanes of each dot product by itself, which takes as long as
-multiplying, and keeps sums in memory that registers have room for. Here 16 bfloat16 lanes are
-widened from the even, 16 from the odd places of 64 bytes, so a vector in float32 holds every other
-element of 32: ``place`` says where, and queries and sums are kept in that order.
+If they are plain loops, LLVM sums the lanes of every dot product separately, which takes as long as
+multiplying, and keeps sums in memory though registers have room for them. Here 64 bytes of bfloat16
+are widened to two float32 vectors, one of the 16 even and one of the 16 odd elements. ``place``
+gives the resulting position of an element; queries and sums are kept in that order.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from numba.extending import intrinsic
 
 LANES = 16
 BLOCK_WIDTH = 2 * LANES
-"""Elements of a head must be a multiple of it."""
+"""The size of a head must be a multiple of this."""
 
 KEYS = 16
-"""Whose dot products are added up together."""
+"""The number of keys whose dot products are reduced together."""
 
 REGISTERS = 16
-"""Sums that are kept at once; AVX-512 has 32 registers in all."""
+"""The number of sums kept in registers at once; AVX-512 has 32 registers in all."""
 
 _FLAGS = ("contract", "reassoc", "nsz")
 _I32 = ir.IntType(32)
@@ -34,17 +34,17 @@ _FLOATS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES
 
 @njit(inline="always")
 def place(i: Any) -> Any:
-    """Where element i of a head stands among widened ones."""
+    """Returns the position of element i of a head after widening."""
     return i - i % BLOCK_WIDTH + i % 2 * LANES + i % BLOCK_WIDTH // 2
 
 
 def score_loop(size: int, group: int, stride: int) -> Any:
-    """(keys, q, count, scores): scores[g, j] = key_j · q_g of ``count`` keys.
+    """Makes a function of (keys, q, count, scores): scores[g, j] = key_j · q_g for ``count`` keys.
 
     Args:
-        size: elements of a head, a multiple of ``BLOCK_WIDTH``.
-        group: query heads of a key head.
-        stride: scores of a query head, from the next one's.
+        size: number of elements of a head, a multiple of ``BLOCK_WIDTH``.
+        group: number of query heads per key head.
+        stride: number of scores between one query head's and the next one's.
     """
 
     def dots(builder: Any, keys: Any, q: Any, scores: Any, count: int) -> None:
@@ -57,7 +57,7 @@ def score_loop(size: int, group: int, stride: int) -> Any:
                     weight = _load(builder, q, 4 * (head * size + chunk * LANES), _FLOATS)
                     total = _fma(builder, element, weight, total)
                 columns[head].append(total)
-                # As soon as two are there they become one, so that few are alive.
+                # Two sums are merged as soon as both exist, so that few are live.
                 merged = key + 1
                 while merged % 2 == 0:
                     right, left = columns[head].pop(), columns[head].pop()
@@ -91,10 +91,11 @@ def score_loop(size: int, group: int, stride: int) -> Any:
 
 
 def gather_loop(size: int, group: int, stride: int) -> Any:
-    """(totals, values, count, scores): totals[g] += Σ_j scores[g, j] · value_j of ``count`` values.
+    """Makes a function of (totals, values, count, scores): totals[g] += Σ_j scores[g, j] · value_j
+    for ``count`` values.
 
     Args:
-        size, group, stride: as of ``score_loop``.
+        size, group, stride: as for ``score_loop``.
     """
     vectors = size // LANES
     at_once = max(1, REGISTERS // vectors)
@@ -136,7 +137,8 @@ def gather_loop(size: int, group: int, stride: int) -> Any:
 
 
 def _emitted(integers: int, emit: Callable[..., None]) -> Any:
-    """What an intrinsic of so many int64s returns."""
+    """Returns the signature and the code generator of an intrinsic that takes that many int64
+    values."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         emit(builder, *arguments)
@@ -154,7 +156,7 @@ def _load(builder: Any, base: Any, offset: int, kind: Any) -> Any:
 
 
 def _widened(builder: Any, base: Any, offset: int, size: int) -> list[Any]:
-    """``size`` bfloat16 from there as float32 vectors."""
+    """Loads ``size`` bfloat16 values from an address and widens them to float32 vectors."""
     vectors = []
     for start in range(0, size, BLOCK_WIDTH):
         pairs = builder.load(_pointer(builder, base, offset + 2 * start, _INTS), align=2)
@@ -176,7 +178,7 @@ def _spread(builder: Any, value: Any) -> Any:
 
 
 def _pairs(builder: Any, left: Any, right: Any) -> Any:
-    """Sums of neighbouring lanes: those of ``left``, then those of ``right``."""
+    """Returns the sums of neighbouring lanes: those of ``left``, then those of ``right``."""
     even = ir.Constant(_INTS, list(range(0, 2 * LANES, 2)))
     odd = ir.Constant(_INTS, list(range(1, 2 * LANES, 2)))
     return builder.fadd(

@@ -1,4 +1,5 @@
-"""The activation of an FF block, elementwise, and what the statistic needs of it on the way."""
+"""The elementwise activation of an FF block, which also computes the row norms that the statistic
+needs."""
 
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from torch import Tensor
 from griffin_core.backends.cuda.expert_rows import ExpertRows
 
 BLOCK = 4096
-"""Wide, because what weighs the rows reads a sum of squares from each."""
+"""The number of columns per program. Wide, because the statistic's kernel reads a sum of squares
+from each."""
 
 ZEROED_BLOCK = 1024
-"""Narrower: a step has few rows, and each must bring work for many multiprocessors."""
+"""The number of columns per program for zeroed rows. Narrow, since a step has few rows, and each
+must give work to many multiprocessors."""
 
 
 @triton.jit
 def activate(x, CODE: tl.constexpr):
-    """One of ``ACTIVATION_CODES``, of float32."""
+    """Applies an activation, given by its code in ``ACTIVATION_CODES``, to float32 values."""
     if CODE == 0:
         return x * tl.sigmoid(x)
     elif CODE == 1:
@@ -48,14 +51,14 @@ def _activate_rows(
 
 
 def activate_rows(h: Tensor, code: int, *, gated: bool) -> tuple[Tensor, Tensor]:
-    """Activations of h [T, 2F], gate and up beside each other, or of h [T, F] of a plain FF.
+    """Applies the activation to h [T, 2F], gate then up, or to h [T, F] for a plain FF.
 
     Args:
         h: bfloat16 or float16, contiguous.
-        code: of ``ACTIVATION_CODES``.
+        code: a value of ``ACTIVATION_CODES``.
 
     Returns:
-        z [T, F], and the squares of its rows' norms in parts, [T, n] float32: their sum is ‖z_t‖².
+        z [T, F], and parts [T, n] float32 whose sum is each row's ‖z_t‖².
     """
     tokens = h.shape[0]
     width = h.shape[1] // 2 if gated else h.shape[1]
@@ -96,12 +99,13 @@ def _activate_own(
 
 
 def activate_own(h: Tensor, code: int, sets: ExpertRows | None, *, gated: bool) -> Tensor:
-    """Activations of h [N, 2F] or, of a plain FF, [N, F], each row's zeroed outside its own set.
+    """Applies the activation to h [N, 2F], or h [N, F] for a plain FF, and zeroes each row outside
+    its own set.
 
     Args:
         h: bfloat16 or float16, contiguous.
-        code: of ``ACTIVATION_CODES``.
-        sets: what each row runs on; None for all neurons.
+        code: a value of ``ACTIVATION_CODES``.
+        sets: the expert set of each row; None for all neurons.
 
     Returns:
         z [N, F].

@@ -1,10 +1,10 @@
-"""Attention of a few new tokens of each sequence over its own slots of the KV pool.
+"""Attention for a few new tokens of each sequence over its own slots of the KV pool.
 
-Where a sequence lies and how long it is stands in tensors, so a captured graph runs on whatever
-they hold. A row's cached tokens are split among programs. The last of them also takes the new
-tokens of the row's sequence, up to the row's own, from the batch: it normalizes and rotates their
-keys anew, so that no program waits for another, and stores the row's own key and value. Scores and
-sums are float32.
+The location and the length of a sequence are read from tensors, so that a captured graph can be
+replayed with other values. A row's cached tokens are split among programs. The last of them also
+takes the new tokens of the row's sequence, up to the row's own, from the batch: it normalizes and
+rotates their keys again, so that no program waits for another, and stores the row's own key and
+value. Scores and sums are float32.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from griffin_core.backends.cuda.tuning import TRITON_DTYPES, pdl_options, pdl_wa
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1e30)
-"""Below every score. Infinity less infinity would be no number."""
+"""A number below every score. It is finite, since infinity minus infinity is NaN."""
 MAX_SPLITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitPlan:
-    """Number of KV splits, and block size.
+    """The split-KV plan of attention.
 
     Args:
-        splits: programs for a row and a key head.
-        block: cached tokens that a program reads at once.
+        splits: number of programs that share the cached tokens of a row and a key head.
+        block: number of cached tokens that a program reads at once.
     """
 
     splits: int
@@ -38,15 +38,15 @@ class SplitPlan:
 
 
 def split_plan(rows: int, heads: int, kv_heads: int, size: int, programs: int) -> SplitPlan:
-    """The plan for a number of rows. Graphs outlive the lengths they were captured at, so it does
-    not depend on lengths.
+    """Returns the plan for a number of rows. It does not depend on sequence lengths, because a
+    captured graph is replayed while lengths grow.
 
     Args:
         size: head_dim.
         programs: how many programs the device runs at once.
     """
     splits = max(1, min(MAX_SPLITS, programs // (rows * kv_heads)))
-    # A block's sums are what registers hold most of.
+    # The sums of a block take most of the registers.
     block = 8192 // (triton.next_power_of_2(heads // kv_heads) * triton.next_power_of_2(size))
     return SplitPlan(splits=splits, block=max(4, block))
 
@@ -65,17 +65,17 @@ def _head(
     HAS_NORM: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
-    """Heads [rows, 1, SIZE] at x + at, normalized and rotated."""
-    swapped = (d + SIZE // 2) % SIZE
+    """Loads heads [rows, 1, SIZE] from x + at, normalized and rotated."""
+    other_half = (d + SIZE // 2) % SIZE
     inside = d < SIZE
     v = tl.load(x + at + d, mask=mask, other=0.0).to(tl.float32)
     w = v
     if ROTATES:
-        w = tl.load(x + at + swapped, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(x + at + other_half, mask=mask, other=0.0).to(tl.float32)
     if HAS_NORM:
         factor = tl.rsqrt(tl.sum(v * v, axis=2, keep_dims=True) / SIZE + eps)
         v *= factor * tl.load(norm + d, mask=inside, other=0.0)
-        w *= factor * tl.load(norm + swapped, mask=inside, other=0.0)
+        w *= factor * tl.load(norm + other_half, mask=inside, other=0.0)
     if ROTATES:
         c = tl.load(cos + d, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)
@@ -85,7 +85,7 @@ def _head(
 
 @triton.jit
 def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """q [rows, 1, SIZE], k [1, T, SIZE] -> scores [rows, T, 1]."""
+    """Returns the scores [rows, T, 1] of q [rows, 1, SIZE] and k [1, T, SIZE]."""
     s = tl.sum(q * k, axis=2, keep_dims=True) * scale
     if HAS_SOFTCAP:
         s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2_E) / softcap) + 1.0))
@@ -152,8 +152,8 @@ def _attend(
     q_at = (head * GROUP + g) * SIZE
     turn = row * SIZE
     q = _head(own, cos + turn, sin + turn, q_norm, eps, q_at, d, in_group, SIZE, HAS_NORM, ROTATES)
-    # Every place of a block keeps sums of its own, weighed against its own largest score, so that
-    # nothing passes between threads until the end.
+    # Every token position of a block keeps its own sums, relative to its own largest score, so that
+    # threads exchange nothing until the end.
     most = tl.full((ROWS, BLOCK, 1), LEAST, tl.float32)
     weight = tl.zeros((ROWS, BLOCK, 1), tl.float32)
     total = tl.zeros((ROWS, BLOCK, WIDTH), tl.float32)
@@ -179,7 +179,7 @@ def _attend(
         one = tl.zeros((1, 1, 1), tl.int32)
         k_at = (heads + head + one) * SIZE
         inside = d < SIZE
-        new_tokens = position - start  # before the row's own
+        new_tokens = position - start  # new tokens before the row's own
         for ahead in range(tl.maximum(0, first - start), new_tokens):
             of = row - new_tokens + ahead
             other = qkv + of * width
@@ -265,14 +265,14 @@ def attend_rows(
     Args:
         qkv: [N, H + 2 · kv_heads, head_dim], bfloat16 or float16, contiguous.
         heads: H.
-        rope: factors [N, 1, head_dim] as of ``attention.rope_factors``; None for no rotation.
-        norms: RMSNorm weights [head_dim] float32 of queries and of keys, and eps; or None.
+        rope: factors [N, 1, head_dim] from ``attention.rope_factors``; None for no rotation.
+        norms: RMSNorm weights [head_dim] float32 for queries and for keys, and eps; or None.
         kv: [2, kv_heads, slots, head_dim], one layer of the pool, of qkv's dtype.
         first_slots: [N] int64, the KV slot of the first token of each row's sequence.
-        cached: [N] int64, tokens of the sequence that the pool holds.
+        cached: [N] int64, the number of tokens of the row's sequence that the pool holds.
         positions: [N] int64, each row's position in its sequence. The rows before it hold the
             sequence's tokens from position ``cached`` on.
-        window: tokens a query sees, itself included; None for no limit.
+        window: number of tokens that a query sees, its own included; None for no limit.
         scale, softcap: as in ``attention.attend``.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The CUDA backend: Triton kernels for bfloat16 and float16, torch for the rest.
+"""The CUDA backend: Triton kernels for bfloat16 and float16, torch's operations otherwise.
 
-All operations of a step may be captured in a CUDA graph: they read lengths, KV slots and slim ids
-from tensors, and wait for nothing.
+All operations of a step can be captured in a CUDA graph: they read lengths, KV slots and slim ids
+from tensors, and never synchronize.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from griffin_core.backends.cuda.expert_rows import ExpertRows
 from griffin_core.backends.cuda.feedforward import MAX_SHARED_TOKENS, feedforward
 from griffin_core.backends.cuda.matvec import matvec, rms_norm
 from griffin_core.backends.cuda.rotary import rotate_and_store
-from griffin_core.backends.cuda.sampling import CudaSlots
+from griffin_core.backends.cuda.sampler_slots import (
+    CudaSlots,
+)
 from griffin_core.backends.cuda.statistic import add_s2_columns
 from griffin_core.backends.torch import (
     Run,
@@ -48,16 +50,17 @@ PROGRAMS = 2
 """Attention programs resident per streaming multiprocessor."""
 
 CHUNK_TOKENS = 4096
-"""Eight prompts of 512 tokens in a pass, which takes an 8B model on an H100 some 105 ms, the
-longest that other sessions then wait."""
+"""Prompt tokens in a pass: eight prompts of 512 tokens, which take an 8B model on an H100 about 105
+ms. Other sessions wait at most that long."""
 
 MOST_NEW_TOKENS = 8
-"""Most new tokens of a sequence that the decode kernel attends for where a step is not captured;
-torch's attention reads keys once for many."""
+"""The most new tokens of a sequence for which the decode attention kernel runs in a step that is
+not captured. For more tokens torch's attention is used, which reads the keys once for all of
+them."""
 
 
 def cuda_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for a GPU: with kernels for half precision, else plain."""
+    """Returns the backend for a GPU: with kernels for half precision, plain for other dtypes."""
     half = dtype in (torch.bfloat16, torch.float16)
     return CudaBackend(device, dtype) if half else PlainCudaBackend(device, dtype)
 
@@ -73,7 +76,7 @@ class PlainCudaBackend(TorchBackend):
         return CudaSlots(slots=slots, vocabulary=vocabulary, device=self.device)
 
     def prepare_thread(self) -> None:
-        torch.cuda.set_device(self.device)  # kernels run on the current device of the thread
+        torch.cuda.set_device(self.device)  # Triton launches kernels on the thread's current device
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -106,7 +109,7 @@ class CudaFeedForward(TorchFeedForward):
     def private(
         self, x: Tensor, sets: ExpertRows | None, norm: Norm | None, residual: Tensor | None
     ) -> Tensor:
-        """Each row on a set of its own, or on all neurons, read by index."""
+        """Runs each row on its own set, or all rows on all neurons, read by index."""
         if norm is not None and not _is_rms(norm):
             x, norm = self._backend.norm(x, norm), None
         return feedforward(x, self.weights, sets, norm=_fused(norm), residual=residual)
@@ -114,7 +117,7 @@ class CudaFeedForward(TorchFeedForward):
     def shared(
         self, x: Tensor, sets: ExpertRows, norm: Norm | None, residual: Tensor | None
     ) -> Tensor:
-        """All rows on the set of the first."""
+        """Runs all rows on the set of the first row."""
         if norm is not None:
             x = self._backend.norm(x, norm)
         if x.shape[0] <= MAX_SHARED_TOKENS:
@@ -126,8 +129,8 @@ class CudaFeedForward(TorchFeedForward):
     def on_all(
         self, x: Tensor, sets: ExpertRows | None, norm: Norm | None, residual: Tensor | None
     ) -> Tensor:
-        """All weights read once for all rows, each row's activations zeroed outside its own set:
-        what private sets give, at what dense costs."""
+        """Reads all weights once for all rows, and zeroes each row's activations outside its own
+        set: the result of private sets at the cost of a dense step."""
         if norm is not None:
             x = self._backend.norm(x, norm)
         code = ACTIVATION_CODES[self.weights.activation]
@@ -137,7 +140,7 @@ class CudaFeedForward(TorchFeedForward):
 
 
 class PrefillAttention(TorchAttention):
-    """Attention of prompts: one kernel rotates all rows and stores their keys and values.
+    """Attention for prompts: one kernel rotates all rows and stores their keys and values.
 
     Args:
         places: [N] int64, the KV slot of each row; below 0 for padding.
@@ -167,13 +170,13 @@ class PrefillAttention(TorchAttention):
         """See ``TorchAttention``."""
         if run.start:
             return super().keys_and_values(layer, qkv, run)
-        # The pool holds what stands in these rows.
+        # The pool holds the same keys and values as these rows.
         own = qkv[run.begin : run.end, self.spec.heads :].transpose(0, 1)
         return own[: self.spec.kv_heads], own[self.spec.kv_heads :]
 
 
 class DecodeAttention:
-    """Attention of a step's rows over the pool, in two launches a layer."""
+    """Attention for a step's rows over the pool, in two launches per layer."""
 
     def __init__(self, backend: CudaBackend, spec: ModelSpec, pool: KvPool, rows: RowTable) -> None:
         self._backend = backend
@@ -233,7 +236,7 @@ class CudaBackend(PlainCudaBackend):
         self, x: Tensor, w: Linear, *, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         assert w.weight is not None
-        # The FF's way out is a transposed view; its kernels read the neurons themselves.
+        # The FF's down projection is a transposed view; its kernels read the neurons directly.
         if x.shape[0] > 1 or not w.weight.is_contiguous():
             return super().linear(x, w, norm=norm, residual=residual)
         if norm is not None and not _is_rms(norm):
@@ -254,7 +257,7 @@ class CudaBackend(PlainCudaBackend):
     def padded_prefill_attention(
         self, spec: ModelSpec, pool: KvPool, positions: Tensor, places: Tensor
     ) -> Attention:
-        """Attention of one prompt from its first token on, with rows that pad it.
+        """Returns attention for one prompt from its first token on, with padding rows after it.
 
         Args:
             positions: [N] int64, 0 to N - 1.
@@ -292,7 +295,8 @@ def _fused(norm: Norm | None) -> tuple[Tensor, float] | None:
 
 
 def _by_pool(runs: Sequence[Run]) -> list[tuple[Sequence[Tensor], int, int]]:
-    """(layers of the pool, first row, end) of each stretch of rows of one pool."""
+    """Groups adjacent runs by pool. Returns (layers of the pool, first row, end row) for each
+    group."""
     stretches: list[tuple[Sequence[Tensor], int, int]] = []
     for run in runs:
         if stretches and stretches[-1][0] is run.layers:

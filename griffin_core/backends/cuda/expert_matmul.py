@@ -1,5 +1,5 @@
-"""FF products in which up to 64 tokens share one expert set: each row is read once for all of them
-and multiplied on tensor cores."""
+"""FF products for up to 64 tokens that share one expert set: each weight row is read once for all
+of them and multiplied on tensor cores."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _activations(
     begin = tl.program_id(0) * NEURONS
     count = tl.load(counts).to(tl.int32)
     if begin >= count:
-        pdl_wait(OVERLAPS)  # later launches rely on the order
+        pdl_wait(OVERLAPS)  # later launches rely on this order
         return
     at = begin + tl.arange(0, NEURONS)
     live = at < count
@@ -143,7 +143,8 @@ def _down(
 
 
 def activations(x: Tensor, weights: FFWeights, sets: ExpertRows) -> Tensor:
-    """x [N, D] -> Z [N, F], of which the first K values of a row are those of the experts."""
+    """Takes x [N, D]. Returns Z [N, F], in which the first K values of a row belong to the
+    experts."""
     tokens, width = x.shape
     count = weights.count
     z = x.new_empty((tokens, count))
@@ -168,8 +169,8 @@ def activations(x: Tensor, weights: FFWeights, sets: ExpertRows) -> Tensor:
 
 
 def down(z: Tensor, weights: FFWeights, sets: ExpertRows) -> tuple[Tensor, int]:
-    """Z [N, F] as of ``activations`` -> sums of splits [N, n, D] float32, and how many n there
-    are of them."""
+    """Takes Z [N, F] from ``activations``. Returns the sums of all splits, [N, n, D] float32, and
+    the number of splits n."""
     tokens, width = z.shape[0], weights.down.shape[1]
     partial = room_for_splits(z, width, _down)
     _down[lambda meta: (triton.cdiv(width, meta["BLOCK"]), meta["SPLITS"])](
@@ -190,5 +191,5 @@ def down(z: Tensor, weights: FFWeights, sets: ExpertRows) -> tuple[Tensor, int]:
 
 
 def _padded(tokens: int) -> int:
-    """Rows of a tensor core's product."""
+    """Returns the number of rows of the tensor-core product, padded for its tile size."""
     return max(16, 1 << (tokens - 1).bit_length())

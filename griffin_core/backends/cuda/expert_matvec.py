@@ -1,6 +1,6 @@
-"""FF products in which each token has an expert set of its own, or runs on all neurons.
+"""FF products for tokens that each have their own expert set, or run on all neurons.
 
-A token reads rows of its own, so tokens share nothing, and a product is a sum along a row.
+Each token reads its own weight rows, so tokens share no reads, and a product is a sum along a row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _activations(
         count = tl.load(counts + token).to(tl.int32)
         experts = indices + tl.load(slim_ids + token) * neurons
     up = w_in + neurons.to(tl.int64) * width
-    # Of a set of more than half of the neurons, programs run twice: see the grid.
+    # For a set of more than half of the neurons, programs run twice: see the grid.
     stride = tl.num_programs(0) * ROWS
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = neurons_at(experts, at, count, INDEXED)
@@ -152,11 +152,12 @@ def _down(
 def activations(
     x: Tensor, weights: FFWeights, sets: ExpertRows | None, norm: tuple[Tensor, float] | None
 ) -> Tensor:
-    """x [N, D] -> Z [N, F], of which the first K values of a row are those of its experts."""
+    """Takes x [N, D]. Returns Z [N, F], in which the first K values of a row belong to its
+    experts."""
     tokens, width = x.shape
     count = weights.count
     z = x.new_empty((tokens, count))
-    rows = count if sets is None else (count + 1) // 2  # how many a set has is not known here
+    rows = count if sets is None else (count + 1) // 2  # the size of a set is not known on the host
     _activations[lambda meta: (triton.cdiv(rows, meta["ROWS"]), tokens)](
         x,
         weights.w_in,
@@ -180,8 +181,8 @@ def activations(
 
 
 def down(z: Tensor, weights: FFWeights, sets: ExpertRows | None) -> tuple[Tensor, int]:
-    """Z [N, F] as of ``activations`` -> sums of splits [N, n, D] float32, and how many n there
-    are of them."""
+    """Takes Z [N, F] from ``activations``. Returns the sums of all splits, [N, n, D] float32, and
+    the number of splits n."""
     tokens, width = z.shape[0], weights.down.shape[1]
     partial = room_for_splits(z, width, _down)
     _down[lambda meta: (triton.cdiv(width, meta["BLOCK"]), meta["SPLITS"], tokens)](

@@ -1,4 +1,4 @@
-"""On which experts the rows of a step run, in one layer, as kernels read it."""
+"""The expert sets of a step's rows in one layer, in the form that kernels read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class ExpertRows:
     """The expert sets of a step's N rows in one layer.
 
     Args:
-        indices: [S, F] int32: row i holds the neurons of slim id i, ascending, from the left.
-        keep: [S, F] uint8: 1 for a neuron of the set, else 0.
+        indices: [S, F] int32: row i begins with the neurons of slim id i, ascending.
+        keep: [S, F] uint8: 1 for each neuron of the set of slim id i, else 0.
         slim_ids: [N] int64, the slim id of each row.
-        counts: [N] int64, how many neurons the set of each row has; at most F.
-        shared: all rows have the slim id of the first.
+        counts: [N] int64, the number of neurons in the set of each row; at most F.
+        shared: whether all rows have the slim id of the first.
     """
 
     indices: Tensor
@@ -29,6 +29,7 @@ class ExpertRows:
 
 
 def room_for_splits(z: Tensor, width: int, kernel: Any) -> Tensor:
-    """Room for the sums of all splits of a kernel, [N, n, D] float32, however many are chosen."""
+    """Allocates the sums of all splits of a kernel, [N, n, D] float32, for the largest n that
+    autotuning may choose."""
     most = max(config.kwargs["SPLITS"] for config in kernel.configs)
     return torch.empty((z.shape[0], most, width), dtype=torch.float32, device=z.device)

@@ -1,8 +1,8 @@
 """FF blocks on experts, read by index from a layer's resident weights.
 
-The sets stand in tensors, so that a captured graph runs on whatever they hold. Without sets, all
-neurons are run. Down projections are split over the neurons and summed in a fixed order, so results
-repeat to the bit.
+The sets are read from tensors, so that a captured graph can be replayed with other sets. Without
+sets, all neurons run. Down projections are split over the neurons and summed in a fixed order, so
+results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def feedforward(
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """An FF block on experts, of x [N, D], with N at most ``MAX_SHARED_TOKENS`` if they share.
+    """Runs an FF block on experts for x [N, D]; N is at most ``MAX_SHARED_TOKENS`` for a shared
+    set.
 
     Args:
         x: bfloat16 or float16, contiguous.
         weights: all neurons of the layer.
-        sets: what each row runs on; None for all neurons.
-        norm: weight [D] float32 and eps of an RMSNorm over x first; not for a shared set.
+        sets: the expert set of each row; None for all neurons.
+        norm: weight [D] float32 and eps of an RMSNorm applied to x first; not for a shared set.
         residual: [N, D], added to the result.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Products of single rows with a matrix, with what stands before and behind them.
+"""Matrix-vector products, fused with the RMSNorm before them and the residual add after them.
 
-RMSNorm goes in front: its weight scales the input, and its factor, one number a row, the output. So
-each program normalizes while it multiplies. Sums are float32.
+The norm's weight scales the input, and its factor, one number per row, scales the output, so each
+program normalizes while it multiplies. Sums are float32.
 """
 
 from __future__ import annotations
@@ -83,13 +83,14 @@ def matvec(
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x [N, in] weightᵀ + bias + residual [N, out]; every row of x reads the whole weight.
+    """Returns x [N, in] weightᵀ + bias + residual [N, out]. The whole weight is read for every row
+    of x.
 
     Args:
         x: bfloat16 or float16, contiguous, as are all but ``norm``.
         weight: [out, in].
         bias: [out].
-        norm: weight [in] float32 and eps of an RMSNorm over x first.
+        norm: weight [in] float32 and eps of an RMSNorm applied to x first.
         residual: [N, out].
     """
     tokens, inner = x.shape
@@ -142,7 +143,7 @@ def _rms_norm(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """RMSNorm of x [N, D] in float32, and residual [N, D] added behind it."""
+    """Applies RMSNorm to x [N, D] in float32, then adds residual [N, D]."""
     out = torch.empty_like(x)
     rows, width = x.shape
     block = triton.next_power_of_2(width)

@@ -1,4 +1,5 @@
-"""Rotary positions of prompts' queries and keys, and their storing in the KV pool, in one pass."""
+"""Rotates the queries and keys of prompts, and stores keys and values in the KV pool, in one
+pass."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def _rotate_and_store(
         tl.store(low, x, mask=there & turned)
         tl.store(low + half, y, mask=there & turned)
     place = tl.load(places + token)
-    # Keys of all heads, then values of all heads, as they stand in the row.
+    # Keys of all heads, then values of all heads, as in the row of qkv.
     to = kv + ((head - heads).to(tl.int64)[:, None] * slots + place) * SIZE + d[None, :]
     kept = there & (head >= heads)[:, None] & (place >= 0)
     tl.store(to, x, mask=kept)
@@ -63,7 +64,7 @@ def rotate_and_store(
     Args:
         qkv: [N, H + 2 · kv_heads, head_dim], bfloat16 or float16, contiguous.
         heads: H.
-        rope: factors [N, 1, head_dim] as of ``attention.rope_factors``; None for no rotation.
+        rope: factors [N, 1, head_dim] from ``attention.rope_factors``; None for no rotation.
         kv: [2, kv_heads, slots, head_dim], one layer of the pool, of qkv's dtype.
         places: [N] int64, the KV slot of each row; below 0 for rows that are padding, which are not
             stored.

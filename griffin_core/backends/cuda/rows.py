@@ -1,4 +1,5 @@
-"""How kernels read a layer's weights: all rows of a matrix, or those of an expert set."""
+"""Device functions that read a layer's weights: all rows of a matrix, or the rows of an expert
+set."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def neurons_at(experts, at, count, INDEXED: tl.constexpr):
-    """Which neurons stand at these places of the set."""
+    """Returns the neurons at some positions of the set."""
     rows = at
     if INDEXED:
         rows = tl.load(experts + at, mask=at < count, other=0)
@@ -17,7 +18,7 @@ def neurons_at(experts, at, count, INDEXED: tl.constexpr):
 
 @triton.jit
 def tile(matrix, rows, live, columns, width):
-    """matrix[rows, columns], zero where a row is not live or a column not there."""
+    """Loads matrix[rows, columns], zero where a row is not live or a column is out of range."""
     return tl.load(
         matrix + rows.to(tl.int64)[:, None] * width + columns[None, :],
         mask=live[:, None] & (columns < width)[None, :],
@@ -27,7 +28,7 @@ def tile(matrix, rows, live, columns, width):
 
 @triton.jit
 def split_range(count, split, SPLITS: tl.constexpr, NEURONS: tl.constexpr):
-    """First and end of the places of a set that one of its splits sums: whole blocks."""
+    """Returns the first and the end position of a set that one split sums, in whole blocks."""
     share = tl.cdiv(tl.cdiv(count, SPLITS), NEURONS) * NEURONS
     begin = split * share
     return begin, tl.minimum(begin + share, count)

@@ -1,4 +1,4 @@
-"""The statistic of a prompt's activations, read once and never widened in memory."""
+"""The statistic of a prompt's activations, which are read once and never copied to float32."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _add_s2(
     inside = columns < width
     part = tl.arange(0, PARTS)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    # The last tokens first: they were written last, and may still be in the cache.
+    # The last tokens first: they were written last and may still be in the L2 cache.
     runs = tl.cdiv(tokens, ROWS)
     for run in range(runs):
         places = (runs - 1 - run) * ROWS + tl.arange(0, ROWS)
@@ -61,7 +61,7 @@ def add_s2_columns(s2: Tensor, z: Tensor, squares: Tensor, bounds: Tensor) -> No
     Args:
         s2: [R, F] float32, each row contiguous.
         z: [N, F] bfloat16 or float16, contiguous.
-        bounds: [R + 1] int32, as of ``RowRuns``.
+        bounds: [R + 1] int32, as in ``RowRuns``.
     """
     width, parts = z.shape[1], squares.shape[1]
     _add_s2[(triton.cdiv(width, BLOCK), s2.shape[0])](

@@ -1,4 +1,4 @@
-"""Configurations that the kernels choose among: measured once for each shape, kept on disk."""
+"""Autotuning of Triton kernels: configurations are measured once per shape and kept on disk."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def tuned(configs: Sequence[Any], key: Sequence[str]) -> Any:
-    """``triton.autotune``, whose choice outlives the process (in Triton's cache directory). The
-    first configuration is good everywhere; Triton's interpreter takes it unmeasured.
+    """Applies ``triton.autotune`` with results kept in Triton's cache directory. The first
+    configuration works well everywhere; Triton's interpreter uses it without measuring.
 
     Args:
-        key: arguments whose values make a shape.
+        key: names of the kernel arguments that identify a shape.
     """
     if INTERPRETED:
         return triton.autotune(configs=list(configs[:1]), key=list(key))
@@ -31,16 +31,16 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Any:
 
 @cache
 def pdl_options() -> dict[str, Any]:
-    """Options of a launch: on Hopper and later, that a kernel may begin before the one ahead of it
-    has ended (programmatic dependent launch). It then reads weights, and waits before it touches
-    what others write; ``OVERLAPS`` tells it so."""
+    """Returns the options of a launch. On Hopper and later a kernel may start before the previous
+    one has ended (programmatic dependent launch): it prefetches weights, then waits before it
+    touches memory that others write. ``OVERLAPS`` tells the kernel whether it must wait."""
     begins = not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
     return {"OVERLAPS": True, "launch_pdl": True} if begins else {"OVERLAPS": False}
 
 
 @triton.jit
 def pdl_wait(OVERLAPS: tl.constexpr):
-    """Lets the next kernel begin, and waits for the end of the one ahead."""
+    """Lets the next kernel start, and waits for the end of the previous one."""
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()

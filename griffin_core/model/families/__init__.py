@@ -1,1 +1,1 @@
-"""From the fields of a config.json to a ModelSpec."""
+"""The model families: how each one's config.json becomes a ModelSpec, and its tensors weights."""

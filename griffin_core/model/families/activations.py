@@ -1,4 +1,4 @@
-"""Names of activation functions."""
+"""The names of activation functions."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         "relu": "relu",
     }
 )
-"""transformers' name of an activation -> ours."""
+"""The name of an activation in transformers -> its name here."""

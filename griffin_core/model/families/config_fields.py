@@ -1,15 +1,15 @@
-"""Which fields of a transformers config are read, and what becomes of all the others.
+"""The fields of a transformers config: which are read, and how the others are treated.
 
-A field that changes the computation is either read by ``spec`` through a ``ConfigReader``, or
-refused by its name. The set of fields that are read is what the reader was asked for, so there is
-no second list to keep in step. Of the fields that nobody asked for,
+A field that changes the computation is either read by a family's ``spec`` through a
+``ConfigReader``, or refused by name. The reader records the fields that are read, so there is no
+second list to keep up to date. Fields that were not read are treated as follows:
 
 - those in ``WITHOUT_EFFECT`` may have any value: they do not change logits;
 - those in ``NEUTRAL`` may have the values given there: they belong to mechanisms that the families
-  here do not have, and other values would ask for one;
-- other fields of the family's config class must have the default of the class: transformers may
-  come to read a field that nobody here has looked at;
-- names that the config class does not know are left out, as transformers leaves them out.
+  here do not have, and other values would enable one;
+- other fields of the family's config class must have the default of the class, since transformers
+  may read a field that is unknown here;
+- names that the config class does not define are ignored, as in transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 Use = Literal["read", "ignored", "refused"]
 
 LONGEST_VALUE = 80
-"""Characters of a value that a message shows."""
+"""The most characters of a value that a message shows."""
 
 _LABELS = "names and labels"
 _TRAINING = "training only"
@@ -68,7 +68,7 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         "cache_implementation": "how transformers keeps keys and values",
     }
 )
-"""Field -> why any value of it leaves the logits as they are."""
+"""Field -> why no value of it changes the logits."""
 
 _NONE: tuple[object, ...] = (None, False, 0)
 _ONE: tuple[object, ...] = (None, 1)
@@ -130,19 +130,19 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "transformers_weights": _EMPTY,
     }
 )
-"""Field -> the values with which it asks for nothing. Of mechanisms that a family does not have;
-a family that has one reads the field itself."""
+"""Field -> the values with which its mechanism is off. A family that has the mechanism reads the
+field itself."""
 
 UNKNOWN_NAME = "not a field of this family; transformers leaves it out, too"
 
 
 def shown(value: object) -> str:
-    """The value as messages show it, cut to ``LONGEST_VALUE`` characters."""
+    """Formats a value for a message, cut to ``LONGEST_VALUE`` characters."""
     return shortened(repr(value), LONGEST_VALUE)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
-    """Refuses a value that asks for a variant which the decoder does not define.
+    """Refuses a value that requires a variant that the decoder does not support.
 
     Raises:
         UnknownFamily: always.
@@ -151,7 +151,7 @@ def refuse(name: str, value: object, allowed: str) -> NoReturn:
 
 
 def reject(name: str, value: object, allowed: str) -> NoReturn:
-    """Refuses a value with which no decoder can be made.
+    """Refuses a value that is invalid for any decoder.
 
     Raises:
         BadModelFile: always.
@@ -160,14 +160,14 @@ def reject(name: str, value: object, allowed: str) -> NoReturn:
 
 
 class ConfigReader:
-    """Reads fields of a config one by one, checks each, and remembers which were read.
+    """Reads fields of a config one by one, checks each, and records which were read.
 
     Args:
-        config: of one of the known families.
+        config: the config of a supported family.
 
     Attributes:
         config: the same.
-        read: names of the fields that were asked for so far.
+        read: the names of the fields that were read so far.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -175,37 +175,37 @@ class ConfigReader:
         self.read: set[str] = set()
 
     def value(self, name: str) -> Any:
-        """The field as it is; None if the config has none of that name."""
+        """Returns the field unchecked; None if the config does not have it."""
         self.read.add(name)
         return getattr(self.config, name, None)
 
     def integer(self, name: str, *, least: int = 1) -> int:
-        """A whole number that is not less than ``least``."""
+        """Returns an integer that is at least ``least``."""
         value = self.value(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             reject(name, value, f"an integer >= {least}")
         return value
 
     def number(self, name: str, *, zero: bool = False) -> float:
-        """A finite number above 0, or 0 if that is allowed as well."""
+        """Returns a finite number above 0, or 0 if ``zero`` allows it."""
         value = self.value(name)
         if not is_number(value) or value < 0 or (value == 0 and not zero):
             reject(name, value, f"a finite number {'>=' if zero else '>'} 0")
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
-        """A finite number above 0, or None."""
+        """Returns a finite number above 0, or None."""
         return None if self.value(name) is None else self.number(name)
 
     def flag(self, name: str) -> bool:
-        """True or False; a flag that the config lacks is False."""
+        """Returns True or False; a missing flag is False."""
         value = self.value(name)
         if value not in (None, True, False):
             reject(name, value, "true or false")
         return bool(value)
 
     def choice(self, name: str, choices: Mapping[str, T]) -> T:
-        """What the field's value stands for."""
+        """Returns the entry of ``choices`` for the field's value."""
         value = self.value(name)
         if not isinstance(value, str) or value not in choices:
             refuse(name, value, ", ".join(choices))
@@ -218,20 +218,20 @@ class ConfigReader:
             refuse(name, value, why)
 
     def decides_tensors(self, *names: str) -> None:
-        """Counts fields as read that say nothing but which tensors there are: these are held
+        """Counts fields as read that only determine which tensors exist: tensors are checked
         against the checkpoint by name."""
         for name in names:
             self.flag(name)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number, and no bool."""
+    """Returns whether a value is a finite number and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldUse:
-    """What becomes of one field of a config.
+    """How one field of a config is treated.
 
     Args:
         reason: why it is ignored; or, if it is refused, what is allowed.
@@ -244,7 +244,7 @@ class FieldUse:
 
 
 def field_uses(reader: ConfigReader) -> Iterator[FieldUse]:
-    """What becomes of every field, in the order of their names, once all was read."""
+    """Yields how every field is treated, ordered by name. Call it once all fields were read."""
     config = reader.config
     fields = {field.name: field for field in dataclasses.fields(config)}
     present = {name for name in vars(config) if not name.startswith("_")}
@@ -273,4 +273,4 @@ def _use(
         default = field.default_factory()
     if value == default:
         return "ignored", "the default"
-    return "refused", f"{default!r}, the default: what others do is not known here"
+    return "refused", f"{default!r}, the default: the effect of other values is not known here"

@@ -1,4 +1,4 @@
-"""The config.json of a model's directory: read, parsed by transformers, and checked."""
+"""Reads the config.json of a model's directory, has transformers parse it, and checks it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from griffin_core.model.files import CONFIG_NAME, one_line, read_json_object
 from griffin_core.spec.model import ModelSpec
 
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
-"""Fields of a config.json that say how weights were quantized."""
+"""The fields of a config.json that say how weights were quantized."""
 
 
 def read_config(directory: Path) -> tuple[PreTrainedConfig, ModelSpec]:
     """Reads and checks the config.json of a model's directory.
 
     Raises:
-        UnknownFamily: the family, or a variant of it, is not known; the message names the field.
-        BadModelFile: the file cannot be read, or a value of it is of the wrong type or impossible.
+        UnknownFamily: the family, or a variant of it, is not supported; the message names the
+            field.
+        BadModelFile: the file cannot be read, or a value has the wrong type or is impossible.
     """
     said = read_json_object(directory / CONFIG_NAME)
     if "model_type" not in said:
@@ -42,20 +43,20 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, ModelSpec]:
 
 
 def _text_part(config: Mapping[str, Any]) -> object:
-    """The family of the part that reads text, of a model that reads more; None if there is none."""
+    """Returns the model type of the text part of a multimodal config; None if there is none."""
     part = config.get("text_config")
     if isinstance(part, dict) and "model_type" in part:
         return part["model_type"]
-    with contextlib.suppress(Exception):  # no such family, one without parts, or without a default
+    with contextlib.suppress(Exception):  # an unknown family, or one without parts or defaults
         return CONFIG_MAPPING[config["model_type"]].sub_configs["text_config"].model_type
     return None
 
 
 def check_unquantized(config: Mapping[str, Any]) -> None:
-    """Refuses the contents of a config.json that say that weights are quantized.
+    """Refuses a config.json that says that weights are quantized.
 
     Raises:
-        BadModelFile: naming the field and the method.
+        BadModelFile: the message names the field and the method.
     """
     for field in QUANTIZATION_FIELDS:
         if value := config.get(field):
@@ -67,10 +68,10 @@ def check_unquantized(config: Mapping[str, Any]) -> None:
 
 
 def _parsed_config(directory: Path, said: Mapping[str, Any]) -> PreTrainedConfig:
-    """What transformers makes of a config.json.
+    """Has transformers parse a config.json.
 
     Raises:
-        BadModelFile: naming the field that it was about, as far as the error tells.
+        BadModelFile: the message names the field at fault if it can be found.
     """
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -83,29 +84,30 @@ def _parsed_config(directory: Path, said: Mapping[str, Any]) -> PreTrainedConfig
         allowed = _in_words(words.group(1)) if words else one_line(error)
         value = shown(said.get(field.group(1)))
         raise BadModelFile(f"{field.group(1)}: got {value}; allowed: {allowed}") from error
-    except Exception as error:  # each class checks its fields in its own way
+    except Exception as error:  # each config class raises errors of its own
         blamed = "; ".join(f"{name}: got {shown(said[name])}" for name in _to_blame(said))
         raise BadModelFile(f"{blamed or 'its fields'}: {one_line(error)}") from error
 
 
 def _to_blame(said: Mapping[str, Any]) -> list[str]:
-    """Fields without which, or with 1 in their place, a config can be made of the others."""
+    """Finds fields at fault: those without which, or with 1 in their place, the config can be
+    parsed."""
     config_class = CONFIG_MAPPING[said["model_type"]]
     rest = {name: value for name, value in said.items() if name != "model_type"}
 
     def heals(name: str) -> bool:
         for other in ({k: v for k, v in rest.items() if k != name}, {**rest, name: 1}):
-            with contextlib.suppress(Exception):  # any will do: it is what the others are for
+            with contextlib.suppress(Exception):  # any error means that another field is at fault
                 config_class(**copy.deepcopy(other))
                 return True
         return False
 
     blamed = [name for name in rest if heals(name)]
-    return [] if len(blamed) == len(rest) else blamed  # all: then no field is at fault
+    return [] if len(blamed) == len(rest) else blamed  # if all are at fault, none can be blamed
 
 
 def _in_words(types: str) -> str:
-    """Python's types, as an error of transformers spells them, in JSON's words."""
+    """Translates Python type names in an error of transformers to the names of JSON types."""
     words = [word for name, word in _TYPES_IN_WORDS.items() if re.search(rf"\b{name}\b", types)]
     return " or ".join(words) or types
 

@@ -1,4 +1,4 @@
-"""Llama and the families like it: rotary positions, RMSNorms, a gated FF."""
+"""Llama and similar families: rotary positions, RMSNorms, and a gated FF."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from griffin_core.spec.model import LayerSpec, ModelSpec
 
 
 def llama_spec(c: ConfigReader) -> ModelSpec:
-    """The spec of a config of one of these families."""
+    """Returns the spec of a config of one of these families."""
     family = c.config.model_type
     gemma = family.startswith("gemma")
     newer_gemma = family in ("gemma2", "gemma3_text")
@@ -84,18 +84,18 @@ def _kv_heads(c: ConfigReader, heads: int) -> int:
 
 
 def _layer_types(c: ConfigReader) -> tuple[str, ...]:
-    """The type of each layer. Where transformers has the same attention in all layers, it leaves
-    out layer_types; what they say must then be that."""
+    """Returns the type of each layer. For families with the same attention in all layers,
+    transformers omits layer_types; if it is given, all entries must be that type."""
     layers = c.integer("num_hidden_layers")
     given = c.value("layer_types")
     if c.config.model_type in ("llama", "gemma", "mistral"):
-        window = c.value("sliding_window")  # transformers leaves one of llama and gemma out
+        window = c.value("sliding_window")  # transformers omits it for llama and gemma
         windowed = c.config.model_type == "mistral" and window is not None
         same = ("sliding_attention" if windowed else "full_attention",) * layers
         if given is not None and tuple(given) != same:
             refuse("layer_types", given, f"{same[0]!r} for all layers: {c.config.model_type}'s")
         return same
-    if c.config.model_type.startswith("qwen"):  # transformers has made layer_types of both
+    if c.config.model_type.startswith("qwen"):  # transformers has derived layer_types from both
         c.value("max_window_layers")
         c.flag("use_sliding_window")
     if not isinstance(given, (list, tuple)) or len(given) != layers:
@@ -109,12 +109,12 @@ def _layer_types(c: ConfigReader) -> tuple[str, ...]:
 def _window(c: ConfigReader, layer_type: str) -> int | None:
     if layer_type == "sliding_attention":
         return c.integer("sliding_window")
-    c.value("sliding_window")  # for layers that do not slide any is right
+    c.value("sliding_window")  # unused if no layer slides
     return None
 
 
 def llama_weights(reader: TensorReader) -> DecoderWeights:
-    """The weights of a family with rotary positions and RMSNorms."""
+    """Returns the weights of a family with rotary positions and RMSNorms."""
     s = reader.spec
     embedding = reader.get("model.embed_tokens.weight", s.vocabulary, s.width)
     return DecoderWeights(

@@ -1,4 +1,4 @@
-"""OPT: learned positions, LayerNorms, a plain FF with biases."""
+"""OPT: learned positions, LayerNorms, and a plain FF with biases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from griffin_core.spec.model import LayerSpec, ModelSpec
 
 
 def opt_spec(c: ConfigReader) -> ModelSpec:
-    """The spec of an OPT config."""
+    """Returns the spec of an OPT config."""
     c.decides_tensors("enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings")
     layer = LayerSpec(window=None, rotary=None)
     width, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
@@ -40,7 +40,7 @@ def opt_spec(c: ConfigReader) -> ModelSpec:
 
 
 def opt_weights(reader: TensorReader) -> DecoderWeights:
-    """The weights of an OPT model."""
+    """Returns the weights of an OPT model."""
     s = reader.spec
     root = "model.decoder."
     embedding = reader.get(f"{root}embed_tokens.weight", s.vocabulary, s.embed_width)

@@ -1,4 +1,4 @@
-"""The families of models that the decoder defines."""
+"""The model families that the decoder supports."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from griffin_core.spec.model import ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a family of models is read.
+    """How a model family is read.
 
     Args:
-        spec: from the fields of its config.json.
-        weights: from the tensors of its checkpoints.
+        spec: makes a ModelSpec from the fields of its config.json.
+        weights: makes decoder weights from the tensors of its checkpoints.
     """
 
     spec: Callable[[ConfigReader], ModelSpec]
@@ -51,15 +51,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "opt": Family(spec=opt_spec, weights=opt_weights),
     }
 )
-"""model_type of transformers -> how it is read."""
+"""The model_type of transformers -> how the family is read."""
 
 
 def spec_from_config(config: PreTrainedConfig) -> ModelSpec:
     """Reads a transformers config.
 
     Raises:
-        UnknownFamily: naming what the config asks for and what is known.
-        BadModelFile: a value with which no decoder can be made.
+        UnknownFamily: the config needs something that is not supported; the message says what.
+        BadModelFile: a value is invalid.
     """
     spec, uses = examine_config(config)
     refused = [u for u in uses if u.use == "refused"]
@@ -71,13 +71,13 @@ def spec_from_config(config: PreTrainedConfig) -> ModelSpec:
 
 
 def examine_config(config: PreTrainedConfig) -> tuple[ModelSpec, tuple[FieldUse, ...]]:
-    """What a config says, and what becomes of each of its fields.
+    """Reads a config, and reports how each of its fields is treated.
 
     Returns:
-        The spec, which holds if no field is refused, and all fields.
+        The spec, which is valid if no field is refused, and the treatment of all fields.
 
     Raises:
-        UnknownFamily, BadModelFile: a field that was read cannot be followed.
+        UnknownFamily, BadModelFile: the value of a field that was read is not supported or invalid.
     """
     check_family(config.model_type)
     method = getattr(config, "quantization_config", None)
@@ -87,7 +87,7 @@ def examine_config(config: PreTrainedConfig) -> tuple[ModelSpec, tuple[FieldUse,
             f"quantization_config: got {name!r}; allowed: unquantized safetensors, or GGUF, which "
             "is dequantized on load"
         )
-    if getattr(config, "is_heterogeneous", False):  # its fields cannot be read for all layers
+    if getattr(config, "is_heterogeneous", False):  # its fields differ between layers
         raise UnknownFamily("per_layer_config: got one; allowed: layers of one shape")
     reader = ConfigReader(config)
     spec = FAMILIES[config.model_type].spec(reader)
@@ -95,13 +95,13 @@ def examine_config(config: PreTrainedConfig) -> tuple[ModelSpec, tuple[FieldUse,
 
 
 def check_family(family: object, *, text_part: object = None) -> None:
-    """Refuses a model type that the decoder does not define.
+    """Refuses a model type that the decoder does not support.
 
     Args:
-        text_part: the model type of its part that reads text, if it has parts.
+        text_part: the model type of the text part of a multimodal model.
 
     Raises:
-        UnknownFamily: naming those that it does.
+        UnknownFamily: the message names the supported families.
     """
     if not isinstance(family, str) or family not in FAMILIES:
         part = f". Its text part, {text_part}, is served, from a checkpoint of that part alone"
@@ -114,13 +114,13 @@ def check_family(family: object, *, text_part: object = None) -> None:
 def weights_from_state(
     spec: ModelSpec, state: Mapping[str, Tensor], backend: Backend
 ) -> DecoderWeights:
-    """Sorts a state dict of one of the families into place.
+    """Makes decoder weights from a state dict of one of the families.
 
-    Queries, keys and values become one product, gate and up another; the FF's weights are kept by
-    neuron. Nothing else of the state dict is copied, but what the backend lays out anew.
+    Queries, keys and values become one product, gate and up another; FF weights are stored by
+    neuron. Other tensors are copied only if the backend changes their layout.
 
     Raises:
-        BadModelFile: a tensor is missing, has the wrong shape, or has no use.
+        BadModelFile: a tensor is missing, has the wrong shape, or is not used.
     """
     reader = TensorReader(spec, state, backend)
     weights = FAMILIES[spec.family].weights(reader)

@@ -1,4 +1,4 @@
-"""Rotary positions: from a config's rope_parameters to frequencies."""
+"""Rotary positions: computes frequencies from a config's rope_parameters."""
 
 from __future__ import annotations
 
@@ -45,29 +45,30 @@ ROPE_TYPES: Mapping[str, frozenset[str]] = MappingProxyType(
         "proportional": frozenset({"factor", "partial_rotary_factor"}),
     }
 )
-"""rope_type -> what transformers' function of that name reads, beside rope_theta. "dynamic" and
-"longrope" change with the length of the text, so keys already cached would come to be wrong; they
-are known as far as they do not change up to max_position_embeddings, where every text ends here."""
+"""rope_type -> the entries that transformers' function of that name reads besides rope_theta. The
+frequencies of "dynamic" and "longrope" depend on the length of the text, so cached keys would
+become wrong. They are supported if they are constant up to max_position_embeddings, which no
+sequence exceeds here."""
 
 _ALWAYS = frozenset({"rope_theta", "rope_type", "type"})
 _WITHOUT_EFFECT = frozenset({"attn_factor", "finetuned", "original_max_position_embeddings"})
-"""Further entries that say how a model came to be, or that transformers reads nowhere: DeepSeek's
-distillation of R1 into Qwen3 has an attn_factor beside yarn."""
+"""Entries that describe how a model was made, or that transformers never reads: DeepSeek's
+distillation of R1 into Qwen3 has an attn_factor besides yarn."""
 
 
 def read_rotary(
     c: ConfigReader, *, head_dim: int, context_length: int, layer_type: str | None = None
 ) -> RotarySpec:
-    """The rotary positions of all layers, or of those of ``layer_type``.
+    """Returns the rotary positions of all layers, or of the layers of ``layer_type``.
 
     Args:
-        head_dim: of the queries and keys that are rotated; even.
-        context_length: tokens of the longest text.
-        layer_type: if rope_parameters has an entry for each type of layers.
+        head_dim: the size of a rotated query or key head; even.
+        context_length: the most tokens of a sequence.
+        layer_type: the type of layer, if rope_parameters has an entry for each type.
 
     Raises:
-        UnknownFamily: naming what the config asks for and what is known.
-        BadModelFile: values that give no frequencies.
+        UnknownFamily: the config needs something that is not supported; the message says what.
+        BadModelFile: the values give no finite frequencies.
     """
     name = "rope_parameters" if layer_type is None else f"rope_parameters.{layer_type}"
     parameters = _parameters(c, name, layer_type)
@@ -123,5 +124,5 @@ def _scaled(
             c.config, device=None, seq_len=length, **arguments
         )
         return RotarySpec(inverse_frequencies=tuple(frequencies.tolist()), scale=float(scale))
-    except Exception as error:  # arithmetic on whatever the file says
+    except Exception as error:  # arithmetic on unchecked values
         raise BadModelFile(f"{name}: {kind!r} cannot be made of it: {error}") from error

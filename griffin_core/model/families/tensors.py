@@ -1,4 +1,4 @@
-"""From the tensors of a Hugging Face checkpoint to parts of a decoder."""
+"""Makes parts of a decoder from the tensors of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from griffin_core.spec.weights import FFWeights, Norm
 
 
 class TensorReader:
-    """Tensors of a state dict, checked as they are taken and laid out by a backend. Every method
+    """Reads tensors from a state dict, checks them, and has a backend lay them out. Every method
     raises BadModelFile for a tensor that is missing or has the wrong shape.
 
     Args:
-        state: by the names of Hugging Face checkpoints.
-        backend: lays out what it multiplies with.
+        state: tensors by their names in Hugging Face checkpoints.
+        backend: lays out the weights.
     """
 
     def __init__(self, spec: ModelSpec, state: Mapping[str, Tensor], backend: Backend) -> None:
         self.spec = spec
         self.used: set[str] = set()
-        """Names that were asked for."""
+        """The names that were read."""
         self._state = state
         self._backend = backend
 
     def optional(self, name: str) -> Tensor | None:
-        """A tensor, or None if there is none of that name."""
+        """Returns a tensor, or None if there is none of that name."""
         self.used.add(name)
         return self._state.get(name)
 
     def get(self, name: str, *shape: int) -> Tensor:
-        """A tensor of a shape."""
+        """Returns a tensor, which must have the given shape."""
         tensor = self.optional(name)
         if tensor is None:
             raise BadModelFile(f"weights: tensor {name!r} is missing")
@@ -46,13 +46,13 @@ class TensorReader:
         return tensor
 
     def linear(self, name: str, out: int, inner: int) -> Linear:
-        """A product, with a bias if there is one."""
+        """Returns a product, with a bias if there is one."""
         return self._backend.pack_linear(
             self.get(f"{name}.weight", out, inner), self.optional(f"{name}.bias")
         )
 
     def qkv(self, attention: str) -> Linear:
-        """Queries, keys and values as one product."""
+        """Returns the products for queries, keys and values as one."""
         s = self.spec
         rows = {"q_proj": s.heads, "k_proj": s.kv_heads, "v_proj": s.kv_heads}
         names = [f"{attention}{name}" for name in rows]
@@ -62,11 +62,11 @@ class TensorReader:
         ]
         biases = [b for name in names if (b := self.optional(f"{name}.bias")) is not None]
         if len(biases) not in (0, len(names)):
-            raise BadModelFile(f"weights: some of {attention}[qkv]_proj have a bias, others none")
+            raise BadModelFile(f"weights: some of {attention}[qkv]_proj have a bias, others do not")
         return self._backend.pack_linear(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def norm(self, name: str, size: int) -> Norm:
-        """A norm over ``size`` values."""
+        """Returns a norm over ``size`` values."""
         weight = self.optional(f"{name}.weight")  # OPT may have norms without weights
         if weight is None and self.spec.norm == "rms":
             raise BadModelFile(f"weights: tensor '{name}.weight' is missing")
@@ -81,16 +81,17 @@ class TensorReader:
         )
 
     def head(self, embedding: Tensor) -> Linear:
-        """The product that gives logits: the embedding itself where the model ties the two."""
+        """Returns the product that computes logits; it uses the embedding if the model ties the
+        two."""
         own = self.optional("lm_head.weight")
         return self._backend.pack_linear(embedding if own is None else own)
 
     def ff(self, gate: str | None, up: str, down: str) -> FeedForward:
-        """An FF block; ``gate`` is None for a plain one."""
+        """Returns an FF block; ``gate`` is None for a plain one."""
         s = self.spec
         inputs = (gate, up) if gate else (up,)
         if gate and any(f"{name}.bias" in self._state for name in inputs):
-            raise BadModelFile(f"weights: a gated FF with a bias ('{up}.bias') is not known")
+            raise BadModelFile(f"weights: a gated FF with a bias ('{up}.bias') is not supported")
         weights = FFWeights(
             activation=s.activation,
             w_in=torch.stack([self.get(f"{name}.weight", s.ff_width, s.width) for name in inputs]),

@@ -1,7 +1,7 @@
-"""GGUF files: what they say is understood and used, all of it, or refused by name.
+"""GGUF files: every key and tensor is either used, listed as ignored, or refused by name.
 
-``understand`` reads and checks a file without its weights. ``write_model`` makes a directory of
-transformers of what it has understood.
+``understand`` reads and checks a file without its weights. ``write_model`` then writes it as a
+transformers model directory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from griffin_core.model.gguf.tokenizer import end_tokens, tokenizer_of
 __all__ = ["CONVERTER_VERSION", "Understood", "part_paths", "understand", "write_model"]
 
 CONVERTER_VERSION = 4
-"""Grows whenever the same file makes another directory, so that older copies are not used."""
+"""The version of the converter. Increase it whenever the same file gives another directory, so that
+older copies are not used."""
 
 SAMPLING = {
     "general.sampling.temp": "temperature",
@@ -45,17 +46,17 @@ SAMPLING = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-"""Keys with the authors' sampling -> fields of generation_config.json."""
+"""Keys with the authors' sampling defaults -> fields of generation_config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Understood:
-    """A file that can be converted, and what it says.
+    """The checked contents of a file that can be converted.
 
     Args:
-        config: of transformers.
-        wanted: tensors of the model by their names in the file; all of them are there.
-        end_tokens: ids that end a completion.
+        config: the transformers config.
+        wanted: the tensors of the model by their names in the file, which has all of them.
+        end_tokens: the ids that end a completion.
     """
 
     file: GgufFile
@@ -66,7 +67,7 @@ class Understood:
 
     @property
     def keys(self) -> dict[str, tuple[str, str]]:
-        """Keys that are used -> their values, shortened, and what they set."""
+        """The keys that are used -> their values, shortened, and what they set."""
         architecture = self.file.keys["general.architecture"]
         tables = {architecture: ARCHITECTURE_KEYS, "tokenizer": TOKENIZER_KEYS}
         used = {}
@@ -81,7 +82,7 @@ class Understood:
 
     @property
     def ignored(self) -> dict[str, str]:
-        """Other keys -> why they are ignored."""
+        """The other keys -> why they are ignored."""
         beyond, unread = "beyond the vocabulary: no token", "llama.cpp reads no keys of that name"
         return {
             name: ignored_because(name) or (beyond if names_no_token(self.file, name) else unread)
@@ -91,16 +92,17 @@ class Understood:
 
     @property
     def quantization(self) -> dict[str, int]:
-        """Types of tensors -> how many there are."""
+        """Tensor types -> the number of tensors of each type."""
         return dict(Counter(tensor.kind for tensor in self.file.tensors.values()))
 
 
 def understand(path: Path) -> Understood:
-    """Reads and checks all of a file but its weights.
+    """Reads and checks a file, except for the values of its weights.
 
     Raises:
-        UnknownFamily: a GGUF file of another architecture.
-        BadModelFile: no GGUF file, a damaged one, or one that says what is not understood.
+        UnknownFamily: the file has an unsupported architecture.
+        BadModelFile: the file is not a GGUF file, is damaged, or has contents that are not
+            supported.
     """
     file = read_gguf(path)
     check_keys(file)
@@ -125,7 +127,7 @@ def write_model(model: Understood, dtype: torch.dtype, target: Path) -> None:
     """Writes config, weights and tokenizer into an empty directory.
 
     Args:
-        dtype: of the weights.
+        dtype: the type of the weights.
 
     Raises:
         BadModelFile: a tensor cannot be dequantized.
@@ -136,7 +138,7 @@ def write_model(model: Understood, dtype: torch.dtype, target: Path) -> None:
     model.config.save_pretrained(target)
     try:
         model.tokenizer.save_pretrained(target)
-    except Exception as error:  # tokenizers raises a plain one, for a full disk say
+    except Exception as error:  # tokenizers raises a plain one, for example if the disk is full
         raise OSError(one_line(error)) from error
     generation = {
         "bos_token_id": model.tokenizer.bos_token_id,

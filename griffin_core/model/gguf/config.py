@@ -1,7 +1,7 @@
-"""From the keys of a GGUF file to a transformers config.
+"""Makes a transformers config from the keys of a GGUF file.
 
-What a key leaves open is what llama.cpp makes of it: the reader of transformers drops rope scaling,
-soft caps and the query scale of the largest Gemma models.
+Missing keys have the same defaults as in llama.cpp. The GGUF reader of transformers is not used,
+since it drops rope scaling, soft caps and the query scale of the largest Gemma models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from griffin_core.model.gguf.file import GgufFile, one_line
 from griffin_core.model.gguf.keys import architecture_keys
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Tensor by whose entries the plain frequencies are divided (Llama 3.1)."""
+"""The tensor whose values divide the plain rotary frequencies (Llama 3.1)."""
 
 _ROPE_THETA = 10000.0
 _GEMMA_2_LAYERS_27B = 46
@@ -29,7 +29,7 @@ _SCALING = "rope.scaling."
 
 
 def config_of(file: GgufFile) -> PreTrainedConfig:
-    """The config of a file whose keys are checked.
+    """Returns the config of a file whose keys are checked.
 
     Raises:
         BadModelFile: keys are missing or contradict one another.
@@ -70,12 +70,12 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_parameters": _rope(file, keys, architecture, head_dim),
     }
-    if architecture != "qwen2":  # which always has biases, but for attn_output
+    if architecture != "qwen2":  # the family always has biases, except on attn_output
         fields["attention_bias"] = any(name.endswith(_BIASES) for name in file.tensors)
     family, more = _of_family(file, architecture, keys, fields)
     try:
         return CONFIG_MAPPING[family](**{**fields, **more})
-    except Exception as error:  # transformers raises its own for fields that do not fit together
+    except Exception as error:  # transformers has its own errors for contradicting fields
         raise file.bad(f"its keys make no config ({type(error).__name__}: {error})") from error
 
 
@@ -90,7 +90,7 @@ def _of_family(
         case "llama" if window:
             return "mistral", {"sliding_window": window}
         case "gemma2":
-            # llama.cpp, too, knows the query scale of the largest model by its number of layers.
+            # llama.cpp also chooses the query scale of the largest model by its number of layers.
             scalar = width // heads if layers == _GEMMA_2_LAYERS_27B else fields["head_dim"]
             return "gemma2", {
                 **{
@@ -218,8 +218,8 @@ def _factors(file: GgufFile, head_dim: int) -> list[float]:
 
 
 def _divided(file: GgufFile, factors: list[float]) -> dict[str, Any]:
-    # The form in which transformers divides each plain frequency by a number of its own. With both
-    # lists the same it does not depend on the length of the text.
+    # With this rope_type transformers divides each plain frequency by its own factor. Both lists
+    # are the same, so the frequencies do not depend on the length of the text.
     return {
         "rope_type": "longrope",
         "short_factor": factors,

@@ -1,4 +1,4 @@
-"""A GGUF file as it lies on disk: its keys, its tensors and its parts.
+"""Reads GGUF files: their keys, tensors and parts.
 
 The format is documented at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -21,7 +21,7 @@ from griffin_core.errors import BadModelFile, listed
 VERSIONS = (2, 3)
 
 QUANTIZATION_TYPES = ("F32", "F16", *sorted(kind.name for kind in _type_traits))
-"""Types of tensors that can be read, by their names in GGUF; all others are refused."""
+"""The tensor types that can be read, by their names in GGUF; all others are refused."""
 
 _MAGIC = b"GGUF"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -33,9 +33,9 @@ class GgufTensor:
     """One tensor of a file.
 
     Args:
-        shape: outermost dimension first, as torch has it.
-        kind: its type in GGUF, ``"Q4_K"`` say.
-        stored: its bytes as they are in the file.
+        shape: outermost dimension first, as in torch.
+        kind: its type in GGUF, such as ``"Q4_K"``.
+        stored: its bytes as stored in the file.
     """
 
     name: str
@@ -47,19 +47,19 @@ class GgufTensor:
         return f"{self.name} ({'×'.join(map(str, self.shape))}, {self.kind})"
 
     def values(self) -> torch.Tensor:
-        """The tensor in float32, of ``shape``."""
+        """Returns the tensor dequantized to float32, of ``shape``."""
         numbers = dequantize(self.stored, GGMLQuantizationType[self.kind])
         return torch.from_numpy(np.array(numbers, dtype=np.float32)).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFile:
-    """A whole file, with all of its parts where it is split.
+    """A whole GGUF file, with all of its parts if it is split.
 
     Args:
-        path: what was asked for.
-        keys: keys of the first part, as Python values; lists for arrays.
-        tensors: by name, those of all parts.
+        path: the path that the caller gave.
+        keys: the keys of the first part, as Python values; lists for arrays.
+        tensors: the tensors of all parts, by name.
     """
 
     path: Path
@@ -67,21 +67,22 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
 
     def bad(self, what: str) -> BadModelFile:
-        """The error for something that is wrong with this file, in one line."""
+        """Returns an error about this file, with a message of one line."""
         return BadModelFile(f"model: {self.path.name!r}: {one_line(what)}")
 
 
 def one_line(text: object, longest: int = 1500) -> str:
-    """Text of others without its line ends, cut to ``longest`` characters."""
+    """Returns text from a file or library without line ends, cut to ``longest`` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def part_paths(path: Path) -> tuple[Path, ...]:
-    """All parts of a split file by the names that llama.cpp gives them; else the path alone.
+    """Returns all parts of a split file, by the naming scheme of llama.cpp; for other files, the
+    path itself.
 
     Raises:
-        BadModelFile: parts are missing; names them.
+        BadModelFile: parts are missing; the message names them.
     """
     name = _PART.fullmatch(path.name)
     if name is None:
@@ -94,17 +95,18 @@ def part_paths(path: Path) -> tuple[Path, ...]:
     missing = [part.name for part in parts if not part.is_file()]
     if missing or path not in parts:
         raise BadModelFile(
-            f"model: {path.name!r} is one of {count} parts, and others are not beside it: "
+            f"model: {path.name!r} is one of {count} parts, and these are not next to it: "
             f"{listed(missing)}"
         )
     return parts
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Reads keys and the list of tensors of a file and of all of its parts.
+    """Reads the keys and the list of tensors of a file and all its parts.
 
     Raises:
-        BadModelFile: it is no GGUF file, of an unknown version, damaged, or lacks parts.
+        BadModelFile: the file is not a GGUF file, has an unsupported version, is damaged, or lacks
+            parts.
     """
     paths = part_paths(path)
     readers = [_reader(part) for part in paths]
@@ -137,7 +139,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _check_layout(file: GgufFile, reader: GGUFReader) -> None:
-    """Refuses tensors that are not stored one after the other, as llama.cpp does."""
+    """Refuses tensors that are not stored one after the other. llama.cpp refuses them too."""
     expected = int(reader.data_offset)
     for tensor in reader.tensors:
         if tensor.data_offset != expected:
@@ -149,8 +151,8 @@ def _check_layout(file: GgufFile, reader: GGUFReader) -> None:
 
 
 class _Reader(GGUFReader):  # type: ignore[misc]
-    """The reader of gguf, whose slices of a ``numpy.memmap`` take most of its time: 28 s instead of
-    6 s for the 262,144 tokens of Gemma 3."""
+    """The reader of the package gguf, without slices of a ``numpy.memmap``, which take most of its
+    time: 28 s instead of 6 s for the 262,144 tokens of Gemma 3."""
 
     @property
     def data(self) -> np.ndarray[Any, Any]:
@@ -165,7 +167,7 @@ class _Reader(GGUFReader):  # type: ignore[misc]
     ) -> np.ndarray[Any, Any]:
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
-            raise EOFError(f"it has {len(self.data)} bytes, and byte {end} is asked for")
+            raise EOFError(f"it has {len(self.data)} bytes, but byte {end} is needed")
         values: np.ndarray[Any, Any] = super()._get(offset, dtype, count, *order, **named)
         return values
 
@@ -181,7 +183,7 @@ def _reader(path: Path) -> GGUFReader:
         hint = ""
         if path.suffix in _CHECKPOINTS:
             hint = f"; name the directory that holds {path.name!r} and its config.json instead"
-        raise BadModelFile(f"model: {path.name!r} is no GGUF file ({shown}){hint}")
+        raise BadModelFile(f"model: {path.name!r} is not a GGUF file ({shown}){hint}")
     version = int.from_bytes(start[4:8], "little")
     if len(start) == 8 and version not in VERSIONS:
         swapped = int.from_bytes(start[4:8], "big")
@@ -193,7 +195,7 @@ def _reader(path: Path) -> GGUFReader:
         )
     try:
         return _Reader(path)
-    except Exception as error:  # the reader raises anything from IndexError to KeyError
+    except Exception as error:  # the reader raises many kinds of errors for damaged files
         raise BadModelFile(
             f"model: cannot read {path.name!r}, truncated or damaged? "
             f"({type(error).__name__}: {one_line(error, 200)})"
@@ -205,7 +207,7 @@ def _keys(path: Path, reader: GGUFReader) -> dict[str, Any]:
     for name, field in reader.fields.items():
         try:
             keys[name] = field.contents()
-        except Exception as error:  # text that is no UTF-8 above all
+        except Exception as error:  # most often text that is not UTF-8
             raise BadModelFile(
                 f"model: {path.name!r}: cannot read the key {one_line(name, 80)!r} "
                 f"({type(error).__name__}: {one_line(error, 200)})"

@@ -1,20 +1,19 @@
-"""The keys of GGUF files: which are understood, and what becomes of them.
+"""The keys of GGUF files: which are supported, and how they are treated.
 
-A key of the architecture or of the tokenizer that stands in no table here is refused by name, since
-it may change the computation or the text. llama.cpp reads no other keys than those of the
-architecture and those that begin with ``general.``, ``tokenizer.`` and ``split.``; the rest is
-ignored as it is there.
+A key of the architecture or of the tokenizer that is in no table here is refused by name, since it
+may change the computation or the text. llama.cpp reads only keys of the architecture and keys that
+begin with ``general.``, ``tokenizer.`` and ``split.``; all others are ignored, as in llama.cpp.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from griffin_core.errors import UnknownFamily, listed
 from griffin_core.model.gguf.file import GgufFile, one_line
+from griffin_core.model.gguf.kinds import KINDS, Kind, is_of
 
 ARCHITECTURES = {
     "llama": "llama, or mistral where there is a sliding window",
@@ -26,30 +25,16 @@ ARCHITECTURES = {
 }
 """``general.architecture`` -> families of transformers."""
 
-Kind = Literal["count", "counts", "integer", "number", "flag", "text", "texts", "numbers", "any"]
-
-_KINDS: dict[Kind, str] = {
-    "count": "an integer of at least 1",
-    "counts": "an integer of at least 1, the same for every layer",
-    "integer": "an integer of at least 0",
-    "number": "a finite number of at least 0",
-    "flag": "true or false",
-    "text": "a text",
-    "texts": "a list of texts",
-    "numbers": "a list of numbers",
-    "any": "any value",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A key that is understood.
+    """A supported key.
 
     Args:
-        meaning: what it sets, in words for the reference.
-        architectures: those that may have it.
-        only: the values that it may have, where others cannot be served.
-        why_only: what the others would mean.
+        meaning: what it sets, for the reference page.
+        architectures: the architectures that may have it.
+        only: the allowed values, if other values are not supported.
+        why_only: what other values would mean.
     """
 
     kind: Kind
@@ -144,7 +129,7 @@ ARCHITECTURE_KEYS: dict[str, Key] = {
         why_only="another order",
     ),
 }
-"""Keys of the architecture, without its name and the dot before them."""
+"""The keys of the architecture, without its name and the dot before them."""
 
 TOKENIZER_KEYS: dict[str, Key] = {
     "ggml.model": Key(
@@ -184,14 +169,13 @@ TOKENIZER_KEYS: dict[str, Key] = {
     "chat_template": Key(kind="text", meaning="the chat template"),
     "chat_templates": Key(kind="texts", meaning="names of further chat templates"),
 }
-"""Keys that begin with ``tokenizer.``, without it."""
+"""The keys that begin with ``tokenizer.``, without this prefix."""
 
 CHAT_TEMPLATE_OF = "chat_template."
-"""Keys of named chat templates begin so, behind ``tokenizer.``."""
+"""The prefix of keys of named chat templates, after ``tokenizer.``."""
 
 SENTENCEPIECE_IDS = {"ggml.bos_token_id": 1, "ggml.eos_token_id": 2}
-"""What llama.cpp takes where a file with a tokenizer of sentencepiece does not say. Gemma has other
-tokens there."""
+"""The defaults of llama.cpp for a sentencepiece tokenizer. Gemma has other tokens at these ids."""
 
 IGNORED: dict[str, str] = {
     "tokenizer.ggml.seperator_token_id": "only used with add_sep_token",
@@ -202,20 +186,20 @@ IGNORED: dict[str, str] = {
     "tokenizer.ggml.suffix_token_id": "the same by an older name",
     "tokenizer.ggml.middle_token_id": "the same by an older name",
     "tokenizer.huggingface.json": "the same tokenizer once more; llama.cpp does not read it",
-    "general.*": "says who made the model and how",
+    "general.*": "describes the origin of the model",
     "split.*": "says which part of a split file this is; checked when it is read",
     "quantize.*": "says how the weights were quantized",
     "GGUF.*": "the header, which the reader checks",
 }
-"""Keys that change neither the computation nor the text, and why."""
+"""Keys that change neither the computation nor the text -> why."""
 
 
 def check_keys(file: GgufFile) -> None:
-    """Refuses what is not understood, by name.
+    """Refuses unsupported keys and values by name.
 
     Raises:
-        UnknownFamily: another architecture.
-        BadModelFile: keys that are not understood, or values that are not allowed.
+        UnknownFamily: the architecture is not supported.
+        BadModelFile: a key is not supported, or a value is not allowed.
     """
     architecture = _architecture(file)
     unknown = []
@@ -241,7 +225,7 @@ def check_keys(file: GgufFile) -> None:
 
 
 def ignored_because(name: str) -> str | None:
-    """Why a key is ignored; None if it is not."""
+    """Returns why a key is ignored; None if it is not ignored."""
     for pattern, reason in IGNORED.items():
         if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
             return reason
@@ -249,7 +233,8 @@ def ignored_because(name: str) -> str | None:
 
 
 def architecture_keys(file: GgufFile) -> Mapping[str, Any]:
-    """The checked keys of the architecture, without its name; one value for lists of the same."""
+    """Returns the checked keys of the architecture, without its name; a list of equal values
+    becomes one value."""
     prefix = f"{file.keys['general.architecture']}."
     found = {
         name.removeprefix(prefix): value
@@ -263,7 +248,7 @@ def architecture_keys(file: GgufFile) -> Mapping[str, Any]:
 
 
 def tokenizer_keys(file: GgufFile) -> Mapping[str, Any]:
-    """The checked keys of the tokenizer, without ``tokenizer.``."""
+    """Returns the checked keys of the tokenizer, without ``tokenizer.``."""
     prefix = "tokenizer."
     found = {
         name.removeprefix(prefix): value
@@ -277,8 +262,8 @@ def tokenizer_keys(file: GgufFile) -> Mapping[str, Any]:
 
 
 def names_no_token(file: GgufFile, name: str) -> bool:
-    """Whether a key gives a special token an id beyond the vocabulary, such as 4294967295. It is as
-    one that is not there, as in llama.cpp."""
+    """Returns whether a key gives a special token an id beyond the vocabulary, such as 4294967295.
+    Such a key counts as missing, as in llama.cpp."""
     value = file.keys[name]
     tokens = file.keys.get("tokenizer.ggml.tokens", ())
     is_id = name.startswith("tokenizer.") and name.endswith("_token_id")
@@ -304,8 +289,8 @@ def _architecture(file: GgufFile) -> str:
 
 
 def _check_value(file: GgufFile, name: str, value: object, key: Key) -> None:
-    if not _is_of(key.kind, value):
-        raise file.bad(f"{name}: got {_shown(value)}; allowed: {_KINDS[key.kind]}")
+    if not is_of(key.kind, value):
+        raise file.bad(f"{name}: got {_shown(value)}; allowed: {KINDS[key.kind]}")
     if key.only is not None and value not in key.only:
         allowed = ", ".join(map(repr, key.only))
         experts = [tensor for tensor in file.tensors.values() if "_exps." in tensor.name]
@@ -322,36 +307,3 @@ def _shown(value: object) -> str:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list)
-
-
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_of(kind: Kind, value: object) -> bool:
-    match kind, value:
-        case "count", _:
-            return _is_integer(value, 1)
-        case "counts", list():
-            return len(set(value)) == 1 and _is_integer(value[0], 1)
-        case "counts", _:
-            return _is_integer(value, 1)
-        case "integer", _:
-            return _is_integer(value, 0)
-        case "number", int() | float():
-            return _is_number(value) and value >= 0
-        case "flag", bool():
-            return True
-        case "text", str():
-            return True
-        case "texts", list():
-            return all(isinstance(item, str) for item in value)
-        case "numbers", list():
-            return all(_is_number(item) for item in value)
-        case "any", _:
-            return True
-    return False

@@ -1,6 +1,6 @@
-"""From the tensors of a GGUF file to a state dict of transformers.
+"""Makes a transformers state dict from the tensors of a GGUF file.
 
-Every tensor of the model comes from the file, and every tensor of the file is used.
+Every tensor of the model must be in the file, and every tensor of the file is used.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from griffin_core.model.gguf.file import QUANTIZATION_TYPES, GgufFile, GgufTenso
 LEFT_OVER: dict[str, str] = {
     r"blk\.\d+\.attn_rot_embd\.weight": "frequencies that older files hold beside rope.freq_base",
 }
-"""Tensors that may be left unread, and why. llama.cpp skips them too."""
+"""Tensors that are not read -> why. llama.cpp skips them too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A tensor that the model takes.
+    """A tensor that the model uses.
 
     Args:
-        name: in the state dict.
-        shape: there, and in the file.
+        name: its name in the state dict.
+        shape: its shape, in the state dict and in the file.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Wanted:
 
 
 def wanted_tensors(file: GgufFile, config: PreTrainedConfig) -> Mapping[str, Wanted]:
-    """What the model takes, by names of GGUF.
+    """Returns the tensors that the model uses, by their names in GGUF.
 
     Raises:
-        BadModelFile: the config makes no model.
+        BadModelFile: no model can be made of the config.
     """
     try:
         with torch.device("meta"):
             state = AutoModelForCausalLM.from_config(config).state_dict()
-    except Exception as error:  # sizes that no tensor can have
+    except Exception as error:  # for example, sizes that no tensor can have
         raise file.bad(f"its keys make no model ({type(error).__name__}: {error})") from error
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(
@@ -56,17 +56,18 @@ def wanted_tensors(file: GgufFile, config: PreTrainedConfig) -> Mapping[str, Wan
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         base, _, suffix = name.rpartition(".")
-        known = "output" if base == "lm_head" else names.get_name(base)  # Gemma's are tied there
+        # The name map of gguf has no lm_head for Gemma, since it is tied to the embedding there.
+        known = "output" if base == "lm_head" else names.get_name(base)
         wanted[f"{known}.{suffix}"] = Wanted(name=name, shape=tuple(tensor.shape))
     return wanted
 
 
 def check_tensors(file: GgufFile, wanted: Mapping[str, Wanted]) -> None:
-    """Refuses a file whose tensors are not those that the model takes.
+    """Refuses a file whose tensors are not exactly those of the model.
 
     Raises:
-        BadModelFile: names those that are missing, of another shape, of a type that cannot be read,
-            or in the file and not in the model.
+        BadModelFile: names the tensors that are missing, have another shape or a type that cannot
+            be read, or are in the file and not in the model.
     """
     missing = [f"{name} ({_by(w.shape)})" for name, w in wanted.items() if name not in file.tensors]
     used = {name: file.tensors[name] for name in wanted if name in file.tensors}
@@ -94,7 +95,7 @@ def check_tensors(file: GgufFile, wanted: Mapping[str, Wanted]) -> None:
 def converted_state(
     file: GgufFile, config: PreTrainedConfig, wanted: Mapping[str, Wanted], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The state dict, dequantized, with every tensor as transformers lays it out.
+    """Returns the dequantized state dict, with every tensor in the layout of transformers.
 
     Raises:
         BadModelFile: a tensor cannot be dequantized.
@@ -103,7 +104,7 @@ def converted_state(
     for name, want in wanted.items():
         try:
             values = file.tensors[name].values()
-        except Exception as error:  # blocks that are cut short
+        except Exception as error:  # for example, truncated blocks
             raise file.bad(f"cannot dequantize {file.tensors[name]} ({error})") from error
         values = _as_in_transformers(file, config, file.tensors[name], values)
         state[want.name] = values.to(dtype).contiguous()
@@ -115,7 +116,7 @@ def _as_in_transformers(
 ) -> torch.Tensor:
     architecture: str = file.keys["general.architecture"]
     if architecture.startswith("gemma") and tensor.name.endswith("norm.weight"):
-        return values - 1  # GGUF has the whole factor, transformers what is added to one
+        return values - 1  # GGUF stores the whole factor, transformers the factor minus one
     if architecture == "llama" and ".attn_q." in tensor.name:
         return _unpermuted(values, config.num_attention_heads)
     if architecture == "llama" and ".attn_k." in tensor.name:
@@ -124,14 +125,14 @@ def _as_in_transformers(
 
 
 def _unpermuted(values: torch.Tensor, heads: int) -> torch.Tensor:
-    # llama.cpp rotates neighbours, transformers the two halves of a head.
+    # llama.cpp rotates neighbouring elements, transformers the two halves of a head.
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)
 
 
 def _may_be_left(file: GgufFile, name: str) -> bool:
     if name == ROPE_FACTORS and file.keys["general.architecture"] == "llama":
-        return True  # config_of has read it
+        return True  # config_of reads it
     return any(re.fullmatch(pattern, name) for pattern in LEFT_OVER)
 
 

@@ -1,7 +1,8 @@
-"""From the keys of a GGUF file to a tokenizer of transformers.
+"""Makes a transformers tokenizer from the keys of a GGUF file.
 
-The reader of transformers knows neither ``add_space_prefix`` nor that some vocabularies take whole
-words before merges, and splits words as GPT-2 does wherever it does not know how.
+The GGUF reader of transformers is not used: it ignores ``add_space_prefix``, does not take whole
+words before merges where a vocabulary needs that, and splits words like GPT-2 for every
+pre-tokenizer that it does not support.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ END_TEXTS = frozenset(
         "<|call|>",
         "<|calls|>",
         "<|flush|>",
-        "<|fim_pad|>",  # of filling in: behind it begins another file
+        "<|fim_pad|>",  # for fill-in-the-middle: another file begins after it
         "<fim-pad>",
         "<fim_pad>",
         "<PAD>",
@@ -75,19 +76,19 @@ END_TEXTS = frozenset(
         "<|file_sep|>",
     }
 )
-"""Texts of tokens at which llama.cpp ends a completion, whether a key of the file names them or
-not. Here they count as control or user-defined tokens, or where a file does not say what its tokens
-are: a word that is spelled so ends nothing."""
+"""The texts of tokens at which llama.cpp ends a completion, whether a key of the file names them or
+not. Here such a token must also be a control or user-defined token, or the file must not have token
+types; an ordinary word with that spelling does not end a completion."""
 
 CONTROL_END_TEXTS = frozenset({"</s>"})
-"""The same, as control tokens only: Gemma has </s> for text that is struck out."""
+"""The same, but for control tokens only: Gemma uses </s> for text that is struck out."""
 
 
 def tokenizer_of(file: GgufFile, vocabulary: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of a file whose keys are checked.
+    """Returns the tokenizer of a file whose keys are checked.
 
     Args:
-        vocabulary: V, rows of the embedding.
+        vocabulary: V, the number of rows of the embedding.
 
     Raises:
         BadModelFile: keys are missing, contradict one another, or name an unknown pre-tokenizer.
@@ -99,7 +100,7 @@ def tokenizer_of(file: GgufFile, vocabulary: int) -> PreTrainedTokenizerFast:
         backend = (_sentencepiece if kind == "llama" else _byte_level)(file, keys, tokens)
     except BadModelFile:
         raise
-    except Exception as error:  # tokenizers raises a plain one: for merges of unknown tokens, say
+    except Exception as error:  # tokenizers raises a plain one, for example for unknown merges
         raise file.bad(f"its keys make no tokenizer ({error})") from error
     _add_tokens(keys, tokens, backend, end_tokens(file))
     _add_ends(file, keys, tokens, backend)
@@ -117,8 +118,8 @@ def tokenizer_of(file: GgufFile, vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def end_tokens(file: GgufFile) -> list[int]:
-    """Tokens that end a completion, the main one first: those that keys name, and those that
-    llama.cpp knows by their text (``END_TEXTS``)."""
+    """Returns the tokens that end a completion, the main one first: those that keys name, and those
+    that llama.cpp recognizes by their text (``END_TEXTS``)."""
     keys = tokenizer_keys(file)
     named = [keys[name] for name in _ENDS if name in keys]
     kinds = keys.get("ggml.token_type")
@@ -152,7 +153,7 @@ def _tokens(file: GgufFile, keys: Mapping[str, Any], vocabulary: int) -> list[st
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(given)]
     twice = [repr(one_line(t, 40)) for t, times in Counter(tokens).items() if times > 1]
     if twice:
-        raise file.bad(f"tokenizer.ggml.tokens: there more than once: {listed(twice)}")
+        raise file.bad(f"tokenizer.ggml.tokens: duplicates: {listed(twice)}")
     if not end_tokens(file):
         raise file.bad(
             "it lacks the key tokenizer.ggml.eos_token_id, and none of its tokens is known to end "
@@ -163,7 +164,7 @@ def _tokens(file: GgufFile, keys: Mapping[str, Any], vocabulary: int) -> list[st
 
 def _sentencepiece(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     gemma = file.keys["general.architecture"].startswith("gemma")
-    if gemma:  # runs of blanks are stored as such, and met as they are spelled in the text
+    if gemma:  # runs of spaces are stored as spaces, but the text to match has the space symbol
         tokens = [_BLANK * len(t) if not t.strip(" ") else t for t in tokens]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     unknown = keys.get("ggml.unknown_token_id")
@@ -188,8 +189,8 @@ def _sentencepiece(file: GgufFile, keys: Mapping[str, Any], tokens: list[str]) -
             byte_fallback=True,
         )
     )
-    # Before a text and behind each special token, whether a blank is there or not: so do llama.cpp
-    # and the tokenizer.json of Llama 2, but not transformers' own class.
+    # A space is added before a text and after each special token, even if there is one already.
+    # llama.cpp and the tokenizer.json of Llama 2 do the same, but transformers' own class does not.
     prefix = keys.get("ggml.add_space_prefix", not gemma)
     blanks = normalizers.Replace(" ", _BLANK)
     backend.normalizer = (

@@ -1,7 +1,7 @@
-"""How byte-level BPE splits a text into words, by ``tokenizer.ggml.pre``.
+"""The ways in which byte-level BPE splits a text into words, by ``tokenizer.ggml.pre``.
 
-The regular expressions are those of the models' own tokenizer.json, which llama.cpp follows. A name
-that is not here is refused: another split makes other tokens of the same text.
+The regular expressions are those of the models' own tokenizer.json, which llama.cpp follows too. An
+unknown name is refused, since another split would give other tokens for the same text.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ class Words:
     """A pre-tokenizer.
 
     Args:
-        splits: regular expressions that cut a text, one after the other.
-        whole_first: a word that is a token is taken as such, whatever merges would make of it.
-        begins: prompts begin with bos_token where the file does not say.
-        composed: the text is brought into Unicode's form NFC first.
+        splits: regular expressions that split a text, applied one after the other.
+        whole_first: whether a word that is a token becomes that token without applying merges.
+        begins: whether prompts begin with bos_token if the file does not say.
+        composed: whether the text is first normalized to Unicode's form NFC.
     """
 
     splits: tuple[str, ...]
@@ -95,4 +95,4 @@ WORDS: dict[str, Words] = {
     "olmo": _GPT_2,
     "trillion": _GPT_2,
 }
-"""``tokenizer.ggml.pre`` -> how it splits."""
+"""``tokenizer.ggml.pre`` -> its pre-tokenizer."""

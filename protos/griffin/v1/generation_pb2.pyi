@@ -5,12 +5,12 @@ The public API of a Griffin server in role `all` or `decode`.
 
 Conventions of both files in this package:
   * a duration ends in `_s` and is in seconds; a size ends in `_bytes`;
-  * a proto3 `optional` field that is not set takes the default that its comment names;
-  * dimension letters are those of the project: T tokens, L layers, F FF width, K experts kept a
-    layer, V vocabulary;
+  * a proto3 `optional` field that is not set takes the default in its comment;
+  * dimension letters are those of the project: T tokens, L layers, D hidden size, F FF neurons per
+    layer, K experts per layer, H query heads, V vocabulary size;
   * an error is a gRPC status whose details are `google.rpc` messages (`BadRequest` names the
-    field, `RetryInfo` says when to come back, `ErrorInfo` carries the reason). No error is ever
-    a field of a response.
+    field, `RetryInfo` says when to retry, `ErrorInfo` gives the reason). No error is ever a field
+    of a response.
 """
 
 from collections import abc as _abc
@@ -37,15 +37,15 @@ class _SelectionPolicy:
 class _SelectionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SelectionPolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SELECTION_POLICY_UNSPECIFIED: _SelectionPolicy.ValueType  # 0
-    """Whatever the server or the session has as its default."""
+    """The default of the session or of the server."""
     SELECTION_POLICY_TOPK: _SelectionPolicy.ValueType  # 1
-    """The K neurons of the largest s. Ties go to the lower index."""
+    """The K neurons with the largest s. Ties go to the lower index."""
     SELECTION_POLICY_SAMPLED: _SelectionPolicy.ValueType  # 2
     """K neurons drawn without replacement with weights s."""
     SELECTION_POLICY_TOPK_SAMPLED: _SelectionPolicy.ValueType  # 3
     """Half of K by TOPK (the larger half if K is odd), the rest by SAMPLED among the others."""
     SELECTION_POLICY_MAGNITUDE: _SelectionPolicy.ValueType  # 4
-    """Static: the K neurons of the largest weights; the prompt has no say. A baseline."""
+    """The K neurons with the largest weights, independent of the prompt. A baseline."""
     SELECTION_POLICY_RANDOM: _SelectionPolicy.ValueType  # 5
     """K neurons drawn uniformly. A baseline."""
 
@@ -53,15 +53,15 @@ class SelectionPolicy(_SelectionPolicy, metaclass=_SelectionPolicyEnumTypeWrappe
     """How the experts of a request are chosen from the statistic s of its prompt."""
 
 SELECTION_POLICY_UNSPECIFIED: SelectionPolicy.ValueType  # 0
-"""Whatever the server or the session has as its default."""
+"""The default of the session or of the server."""
 SELECTION_POLICY_TOPK: SelectionPolicy.ValueType  # 1
-"""The K neurons of the largest s. Ties go to the lower index."""
+"""The K neurons with the largest s. Ties go to the lower index."""
 SELECTION_POLICY_SAMPLED: SelectionPolicy.ValueType  # 2
 """K neurons drawn without replacement with weights s."""
 SELECTION_POLICY_TOPK_SAMPLED: SelectionPolicy.ValueType  # 3
 """Half of K by TOPK (the larger half if K is odd), the rest by SAMPLED among the others."""
 SELECTION_POLICY_MAGNITUDE: SelectionPolicy.ValueType  # 4
-"""Static: the K neurons of the largest weights; the prompt has no say. A baseline."""
+"""The K neurons with the largest weights, independent of the prompt. A baseline."""
 SELECTION_POLICY_RANDOM: SelectionPolicy.ValueType  # 5
 """K neurons drawn uniformly. A baseline."""
 Global___SelectionPolicy: _TypeAlias = SelectionPolicy  # noqa: Y015
@@ -73,50 +73,50 @@ class _ExpertSharing:
 class _ExpertSharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertSharing.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXPERT_SHARING_UNSPECIFIED: _ExpertSharing.ValueType  # 0
-    """Whatever the server or the session has as its default."""
+    """The default of the session or of the server."""
     EXPERT_SHARING_PRIVATE: _ExpertSharing.ValueType  # 1
-    """A set of its own, whoever else is there. What it generates is then the same to the bit on a
-    server with `--batch-invariant`. Without that, logits are equal but for rounding: in float32
-    tokens are the same in practice, in bfloat16 and float16 they may differ.
+    """The session always has its own set. On a server with `--batch-invariant` its output is then
+    bitwise independent of other sessions. Without that option logits are equal except for rounding:
+    in float32 tokens are the same in practice, in bfloat16 and float16 they may differ.
     """
     EXPERT_SHARING_SHARED: _ExpertSharing.ValueType  # 2
-    """One set with all that share and have its density and policy, chosen from the sum of their
-    statistics. A session that joins begins on the present set; its statistic counts within 16 steps.
-    The set is chosen again at most every 16 steps, after sessions have come or gone.
+    """All SHARED sessions with the same density and policy have one set, chosen from the sum of their
+    statistics. A session that joins starts on the current set; its statistic counts within 16 steps.
+    After sessions have joined or left, the set is chosen again, at most every 16 steps.
     """
     EXPERT_SHARING_AUTO: _ExpertSharing.ValueType  # 3
-    """Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
-    unless pruning gains at least 5 % of a step's time; then PRIVATE while that is at most 3 %
-    slower than SHARED, else SHARED. A choice is kept for 16 steps, and while it gains 3 %; until a
-    session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a
-    ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
+    """The server takes whichever costs least at the time, by costs measured at its start: all neurons
+    (dense) unless pruning saves at least 5 % of a step's time; then PRIVATE if it is at most 3 %
+    slower than SHARED, else SHARED. A choice is kept for at least 16 steps, and as long as it gains
+    3 %. Until its view is built, a session runs dense. `Finished.pruning` says what its tokens ran
+    on. In a ScoreRequest AUTO means PRIVATE, so that a score is always for the requested experts.
     """
 
 class ExpertSharing(_ExpertSharing, metaclass=_ExpertSharingEnumTypeWrapper):
-    """Whether a session runs on one expert set with others. One set for several costs less; a set of its
-    own serves a session better. No form costs more than running dense: where a set of its own for each
-    of many sessions would, all weights are read once and each session's activations zeroed outside its
-    set, with the same result.
+    """Which sessions share an expert set. A shared set costs less; a private set serves its session
+    better. None of them costs more than running dense: if private sets of many sessions would, all
+    weights are read once and each session's activations are zeroed outside its set, with the same
+    result.
     """
 
 EXPERT_SHARING_UNSPECIFIED: ExpertSharing.ValueType  # 0
-"""Whatever the server or the session has as its default."""
+"""The default of the session or of the server."""
 EXPERT_SHARING_PRIVATE: ExpertSharing.ValueType  # 1
-"""A set of its own, whoever else is there. What it generates is then the same to the bit on a
-server with `--batch-invariant`. Without that, logits are equal but for rounding: in float32
-tokens are the same in practice, in bfloat16 and float16 they may differ.
+"""The session always has its own set. On a server with `--batch-invariant` its output is then
+bitwise independent of other sessions. Without that option logits are equal except for rounding:
+in float32 tokens are the same in practice, in bfloat16 and float16 they may differ.
 """
 EXPERT_SHARING_SHARED: ExpertSharing.ValueType  # 2
-"""One set with all that share and have its density and policy, chosen from the sum of their
-statistics. A session that joins begins on the present set; its statistic counts within 16 steps.
-The set is chosen again at most every 16 steps, after sessions have come or gone.
+"""All SHARED sessions with the same density and policy have one set, chosen from the sum of their
+statistics. A session that joins starts on the current set; its statistic counts within 16 steps.
+After sessions have joined or left, the set is chosen again, at most every 16 steps.
 """
 EXPERT_SHARING_AUTO: ExpertSharing.ValueType  # 3
-"""Whatever costs least at the time, by what the server measured at its start: all neurons (dense)
-unless pruning gains at least 5 % of a step's time; then PRIVATE while that is at most 3 %
-slower than SHARED, else SHARED. A choice is kept for 16 steps, and while it gains 3 %; until a
-session's view is built it runs dense. `Finished.pruning` says what its tokens ran on. In a
-ScoreRequest it is PRIVATE: a score is of the experts that were asked for.
+"""The server takes whichever costs least at the time, by costs measured at its start: all neurons
+(dense) unless pruning saves at least 5 % of a step's time; then PRIVATE if it is at most 3 %
+slower than SHARED, else SHARED. A choice is kept for at least 16 steps, and as long as it gains
+3 %. Until its view is built, a session runs dense. `Finished.pruning` says what its tokens ran
+on. In a ScoreRequest AUTO means PRIVATE, so that a score is always for the requested experts.
 """
 Global___ExpertSharing: _TypeAlias = ExpertSharing  # noqa: Y015
 
@@ -128,9 +128,9 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_EOS: _FinishReason.ValueType  # 1
-    """The model's end-of-sequence token or one of `stop_token_ids`."""
+    """A model's end-of-sequence token or one of `stop_token_ids` was drawn."""
     FINISH_REASON_STOP_SEQUENCE: _FinishReason.ValueType  # 2
-    """One of `stop`; `Finished.stop` says which."""
+    """One of the `stop` strings matched; `Finished.stop` says which."""
     FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 3
     FINISH_REASON_CONTEXT_LENGTH: _FinishReason.ValueType  # 4
     """The model's context length is used up."""
@@ -139,9 +139,9 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_EOS: FinishReason.ValueType  # 1
-"""The model's end-of-sequence token or one of `stop_token_ids`."""
+"""A model's end-of-sequence token or one of `stop_token_ids` was drawn."""
 FINISH_REASON_STOP_SEQUENCE: FinishReason.ValueType  # 2
-"""One of `stop`; `Finished.stop` says which."""
+"""One of the `stop` strings matched; `Finished.stop` says which."""
 FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 3
 FINISH_REASON_CONTEXT_LENGTH: FinishReason.ValueType  # 4
 """The model's context length is used up."""
@@ -154,35 +154,35 @@ class _ScoreMode:
 class _ScoreModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScoreMode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCORE_MODE_UNSPECIFIED: _ScoreMode.ValueType  # 0
-    """GENERATION."""
+    """The same as GENERATION."""
     SCORE_MODE_GENERATION: _ScoreMode.ValueType  # 1
     """The experts come from the context alone, and every token of the continuation runs on them. The
     first token's log-probability comes from the dense pass over the context, as in generation.
     """
     SCORE_MODE_CLASSIFICATION: _ScoreMode.ValueType  # 2
-    """All tokens of context and continuation are run except the continuation's last, which is only
-    looked up. The last of these runs on the experts; those before it run dense and choose them. So
-    only the continuation's last log-probability is that of the pruned model, which is what the
-    paper's tables of multiple choice simulate (arXiv 2404.01365, section 5). The context has at
+    """All tokens of context and continuation are run except the continuation's last, which is only looked
+    up in the output. The last token that is run uses the experts; those before it run dense and
+    choose the experts. So only the continuation's last log-probability comes from the pruned model,
+    as in the paper's multiple-choice tables (arXiv 2404.01365, section 5). The context must have at
     least two tokens. Experts are never shared in this mode.
     """
 
 class ScoreMode(_ScoreMode, metaclass=_ScoreModeEnumTypeWrapper):
-    """Which tokens choose the experts of a scored continuation, and which run on them. Density 1 is the
-    dense model in both.
+    """Which tokens choose the experts of a scored continuation, and which tokens run on them. At density 1
+    both modes are the dense model.
     """
 
 SCORE_MODE_UNSPECIFIED: ScoreMode.ValueType  # 0
-"""GENERATION."""
+"""The same as GENERATION."""
 SCORE_MODE_GENERATION: ScoreMode.ValueType  # 1
 """The experts come from the context alone, and every token of the continuation runs on them. The
 first token's log-probability comes from the dense pass over the context, as in generation.
 """
 SCORE_MODE_CLASSIFICATION: ScoreMode.ValueType  # 2
-"""All tokens of context and continuation are run except the continuation's last, which is only
-looked up. The last of these runs on the experts; those before it run dense and choose them. So
-only the continuation's last log-probability is that of the pruned model, which is what the
-paper's tables of multiple choice simulate (arXiv 2404.01365, section 5). The context has at
+"""All tokens of context and continuation are run except the continuation's last, which is only looked
+up in the output. The last token that is run uses the experts; those before it run dense and
+choose the experts. So only the continuation's last log-probability comes from the pruned model,
+as in the paper's multiple-choice tables (arXiv 2404.01365, section 5). The context must have at
 least two tokens. Experts are never shared in this mode.
 """
 Global___ScoreMode: _TypeAlias = ScoreMode  # noqa: Y015
@@ -195,28 +195,28 @@ class _SessionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionS
     DESCRIPTOR: _descriptor.EnumDescriptor
     SESSION_STATE_UNSPECIFIED: _SessionState.ValueType  # 0
     SESSION_STATE_QUEUED: _SessionState.ValueType  # 1
-    """Waiting for room."""
+    """It waits for free memory or a free place."""
     SESSION_STATE_PREFILL: _SessionState.ValueType  # 2
-    """Its prompt is being read."""
+    """Its prompt is being prefilled."""
     SESSION_STATE_DECODE: _SessionState.ValueType  # 3
     SESSION_STATE_IDLE: _SessionState.ValueType  # 4
-    """Kept for a next turn."""
+    """It is kept for a next turn."""
 
 class SessionState(_SessionState, metaclass=_SessionStateEnumTypeWrapper): ...
 
 SESSION_STATE_UNSPECIFIED: SessionState.ValueType  # 0
 SESSION_STATE_QUEUED: SessionState.ValueType  # 1
-"""Waiting for room."""
+"""It waits for free memory or a free place."""
 SESSION_STATE_PREFILL: SessionState.ValueType  # 2
-"""Its prompt is being read."""
+"""Its prompt is being prefilled."""
 SESSION_STATE_DECODE: SessionState.ValueType  # 3
 SESSION_STATE_IDLE: SessionState.ValueType  # 4
-"""Kept for a next turn."""
+"""It is kept for a next turn."""
 Global___SessionState: _TypeAlias = SessionState  # noqa: Y015
 
 @_typing.final
 class Pruning(_message.Message):
-    """How much of the feedforward layers generation runs on."""
+    """How generation prunes the feedforward layers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -225,12 +225,12 @@ class Pruning(_message.Message):
     SHARING_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     """Fraction of FF neurons kept, in (0, 1]; K = max(1, floor(F * density)). 1 is the dense model.
-    Default: the server's `--density` (GetModelInfo tells it), which is 1 unless it is set.
+    Default: the server's `--density` (see GetModelInfo), which is 1 unless it is set.
     """
     policy: Global___SelectionPolicy.ValueType
-    """Default: the server's `--policy` (GetModelInfo tells it)."""
+    """Default: the server's `--policy` (see GetModelInfo)."""
     sharing: Global___ExpertSharing.ValueType
-    """Default: the server's `--sharing`, AUTO unless it was set (GetModelInfo tells it)."""
+    """Default: the server's `--sharing` (see GetModelInfo), which is AUTO unless it is set."""
     def __init__(
         self,
         *,
@@ -255,10 +255,10 @@ class Sampling(_message.Message):
 
     A request that sets none of these fields is greedy: it takes the most likely token each time. A
     server with `--sampling-defaults model` takes temperature, top_k, top_p, min_p and
-    repetition_penalty from the model's own generation_config.json where the request does not set
-    them (GetModelInfo tells them); whatever the request sets wins, field by field. So with
-    temperature 0 no server draws at random, but a repetition_penalty of the model still applies
-    unless the request sets it to 1. The defaults below are those of fields that neither sets.
+    repetition_penalty from the model's own generation_config.json if the request does not set them
+    (see GetModelInfo); a field that the request sets takes precedence. So with temperature 0 no server
+    draws at random, but a repetition_penalty of the model still applies unless the request sets it to
+    1. The defaults below apply to fields that neither of the two sets.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -297,44 +297,45 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """>= 0. 0 takes the most likely token. Default 0."""
     top_k: _builtins.int
-    """Keep the k most likely tokens, of equals those with the lowest id; 0 keeps all. Default 0."""
+    """Keep the k most likely tokens; ties go to the lower id; 0 keeps all. Default 0."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probability reaches top_p, in (0, 1]. Default 1."""
     min_p: _builtins.float
-    """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]. Default 0."""
+    """Keep tokens at least min_p times as likely as the most likely one, in [0, 1]. Default 0."""
     repetition_penalty: _builtins.float
-    """Divides positive and multiplies negative logits of tokens in prompt or output, in [0.01, 100].
-    Default 1.
+    """Divides positive and multiplies negative logits of tokens in the prompt or output, in [0.01,
+    100]. Default 1.
     """
     presence_penalty: _builtins.float
     """Subtracted from the logit of each token already in the output, in [-2, 2]. Default 0."""
     frequency_penalty: _builtins.float
     """Subtracted once for each time a token is in the output, in [-2, 2]. Default 0."""
     seed: _builtins.int
-    """Makes the draw repeatable: for the same logits it depends on the seed and on the token's
-    position in the sequence, not on the device nor on other requests. Logits are the same to the
-    bit whoever else is there with PRIVATE and `--batch-invariant` only. It also seeds the SAMPLED,
-    TOPK_SAMPLED and RANDOM policies. Default: drawn at random.
+    """Makes sampling reproducible: for the same logits a draw depends on the seed and on the token's
+    position in the sequence, and not on the device or on other requests. Logits are bitwise
+    independent of other requests only with PRIVATE and `--batch-invariant`. The seed also serves the
+    SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: a random seed.
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id -> value in [-100, 100] added to its logit. At most 1024 entries. A server has no
-        defaults for it: an empty map biases nothing.
+        """Token id -> value in [-100, 100] that is added to its logit. At most 1024 entries. A server has no
+        default for it: an empty map changes nothing.
         """
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that the completion never comes to hold, by the tokens that the tokenizer gives them alone,
-        after a space and after a line break: the token that would complete one is not drawn. Other
-        tokens may still spell it, letter by letter say. Only the completion's own tokens count, not
-        those of the prompt. At most 64 of 1 to 256 characters. A request whose bad words, allowed ids
-        and least tokens leave no token to draw ends with INVALID_ARGUMENT: at once if that is known.
+        """Texts that the completion must not contain. Each is tokenized alone, after a space and after a
+        line break, and the token that would complete one of these sequences is not drawn. Other tokens
+        can still spell the text, for example letter by letter. Only the completion's own tokens count,
+        not those of the prompt. At most 64 texts of 1 to 256 characters. A request whose bad_words,
+        allowed_token_ids and min_tokens leave no token to draw ends with INVALID_ARGUMENT, at once if
+        that is known in advance.
         """
 
     @_builtins.property
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Only these tokens are drawn, at most 1024 ids in [0, V); the model's end-of-sequence token only
-        if it is among them. Default: all.
+        """Only these tokens are drawn, at most 1024 ids in [0, V). The model's end-of-sequence token is drawn
+        only if it is among them. Default: all tokens.
         """
 
     def __init__(
@@ -393,8 +394,8 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class Stopping(_message.Message):
-    """When a completion ends, besides the model's own end-of-sequence tokens: all that its
-    generation_config.json, its config.json and its tokenizer name.
+    """When a completion ends. It also ends at the model's own end-of-sequence tokens, which are all those
+    that its generation_config.json, config.json and tokenizer name.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -409,29 +410,27 @@ class Stopping(_message.Message):
     max_tokens: _builtins.int
     """Most tokens to generate, >= 1. Default 256. The context length limits it further."""
     ignore_eos: _builtins.bool
-    """Go on after the model's end-of-sequence token. Default false."""
+    """Continue after the model's end-of-sequence token. Default false."""
     min_tokens: _builtins.int
-    """Least tokens to generate, at most `max_tokens`. Until so many are there, no end-of-sequence token
-    and none of `stop_token_ids` is drawn, even with `ignore_eos`, and `stop` is not looked for: a
-    stop string counts if it ends in the text of later tokens. Default 0.
+    """Least tokens to generate, at most `max_tokens`. Until then no end-of-sequence token and none of
+    `stop_token_ids` is drawn, even with `ignore_eos`, and `stop` does not apply: a stop string counts
+    only if it ends in the text of later tokens. Default 0.
     """
     include_stop_string: _builtins.bool
-    """The text ends with the stop string that matched instead of before it, even if it is a special
-    token. Default false.
-    """
+    """Include the stop string that matched in the text, even if it is a special token. Default false."""
     skip_special_tokens: _builtins.bool
     """Leave special tokens out of the text. Default true."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 16 strings of 1 to 256 characters. The text ends before the one that is complete first,
-        wherever tokens end; of several that end with the same character, before the longest. They are
-        looked for in the text with its special tokens shown, so "<|im_end|>" ends a completion that
-        draws it.
+        """At most 16 strings of 1 to 256 characters. The text ends before the string that is complete first,
+        independent of token boundaries; if several end at the same character, before the longest. They
+        are searched in the text with special tokens shown, so "<|im_end|>" ends a completion that draws
+        it.
         """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At most 64 token ids, in [0, V). They end the completion as the model's own EOS does."""
+        """At most 64 token ids, in [0, V). They end the completion like the model's own EOS."""
 
     def __init__(
         self,
@@ -470,7 +469,9 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """As the model's chat template knows it: usually "system", "user" or "assistant". Not empty."""
+    """A role that the model's chat template supports: usually "system", "user" or "assistant". Not
+    empty.
+    """
     content: _builtins.str
     """UTF-8 text."""
     def __init__(
@@ -506,12 +507,13 @@ class GenerateRequest(_message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Exactly one of `text`, `token_ids` and `messages` is given.
-    Tokenized as the model's tokenizer does it, with its own special tokens (a BOS, say), except in
-    a later turn of a session, where it is appended as it is.
+    Tokenized with the model's tokenizer and its special tokens, such as a BOS. In a later turn of a
+    session no special tokens are added.
     """
     top_logprobs: _builtins.int
-    """Log-probabilities of each generated token, and of the `top_logprobs` most likely ones beside it,
-    in [0, 20]. They are the model's own: before penalties, temperature and truncation.
+    """Return the log-probability of each generated token, and those of the `top_logprobs` most likely
+    tokens at its position, in [0, 20]. They are the model's own, before penalties, temperature and
+    truncation.
     Default: none.
     """
     session_id: _builtins.str
@@ -519,33 +521,33 @@ class GenerateRequest(_message.Message):
     Empty starts a new one.
     """
     keep_session: _builtins.bool
-    """Keep the session (KV cache, statistic, experts) for a next turn. It holds the prompt and all
-    the tokens of the completion, hidden special tokens and an end-of-sequence token included; but
-    after a stop string it holds what `Tokens.text` shows and no more: of `Tokens.ids` those before
-    the text's end, and the beginning of one that reaches over it as the tokenizer splits it anew,
-    without an end token. It is kept until it has been idle for the server's `--session-ttl-s`, is
-    closed, or gives way to others that need the memory. A turn that fails or is cancelled frees it
-    at once. Default false.
+    """Keep the session (KV cache, statistic, experts) for a next turn. It holds the prompt and all tokens
+    of the completion, including hidden special tokens and an end-of-sequence token. After a stop
+    string it holds only the text that `Tokens.text` shows: the tokens of `Tokens.ids` before the end
+    of that text, and, if a token extends beyond the end, its first part tokenized again; no end
+    token. The session is kept until it has been idle for the server's `--session-ttl-s`, is closed,
+    or is evicted because others need the memory. A turn that fails or is cancelled frees it at once.
+    Default false.
     """
     request_id: _builtins.str
-    """For logs and traces, at most 128 printable ASCII characters. Default: the `x-request-id`
-    metadata, else drawn by the server. The server returns it as `x-request-id` metadata.
+    """An id for logs and traces, at most 128 printable ASCII characters. Default: the `x-request-id`
+    metadata, or else an id made by the server. The server returns it as `x-request-id` metadata.
     """
     continue_final_message: _builtins.bool
-    """With `messages`: the completion goes on with the text of the last message, which is usually the
+    """With `messages`: the completion continues the text of the last message, which is usually the
     assistant's, instead of answering it. Default false.
     """
     add_special_tokens: _builtins.bool
-    """With `text`: whether the tokenizer adds its own special tokens (a BOS, say). False for a text
-    that has them already. Default true, in a later turn of a session false.
+    """With `text`: whether the tokenizer adds its special tokens, such as a BOS. Set false for a text
+    that contains them already. Default true; in a later turn of a session false.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Taken as they are; each in [0, V)."""
+        """Used unchanged; each in [0, V)."""
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """Rendered with the model's chat template. INVALID_ARGUMENT if it has none that can be used."""
+        """Rendered with the model's chat template. INVALID_ARGUMENT if it has no usable one."""
 
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
@@ -557,9 +559,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def chat_template_kwargs(self) -> _struct_pb2.Struct:
-        """With `messages`: further variables of the chat template, as the model's card names them, such as
-        `{"enable_thinking": false}`, or `tools`, a list of JSON schemas of functions. Whole numbers
-        reach the template as integers. INVALID_ARGUMENT for names that the request has fields for.
+        """With `messages`: further variables of the chat template, as named in the model card, such as
+        `{"enable_thinking": false}`, or `tools`, a list of JSON schemas of functions. Whole numbers are
+        passed as integers. INVALID_ARGUMENT for names that the request has fields for.
         """
 
     def __init__(
@@ -630,7 +632,7 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """The prompt is read, the experts are chosen, generation begins."""
+    """The prompt has been read, the experts have been chosen, and generation begins."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -644,7 +646,7 @@ class Started(_message.Message):
     prompt_tokens: _builtins.int
     """Tokens prefilled for this call."""
     prefill_s: _builtins.float
-    """From admission until KV, statistic and experts were here and verified."""
+    """From admission until KV, statistic and experts had arrived and were verified."""
     @_builtins.property
     def pruning(self) -> Global___PruningFigures: ...
     def __init__(
@@ -672,17 +674,16 @@ class Tokens(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The texts of a completion, joined, are what decoding prompt and completion together adds to the
-    prompt's text; a character that the prompt's last tokens begin comes whole.
-    Whole UTF-8 characters only: a character whose bytes are spread over several tokens comes with
-    the last of them, a run of tokens for single bytes (of sentencepiece) with the token after it,
-    and text that may yet become a stop string is held back. May be empty. Bytes that are no
-    character show as U+FFFD.
+    """The joined texts of a completion are the text that it adds when prompt and completion are decoded
+    together; a character that begins in the prompt's last tokens is included whole.
+    Only whole UTF-8 characters are sent: a character that spans several tokens comes with the last of
+    them, and a run of tokens for single bytes (in sentencepiece) with the token after it. Text that
+    may still become a stop string is held back. May be empty. Invalid bytes become U+FFFD.
     """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens made since the last message, in order; at least one, except that the last message of a
-        stream may carry text alone.
+        """The tokens generated since the last message, in order; at least one, except that the last message
+        of a stream may have only text.
         """
 
     @_builtins.property
@@ -714,7 +715,7 @@ class TokenLogprob(_message.Message):
     """Natural logarithm."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
-        """The most likely tokens in falling order, as many as `top_logprobs` asked for."""
+        """The `top_logprobs` most likely tokens, in descending order."""
 
     def __init__(
         self,
@@ -740,7 +741,7 @@ class TopLogprob(_message.Message):
     id: _builtins.int
     logprob: _builtins.float
     text: _builtins.str
-    """The token decoded by itself: for display, it may hold a replacement character."""
+    """The token decoded by itself, for display; it may contain replacement characters."""
     def __init__(
         self,
         *,
@@ -768,7 +769,7 @@ class Finished(_message.Message):
     SESSION_KEPT_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     stop: _builtins.str
-    """The stop string that matched; empty for every other reason."""
+    """The stop string that matched; empty for all other reasons."""
     session_kept: _builtins.bool
     """True if the session is kept for a next turn."""
     @_builtins.property
@@ -807,8 +808,8 @@ class Usage(_message.Message):
     generated_tokens: _builtins.int
     """Tokens generated by this call, an end-of-sequence token included."""
     context_tokens: _builtins.int
-    """Tokens the session holds in all. A kept session does not hold the tokens of a stop string and
-    what came with it; see `keep_session`.
+    """All tokens that the session holds. A kept session does not hold the tokens of a stop string and of
+    text after it; see `keep_session`.
     """
     def __init__(
         self,
@@ -842,10 +843,10 @@ class Timings(_message.Message):
     prefill_s: _builtins.float
     """From admission to a verified handoff."""
     selection_s: _builtins.float
-    """Choosing the experts of all layers, as the prefill side measured it."""
+    """The time to choose the experts of all layers, measured on the prefill side."""
     slim_build_s: _builtins.float
-    """From a verified handoff until the session's first slim view was there. Tokens do not wait for it:
-    they run on all weights meanwhile. 0 if it never ran on one.
+    """From a verified handoff until the session's first slim view was built. Tokens do not wait for it:
+    until then they run on all weights. 0 if the session never ran on a slim view.
     """
     first_token_s: _builtins.float
     """From arrival to the first token."""
@@ -871,7 +872,7 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class PruningFigures(_message.Message):
-    """What the pruning did."""
+    """The figures of a session's pruning."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -894,16 +895,18 @@ class PruningFigures(_message.Message):
     mean_norm_mass: _builtins.float
     """Mean over layers of norm_mass."""
     slim_view_bytes: _builtins.int
-    """What this session's slim view, or what lets it run zeroed, holds beyond the model's own weights."""
+    """The bytes that this session's slim view, or its masks if it runs zeroed, takes beyond the model's
+    own weights.
+    """
     kv_cache_bytes: _builtins.int
-    """What this session's KV cache holds."""
+    """The bytes of this session's KV cache."""
     mean_density: _builtins.float
-    """Mean, over the tokens this turn has made or scored so far, of the share of the FF neurons that
-    they ran on, in (0, 1]; 0 before the first. The first token comes of the pass over the prompt,
-    which is dense, and counts as 1.
+    """The mean share of FF neurons that the tokens generated or scored in this turn ran on, in (0, 1]; 0
+    before the first token. The first token comes from the dense pass over the prompt, and counts as
+    1.
     """
     dense_tokens: _builtins.int
-    """How many of those tokens ran on all neurons (dense), the first included."""
+    """The number of those tokens that ran on all neurons (dense), the first one included."""
     @_builtins.property
     def norm_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """L values in (0, 1]: sum of s squared over the experts / over all neurons of the layer. It says
@@ -941,7 +944,7 @@ class Continuation(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Exactly one of the two, of the same kind as the context; not empty."""
+    """Exactly one of the two is set, of the same kind as the context; not empty."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -975,17 +978,17 @@ class ScoreRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
     context: _builtins.str
-    """Exactly one of the two; not empty. Tokenized with the tokenizer's own special tokens, but for
-    an EOS that it would put after a text, which is not scored.
+    """Exactly one of the two is set; not empty. Tokenized with the tokenizer's special tokens, except for
+    an EOS that it would add after a text, which is not scored.
     """
     continuation: _builtins.str
-    """Exactly one of `continuation`, `continuation_token_ids` and `continuations`, of the same kind as
-    the context; not empty.
-    Text is tokenized together with the context and split where its own tokens begin. A token that
-    holds characters of both is the continuation's first.
+    """Exactly one of `continuation`, `continuation_token_ids` and `continuations` is set, of the same
+    kind as the context; not empty.
+    A text is tokenized together with the context and split where its own tokens begin. A token with
+    characters of both is the first token of the continuation.
     """
     seed: _builtins.int
-    """Seeds the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: drawn at random."""
+    """The seed of the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: a random seed."""
     request_id: _builtins.str
     """As in GenerateRequest."""
     add_special_tokens: _builtins.bool
@@ -999,10 +1002,10 @@ class ScoreRequest(_message.Message):
     def pruning(self) -> Global___Pruning: ...
     @_builtins.property
     def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Continuation]:
-        """Instead of `continuation`: up to 256 of them, such as the choices of a question, each scored by
-        itself after the same context, which is read once. INVALID_ARGUMENT if a text among them shares
-        a token with the context, since the context would then differ between texts: score that text by
-        itself.
+        """Instead of `continuation`: up to 256 continuations, such as the choices of a question, each scored
+        independently after the same context, which is read once. INVALID_ARGUMENT if one of the texts
+        shares a token with the context, since the context would then differ between texts: score that
+        text in its own request.
         """
 
     def __init__(
@@ -1055,11 +1058,10 @@ class ScoreResponse(_message.Message):
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
     """When the request sets `continuations`, `logprob`, `greedy` and `tokens` are not set.
-
-    Sum of `tokens[].logprob`.
+    The sum of `tokens[].logprob`.
     """
     greedy: _builtins.bool
-    """True if every token of the continuation is the most likely one at its place."""
+    """True if every token of the continuation is the most likely one at its position."""
     context_tokens: _builtins.int
     request_id: _builtins.str
     @_builtins.property
@@ -1168,7 +1170,7 @@ class AnalyzePromptRequest(_message.Message):
     context length.
     """
     seed: _builtins.int
-    """Seeds the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: drawn at random."""
+    """The seed of the SAMPLED, TOPK_SAMPLED and RANDOM policies. Default: a random seed."""
     request_id: _builtins.str
     """As in GenerateRequest."""
     continue_final_message: _builtins.bool
@@ -1181,11 +1183,11 @@ class AnalyzePromptRequest(_message.Message):
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     @_builtins.property
     def pruning(self) -> Global___Pruning:
-        """`sharing` has no meaning here: INVALID_ARGUMENT if it is set."""
+        """`sharing` does not apply: INVALID_ARGUMENT if it is set."""
 
     @_builtins.property
     def activation_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers whose activations are sent, at most 8, each in [0, L). Default: none."""
+        """The layers whose activations are sent, at most 8, each in [0, L). Default: none."""
 
     @_builtins.property
     def chat_template_kwargs(self) -> _struct_pb2.Struct:
@@ -1250,7 +1252,7 @@ class AnalyzePromptResponse(_message.Message):
 
         @_builtins.property
         def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """T texts: each token decoded by itself. For display, they may hold replacement characters."""
+            """T texts: each token decoded by itself, for display; they may contain replacement characters."""
 
         def __init__(
             self,
@@ -1279,10 +1281,10 @@ class AnalyzePromptResponse(_message.Message):
         layer: _builtins.int
         """In [0, L)."""
         first_token: _builtins.int
-        """In [0, T). Runs of one layer come in order and leave nothing out."""
+        """In [0, T). The runs of a layer come in order and without gaps."""
         values: _builtins.bytes
-        """[tokens, F] little-endian float32, row by row: |z| / ‖z‖ of each token's activations z. Never
-        more than 1 MiB, but for a single row that is.
+        """[tokens, F] little-endian float32, row by row: |z| / ‖z‖ of each token's activations z. At most
+        1 MiB, unless a single row is larger.
         """
         def __init__(
             self,
@@ -1397,11 +1399,13 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The directory, file or hub id the server was started with; paths are reduced to their last part."""
+    """The directory, file or hub id that the server was started with; of a path, the last part."""
     family: _builtins.str
-    """The model's architecture as transformers calls it, "llama" say."""
+    """The model's architecture by its name in transformers, such as "llama"."""
     fingerprint: _builtins.str
-    """64 hexadecimal digits over configuration, dtype and weights. Equal fingerprints may hand over."""
+    """64 hexadecimal digits: a hash of configuration, dtype and weights. Servers with equal fingerprints
+    can hand off to each other.
+    """
     layers: _builtins.int
     """L."""
     width: _builtins.int
@@ -1427,7 +1431,7 @@ class GetModelInfoResponse(_message.Message):
     default_density: _builtins.float
     """The density of a request that does not set it."""
     max_sessions: _builtins.int
-    """Most sessions that are live at once."""
+    """The most sessions that are live at once."""
     version: _builtins.str
     """The server's version, "1.2.3"."""
     default_policy: Global___SelectionPolicy.ValueType
@@ -1435,13 +1439,13 @@ class GetModelInfoResponse(_message.Message):
     default_sharing: Global___ExpertSharing.ValueType
     """The sharing of a request that does not set it."""
     batch_invariant: _builtins.bool
-    """True with `--batch-invariant`: what a PRIVATE session generates is the same to the bit whoever
-    else is there, whatever the dtype. Without it that holds but for rounding.
+    """True with `--batch-invariant`: the output of a PRIVATE session is bitwise independent of other
+    sessions, for every dtype. Without that option this holds except for rounding.
     """
     @_builtins.property
     def default_sampling(self) -> Global___Sampling:
-        """The fields that `--sampling-defaults` sets for requests that do not; none is set if that is
-        "greedy", or if the model has no sampling defaults of its own.
+        """The defaults that `--sampling-defaults` gives to fields that a request does not set. No field is set
+        if that option is "greedy", or if the model has no sampling defaults of its own.
         """
 
     def __init__(
@@ -1493,16 +1497,16 @@ class Session(_message.Message):
     session_id: _builtins.str
     state: Global___SessionState.ValueType
     context_tokens: _builtins.int
-    """Tokens of all its turns, the prompt of a waiting one included."""
+    """The tokens of all its turns, including the prompt of a waiting turn."""
     generated_tokens: _builtins.int
     """Tokens generated over all turns."""
     age_s: _builtins.float
-    """Since the session was opened."""
+    """Time since the session was opened."""
     idle_s: _builtins.float
-    """Since the last token or turn; 0 unless IDLE."""
+    """Time since the last token or turn; 0 unless IDLE."""
     reserved_bytes: _builtins.int
-    """The most its KV cache, what lets it run zeroed, and its slim view if that is its own, can come to
-    hold; what its KV cache holds if IDLE.
+    """The most bytes that its KV cache, its masks to run zeroed, and its private slim view can take; if
+    IDLE, the bytes of its KV cache.
     """
     @_builtins.property
     def pruning(self) -> Global___PruningFigures: ...
@@ -1572,9 +1576,11 @@ class ListSessionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most sessions of a page, in [1, 1000]. Default 1000."""
+    """The most sessions in a page, in [1, 1000]. Default 1000."""
     page_token: _builtins.str
-    """`next_page_token` of the page before; empty for the first. INVALID_ARGUMENT for any other."""
+    """The `next_page_token` of the previous page; empty for the first page. INVALID_ARGUMENT for any other
+    value.
+    """
     def __init__(
         self,
         *,
@@ -1599,11 +1605,11 @@ class ListSessionsResponse(_message.Message):
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Asks for the page after this one; empty if this is the last. Sessions that open meanwhile come
-    on later pages; one that ends meanwhile may be missing from them.
+    """The token of the next page; empty if this is the last page. Sessions that open between two calls
+    come on later pages; sessions that end may be missing from them.
     """
     total_size: _builtins.int
-    """How many sessions there are in all."""
+    """The number of all sessions."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]: ...
     def __init__(

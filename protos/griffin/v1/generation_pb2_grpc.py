@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Text generation on prompt-adaptive experts.
+    """Text generation with prompt-adaptive pruning.
     """
 
     def __init__(self, channel):
@@ -73,19 +73,19 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Text generation on prompt-adaptive experts.
+    """Text generation with prompt-adaptive pruning.
     """
 
     def Generate(self, request, context):
-        """Streams one completion: `Started` once, `Tokens` as they are made, `Finished` last.
+        """Streams one completion: `Started` once, `Tokens` as they are generated, `Finished` last.
         A stream that ends without `Finished` ended with an error status.
         INVALID_ARGUMENT    a field is out of range (the message names field, value and range)
-        NOT_FOUND           `session_id` names no kept session (the message says what became of it)
-        FAILED_PRECONDITION the prefill server holds another model
+        NOT_FOUND           `session_id` names no kept session (the message says why)
+        FAILED_PRECONDITION the prefill server serves another model
         RESOURCE_EXHAUSTED  the request does not fit now or would begin after its deadline
-        (`RetryInfo`), or never will fit
+        (`RetryInfo`), or it can never fit
         ABORTED             the client did not read for the server's `--reader-timeout-s`
-        UNAVAILABLE         the prefill server went away, or this server is shutting down
+        UNAVAILABLE         the prefill server was lost, or this server is shutting down
         INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
         fault in the server; no other request is affected
         """
@@ -94,7 +94,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Log-probabilities of one continuation or several, each token conditioned on all before it.
+        """Returns the log-probabilities of one or several continuations, each token conditioned on all
+        tokens before it.
         `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -102,39 +103,41 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AnalyzePrompt(self, request, context):
-        """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
-        every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
-        is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-        with an error status. Errors as above. It runs on the server itself, in turn with other prompts
-        and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
+        """Returns what a prompt activates: each layer's statistic and experts, and for requested layers the
+        activations of every token. It generates nothing and keeps nothing. The stream has `Started` once,
+        `Activations` as the prompt is read, then a `Layer` for each layer in order; a stream that ends
+        without all L layers ended with an error status. Errors as above. It runs on this server, in turn
+        with other prompts, one at a time. Its KV cache is not part of the memory of sessions, and must
+        not be larger than that memory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """What model this server holds and how it runs it.
+        """Returns which model this server serves, and how.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """One live or kept session. NOT_FOUND if there is none of that id.
+        """Returns one live or kept session. NOT_FOUND if no session has that id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Live and kept sessions, oldest first, in pages.
+        """Lists live and kept sessions, oldest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
-        """Frees a session. One that is generating ends with CANCELLED. NOT_FOUND if there is none.
+        """Frees a session. A call that is generating in it ends with CANCELLED. NOT_FOUND if no session has
+        that id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,7 +190,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Text generation on prompt-adaptive experts.
+    """Text generation with prompt-adaptive pruning.
     """
 
     @staticmethod

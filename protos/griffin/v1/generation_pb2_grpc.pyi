@@ -5,12 +5,12 @@ The public API of a Griffin server in role `all` or `decode`.
 
 Conventions of both files in this package:
   * a duration ends in `_s` and is in seconds; a size ends in `_bytes`;
-  * a proto3 `optional` field that is not set takes the default that its comment names;
-  * dimension letters are those of the project: T tokens, L layers, F FF width, K experts kept a
-    layer, V vocabulary;
+  * a proto3 `optional` field that is not set takes the default in its comment;
+  * dimension letters are those of the project: T tokens, L layers, D hidden size, F FF neurons per
+    layer, K experts per layer, H query heads, V vocabulary size;
   * an error is a gRPC status whose details are `google.rpc` messages (`BadRequest` names the
-    field, `RetryInfo` says when to come back, `ErrorInfo` carries the reason). No error is ever
-    a field of a response.
+    field, `RetryInfo` says when to retry, `ErrorInfo` gives the reason). No error is ever a field
+    of a response.
 """
 
 from collections import abc as _abc
@@ -37,85 +37,93 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """Text generation on prompt-adaptive experts."""
+    """Text generation with prompt-adaptive pruning."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Streams one completion: `Started` once, `Tokens` as they are made, `Finished` last.
+    """Streams one completion: `Started` once, `Tokens` as they are generated, `Finished` last.
     A stream that ends without `Finished` ended with an error status.
       INVALID_ARGUMENT    a field is out of range (the message names field, value and range)
-      NOT_FOUND           `session_id` names no kept session (the message says what became of it)
-      FAILED_PRECONDITION the prefill server holds another model
+      NOT_FOUND           `session_id` names no kept session (the message says why)
+      FAILED_PRECONDITION the prefill server serves another model
       RESOURCE_EXHAUSTED  the request does not fit now or would begin after its deadline
-                          (`RetryInfo`), or never will fit
+                          (`RetryInfo`), or it can never fit
       ABORTED             the client did not read for the server's `--reader-timeout-s`
-      UNAVAILABLE         the prefill server went away, or this server is shutting down
+      UNAVAILABLE         the prefill server was lost, or this server is shutting down
       INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
                           fault in the server; no other request is affected
     """
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
-    """Log-probabilities of one continuation or several, each token conditioned on all before it.
+    """Returns the log-probabilities of one or several continuations, each token conditioned on all
+    tokens before it.
     `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
     """
     AnalyzePrompt: _grpc.UnaryStreamMultiCallable[_generation_pb2.AnalyzePromptRequest, _generation_pb2.AnalyzePromptResponse]
-    """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
-    every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
-    is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-    with an error status. Errors as above. It runs on the server itself, in turn with other prompts
-    and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
+    """Returns what a prompt activates: each layer's statistic and experts, and for requested layers the
+    activations of every token. It generates nothing and keeps nothing. The stream has `Started` once,
+    `Activations` as the prompt is read, then a `Layer` for each layer in order; a stream that ends
+    without all L layers ended with an error status. Errors as above. It runs on this server, in turn
+    with other prompts, one at a time. Its KV cache is not part of the memory of sessions, and must
+    not be larger than that memory.
     """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]
-    """What model this server holds and how it runs it."""
+    """Returns which model this server serves, and how."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetSessionRequest, _generation_pb2.GetSessionResponse]
-    """One live or kept session. NOT_FOUND if there is none of that id."""
+    """Returns one live or kept session. NOT_FOUND if no session has that id."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListSessionsRequest, _generation_pb2.ListSessionsResponse]
-    """Live and kept sessions, oldest first, in pages."""
+    """Lists live and kept sessions, oldest first, in pages."""
     CloseSession: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CloseSessionRequest, _generation_pb2.CloseSessionResponse]
-    """Frees a session. One that is generating ends with CANCELLED. NOT_FOUND if there is none."""
+    """Frees a session. A call that is generating in it ends with CANCELLED. NOT_FOUND if no session has
+    that id.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """Text generation on prompt-adaptive experts."""
+    """Text generation with prompt-adaptive pruning."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams one completion: `Started` once, `Tokens` as they are made, `Finished` last.
+    """Streams one completion: `Started` once, `Tokens` as they are generated, `Finished` last.
     A stream that ends without `Finished` ended with an error status.
       INVALID_ARGUMENT    a field is out of range (the message names field, value and range)
-      NOT_FOUND           `session_id` names no kept session (the message says what became of it)
-      FAILED_PRECONDITION the prefill server holds another model
+      NOT_FOUND           `session_id` names no kept session (the message says why)
+      FAILED_PRECONDITION the prefill server serves another model
       RESOURCE_EXHAUSTED  the request does not fit now or would begin after its deadline
-                          (`RetryInfo`), or never will fit
+                          (`RetryInfo`), or it can never fit
       ABORTED             the client did not read for the server's `--reader-timeout-s`
-      UNAVAILABLE         the prefill server went away, or this server is shutting down
+      UNAVAILABLE         the prefill server was lost, or this server is shutting down
       INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
                           fault in the server; no other request is affected
     """
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Log-probabilities of one continuation or several, each token conditioned on all before it.
+    """Returns the log-probabilities of one or several continuations, each token conditioned on all
+    tokens before it.
     `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
     """
     AnalyzePrompt: _aio.UnaryStreamMultiCallable[_generation_pb2.AnalyzePromptRequest, _generation_pb2.AnalyzePromptResponse]  # type: ignore[assignment]
-    """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
-    every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
-    is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-    with an error status. Errors as above. It runs on the server itself, in turn with other prompts
-    and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
+    """Returns what a prompt activates: each layer's statistic and experts, and for requested layers the
+    activations of every token. It generates nothing and keeps nothing. The stream has `Started` once,
+    `Activations` as the prompt is read, then a `Layer` for each layer in order; a stream that ends
+    without all L layers ended with an error status. Errors as above. It runs on this server, in turn
+    with other prompts, one at a time. Its KV cache is not part of the memory of sessions, and must
+    not be larger than that memory.
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]  # type: ignore[assignment]
-    """What model this server holds and how it runs it."""
+    """Returns which model this server serves, and how."""
     GetSession: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetSessionRequest, _generation_pb2.GetSessionResponse]  # type: ignore[assignment]
-    """One live or kept session. NOT_FOUND if there is none of that id."""
+    """Returns one live or kept session. NOT_FOUND if no session has that id."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListSessionsRequest, _generation_pb2.ListSessionsResponse]  # type: ignore[assignment]
-    """Live and kept sessions, oldest first, in pages."""
+    """Lists live and kept sessions, oldest first, in pages."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_generation_pb2.CloseSessionRequest, _generation_pb2.CloseSessionResponse]  # type: ignore[assignment]
-    """Frees a session. One that is generating ends with CANCELLED. NOT_FOUND if there is none."""
+    """Frees a session. A call that is generating in it ends with CANCELLED. NOT_FOUND if no session has
+    that id.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Text generation on prompt-adaptive experts."""
+    """Text generation with prompt-adaptive pruning."""
 
     @_abc_1.abstractmethod
     def Generate(
@@ -123,15 +131,15 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
-        """Streams one completion: `Started` once, `Tokens` as they are made, `Finished` last.
+        """Streams one completion: `Started` once, `Tokens` as they are generated, `Finished` last.
         A stream that ends without `Finished` ended with an error status.
           INVALID_ARGUMENT    a field is out of range (the message names field, value and range)
-          NOT_FOUND           `session_id` names no kept session (the message says what became of it)
-          FAILED_PRECONDITION the prefill server holds another model
+          NOT_FOUND           `session_id` names no kept session (the message says why)
+          FAILED_PRECONDITION the prefill server serves another model
           RESOURCE_EXHAUSTED  the request does not fit now or would begin after its deadline
-                              (`RetryInfo`), or never will fit
+                              (`RetryInfo`), or it can never fit
           ABORTED             the client did not read for the server's `--reader-timeout-s`
-          UNAVAILABLE         the prefill server went away, or this server is shutting down
+          UNAVAILABLE         the prefill server was lost, or this server is shutting down
           INTERNAL            the model's logits were NaN or infinite (reason NON_FINITE_LOGITS), or a
                               fault in the server; no other request is affected
         """
@@ -142,7 +150,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
-        """Log-probabilities of one continuation or several, each token conditioned on all before it.
+        """Returns the log-probabilities of one or several continuations, each token conditioned on all
+        tokens before it.
         `ScoreMode` says which tokens choose the experts and which run on them. Errors as above.
         """
 
@@ -152,11 +161,12 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.AnalyzePromptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.AnalyzePromptResponse], _abc.AsyncIterator[_generation_pb2.AnalyzePromptResponse]]:
-        """What a prompt fires: each layer's statistic and experts, and for chosen layers the activations of
-        every token. Nothing is generated and nothing kept. `Started` once, `Activations` as the prompt
-        is read, then one `Layer` for each layer in order; a stream that ends without all L of them ended
-        with an error status. Errors as above. It runs on the server itself, in turn with other prompts
-        and one at a time; its KV cache, which lies beside the memory of sessions, may not be larger.
+        """Returns what a prompt activates: each layer's statistic and experts, and for requested layers the
+        activations of every token. It generates nothing and keeps nothing. The stream has `Started` once,
+        `Activations` as the prompt is read, then a `Layer` for each layer in order; a stream that ends
+        without all L layers ended with an error status. Errors as above. It runs on this server, in turn
+        with other prompts, one at a time. Its KV cache is not part of the memory of sessions, and must
+        not be larger than that memory.
         """
 
     @_abc_1.abstractmethod
@@ -165,7 +175,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GetModelInfoResponse, _abc.Awaitable[_generation_pb2.GetModelInfoResponse]]:
-        """What model this server holds and how it runs it."""
+        """Returns which model this server serves, and how."""
 
     @_abc_1.abstractmethod
     def GetSession(
@@ -173,7 +183,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GetSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GetSessionResponse, _abc.Awaitable[_generation_pb2.GetSessionResponse]]:
-        """One live or kept session. NOT_FOUND if there is none of that id."""
+        """Returns one live or kept session. NOT_FOUND if no session has that id."""
 
     @_abc_1.abstractmethod
     def ListSessions(
@@ -181,7 +191,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ListSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ListSessionsResponse, _abc.Awaitable[_generation_pb2.ListSessionsResponse]]:
-        """Live and kept sessions, oldest first, in pages."""
+        """Lists live and kept sessions, oldest first, in pages."""
 
     @_abc_1.abstractmethod
     def CloseSession(
@@ -189,6 +199,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.CloseSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CloseSessionResponse, _abc.Awaitable[_generation_pb2.CloseSessionResponse]]:
-        """Frees a session. One that is generating ends with CANCELLED. NOT_FOUND if there is none."""
+        """Frees a session. A call that is generating in it ends with CANCELLED. NOT_FOUND if no session has
+        that id.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

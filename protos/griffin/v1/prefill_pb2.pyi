@@ -22,6 +22,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _TensorType:
@@ -87,14 +92,47 @@ class PrefillRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     CUDA_MEMORY_FIELD_NUMBER: _builtins.int
+    OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    NEWEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """GetModelInfo's fingerprint of the caller's model."""
-    density: _builtins.float
-    """In (0, 1]."""
-    policy: _generation_pb2.SelectionPolicy.ValueType
-    """Default: TOPK."""
-    seed: _builtins.int
-    """Seeds the policies that draw."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def density(self) -> _builtins.float:
+        """Of protocol version 1; `selection` says it since version 2."""
+
+    @density.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def density(self, value: _builtins.float) -> None:
+        """Of protocol version 1; `selection` says it since version 2."""
+
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def policy(self) -> _generation_pb2.SelectionPolicy.ValueType:
+        """Of protocol version 1; `selection` says it since version 2."""
+
+    @policy.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def policy(self, value: _generation_pb2.SelectionPolicy.ValueType) -> None:
+        """Of protocol version 1; `selection` says it since version 2."""
+
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def seed(self) -> _builtins.int:
+        """Of protocol version 1; `selection` says it since version 2."""
+
+    @seed.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def seed(self, value: _builtins.int) -> None:
+        """Of protocol version 1; `selection` says it since version 2."""
+
+    oldest_protocol_version: _builtins.int
+    """The oldest and the newest version of this protocol that the caller understands. The server
+    answers in the newest version that both sides understand, or refuses the call. Servers before
+    Griffin 0.2 send neither field, which reads as 0.
+    """
+    newest_protocol_version: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """T token ids, each in [0, V); T in [1, context length]."""
@@ -107,6 +145,10 @@ class PrefillRequest(_message.Message):
     def cuda_memory(self) -> Global___CudaMemoryOffer:
         """Set if the caller can map memory of GPUs of its host. Not set beside `shared_memory`."""
 
+    @_builtins.property
+    def selection(self) -> Global___ExpertSelection:
+        """How the experts are chosen."""
+
     def __init__(
         self,
         *,
@@ -117,14 +159,47 @@ class PrefillRequest(_message.Message):
         seed: _builtins.int = ...,
         shared_memory: Global___SharedMemoryOffer | None = ...,
         cuda_memory: Global___CudaMemoryOffer | None = ...,
+        oldest_protocol_version: _builtins.int = ...,
+        newest_protocol_version: _builtins.int = ...,
+        selection: Global___ExpertSelection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "selection", b"selection", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "density", b"density", "model_fingerprint", b"model_fingerprint", "policy", b"policy", "seed", b"seed", "shared_memory", b"shared_memory", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "density", b"density", "model_fingerprint", b"model_fingerprint", "newest_protocol_version", b"newest_protocol_version", "oldest_protocol_version", b"oldest_protocol_version", "policy", b"policy", "seed", b"seed", "selection", b"selection", "shared_memory", b"shared_memory", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
+
+@_typing.final
+class ExpertSelection(_message.Message):
+    """How the experts of a prompt are chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    policy: _generation_pb2.SelectionPolicy.ValueType
+    """Default: TOPK."""
+    density: _builtins.float
+    """Fraction of the FF neurons of each layer, in (0, 1]."""
+    seed: _builtins.int
+    """Seeds the policies that draw."""
+    def __init__(
+        self,
+        *,
+        policy: _generation_pb2.SelectionPolicy.ValueType = ...,
+        density: _builtins.float = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "policy", b"policy", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertSelection: _TypeAlias = ExpertSelection  # noqa: Y015
 
 @_typing.final
 class SharedMemoryOffer(_message.Message):
@@ -259,6 +334,8 @@ class PrefillHeader(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     PROOF_PLACE_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    EXPERT_COUNTS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     layers: _builtins.int
     """L."""
@@ -272,15 +349,29 @@ class PrefillHeader(_message.Message):
     """Of the KV bytes."""
     tokens: _builtins.int
     """T."""
-    experts_per_layer: _builtins.int
-    """K."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def experts_per_layer(self) -> _builtins.int:
+        """Of protocol version 1; `expert_counts` says it since version 2."""
+
+    @experts_per_layer.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def experts_per_layer(self, value: _builtins.int) -> None:
+        """Of protocol version 1; `expert_counts` says it since version 2."""
+
     transport: Global___Transport.ValueType
     proof: _builtins.bytes
     """16 bytes. For SHARED_MEMORY the server wrote them over the nonce, for CUDA_MEMORY they lie at
     `proof_place`. The caller uses the memory only if it reads them there.
     """
+    protocol_version: _builtins.int
+    """The version of this protocol in which the server answers."""
     @_builtins.property
     def proof_place(self) -> Global___CudaPlace: ...
+    @_builtins.property
+    def expert_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each of the L layers the number K of its experts, in [1, F]."""
+
     def __init__(
         self,
         *,
@@ -296,10 +387,12 @@ class PrefillHeader(_message.Message):
         transport: Global___Transport.ValueType = ...,
         proof: _builtins.bytes = ...,
         proof_place: Global___CudaPlace | None = ...,
+        protocol_version: _builtins.int = ...,
+        expert_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof_place", b"proof_place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "kv_type", b"kv_type", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "proof", b"proof", "proof_place", b"proof_place", "tokens", b"tokens", "transport", b"transport", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "kv_type", b"kv_type", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "proof", b"proof", "proof_place", b"proof_place", "protocol_version", b"protocol_version", "tokens", b"tokens", "transport", b"transport", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,7 +457,7 @@ class LayerExperts(_message.Message):
     s: _builtins.bytes
     """The statistic: F float32, little-endian."""
     experts: _builtins.bytes
-    """The expert set: K int32, little-endian, ascending, each in [0, F)."""
+    """The expert set: K int32 (the layer's `expert_counts`), little-endian, ascending, each in [0, F)."""
     def __init__(
         self,
         *,

@@ -51,7 +51,8 @@ class PrefillServiceServicer:
         each layer `KvChunk`s in rising token order and then its `LayerExperts` (chunks of several
         layers may interleave); one `PrefillFinished`.
         INVALID_ARGUMENT    a field is out of range
-        FAILED_PRECONDITION `model_fingerprint` is not this server's; nothing was computed
+        FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` is
+        not this server's; nothing was computed
         RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
         ABORTED             the reader did not read for the server's `--reader-timeout-s`
         UNAVAILABLE         the server is shutting down

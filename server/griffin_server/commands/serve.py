@@ -38,6 +38,11 @@ def serve(context: typer.Context) -> None:
     configure_logging(settings.log_level, settings.log_format)
     for note in notes(os.environ, Settings.model_fields):
         logging.getLogger("griffin.settings").warning(note)
+    if settings.own_prefill_tokens is not None:
+        logging.getLogger("griffin.settings").warning(
+            "own_prefill_tokens is now local_prefill_max_tokens; the old name works until the next "
+            "release"
+        )
     try:
         with ended_by_signals():
             uvloop.run(run(settings, logging.getLogger("griffin.load").info))

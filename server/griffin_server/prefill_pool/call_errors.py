@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from griffin_core.errors import (
@@ -17,6 +17,7 @@ from griffin_core.errors import (
     FingerprintMismatch,
     GriffinError,
     HandoffBroken,
+    ProtocolMismatch,
 )
 from griffin_server.rpc.status import DETAILS_KEY
 
@@ -26,7 +27,8 @@ def error_of(target: str, error: grpc.aio.AioRpcError) -> GriffinError:
     message = f"prefill server {target}: {error.details()}"
     match error.code():
         case grpc.StatusCode.FAILED_PRECONDITION:
-            return FingerprintMismatch(message)
+            protocol = _reason(error) == "PROTOCOL_MISMATCH"
+            return ProtocolMismatch(message) if protocol else FingerprintMismatch(message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return CapacityExhausted(message, retry_after_s=_retry_after_s(error) or 1.0)
         case grpc.StatusCode.DEADLINE_EXCEEDED:  # the client's deadline, not the server's fault
@@ -48,6 +50,15 @@ def details_of(metadata: Sequence[tuple[str, str | bytes]] | None) -> Status | N
             with suppress(DecodeError):
                 return Status.FromString(value)
     return None
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    status = details_of(tuple(error.trailing_metadata() or ()))
+    info = ErrorInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info):
+            return str(info.reason)
+    return ""
 
 
 def _retry_after_s(error: grpc.aio.AioRpcError) -> float | None:

@@ -12,9 +12,12 @@ import grpc
 import structlog
 
 from griffin.v1 import prefill_pb2_grpc
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import HandoffBroken, PrefillUnavailable
-from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
+from griffin_core.forward.events import (
+    PrefillEvent,
+    PrefillRestarted,
+)
 from griffin_core.model.load import Model
 from griffin_server.connections import PREFILL_CHANNEL_OPTIONS
 from griffin_server.prefill_pool.call_errors import error_of
@@ -27,6 +30,7 @@ from griffin_server.telemetry.tracing import Metadata, spans_var
 from griffin_server.transfer.base import MemoryNotShared
 from griffin_server.transfer.codec import HandoffReader
 from griffin_server.transfer.negotiation import TransportOffers
+from griffin_server.transfer.protocol import NEWEST, OLDEST
 from griffin_server.transfer.shape import HandoffShape, handoff_shape
 
 log = structlog.get_logger("griffin.prefill")
@@ -115,7 +119,7 @@ class PrefillClient:
         reader = HandoffReader(shape, importer, self._offers.fallback(shape))
         call: Any = None
         try:
-            request = prefill_request(task, shape.fingerprint)
+            request = prefill_request(task, shape.fingerprint, (OLDEST, NEWEST))
             importer.offer(request)
             metadata = ((REQUEST_ID_KEY, request_id_var.get()), *trace)
             call = self._stub.Prefill(request, timeout=timeout_s, metadata=metadata)

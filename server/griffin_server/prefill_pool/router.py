@@ -9,15 +9,19 @@ from contextlib import aclosing
 
 import structlog
 
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import (
     CapacityExhausted,
     EngineFault,
     FingerprintMismatch,
     GriffinError,
     HandoffError,
+    ProtocolMismatch,
 )
-from griffin_core.forward.prefill import PrefillEvent, PrefillRestarted
+from griffin_core.forward.events import (
+    PrefillEvent,
+    PrefillRestarted,
+)
 from griffin_server.prefill_pool.client import PrefillClient
 
 log = structlog.get_logger("griffin.prefill")
@@ -86,5 +90,5 @@ class PrefillRouter:
     def _mark_unhealthy(client: PrefillClient, error: GriffinError) -> None:
         """Ejects a server, unless it was only full."""
         if not isinstance(error, CapacityExhausted):
-            mismatch = isinstance(error, FingerprintMismatch)
+            mismatch = isinstance(error, FingerprintMismatch | ProtocolMismatch)
             client.health.eject(MISMATCH_S if mismatch else 0.0)

@@ -8,10 +8,15 @@ from contextlib import aclosing
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.prefill_queue import PrefillBegun, PrefillTask
+from griffin_core.engine.events import PrefillBegun
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import CapacityExhausted
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerActivations, LayerExperts, prefill
+from griffin_core.forward.events import (
+    LayerActivations,
+    LayerExperts,
+)
+from griffin_core.forward.prefill import prefill
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_server.rpc.messages.prompt_analysis import analyze_task, event_to_pb, started_to_pb

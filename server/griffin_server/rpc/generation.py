@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,14 +24,12 @@ from griffin_core.engine.events import (
     Started,
     TokensMade,
 )
-from griffin_core.engine.prefill_queue import PrefillTask
 from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.errors import EngineFault
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
-from griffin_server.prefill_pool.pull import pull_prefill
-from griffin_server.prefill_pool.router import PrefillRouter
+from griffin_server.prefill_pool.source import TurnContexts
 from griffin_server.rpc.analysis import analyze
 from griffin_server.rpc.messages.model_info import model_info_to_pb
 from griffin_server.rpc.messages.prompt_analysis import analyze_task
@@ -60,7 +58,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Turns calls into tasks of the engine, and the engine's events into messages.
 
     Args:
-        prefill: the pool for prompts that the engine does not prefill itself; None without one.
+        contexts: keeps the contexts of calls for work outside them.
         role: "all" or "decode", for GetModelInfo.
         bridge: delivers the engine's events to the loop that serves calls.
         metrics: counts requests.
@@ -70,14 +68,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(
         self,
         engine: Engine,
-        prefill: PrefillRouter | None,
+        contexts: TurnContexts,
         role: str,
         bridge: LoopBridge,
         metrics: Metrics,
         sampling_defaults: SamplingDefaults = NO_SAMPLING_DEFAULTS,
     ) -> None:
         self._engine = engine
-        self._prefill = prefill
+        self._contexts = contexts
         self._role = role
         self._bridge = bridge
         self._metrics = metrics
@@ -92,7 +90,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         with self._metrics.request(time.monotonic(), context) as counts:
             make = partial(generate_task, sampling_defaults=self._sampling_defaults)
             task = await self._task(make, request, context)
-            async with aclosing(self._events(task, context)) as events:
+            async with aclosing(self._events(task)) as events:
                 async for event in events:
                     match event:
                         case Started():
@@ -108,7 +106,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         with self._metrics.request(time.monotonic(), context) as counts:
             task = await self._task(score_task, request, context)
-            async with aclosing(self._events(task, context)) as events:
+            async with aclosing(self._events(task)) as events:
                 async for event in events:
                     if isinstance(event, Started):
                         counts.read(event.prompt_tokens)
@@ -151,40 +149,24 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             context.time_remaining(),
         )
 
-    async def _events(
-        self, task: GenerateTask | ScoreTask, context: Context
-    ) -> AsyncGenerator[Event, None]:
+    async def _events(self, task: GenerateTask | ScoreTask) -> AsyncGenerator[Event, None]:
         """Runs a task to its end. Closing the iterator ends the task at once, in any phase."""
         queue = OutputQueue[Event](EVENTS_AHEAD, self._engine.wake, self._bridge)
         spans = spans_var.get()
         spans.queued(task.arrived)
-        turn_id = self._engine.submit(task, queue)
-        pull: asyncio.Task[None] | None = None
-        try:
-            async for event in queue:
-                spans.take(event)
-                match event:
-                    case Failed():
+        with self._contexts.of_turn(task.turn_id):
+            self._engine.submit(task, queue)
+            try:
+                async for event in queue:
+                    spans.take(event)
+                    if isinstance(event, Failed):
                         raise event.error
-                    case Admitted(handoff=selection) if selection is not None:
-                        assert self._prefill is not None, "only an engine with a pool hands over"
-                        prefill = PrefillTask(token_ids=task.prefilled, selection=selection)
-                        left_s = context.time_remaining()
-                        pull = asyncio.create_task(
-                            pull_prefill(self._prefill, self._engine, turn_id, prefill, left_s)
-                        )
-                    case Admitted():
-                        pass
-                    case _:
+                    if not isinstance(event, Admitted):
                         yield event
-                if isinstance(event, Finished | Scored):
-                    return
-        finally:
-            self._engine.cancel(turn_id)
-            if pull is not None:
-                pull.cancel()
-                with suppress(asyncio.CancelledError):
-                    await pull
+                    if isinstance(event, Finished | Scored):
+                        return
+            finally:
+                self._engine.cancel(task.turn_id)
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: Context

@@ -12,17 +12,23 @@ import grpc
 from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.prefill_queue import MAX_BEGUN_PREFILLS, PrefillBegun
+from griffin_core.engine.events import PrefillBegun
+from griffin_core.engine.task import MAX_CONCURRENT_PREFILLS
 from griffin_core.errors import FingerprintMismatch
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillFinished
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PrefillFinished,
+)
 from griffin_server.rpc.messages.prefill_request import prefill_task
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.run_prefill import run_prefill
 from griffin_server.transfer.codec import HandoffWriter
 from griffin_server.transfer.negotiation import exporter_for
+from griffin_server.transfer.protocol import negotiate
 from griffin_server.transfer.shape import handoff_shape
 
-MAX_EXPORTS = 2 * MAX_BEGUN_PREFILLS
+MAX_EXPORTS = 2 * MAX_CONCURRENT_PREFILLS
 """The most calls at once whose KV is computed or exported in this server's GPU memory, which no
 reservation covers."""
 
@@ -42,6 +48,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.PrefillResponse]:
         model = self._engine.model
+        version = negotiate(request)
         if request.model_fingerprint != model.fingerprint:
             raise FingerprintMismatch(
                 f"model_fingerprint: got {request.model_fingerprint[:80]!r}; this server holds "
@@ -50,7 +57,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         task = prefill_task(request, model.decoder.spec)
         shape = handoff_shape(model, task)
         exporter = exporter_for(request, shape, model.decoder.device)
-        writer = HandoffWriter(shape, exporter)
+        writer = HandoffWriter(shape, exporter, version)
         yield writer.header()
         async with self._exports if exporter.exports_memory else nullcontext():
             queue_s = 0.0

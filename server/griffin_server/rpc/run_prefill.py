@@ -7,10 +7,14 @@ import time
 from collections.abc import AsyncGenerator
 
 from griffin_core.engine.engine import Engine
-from griffin_core.engine.events import Failed
-from griffin_core.engine.prefill_queue import PrefillBegun, PrefillStreamEvent, PrefillTask
+from griffin_core.engine.events import Failed, PrefillBegun, PrefillStreamEvent
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import ReaderTooSlow
-from griffin_core.forward.prefill import LayerActivations, PrefillEvent, PrefillFinished
+from griffin_core.forward.events import (
+    LayerActivations,
+    PrefillEvent,
+    PrefillFinished,
+)
 from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
 from griffin_server.telemetry.tracing import spans_var
 

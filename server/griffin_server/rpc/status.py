@@ -23,6 +23,7 @@ from griffin_core.errors import (
     NonFiniteLogits,
     NotReady,
     PrefillUnavailable,
+    ProtocolMismatch,
     ReaderTooSlow,
     SessionBusy,
     SessionClosed,
@@ -54,6 +55,7 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     ReaderTooSlow: (grpc.StatusCode.ABORTED, "READER_TOO_SLOW"),
     CapacityExhausted: (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED"),
     FingerprintMismatch: (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH"),
+    ProtocolMismatch: (grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_MISMATCH"),
     # The client may retry both: the handoff failed, and the request is not at fault.
     HandoffBroken: (grpc.StatusCode.UNAVAILABLE, "HANDOFF_BROKEN"),
     PrefillUnavailable: (grpc.StatusCode.UNAVAILABLE, "PREFILL_UNAVAILABLE"),

@@ -28,20 +28,20 @@ class EngineGauges(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         try:
-            holdings = self._engine.holdings().result(SCRAPE_S)
+            usage = self._engine.usage().result(SCRAPE_S)
         except (EngineStopped, TimeoutError):
             return
         sessions = GaugeMetricFamily("griffin_sessions", "Sessions by state.", labels=("state",))
-        for state, count in holdings.sessions.items():
+        for state, count in usage.sessions.items():
             sessions.add_metric((state.value,), count)
         yield sessions
         for name, help, value in (
-            ("slim_view_bytes", "Bytes of all slim views.", holdings.slim_view_bytes),
-            ("kv_cache_bytes", "Bytes of all sessions' KV caches.", holdings.kv_cache_bytes),
+            ("slim_view_bytes", "Bytes of all slim views.", usage.slim_view_bytes),
+            ("kv_cache_bytes", "Bytes of all sessions' KV caches.", usage.kv_cache_bytes),
             (
                 "session_bytes_limit",
                 "The most bytes that slim views and KV caches may use together.",
-                holdings.limit_bytes,
+                usage.limit_bytes,
             ),
         ):
             yield GaugeMetricFamily(f"griffin_{name}", help, value=value)

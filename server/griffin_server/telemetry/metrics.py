@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 
-from griffin_core.engine.observer import Observer
+from griffin_core.engine.ports import Observer
 from griffin_core.errors import GriffinError
 from griffin_server.rpc.status import CODES, code_of, code_of_cancel
 from griffin_server.telemetry.engine_gauges import EngineGauges
@@ -25,7 +25,9 @@ if TYPE_CHECKING:  # they bring torch, and a server answers before that is impor
     from griffin_core.engine.engine import Engine
     from griffin_core.engine.events import Finished, TokensMade
     from griffin_core.experts.expert_set import ExpertSet
-    from griffin_core.forward.prefill import PrefillFinished
+    from griffin_core.forward.events import (
+        PrefillFinished,
+    )
     from griffin_server.transfer.shape import HandoffShape
 
 FINE = (*(round(1e-3 * 10 ** (step / 17), 6) for step in range(52)), 2.0, 5.0, 10.0)

@@ -19,9 +19,17 @@ import structlog
 from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from griffin_core.engine.events import Admitted, Event, Finished, Started
-from griffin_core.engine.prefill_queue import PrefillBegun, PrefillStreamEvent
-from griffin_core.forward.prefill import PrefillFinished
+from griffin_core.engine.events import (
+    Admitted,
+    Event,
+    Finished,
+    PrefillBegun,
+    PrefillStreamEvent,
+    Started,
+)
+from griffin_core.forward.events import (
+    PrefillFinished,
+)
 from griffin_server import __version__
 
 if TYPE_CHECKING:
@@ -128,7 +136,6 @@ class CallSpans:
         """Updates the spans by an event of the engine."""
         match event:
             case Admitted() | PrefillBegun():
-                self._handed_over = isinstance(event, Admitted) and event.handoff is not None
                 self._next("prefill", self._began + event.queue_s)
             case Started():
                 self.note(prompt_tokens=event.prompt_tokens, density=event.pruning.density)
@@ -153,6 +160,7 @@ class CallSpans:
     def handoff(self, target: str) -> Iterator[Metadata]:
         """A span around pulling a prefill. Yields metadata that makes it the parent of the span of
         the prefill server."""
+        self._handed_over = True
         span = self._start("handoff", time.monotonic(), SpanKind.CLIENT)
         span.set_attribute("griffin.prefill_target", target)
         carrier: dict[str, str] = {}

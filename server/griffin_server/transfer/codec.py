@@ -10,8 +10,14 @@ import torch
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.errors import CapacityExhausted, FingerprintMismatch, HandoffBroken
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
-from griffin_core.forward.prefill import LayerExperts, LayerKv, PrefillEvent, PrefillFinished
+from griffin_core.forward.events import (
+    LayerExperts,
+    LayerKv,
+    PrefillEvent,
+    PrefillFinished,
+)
 from griffin_server.rpc.messages.tensors import pack_floats, unpack_floats
+from griffin_server.transfer import protocol
 from griffin_server.transfer.base import KvExporter, KvImporter
 from griffin_server.transfer.messages import MessagesImporter
 from griffin_server.transfer.shape import HandoffShape
@@ -28,10 +34,14 @@ class HandoffWriter:
 
     Args:
         exporter: the transport of the KV.
+        version: of the protocol, as negotiated.
     """
 
-    def __init__(self, shape: HandoffShape, exporter: KvExporter) -> None:
+    def __init__(
+        self, shape: HandoffShape, exporter: KvExporter, version: int = protocol.NEWEST
+    ) -> None:
         self._shape = shape
+        self._version = version
         self._exporter = exporter
         self._crc = 0
 
@@ -47,7 +57,8 @@ class HandoffWriter:
             width=shape.width,
             kv_type=TENSOR_TYPES[shape.dtype],
             tokens=shape.tokens,
-            experts_per_layer=shape.experts_per_layer,
+            expert_counts=shape.expert_counts,
+            protocol_version=self._version,
             transport=self._exporter.transport,
         )
         self._exporter.write_proof(header)
@@ -63,7 +74,7 @@ class HandoffWriter:
         """The message for a layer's statistic and experts."""
         # They are computed already, and the copy must not wait for the model's stream.
         with torch.cuda.stream(self._exporter.stream):
-            s = pack_floats(event.s)
+            s = pack_floats(event.s2.sqrt())
             experts = pack_indices(event.experts)
         self._crc = zlib.crc32(experts, zlib.crc32(s, self._crc))
         return pb.PrefillResponse(experts=pb.LayerExperts(layer=event.layer, s=s, experts=experts))
@@ -120,6 +131,7 @@ class HandoffReader:
         """The event of a message; None for the header.
 
         Raises:
+            ProtocolMismatch: the header is in a version of the protocol that was not asked for.
             FingerprintMismatch: the header names another model.
             HandoffBroken: the message is out of order or malformed, or the checksum differs.
             MemoryNotShared: the transport that was offered and chosen does not work.
@@ -147,6 +159,7 @@ class HandoffReader:
 
     def _header(self, header: pb.PrefillHeader) -> None:
         shape = self._shape
+        protocol.check_answer(header)
         if header.model_fingerprint != shape.fingerprint:
             raise FingerprintMismatch(
                 f"model_fingerprint: prefill has {header.model_fingerprint[:12]}..., "
@@ -159,7 +172,7 @@ class HandoffReader:
             "ff_width": header.ff_width,
             "width": header.width,
             "tokens": header.tokens,
-            "experts_per_layer": header.experts_per_layer,
+            "expert_counts": tuple(header.expert_counts),
         }
         differ = {name: given for name, given in theirs.items() if given != getattr(shape, name)}
         if differ or header.kv_type != TENSOR_TYPES[shape.dtype]:
@@ -188,7 +201,14 @@ class HandoffReader:
         experts = unpack_indices(
             message.experts, self._shape.ff_width, f"experts of layer {message.layer}"
         )
-        return LayerExperts(layer=message.layer, s=unpack_floats(message.s), experts=experts)
+        layer, counts = message.layer, self._shape.expert_counts
+        if layer < len(counts) and len(experts) != counts[layer]:
+            raise HandoffBroken(
+                f"handoff: layer {layer} has {len(experts)} experts; the header says "
+                f"{counts[layer]}"
+            )
+        s2 = unpack_floats(message.s).square()
+        return LayerExperts(layer=layer, s2=s2, experts=experts)
 
     def _finished(self, message: pb.PrefillFinished) -> PrefillFinished:
         self._crc = zlib.crc32(message.last_hidden, self._crc)

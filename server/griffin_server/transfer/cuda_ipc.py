@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.forward.prefill import LayerKv
+from griffin_core.forward.events import (
+    LayerKv,
+)
 from griffin_server.transfer.base import Bytes, MemoryNotShared, copy_stream, wait_for_kv
 from griffin_server.transfer.shape import HandoffShape
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.forward.prefill import LayerKv
+from griffin_core.forward.events import (
+    LayerKv,
+)
 from griffin_server.transfer.base import Bytes, HostExporter, HostImporter
 
 

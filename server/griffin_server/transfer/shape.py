@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from griffin_core.engine.prefill_queue import PrefillTask
+from griffin_core.engine.task import PrefillTask
 from griffin_core.model.load import Model
 
 
@@ -16,7 +16,7 @@ class HandoffShape:
 
     Args:
         tokens: T, the tokens of this prompt.
-        experts_per_layer: K of this request.
+        expert_counts: K of each layer.
     """
 
     fingerprint: str
@@ -27,7 +27,7 @@ class HandoffShape:
     width: int
     dtype: torch.dtype
     tokens: int
-    experts_per_layer: int
+    expert_counts: tuple[int, ...]
 
     @property
     def token_bytes(self) -> int:
@@ -44,7 +44,7 @@ class HandoffShape:
         return {
             "kv": self.kv_bytes,
             "statistic": self.layers * self.ff_width * 4,
-            "experts": self.layers * self.experts_per_layer * 4,
+            "experts": 4 * sum(self.expert_counts),
             "hidden": self.width * 4,
         }
 
@@ -61,5 +61,5 @@ def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
         width=spec.width,
         dtype=model.decoder.dtype,
         tokens=len(task.token_ids),
-        experts_per_layer=task.selection.experts_of(spec.ff_width),
+        expert_counts=task.selection.expert_counts(len(spec.layers), spec.ff_width),
     )

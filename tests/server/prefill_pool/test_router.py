@@ -11,7 +11,8 @@ import grpc
 import pytest
 import torch
 
-from griffin_core.engine.prefill_queue import PrefillRun, PrefillTask
+from griffin_core.engine.prefill_run import PrefillRun
+from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import DeadlinePassed, EngineFault, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model

@@ -17,6 +17,7 @@ from griffin_client import (
     ResourceExhausted,
 )
 from griffin_core.model.load import Model
+from griffin_server.transfer.protocol import NEWEST, OLDEST
 from tests.servers import Running, running
 from tests.tiny import CONTEXT, VOCABULARY
 
@@ -278,7 +279,14 @@ def test_an_oversized_message_is_refused_by_grpc(client: GriffinClient) -> None:
 
 
 def prefill_request(model: Model, **fields: object) -> prefill_pb2.PrefillRequest:
-    good = {"model_fingerprint": model.fingerprint, "token_ids": [1, 2], "density": 0.5}
+    selection = {"density": 0.5} | {k: fields.pop(k) for k in ("density", "policy") if k in fields}
+    good = {
+        "model_fingerprint": model.fingerprint,
+        "token_ids": [1, 2],
+        "oldest_protocol_version": OLDEST,
+        "newest_protocol_version": NEWEST,
+        "selection": prefill_pb2.ExpertSelection(**selection),  # type: ignore[arg-type]
+    }
     return prefill_pb2.PrefillRequest(**{**good, **fields})  # type: ignore[arg-type]
 
 
@@ -287,12 +295,22 @@ def prefill_request(model: Model, **fields: object) -> prefill_pb2.PrefillReques
     [
         ({"model_fingerprint": "f" * 64}, "FAILED_PRECONDITION", ["model_fingerprint", "ffff"]),
         ({"model_fingerprint": ""}, "FAILED_PRECONDITION", ["model_fingerprint", "''"]),
+        (
+            {"oldest_protocol_version": 0, "newest_protocol_version": 0},  # before Griffin 0.2
+            "FAILED_PRECONDITION",
+            ["protocol_version", "decode understands 0,", f"prefill {NEWEST};"],
+        ),
+        (
+            {"oldest_protocol_version": NEWEST + 1, "newest_protocol_version": NEWEST + 3},
+            "FAILED_PRECONDITION",
+            ["protocol_version", f"{NEWEST + 1} to {NEWEST + 3}", f"prefill {NEWEST};"],
+        ),
         ({"token_ids": []}, "INVALID_ARGUMENT", ["token_ids", "0 tokens", "1 to 256"]),
         ({"token_ids": [1] * 257}, "INVALID_ARGUMENT", ["token_ids", "257", "1 to 256"]),
         ({"token_ids": [260]}, "INVALID_ARGUMENT", ["token_ids[0]", "260", "[0, 260)"]),
-        ({"density": 0.0}, "INVALID_ARGUMENT", ["density", "0.0", "(0, 1]"]),
-        ({"density": NAN}, "INVALID_ARGUMENT", ["density", "nan", "(0, 1]"]),
-        ({"policy": 77}, "INVALID_ARGUMENT", ["policy", "77", "1 (topk)"]),
+        ({"density": 0.0}, "INVALID_ARGUMENT", ["selection.density", "0.0", "(0, 1]"]),
+        ({"density": NAN}, "INVALID_ARGUMENT", ["selection.density", "nan", "(0, 1]"]),
+        ({"policy": 77}, "INVALID_ARGUMENT", ["selection.policy", "77", "1 (topk)"]),
     ],
 )
 def test_a_bad_prefill_request_is_refused_before_anything_is_sent(

@@ -11,9 +11,8 @@ from griffin.v1 import prefill_pb2 as pb_prefill
 from griffin_client import requests, responses
 from griffin_client import types as client_types
 from griffin_core.engine import events
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.engine.sessions import SessionInfo, State
-from griffin_core.engine.task import GenerateTask, PruningParams
+from griffin_core.engine.session import SessionInfo, State
+from griffin_core.engine.task import GenerateTask, PrefillTask, PruningParams
 from griffin_core.experts.selection import POLICIES, Selection
 from griffin_core.model.load import Model
 from griffin_core.sampling.bad_words import bad_words_ids
@@ -30,6 +29,7 @@ from griffin_server.rpc.messages.responses import (
     tokens_to_pb,
 )
 from griffin_server.rpc.messages.sessions import session_to_pb
+from griffin_server.transfer.protocol import NEWEST, OLDEST
 
 FIGURES = events.PruningFigures(
     density=0.5,
@@ -160,7 +160,7 @@ def test_every_policy_survives_the_way_there_and_back(policy: str) -> None:
 def test_a_prefill_task_survives_the_way_to_a_prefill_server(policy: str, model: Model) -> None:
     selection = Selection(density=0.25, policy=policy, seed=2**63 + 1)  # type: ignore[arg-type]
     task = PrefillTask(token_ids=(1, 2, 3), selection=selection)
-    request = prefill_request(task, model.fingerprint)
+    request = prefill_request(task, model.fingerprint, (OLDEST, NEWEST))
     assert request.model_fingerprint == model.fingerprint
     received = pb_prefill.PrefillRequest.FromString(request.SerializeToString())
     assert prefill_task(received, model.decoder.spec) == task

@@ -99,7 +99,7 @@ def test_two_servers_score_as_one(
             list(client.score_choices(CONTEXT, CHOICES, **options)),
         )
         assert split.score_choices([7, 8], [[9]], **options)[0].context_tokens == 2
-        eventually(lambda: decode.app.engine.holdings().result(10).kv_cache_bytes == 0)
+        eventually(lambda: decode.app.engine.usage().result(10).kv_cache_bytes == 0)
         with pytest.raises(InvalidArgument, match="context_token_ids: got one token"):
             split.score([7], [9], mode="classification")
 
@@ -129,6 +129,6 @@ def test_a_score_whose_caller_gives_up_leaves_nothing(mode: Any, server: Running
     with server.client() as client:
         with pytest.raises(DeadlineExceeded):
             client.score_choices([1, 2], [[3] * 250] * 256, mode=mode, density=0.5, timeout=0.2)
-        eventually(lambda: engine.holdings().result(10).kv_cache_bytes == 0)
+        eventually(lambda: engine.usage().result(10).kv_cache_bytes == 0)
         assert engine.sessions().result(10) == []
         assert len(client.score([1, 2], [3, 4], mode=mode).tokens) == 2

@@ -386,7 +386,7 @@ async def test_until_the_engine_is_ready_calls_are_refused(
 ) -> None:
     app, prepared = App(Settings(port=0), tiny("llama")), threading.Event()
     monkeypatch.setattr(
-        "griffin_core.engine.engine.measure_costs",
+        "griffin_core.engine.step_setup.measure_costs",
         lambda *_: ASSUMED_COSTS if prepared.wait(60) else 1 // 0,
     )
     starting = asyncio.create_task(app.start())
@@ -410,7 +410,7 @@ async def test_an_engine_that_does_not_come_up_ends_the_start(
     tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = App(Settings(port=0), tiny("llama"))
-    monkeypatch.setattr("griffin_core.engine.engine.measure_costs", lambda *_: 1 // 0)
+    monkeypatch.setattr("griffin_core.engine.step_setup.measure_costs", lambda *_: 1 // 0)
     with pytest.raises(EngineFault, match="did not start"):
         await app.start()
     await app.stop()
@@ -422,7 +422,7 @@ async def test_threads_that_cannot_be_had_are_a_fault_and_no_wait(
     def fail(threads: int) -> None:
         raise ValueError("Overflow")
 
-    monkeypatch.setattr("griffin_core.engine.engine.torch.set_num_threads", fail)
+    monkeypatch.setattr("griffin_core.engine.model_threads.torch.set_num_threads", fail)
     app = App(Settings(port=0, threads=1), tiny("llama"))
     with pytest.raises(EngineFault, match="did not start: Overflow"):
         await app.start()

@@ -238,5 +238,5 @@ def test_a_completion_that_runs_out_of_tokens_says_so(stub: Stub, ids: Ids) -> N
     assert made == [a, a]
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details().startswith(
-        "sampling.allowed_token_ids: got no token to draw after 2 of the completion"
+        "sampling.allowed_token_ids: got no token left to draw after 2 tokens of the completion"
     )

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.errors import FingerprintMismatch, HandoffBroken
+from griffin_core.engine.task import PrefillTask
+from griffin_core.errors import FingerprintMismatch, HandoffBroken, ProtocolMismatch
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import (
+from griffin_core.forward.events import (
     LayerExperts,
     LayerKv,
     PrefillEvent,
     PrefillFinished,
-    prefill,
 )
+from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from griffin_server.transfer import base
 from griffin_server.transfer.base import KvImporter
@@ -25,6 +26,7 @@ from griffin_server.transfer.codec import HandoffReader, HandoffWriter
 from griffin_server.transfer.cuda_ipc import boot_id
 from griffin_server.transfer.messages import MessagesExporter, MessagesImporter
 from griffin_server.transfer.negotiation import exporter_for
+from griffin_server.transfer.protocol import NEWEST, OLDEST, negotiate
 from griffin_server.transfer.shape import HandoffShape, handoff_shape
 from griffin_server.transfer.shared_memory import (
     DATA_START,
@@ -128,7 +130,7 @@ def test_what_goes_in_comes_out(
         ]
         sent = next(e for e in events if isinstance(e, LayerExperts) and e.layer == layer)
         got = next(e for e in received if isinstance(e, LayerExperts) and e.layer == layer)
-        assert torch.equal(got.s, sent.s) and torch.equal(got.experts, sent.experts)
+        assert torch.equal(got.s2, sent.s2) and torch.equal(got.experts, sent.experts)
     last, sent_last = received[-1], events[-1]
     assert isinstance(last, PrefillFinished) and isinstance(sent_last, PrefillFinished)
     assert torch.equal(last.last_hidden, sent_last.last_hidden)
@@ -182,7 +184,7 @@ def test_another_models_header_is_a_fingerprint_mismatch(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("layers", 9), ("tokens", 29), ("experts_per_layer", 1), ("kv_type", pb.TENSOR_TYPE_FLOAT16)],
+    [("layers", 9), ("tokens", 29), ("kv_type", pb.TENSOR_TYPE_FLOAT16)],
 )
 def test_a_header_that_does_not_fit_the_request_is_refused(
     shape: HandoffShape, field: str, value: int
@@ -191,6 +193,46 @@ def test_a_header_that_does_not_fit_the_request_is_refused(
     setattr(header.header, field, value)
     with pytest.raises(HandoffBroken, match="header"):
         messages_reader(shape).read(header)
+
+
+@pytest.mark.parametrize("change", [lambda n: n[:-1], lambda n: [*n[:-1], n[-1] + 1]])
+def test_a_header_of_other_expert_counts_is_refused(
+    shape: HandoffShape, change: Callable[[list[int]], list[int]]
+) -> None:
+    header = messages_writer(shape).header()
+    header.header.expert_counts[:] = change(list(header.header.expert_counts))
+    with pytest.raises(HandoffBroken, match="header"):
+        messages_reader(shape).read(header)
+
+
+@pytest.mark.parametrize("version", [0, OLDEST - 1, NEWEST + 1])
+def test_a_header_in_a_version_that_was_not_asked_for_is_refused(
+    shape: HandoffShape, version: int
+) -> None:
+    header = messages_writer(shape).header()
+    header.header.protocol_version = version
+    with pytest.raises(ProtocolMismatch, match=f"answers in {version}, decode understands"):
+        messages_reader(shape).read(header)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "version"), [((OLDEST, NEWEST), NEWEST), ((0, NEWEST), NEWEST), ((1, 99), NEWEST)]
+)
+def test_the_newest_common_version_is_spoken(theirs: tuple[int, int], version: int) -> None:
+    oldest, newest = theirs
+    asked = pb.PrefillRequest(oldest_protocol_version=oldest, newest_protocol_version=newest)
+    assert negotiate(asked) == version
+
+
+def test_a_layer_with_other_experts_than_the_header_says_is_refused(
+    ends: Ends, events: list[PrefillEvent]
+) -> None:
+    writer, reader = ends
+    reader.read(writer.header())
+    (event, *_) = [each for each in events if isinstance(each, LayerExperts)]
+    message = writer.experts(replace(event, experts=event.experts[:-1]))
+    with pytest.raises(HandoffBroken, match="layer 0 has 43 experts; the header says 44"):
+        reader.read(message)
 
 
 def test_a_segment_that_the_other_end_did_not_prove_is_not_read(

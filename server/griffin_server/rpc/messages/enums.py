@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.engine.sessions import Sharing, State
+from griffin_core.engine.session import State
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import PolicyName
 from griffin_core.sampling.stopping import FinishReason
-from griffin_core.spec.choices import ScoreMode
+from griffin_core.spec.choices import ScoreMode, Sharing
 
 N = TypeVar("N", bound=str)
 

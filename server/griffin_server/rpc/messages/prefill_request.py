@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from griffin.v1 import prefill_pb2 as pb
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.engine.task import check_token_ids
+from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.spec.model import ModelSpec
 from griffin_server.rpc.messages.enums import policy_from_pb, policy_to_pb
 
 
-def prefill_request(task: PrefillTask, fingerprint: str) -> pb.PrefillRequest:
+def prefill_request(
+    task: PrefillTask, fingerprint: str, versions: tuple[int, int]
+) -> pb.PrefillRequest:
     """The request for a prefill, without the offer of a transport.
 
     Args:
         fingerprint: that of the model the prefill must run on.
+        versions: the oldest and the newest version of the protocol that this side understands.
     """
     return pb.PrefillRequest(
         model_fingerprint=fingerprint,
         token_ids=task.token_ids,
-        density=task.selection.density,
-        policy=policy_to_pb(task.selection.policy),
-        seed=task.selection.seed,
+        oldest_protocol_version=versions[0],
+        newest_protocol_version=versions[1],
+        selection=pb.ExpertSelection(
+            policy=policy_to_pb(task.selection.policy),
+            density=task.selection.density,
+            seed=task.selection.seed,
+        ),
     )
 
 
@@ -37,10 +43,11 @@ def prefill_task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
             "token_ids", f"{len(request.token_ids)} tokens", f"1 to {spec.context_length} tokens"
         )
     check_token_ids("token_ids", request.token_ids, spec)
-    if not 0 < request.density <= 1:
-        raise InvalidRequest("density", request.density, "(0, 1]")
-    policy = policy_from_pb("policy", request.policy)
+    chosen = request.selection
+    if not 0 < chosen.density <= 1:
+        raise InvalidRequest("selection.density", chosen.density, "(0, 1]")
+    policy = policy_from_pb("selection.policy", chosen.policy)
     return PrefillTask(
         token_ids=tuple(request.token_ids),
-        selection=Selection(density=request.density, policy=policy or "topk", seed=request.seed),
+        selection=Selection(density=chosen.density, policy=policy or "topk", seed=chosen.seed),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.engine.prefill_queue import PrefillTask
-from griffin_core.engine.task import check_token_ids
+from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.expert_set import ExpertSet, pack_indices
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import LayerActivations, LayerExperts
+from griffin_core.forward.events import (
+    LayerActivations,
+    LayerExperts,
+)
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.fields import seed_of
@@ -59,7 +61,7 @@ def analyze_task(
         selection=pruning.selection(base, seed_of(request)),
         wants_kv=False,
         watch=frozenset(layers),
-        most_begun=1,  # because no reservation covers its KV cache
+        max_concurrent=1,  # because no reservation covers its KV cache
     )
 
 
@@ -92,11 +94,11 @@ def event_to_pb(event: LayerActivations | LayerExperts) -> list[pb.AnalyzePrompt
             )
             for begin in range(0, tokens, rows)
         ]
-    experts = ExpertSet(ff_width=event.s.shape[0], indices=event.experts[None])
-    (norm_mass,) = experts.norm_mass(event.s.square()[None])
+    experts = ExpertSet(ff_width=event.s2.shape[0], indices=event.experts[None])
+    (norm_mass,) = experts.norm_mass(event.s2[None])
     layer = pb.AnalyzePromptResponse.Layer(
         layer=event.layer,
-        s=pack_floats(event.s),
+        s=pack_floats(event.s2.sqrt()),
         experts=pack_indices(event.experts),
         norm_mass=norm_mass,
     )

@@ -6,7 +6,7 @@ import secrets
 from base64 import b64decode, urlsafe_b64encode
 
 from griffin.v1 import generation_pb2 as pb
-from griffin_core.engine.sessions import SessionInfo
+from griffin_core.engine.session import SessionInfo
 from griffin_core.errors import InvalidRequest
 from griffin_server.rpc.messages.enums import STATES_TO_PB
 from griffin_server.rpc.messages.responses import figures_to_pb

@@ -1,0 +1,190 @@
+"""One expert group: sessions that run on one expert set, chosen from their summed statistics
+Σ_i s_i/√S_i (arXiv 2404.01365, section 4.3); and what a session holds while it runs on experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from griffin_core.backends.base import Layout
+from griffin_core.engine.session import Session
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.selection import PolicyName, select_experts
+from griffin_core.experts.statistic import group_score
+from griffin_core.model.decoder import Decoder
+from griffin_core.slim.views import SlimView, SlimViews, WholeView
+
+STEPS_HELD = 16
+"""Number of steps for which a group keeps its set."""
+
+SHARE_KEPT = 0.05
+"""A group keeps a layer's set while a new choice would change no more than this share of it
+(docs/LOG.md has what that costs in quality)."""
+
+Kind = tuple[float, PolicyName]
+"""Density and policy: what the sessions of one group have in common."""
+
+Form = Literal["own", "shared", "dense"]
+"""What a session runs on: its own set, that of its group, or all neurons."""
+
+
+class Seat:
+    """A session in ``ExpertGroups``, and what it holds there.
+
+    Args:
+        zeroed_bytes: what it has acquired of the budget to run zeroed.
+        prunes: whether it runs on fewer experts than all neurons.
+    """
+
+    def __init__(self, session: Session, zeroed_bytes: int, *, prunes: bool) -> None:
+        self.session = session
+        self.zeroed_bytes = zeroed_bytes
+        self.prunes = prunes
+        self.kind: Kind = (session.selection.density, session.selection.policy)
+        self.form: Form = "dense"
+        self.group: ExpertGroup | None = None
+        self.view: SlimView | None = None
+        self._zeroed: WholeView | None = None
+
+    @property
+    def experts(self) -> ExpertSet:
+        """What its own statistic chose."""
+        assert self.session.experts is not None
+        return self.session.experts
+
+    @property
+    def auto(self) -> bool:
+        """Whether its form may change. A score always runs on the experts that it was asked for."""
+        return self.session.sharing == "auto" and self.prunes and self.one_row
+
+    @property
+    def one_row(self) -> bool:
+        """Whether it mostly runs one token at a time. For a session that runs few steps of many
+        tokens a copy does not pay."""
+        return self.session.turn.layout == "gemv"
+
+    def zeroed(self, views: SlimViews) -> WholeView:
+        """All weights, zeroed outside its own set."""
+        if self._zeroed is None:
+            self._zeroed = views.zeroed(self.experts)
+        return self._zeroed
+
+
+class ExpertGroup:
+    """Sessions on one expert set. A session that joins starts on the present set. The group chooses
+    again at most every ``STEPS_HELD`` steps and keeps the layers that would hardly change; its one
+    view takes over the other layers."""
+
+    def __init__(self) -> None:
+        self.members: list[Seat] = []
+        self.stale = True
+        """Whether members have come or gone since the set was chosen."""
+        self.experts: ExpertSet | None = None
+        self.view: SlimView | None = None
+        self._zeroed: WholeView | None = None
+        self._chosen = self._laid_out = -STEPS_HELD
+        self.rests = False
+        """Whether nothing is left to do and all members have been told."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.stale and can_run(self.view) and not (self.view and self.view.pending)
+
+    def chooses(self, step: int) -> bool:
+        """Whether it would choose (again) before a step."""
+        return self.stale and (self.experts is None or step - self._chosen >= STEPS_HELD)
+
+    def advance(self, decoder: Decoder, views: SlimViews, step: int) -> None:
+        """Chooses its set if that is due, and acquires or changes its view.
+
+        Args:
+            step: number of the step that comes next.
+
+        Raises:
+            Exception: its experts cannot be chosen, or its view cannot be built.
+        """
+        if self.chooses(step):
+            # A first member brings its own set along; the group's first choice is yet to come.
+            founds = self.experts is None and len(self.members) == 1
+            self._choose(decoder, views)
+            self._chosen = self._chosen if founds else step
+        if self.view is not None and self.view.error is not None:
+            raise self.view.error
+        self._lay_out(views, step)
+
+    def _choose(self, decoder: Decoder, views: SlimViews) -> None:
+        chosen = select_group(decoder, [seat.session for seat in self.members])
+        old = self.experts
+        self.experts = chosen if old is None else kept_where_alike(old, chosen, SHARE_KEPT)
+        self.stale = False
+        if self.experts is not old:
+            self._zeroed = None
+            if self.view is not None:
+                views.change(self.view, self.experts)
+
+    def _lay_out(self, views: SlimViews, step: int) -> None:
+        """Acquires a view laid out for the number of rows that it is used for."""
+        assert self.experts is not None
+        alone = len(self.members) == 1
+        layout: Layout = "gemv" if alone and self.members[0].one_row else "gemm"
+        other = self.view is not None and self.view.layout != layout and views.copies
+        # A layout for one row is slow with two rows; the other way round it hardly matters.
+        if other and (layout == "gemm" or step - self._laid_out >= STEPS_HELD):
+            self.drop_view(views)
+        wanted = not views.copies or not alone or self.members[0].one_row
+        if self.view is None and wanted and views.builds:
+            self.view = views.acquire(self.experts, layout, own=True)
+            self._laid_out = step
+
+    def zeroed(self, views: SlimViews) -> WholeView:
+        """All weights, zeroed outside the group's set."""
+        if self._zeroed is None:
+            assert self.experts is not None
+            self._zeroed = views.zeroed(self.experts)
+        return self._zeroed
+
+    def drop_view(self, views: SlimViews) -> None:
+        """Releases its view."""
+        if self.view is not None:
+            views.release(self.view)
+            self.view = None
+
+
+@torch.inference_mode()
+def select_group(decoder: Decoder, members: Sequence[Session]) -> ExpertSet:
+    """The experts of a group: those of its only member, or those that the members' summed
+    statistics choose."""
+    first = members[0]
+    assert first.experts is not None
+    if len(members) == 1:
+        return first.experts
+    score = group_score([session.s2 for session in members if session.s2 is not None])
+    indices = select_experts(
+        score.square(),  # policies take a statistic's square
+        first.selection,
+        magnitude=decoder.magnitudes,
+    )
+    return ExpertSet(ff_width=first.experts.ff_width, indices=indices)
+
+
+def kept_where_alike(old: ExpertSet, new: ExpertSet, share: float) -> ExpertSet:
+    """The new set, but with the old experts in every layer where no more than this share of them
+    would change; the old object if that is so in all layers."""
+    k = old.indices.shape[1]
+    indices = new.indices.to(old.indices.device)
+    inside = torch.zeros((len(old.layers), old.ff_width), dtype=torch.bool, device=indices.device)
+    inside.scatter_(1, old.indices.long(), True)
+    gone = k - inside.gather(1, indices.long()).sum(dim=1)
+    changes = gone > share * k
+    if not changes.any():
+        return old
+    mixed = torch.where(changes[:, None], indices, old.indices)
+    return ExpertSet(ff_width=old.ff_width, indices=mixed)
+
+
+def can_run(view: SlimView | None) -> bool:
+    """Whether a step can run on a view."""
+    return view is not None and view.ready and view.error is None

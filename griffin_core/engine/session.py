@@ -1,0 +1,231 @@
+"""A session: everything that one conversation owns in Decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+from griffin_core.engine.events import Event, PruningFigures
+from griffin_core.engine.ports import Sink
+from griffin_core.engine.reservation import Reservation
+from griffin_core.engine.turn import TurnPlan
+from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.kv.cache import KvCache
+from griffin_core.slim.base import RunView
+
+
+class State(Enum):
+    """Where a session is in its life."""
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    IDLE = "idle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """A session as callers may see it.
+
+    Args:
+        reserved_bytes: the most that its KV cache, what lets it run zeroed, and its slim view if
+            that is its own, can come to hold.
+    """
+
+    session_id: str
+    state: State
+    context_tokens: int
+    generated_tokens: int
+    age_s: float
+    idle_s: float
+    reserved_bytes: int
+    pruning: PruningFigures
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionPage:
+    """Some of an engine's sessions, oldest first.
+
+    Args:
+        last: what the page after this one begins after; None if this is the last page.
+        total: number of sessions in all.
+    """
+
+    sessions: Sequence[SessionInfo]
+    last: int | None
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the sessions of an engine hold.
+
+    Args:
+        sessions: number of sessions in each state.
+        limit_bytes: the most that views and caches may hold together.
+    """
+
+    sessions: dict[State, int]
+    slim_view_bytes: int
+    kv_cache_bytes: int
+    limit_bytes: int
+
+
+@dataclass
+class Clock:
+    """When things happened to the current turn, on ``time.monotonic``; 0 for not yet."""
+
+    arrived: float = 0.0
+    admitted: float = 0.0
+    prefilled: float = 0.0
+    first_token: float = 0.0
+    view_ready: float = 0.0
+    last_token: float = 0.0
+    stalled: float = 0.0
+    """Since when its reader has lagged; 0 if it keeps up."""
+    selection_s: float = 0.0
+
+
+class Session:
+    """One conversation's KV cache, statistic, experts and slim view, and its current turn.
+
+    The engine's thread owns it. ``Sessions`` begins, keeps and frees it.
+
+    Args:
+        session_id: known to the client.
+    """
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        self.number = 0
+        """Sessions are numbered from 1 in the order in which they were first queued."""
+        self.turn_id = ""
+        self.opened = time.monotonic()
+        self.state = State.QUEUED
+        self.tokens: list[int] = []
+        """All tokens of all turns, except those after a stop string. The cache may lack the last
+        ones."""
+        self.generated_tokens = 0
+        self.slot: int | None = None
+        """The sampler's slot, while it generates."""
+        self.in_flight = 0
+        """Tokens that the device draws and the host has not read yet."""
+        self.reservation = Reservation(kv=0)
+        self.cache: KvCache | None = None
+        self.s2: Tensor | None = None
+        """The statistic [L, F] float32 of all its tokens."""
+        self.experts: ExpertSet | None = None
+        """What its own statistic chose; in a group it may run on others. None between turns."""
+        self.view: RunView | None = None
+        """What its next step runs on; None before it has joined ``ExpertGroups``, which owns it."""
+        self.view_bytes = 0
+        """What it holds beyond the model's own weights to run on its experts."""
+        self._mass: tuple[ExpertSet | None, tuple[float, ...]] | None = None
+
+    def begin_turn(self, plan: TurnPlan, sink: Sink[Event]) -> None:
+        """Sets a turn up; ``sink`` is where its events go."""
+        self.turn_id = plan.turn_id
+        self.clock = Clock(arrived=plan.arrived)
+        self.deadline = plan.deadline
+        self.turn_start = self.cache.length if self.cache else 0
+        self.tokens += plan.prompt
+        self.prompt_tokens = len(self.tokens) - self.turn_start
+        """Tokens to prefill in this turn."""
+        self.turn_generated = 0
+        self.in_flight = 0
+        self._ran = 0
+        self._ran_dense = 0
+        self._ran_density = 0.0
+        self.capacity = plan.capacity
+        self.selection = plan.selection
+        self.sharing = plan.sharing
+        self.turn = plan.turn
+        self.keep = plan.keep
+        self.sink = sink
+
+    def end_turn(self) -> None:
+        """Its turn is over and it is kept: from now on it holds its tokens, its cache and its
+        statistic, and nothing that the next turn makes anew. An engine may keep tens of
+        thousands."""
+        self._mass = None, self.norm_mass
+        self.experts = None
+        del self.turn, self.sink
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether it holds anything of a turn."""
+        return hasattr(self, "turn") or hasattr(self, "sink")
+
+    @property
+    def turn_ids(self) -> list[int]:
+        """The tokens to prefill in this turn."""
+        return self.tokens[self.turn_start :]
+
+    @property
+    def density(self) -> float:
+        """The share of the FF neurons that its next step runs on."""
+        experts = None if self.view is None else self.view.experts
+        return 1.0 if experts is None else experts.density
+
+    def ran(self, density: float, tokens: int = 1) -> None:
+        """Notes how tokens of the turn were made.
+
+        Args:
+            density: of the step that made them, taken when the step began. A turn's first token
+                comes from its prompt, which runs dense.
+        """
+        self._ran += tokens
+        self._ran_density += density * tokens
+        if density == 1.0:
+            self._ran_dense += tokens
+
+    def chosen(
+        self, s2: Tensor, experts: ExpertSet, norm_mass: tuple[float, ...] | None = None
+    ) -> None:
+        """Takes the statistic of all its tokens and the experts that it chose, with their norm mass
+        if that is known."""
+        self.s2, self.experts = s2, experts
+        self._mass = None if norm_mass is None else (experts, norm_mass)
+
+    @property
+    def norm_mass(self) -> tuple[float, ...]:
+        """For each layer the share of its statistic that is in the experts it runs on; while it
+        runs dense, in those that it would run on."""
+        experts = (self.view and self.view.experts) or self.experts
+        if experts is None or self.s2 is None:
+            return () if self._mass is None else self._mass[1]
+        if self._mass is None or self._mass[0] is not experts:
+            self._mass = experts, experts.norm_mass(self.s2)
+        return self._mass[1]
+
+    def pruning_stats(self, ff_width: int) -> PruningFigures:
+        """What the pruning did so far."""
+        return PruningFigures(
+            density=self.selection.density,
+            policy=self.selection.policy,
+            experts_per_layer=self.selection.experts_of(ff_width),
+            ff_width=ff_width,
+            norm_mass=self.norm_mass,
+            slim_view_bytes=self.view_bytes,
+            kv_cache_bytes=self.cache.nbytes if self.cache else 0,
+            mean_density=self._ran_density / self._ran if self._ran else 0.0,
+            dense_tokens=self._ran_dense,
+        )
+
+    def info(self, ff_width: int) -> SessionInfo:
+        """What callers may see of it."""
+        now = time.monotonic()
+        return SessionInfo(
+            session_id=self.session_id,
+            state=self.state,
+            context_tokens=len(self.tokens),
+            generated_tokens=self.generated_tokens,
+            age_s=now - self.opened,
+            idle_s=now - self.clock.last_token if self.state is State.IDLE else 0.0,
+            reserved_bytes=self.reservation.own,
+            pruning=self.pruning_stats(ff_width),
+        )

@@ -1,0 +1,234 @@
+"""Decode steps of the sessions that generate: their next tokens are launched, then read.
+
+Drawn tokens stay on the device as the next step's input, so with ``overlap`` the next step is
+launched before the host reads the last one's tokens. A session that turns out to have ended has
+then run one step too many, which is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from griffin_core.backends.batch import StepSequence
+from griffin_core.backends.transfers import on_device
+from griffin_core.engine.admission import Admission
+from griffin_core.engine.expert_groups import ExpertGroups
+from griffin_core.engine.generation import Generation
+from griffin_core.engine.session import Session, State
+from griffin_core.engine.sessions import Sessions
+from griffin_core.forward.decode import Stepper
+from griffin_core.forward.draws import Draw, DrawLost, Drawn, Draws
+from griffin_core.model.decoder import Decoder
+from griffin_core.sampling.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedStep:
+    """Tokens that were launched and have not been read yet.
+
+    Args:
+        turns: the turn and the session of each row. The turn may be over by the time its token is
+            read, and the session may even be in its next turn.
+        densities: what each row runs at.
+        draw: the tokens.
+    """
+
+    turns: Sequence[tuple[str, Session]]
+    densities: Sequence[float]
+    draw: Draws
+
+
+class TokenSteps:
+    """Runs the sessions that generate. Owned by the engine's thread.
+
+    Args:
+        admission: holds the prompts that wait for their first token.
+        overlap: launch a step before the tokens of the one before are read.
+        batch_invariant: draw each first token from a batch of its own.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sampler: Sampler,
+        sessions: Sessions,
+        admission: Admission,
+        groups: ExpertGroups,
+        *,
+        overlap: bool,
+        batch_invariant: bool,
+    ) -> None:
+        self._decoder = decoder
+        self._sampler = sampler
+        self._sessions = sessions
+        self._admission = admission
+        self._groups = groups
+        self._overlap = overlap
+        self._batch_invariant = batch_invariant
+        self._launched: list[LaunchedStep] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``run`` would do something."""
+        return bool(self._launched or self._admission.has_prompts_read or self.runnable())
+
+    def runnable(self) -> list[Session]:
+        """The sessions of the next step: they want a token, and their reader keeps up."""
+        sessions = []
+        for session in self._sessions.scheduler.live:
+            turn = session.turn
+            if session.state is not State.DECODE or not isinstance(turn, Generation):
+                continue
+            if session.view is not None and session.sink.ready():
+                session.clock.stalled = 0.0
+                if turn.wants(session):
+                    sessions.append(session)
+        return sessions
+
+    def run(self, stepper: Stepper, before_launch: Callable[[int], None]) -> int:
+        """Launches a token for every session that may run, and reads those that are due.
+
+        Args:
+            before_launch: called with the number of sessions in the step, if there are any.
+
+        Returns:
+            The number of tokens that were read, without those that come from prompts.
+        """
+        due, first = self._launched, self._launch_first_tokens()
+        if not self._overlap:
+            self._read(first)
+            first = []
+        launched: list[LaunchedStep] = []
+        if sessions := self.runnable():
+            before_launch(len(sessions))
+            launched = self._launch(sessions, partial(_launch_step, stepper))
+        if self._overlap:  # the device runs the next step while the host reads the last one
+            self._launched = launched
+        else:
+            due, self._launched = launched, []
+        read = self._read(due)
+        self._read(first)
+        return read
+
+    def read_all(self) -> int:
+        """Reads every token that was launched. Returns how many."""
+        due, self._launched = self._launched, []
+        return self._read(due)
+
+    def _launch(
+        self, sessions: list[Session], launch: Callable[[list[Session]], Draws]
+    ) -> list[LaunchedStep]:
+        """Launches a draw of one token for each session, all together. If that fails, each session
+        is tried alone, so that only the one at fault ends."""
+        sessions = [session for session in sessions if self._may_draw(session)]
+        if not sessions:
+            return []
+        try:
+            turns = [(session.turn_id, session) for session in sessions]
+            densities = [session.density for session in sessions]
+            draw = launch(sessions)
+        except Exception as error:
+            self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
+            if len(sessions) == 1 or isinstance(error, DrawLost):
+                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                for session in sessions:
+                    self._sessions.fail_with(session, cause)
+                return []
+            log.exception("%d sessions together failed; each is tried alone", len(sessions))
+            return [step for session in sessions for step in self._launch([session], launch)]
+        for session in sessions:
+            session.in_flight += 1
+        return [LaunchedStep(turns=turns, densities=densities, draw=draw)]
+
+    def _may_draw(self, session: Session) -> bool:
+        """Bans the tokens that the session's next one must not be. If none is left, the session
+        ends, and this returns False."""
+        try:
+            _generation(session).ban(session, self._sampler)
+        except Exception as error:
+            self._sessions.fail_with(session, error)
+            return False
+        return True
+
+    def _launch_first_tokens(self) -> list[LaunchedStep]:
+        """Launches the draw of the first token of every prompt that has been read, in one batch: a
+        first token needs no experts."""
+        read = self._admission.take_prompts_read()
+        hidden = {id(each.session): each.hidden for each in read}
+
+        def launch(sessions: list[Session]) -> Draws:
+            rows = [hidden[id(s)] for s in sessions]
+            batches = [[row] for row in rows] if self._batch_invariant else [rows]
+            logits = torch.cat([self._decoder.head(torch.stack(batch)) for batch in batches])
+            slots = [s.slot for s in sessions if s.slot is not None]
+            positions = [len(s.tokens) for s in sessions]
+            tokens = self._sampler.sample(
+                logits,
+                on_device(slots, torch.int64, logits.device),
+                on_device(positions, torch.int64, logits.device),
+            )
+            tops = [_generation(s).top_logprobs for s in sessions]
+            try:
+                return Draw(tokens, logits, range(len(sessions)), tops)
+            except Exception as error:
+                raise DrawLost from error
+
+        return self._launch([each.session for each in read], launch)
+
+    def _read(self, steps: Sequence[LaunchedStep]) -> int:
+        """Takes what was drawn. Returns the number of tokens."""
+        taken = 0
+        for step in steps:
+            live = [self._sessions.is_live(*turn) for turn in step.turns]
+            try:
+                drawn = step.draw.wait()
+            except Exception as error:
+                self._decoder.backend.synchronize()  # a lost device raises again
+                for (_, session), lives in zip(step.turns, live, strict=True):
+                    if lives:
+                        self._sessions.fail_with(session, error)
+                continue
+            rows = zip(step.turns, live, step.densities, drawn, strict=True)
+            for (_, session), lives, density, token in rows:
+                if lives:  # otherwise it has ended, and this is the one step too many
+                    session.in_flight -= 1
+                    taken += 1
+                    session.ran(density)
+                    self._sessions.guard(session, partial(self._take, drawn=token))
+        return taken
+
+    def _take(self, session: Session, *, drawn: Drawn) -> None:
+        first = session.turn_generated == 0
+        last = _generation(session).take(session, drawn)
+        if last is not None:
+            self._sessions.finish(session, last)
+        elif first:
+            self._groups.join(session)
+
+
+def _launch_step(stepper: Stepper, sessions: list[Session]) -> Draws:
+    draws = stepper.launch(
+        [_step_sequence(session) for session in sessions],
+        [_generation(session).top_logprobs for session in sessions],
+    )
+    for session in sessions:
+        assert session.cache is not None
+        session.cache.advance(1)
+    return draws
+
+
+def _step_sequence(session: Session) -> StepSequence:
+    assert session.cache is not None and session.view is not None
+    return StepSequence.next_of(session.cache, slim_id=session.view.slim_id, slot=session.slot)
+
+
+def _generation(session: Session) -> Generation:
+    assert isinstance(session.turn, Generation)
+    return session.turn

@@ -1,0 +1,118 @@
+"""From a task to a turn: what it does, on which experts, and the most bytes it comes to hold."""
+
+from __future__ import annotations
+
+from griffin_core.engine.expert_groups import ExpertGroups
+from griffin_core.engine.generation import FlushPolicy, Generation
+from griffin_core.engine.memory import SessionMemory
+from griffin_core.engine.reservation import Reservation
+from griffin_core.engine.scoring import Scoring, choice_bytes
+from griffin_core.engine.session import Session
+from griffin_core.engine.task import GenerateTask, ScoreTask
+from griffin_core.engine.turn import TurnPlan
+from griffin_core.errors import InvalidRequest
+from griffin_core.experts.selection import Selection
+from griffin_core.model.load import Model
+from griffin_core.slim.views import SlimViews
+from griffin_core.spec.choices import Sharing
+
+
+class TurnPlanner:
+    """Plans the turns of an engine's sessions. Changes neither a session nor the engine.
+
+    Args:
+        selection, sharing: for requests that set none.
+        flush_policy: when generations emit their tokens.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        selection: Selection,
+        sharing: Sharing,
+        memory: SessionMemory,
+        views: SlimViews,
+        groups: ExpertGroups,
+        flush_policy: FlushPolicy,
+    ) -> None:
+        self._model = model
+        self._selection = selection
+        self._sharing: Sharing = sharing
+        self._memory = memory
+        self._views = views
+        self._groups = groups
+        self._flush_policy = flush_policy
+
+    def plan(self, session: Session, task: GenerateTask | ScoreTask) -> TurnPlan:
+        """The turn that a task is for a session, new or kept.
+
+        Raises:
+            InvalidRequest: the task does not fit the session or the model.
+        """
+        if isinstance(task, ScoreTask):
+            return self._plan_score(task)
+        return self._plan_generation(session, task)
+
+    def _plan_generation(self, session: Session, task: GenerateTask) -> TurnPlan:
+        spec = self._model.decoder.spec
+        later_turn = bool(session.tokens)
+        base = session.selection if later_turn else self._selection
+        selection = task.pruning.selection(base, task.sampling.seed)
+        turn = Generation(self._model, task, self._flush_policy)
+        length = len(session.tokens) + len(task.prefilled)
+        if length >= spec.context_length:
+            raise InvalidRequest(
+                "session_id",
+                f"{length} tokens with the turns before",
+                f"at most {spec.context_length - 1}, one less than the context length",
+            )
+        capacity = min(length + task.stopping.max_tokens, spec.context_length)
+        sharing = task.pruning.sharing or (session.sharing if later_turn else self._sharing)
+        kv = self._memory.max_bytes(capacity, resized=later_turn or task.keep)
+        fits_idle = self._memory.kept_bytes(capacity) <= self._memory.budget.idle_limit
+        return TurnPlan(
+            turn_id=task.turn_id,
+            arrived=task.arrived,
+            prompt=task.prefilled,
+            capacity=capacity,
+            selection=selection,
+            sharing=sharing,
+            turn=turn,
+            keep=task.keep and fits_idle,
+            deadline=task.deadline,
+            needs=self._needs(kv, selection, sharing),
+        )
+
+    def _plan_score(self, task: ScoreTask) -> TurnPlan:
+        decoder = self._model.decoder
+        selection = task.pruning.selection(self._selection, task.seed)
+        turn = Scoring(decoder, task, selection)
+        capacity = task.run_tokens
+        sharing = task.pruning.sharing or self._sharing
+        kv = self._memory.max_bytes(capacity, resized=False)
+        if turn.chooses:
+            needs = Reservation(kv=kv, zeroed=choice_bytes(decoder))
+        else:
+            needs = self._needs(kv, selection, sharing)
+        return TurnPlan(
+            turn_id=task.turn_id,
+            arrived=task.arrived,
+            prompt=task.prefilled,
+            capacity=capacity,
+            selection=selection,
+            sharing=sharing,
+            turn=turn,
+            keep=False,
+            deadline=task.deadline,
+            needs=needs,
+        )
+
+    def _needs(self, kv: int, selection: Selection, sharing: Sharing) -> Reservation:
+        k = selection.experts_of(self._model.decoder.spec.ff_width)
+        return Reservation(
+            kv=kv,
+            zeroed=self._views.zeroed_bytes(k),
+            view=self._views.planned_bytes(k),
+            pool=self._groups.pool(selection, sharing),
+        )

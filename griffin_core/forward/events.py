@@ -1,0 +1,96 @@
+"""What a prefill makes, one event after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKv:
+    """An event: one layer's keys and values for a run of tokens.
+
+    Args:
+        kv: [2, kv_heads, tokens, head_dim], keys then values. A view of the prompt's cache.
+        ready: on a GPU, an event after which the values are valid; None if they are valid already
+            or become so in stream order.
+    """
+
+    layer: int
+    first_token: int
+    kv: Tensor
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerExperts:
+    """An event: one layer's statistic over all tokens, and its experts.
+
+    Args:
+        s2: [F] float32, the square of the statistic. It is the exact square of a float32 number, so
+            that sending its root to another server does not change it.
+        experts: [K] int32, ascending.
+    """
+
+    layer: int
+    s2: Tensor
+    experts: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerActivations:
+    """An event: one layer's relative activations for a run of tokens, for analysis.
+
+    Args:
+        values: [tokens, F] float32, |Z_t| / ‖Z_t‖: the values that the statistic squares and sums.
+    """
+
+    layer: int
+    first_token: int
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptExperts:
+    """An event: the statistic and the experts of all layers, for a prompt that an engine has
+    prefilled for its own session. Its KV is in the session's cache already.
+
+    Args:
+        s2: [L, F] float32, over all tokens of the session so far.
+        experts: [L, K] int32, each row ascending.
+        norm_mass: L values, as of ``ExpertSet.norm_mass``.
+    """
+
+    s2: Tensor
+    experts: Tensor
+    norm_mass: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillFinished:
+    """An event: the end of a prefill.
+
+    A pass runs several prompts at once, so its time is divided among them: the model's time in
+    proportion to their tokens, the selection's time equally among those that chose experts. The
+    times of all prompts add up to the time that the device was busy.
+
+    Args:
+        last_hidden: [D] float32, the input of the head for the first token's logits.
+        compute_s: this prompt's share of running the model, selection included.
+        selection_s: its share of choosing experts.
+    """
+
+    last_hidden: Tensor
+    compute_s: float
+    selection_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillRestarted:
+    """An event: another server starts the prefill again, so all earlier events must be
+    discarded."""
+
+
+PrefillEvent = LayerKv | LayerExperts | PromptExperts | PrefillFinished | PrefillRestarted

@@ -1,0 +1,81 @@
+"""A prompt on its way through the model, and the part of it that a pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_core.backends.base import Moment
+from griffin_core.backends.transfers import on_device
+from griffin_core.experts.selection import Selection
+from griffin_core.kv.cache import KvCache
+from griffin_core.model.decoder import Decoder
+
+
+class Prompt:
+    """A prompt during prefill: how far it is read, and its statistic so far.
+
+    Args:
+        token_ids: T >= 1 ids.
+        selection: how its experts are chosen.
+        cache: holds the tokens before these, and has room for these; None to make a new one.
+        s2: [L, F], the statistic of the tokens before these; None if there are none. Not modified.
+        wants_kv: whether passes report each layer's KV as it is computed.
+        watch: the layers whose activations passes report.
+
+    Raises:
+        ValueError: there is no token.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        token_ids: Sequence[int],
+        selection: Selection,
+        *,
+        cache: KvCache | None = None,
+        s2: Tensor | None = None,
+        wants_kv: bool = False,
+        watch: Collection[int] = (),
+    ) -> None:
+        if not token_ids:
+            raise ValueError("prefill needs at least one token")
+        self.selection = selection
+        self.cache = decoder.new_cache(len(token_ids)) if cache is None else cache
+        self.s2 = s2
+        self.wants_kv = wants_kv
+        self.watch = watch
+        self.tokens = len(token_ids)
+        self.read = 0
+        """The number of tokens that passes have read."""
+        self.shares: list[tuple[Moment, Moment, float]] = []
+        """For each pass that it was in: begin, end, and its share of the pass's tokens."""
+        self.layers_told = 0
+        """The number of layers of the current pass that were reported. A failed pass is run again,
+        and must not report the same layer twice."""
+        self._ids = on_device(token_ids, torch.int64, decoder.device)
+
+    @property
+    def left(self) -> int:
+        """The number of tokens still to read."""
+        return self.tokens - self.read
+
+    def next_ids(self, tokens: int) -> Tensor:
+        """Returns the next ``tokens`` ids to read."""
+        return self._ids[self.read : self.read + tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The part of one prompt that a pass reads: its next ``tokens`` tokens, at least one."""
+
+    prompt: Prompt
+    tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last part of the prompt."""
+        return self.tokens == self.prompt.left

@@ -1,0 +1,40 @@
+"""What the calls of ``LLM`` take besides prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
+
+TextOrIds = str | Sequence[int]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What ``LLM.generate`` and ``LLM.chat`` take besides prompts; see ``LLM.generate``."""
+
+    density: float | None
+    policy: PolicyName | None
+    sharing: Sharing | None
+    sampling: SamplingParams | Sequence[SamplingParams] | None
+    stopping: StoppingParams | Sequence[StoppingParams] | None
+    seed: int | Sequence[int] | None
+    top_logprobs: int | None
+    bad_words: Sequence[str]
+    add_special_tokens: bool | None
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+class ScoreOptions(TypedDict, total=False):
+    """What ``LLM.score``, ``LLM.score_many`` and ``LLM.score_choices`` take besides what they
+    score; see ``LLM.score``."""
+
+    mode: ScoreMode
+    density: float | None
+    policy: PolicyName | None
+    sharing: Sharing | None
+    seed: int | Sequence[int]
+    add_special_tokens: bool | None
