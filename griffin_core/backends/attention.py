@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from griffin_core.spec.model import ModelSpec
 from griffin_core.spec.rope import RotarySpec
 
 Rope = tuple[Tensor, Tensor]
@@ -22,6 +23,11 @@ def rope_factors(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> Rop
     angles = positions[:, None].float() * _frequencies(spec, positions.device)
     cos, sin = angles.cos() * spec.scale, angles.sin() * spec.scale
     return torch.cat((cos, cos), 1)[:, None].to(dtype), torch.cat((-sin, sin), 1)[:, None].to(dtype)
+
+
+def ropes_of(spec: ModelSpec, positions: Tensor, dtype: torch.dtype) -> tuple[Rope, ...]:
+    """The factors for positions [N], one for each of ``spec.rotaries``."""
+    return tuple(rope_factors(rotary, positions, dtype) for rotary in spec.rotaries)
 
 
 @cache

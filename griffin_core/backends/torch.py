@@ -17,7 +17,7 @@ from griffin_core.backends.attention import (
     apply_rope,
     attend,
     attention_mask,
-    rope_factors,
+    ropes_of,
 )
 from griffin_core.backends.base import (
     Attention,
@@ -253,14 +253,12 @@ class TorchBackend(Backend):
     def prefill_attention(
         self, spec: ModelSpec, runs: Sequence[tuple[KvCache, int]], positions: Tensor
     ) -> Attention:
-        return TorchAttention(self, spec, prefill_runs(runs), self.ropes(spec, positions))
+        return TorchAttention(self, spec, prefill_runs(runs), ropes_of(spec, positions, self.dtype))
 
     def decode_attention(self, spec: ModelSpec, pool: KvPool, rows: RowTable) -> Attention:
-        return TorchAttention(self, spec, decode_runs(pool, rows), self.ropes(spec, rows.positions))
-
-    def ropes(self, spec: ModelSpec, positions: Tensor) -> tuple[Rope, ...]:
-        """Returns the rotary factors for positions [N], a pair for each of ``spec.rotaries``."""
-        return tuple(rope_factors(rotary, positions, self.dtype) for rotary in spec.rotaries)
+        return TorchAttention(
+            self, spec, decode_runs(pool, rows), ropes_of(spec, rows.positions, self.dtype)
+        )
 
     def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
         for run, (begin, end) in enumerate(pairwise(runs.bounds)):

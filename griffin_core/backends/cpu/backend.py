@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.activations import ACTIVATION_CODES
-from griffin_core.backends.attention import Rope
+from griffin_core.backends.attention import Rope, ropes_of
 from griffin_core.backends.base import Attention, FeedForward, Layout, Linear, SamplerSlots
 from griffin_core.backends.batch import RowTable
 from griffin_core.backends.cpu.attention import attend_kernel, attend_rows
@@ -104,7 +104,7 @@ class RowsAttention:
         self._spec = spec
         self._pool = pool
         self._rows = rows
-        self._ropes: Sequence[Rope] = backend.ropes(spec, rows.positions)
+        self._ropes: Sequence[Rope] = ropes_of(spec, rows.positions, backend.dtype)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         spec, own = self._spec, self._spec.layers[layer]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.activations import ACTIVATION_CODES
-from griffin_core.backends.attention import Rope
+from griffin_core.backends.attention import Rope, ropes_of
 from griffin_core.backends.base import (
     Attention,
     Backend,
@@ -183,7 +183,7 @@ class DecodeAttention:
         self._spec = spec
         self._pool = pool
         self._rows = rows
-        self._ropes = backend.ropes(spec, rows.positions)
+        self._ropes = ropes_of(spec, rows.positions, backend.dtype)
         self._plan = split_plan(
             rows.table.shape[1], spec.heads, spec.kv_heads, spec.head_dim, backend.programs
         )
@@ -252,7 +252,7 @@ class CudaBackend(PlainCudaBackend):
             for run in found
         ]
         places = spans[0] if len(spans) == 1 else torch.cat(spans)
-        return PrefillAttention(self, spec, found, self.ropes(spec, positions), places)
+        return PrefillAttention(self, spec, found, ropes_of(spec, positions, self.dtype), places)
 
     def padded_prefill_attention(
         self, spec: ModelSpec, pool: KvPool, positions: Tensor, places: Tensor
@@ -265,7 +265,7 @@ class CudaBackend(PlainCudaBackend):
         """
         rows = positions.shape[0]
         run = Run(layers=pool.layers, first_slot=0, start=0, begin=0, end=rows)
-        return PrefillAttention(self, spec, [run], self.ropes(spec, positions), places)
+        return PrefillAttention(self, spec, [run], ropes_of(spec, positions, self.dtype), places)
 
     def decode_attention(self, spec: ModelSpec, pool: KvPool, rows: RowTable) -> Attention:
         if rows.most_new_tokens <= MOST_NEW_TOKENS:
@@ -274,7 +274,7 @@ class CudaBackend(PlainCudaBackend):
             self,
             spec,
             decode_runs(pool, rows),
-            self.ropes(spec, rows.positions),
+            ropes_of(spec, rows.positions, self.dtype),
             rows.kv_slots + rows.positions,
         )
 
