@@ -244,7 +244,7 @@ class AsyncGriffinClient:
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
                 if (wait_s := retries.wait_s(failure)) is None:
-                    raise failure from error
+                    raise retries.reason(failure) from error
             await asyncio.sleep(wait_s)
 
     async def _stream(
@@ -264,7 +264,7 @@ class AsyncGriffinClient:
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
                 if begun or (wait_s := retries.wait_s(failure)) is None:
-                    raise failure from error
+                    raise retries.reason(failure) from error
             finally:
                 call.cancel()
             await asyncio.sleep(wait_s)

@@ -240,7 +240,7 @@ class GriffinClient:
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
                 if (wait_s := retries.wait_s(failure)) is None:
-                    raise failure from error
+                    raise retries.reason(failure) from error
             time.sleep(wait_s)
 
     def _stream(
@@ -260,7 +260,7 @@ class GriffinClient:
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
                 if begun or (wait_s := retries.wait_s(failure)) is None:
-                    raise failure from error
+                    raise retries.reason(failure) from error
             finally:
                 call.cancel()
             time.sleep(wait_s)

@@ -15,6 +15,7 @@ from typing import Any
 
 from griffin_client.errors import (
     GriffinClientError,
+    NotFound,
     ResourceExhausted,
     Unavailable,
     invalid_argument,
@@ -44,6 +45,7 @@ class Retries:
         check_timeout(timeout)
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._backoff_s = FIRST_WAIT_S
+        self._first: GriffinClientError | None = None
 
     def time_left_s(self) -> float | None:
         """Seconds until the deadline, at least 0; None if there is none."""
@@ -64,8 +66,14 @@ class Retries:
         if left_s is not None and wait_s >= left_s:
             return None
         self._left -= 1
+        self._first = self._first or error
         self._backoff_s = min(2 * self._backoff_s, MAX_WAIT_S)
         return wait_s
+
+    def reason(self, error: GriffinClientError) -> GriffinClientError:
+        """The error that the caller gets for a final one. A retry that does not find the session
+        is the consequence of the first failure, with which the server has freed it."""
+        return self._first if self._first and isinstance(error, NotFound) else error
 
 
 def check_timeout(timeout: Any) -> float | None:

@@ -282,8 +282,12 @@ class Engine:
                     log.exception("the engine's thread ends")
                 fault = error
             self._commands.stop()
-            self._loop.end(EngineStopped(_STOPPING))
-        self._loop.close()
+            try:
+                self._loop.end(EngineStopped(_STOPPING))
+                self._loop.close()
+            except Exception as error:  # nor may a lost device, which cannot free its memory
+                log.exception("the engine could not free everything")
+                fault = fault or error
         if not self.ready.done():
             self.ready.set_exception(fault or EngineStopped(_STOPPING))
         if fault is None:

@@ -191,10 +191,10 @@ class PrefillQueue:
         return [(runs[id(each.prompt)], each) for each in read]
 
     def _deliver(self, read: Sequence[tuple[PrefillRun, PromptRead]]) -> None:
-        finished = []
-        for run, each in read:
+        # All of it before a prompt leaves the queue, since a lost device fails here.
+        finished = [(run, each if run.admitted else each.on_host()) for run, each in read]
+        for run, _ in finished:
             self._runs.remove(run)
-            finished.append((run, each if run.admitted else each.on_host()))
         for run, each in finished:
             run.tell_experts(each)
         for run, each in finished:

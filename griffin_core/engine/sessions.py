@@ -132,12 +132,16 @@ class Sessions:
             self.fail(session, SessionClosed(f"session {session_id!r} was closed"))
 
     def close_all(self, error: Exception) -> None:
-        """Frees everything. Turns that have not ended fail with an error."""
+        """Frees everything. Turns that have not ended fail with an error, even if memory can no
+        longer be freed because the device is lost."""
         for session in self.table:
-            if session.state is State.IDLE:
-                self._forget(session, str(error))
-            else:
-                self.fail(session, error)
+            try:
+                if session.state is State.IDLE:
+                    self._forget(session, str(error))
+                else:
+                    self.fail(session, error)
+            except Exception:
+                log.exception("session %s could not be freed", session.session_id)
 
     def _forget(self, session: Session, reason: str) -> None:
         self.scheduler.drop(session, reason)

@@ -226,7 +226,7 @@ def counting_ff(
 
     Args:
         runs: the rows of each prompt.
-        activations: if given, called with Z [N, F].
+        activations: if given, Z [N, F] is put there under the layer's number.
     """
     ff, backend = decoder.layers[layer].ff, decoder.backend
 

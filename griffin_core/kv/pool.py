@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakSet
 
 import torch
@@ -14,6 +14,9 @@ from griffin_core.spec.model import ModelSpec
 
 NULL_SLOT = 0
 """The null slot: the KV slot that all padding rows write to. No sequence reads it."""
+
+MOVE_TOKENS = 4096
+"""The most tokens of one layer that are copied through temporary memory at once."""
 
 
 def kv_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
@@ -155,29 +158,73 @@ class KvPool:
     def _move(
         self, moves: Sequence[tuple[KvCache, int]], last: tuple[KvCache, int] | None = None
     ) -> None:
-        """Moves caches to other first slots, in order. It needs temporary memory for at most one
-        layer of one cache.
+        """Moves caches to other first slots, in order.
+
+        It allocates all its temporary memory before it moves anything, so that no sequence is left
+        half moved: one layer of ``last``, and one layer of up to ``MOVE_TOKENS`` tokens.
 
         Args:
-            moves: a move may overwrite the cache's own old slots, but not a cache that moves later.
+            moves: a move may overwrite the cache's own old slots from the front, but not a cache
+                that moves later.
             last: a cache that other moves may overwrite; it is written after them.
         """
+        runs = _runs((cache.first_slot, to, cache.capacity) for cache, to in moves)
+        overlapping = [tokens for first, to, tokens in runs if abs(to - first) < tokens]
+        scratch = self._temporary(min(MOVE_TOKENS, max(overlapping, default=0)))
+        saved = self._temporary(0 if last is None else last[0].capacity)
         for layer in self.layers:
-            saved = None if last is None else _slots(layer, last[0], last[0].first_slot).clone()
-            for cache, to in moves:
-                if to != cache.first_slot:
-                    kv = _slots(layer, cache, cache.first_slot)
-                    apart = abs(to - cache.first_slot) >= cache.capacity
-                    _slots(layer, cache, to).copy_(kv if apart else kv.clone())
-            if saved is not None and last is not None:
-                _slots(layer, *last).copy_(saved)
+            if last is not None:
+                saved.copy_(_slots(layer, last[0].first_slot, last[0].capacity))
+            for first, to, tokens in runs:
+                _move_slots(layer, first, to, tokens, scratch)
+            if last is not None:
+                _slots(layer, last[1], last[0].capacity).copy_(saved)
         for cache, to in [*moves, *([] if last is None else [last])]:
             cache.first_slot = to
+
+    def _temporary(self, tokens: int) -> Tensor:
+        """Allocates room for one layer of ``tokens`` tokens."""
+        return torch.empty_like(
+            self.layers[0][:, :, :tokens], memory_format=torch.contiguous_format
+        )
 
     def _trim_slots(self, first: int, end: int) -> None:
         if self._trim is not None and end > first:
             self._trim(first, end)
 
 
-def _slots(layer: Tensor, cache: KvCache, first: int) -> Tensor:
-    return layer[:, :, first : first + cache.capacity]
+def _runs(moves: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Joins moves of neighbours by the same distance, and drops those that go nowhere.
+
+    Args:
+        moves: (first slot, new first slot, tokens), ascending.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for first, to, tokens in moves:
+        if first == to:
+            continue
+        if runs:
+            before, before_to, before_tokens = runs[-1]
+            if (first - before, to - before_to) == (before_tokens, before_tokens):
+                runs[-1] = (before, before_to, before_tokens + tokens)
+                continue
+        runs.append((first, to, tokens))
+    return runs
+
+
+def _move_slots(layer: Tensor, first: int, to: int, tokens: int, scratch: Tensor) -> None:
+    """Copies slots of a layer to others; towards the front if the two overlap, through
+    ``scratch`` [2, kv_heads, n, head_dim]."""
+    if abs(to - first) >= tokens:
+        _slots(layer, to, tokens).copy_(_slots(layer, first, tokens))
+        return
+    assert to < first
+    size = scratch.shape[2]
+    for at in range(0, tokens, size):
+        part = scratch[:, :, : min(size, tokens - at)]
+        part.copy_(_slots(layer, first + at, part.shape[2]))
+        _slots(layer, to + at, part.shape[2]).copy_(part)
+
+
+def _slots(layer: Tensor, first: int, tokens: int) -> Tensor:
+    return layer[:, :, first : first + tokens]

@@ -17,6 +17,7 @@ from griffin_client import (
     GriffinClient,
     GriffinClientError,
     InvalidArgument,
+    NotFound,
     ResourceExhausted,
     ServerFault,
     Started,
@@ -71,6 +72,15 @@ def test_retries_are_counted() -> None:
     retries = Retries(2, None)
     assert [retries.wait_s(failure(Unavailable)) is None for _ in range(3)] == [False, False, True]
     assert Retries(0, None).wait_s(failure(Unavailable)) is None
+
+
+def test_a_session_that_a_retry_does_not_find_was_lost_with_the_first_failure() -> None:
+    retries, first, gone = Retries(2, None), failure(Unavailable), failure(NotFound)
+    assert retries.reason(gone) is gone  # no call was tried again
+    assert retries.wait_s(first) is not None
+    assert retries.reason(gone) is first
+    other = failure(InvalidArgument)
+    assert retries.reason(other) is other
 
 
 def test_no_wait_goes_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,12 +221,12 @@ class FakePool:
     def __init__(self, gpu: Gpu, size: int) -> None:
         if size > gpu.free:
             raise torch.OutOfMemoryError
-        self._gpu, self._size = gpu, size
+        self.gpu, self.size = gpu, size
         gpu.free -= size
 
     def __del__(self) -> None:
-        if hasattr(self, "_gpu"):
-            self._gpu.free += self._size
+        if hasattr(self, "gpu"):
+            self.gpu.free += self.size
 
 
 def claim(gpu: Gpu, share: DeviceShare, *arguments: Any) -> tuple[int, Any]:

@@ -417,7 +417,7 @@ def test_a_bad_prompt_among_good_ones_is_refused_before_any_is_run(
                 "sampling": SamplingParams(allowed_token_ids=frozenset([257])),
                 "stopping": StoppingParams(min_tokens=1),
             },
-            r"^prompts\[0\]\.sampling\.allowed_token_ids: got no token to draw",
+            r"^prompts\[0\]\.sampling\.allowed_token_ids: got no token left to draw after 0 tokens",
         ),
     ],
 )

@@ -114,7 +114,8 @@ def _line_editing(on_terminal: bool) -> Iterator[None]:
     finally:
         with suppress(OSError):  # a directory that cannot be written is no reason to fail
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file.touch(mode=0o600)  # it holds what the user wrote
+            file.touch(mode=0o600)
+            file.chmod(0o600)  # it holds what the user wrote
             readline.write_history_file(file)
 
 

@@ -150,7 +150,7 @@ class Conversation:
             GriffinClientError: the call failed.
         """
         self.messages.append(Message(role="user", content=text))
-        session_id, self._session_id = self._session_id, None  # a turn that is broken off frees it
+        session_id, self._session_id = self._session_id, None  # a broken turn frees it
         shown, last_id, turn_id, finished = "", None, None, False
         try:
             with closing(self._turn(text, session_id)) as events:
@@ -167,6 +167,8 @@ class Conversation:
                             self._ended_by = last_id if event.reason == "eos" else None
                     yield event
         finally:
+            if turn_id is None:  # no turn began, so the session is as it was
+                self._session_id = session_id
             if shown or finished:
                 self.messages.append(Message(role="assistant", content=shown))
             else:
@@ -197,6 +199,6 @@ class Conversation:
 
     def _later_turn(self, text: str) -> str | None:
         if not self._looked_at_format:
-            self._looked_at_format = True
             self._format = TurnFormat.of(self._client, self._system, self._variables)
+            self._looked_at_format = True
         return None if self._format is None else self._format.turn(text, ended_by=self._ended_by)

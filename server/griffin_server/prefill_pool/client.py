@@ -136,10 +136,12 @@ class PrefillClient:
             self._offers.withdraw(importer.transport)
             raise
         finally:
-            # Before the call is cancelled, because the server may then free what it exports.
-            importer.close(complete=reader.finished)
-            if call is not None:
-                call.cancel()
+            try:
+                # Before the call is cancelled, since the server may then free what it exports.
+                importer.close(complete=reader.finished)
+            finally:
+                if call is not None:
+                    call.cancel()
             if reader.declined:  # by a server on another host or with another kind of device
                 self._offers.withdraw(importer.transport)
 

@@ -14,7 +14,7 @@ from contextvars import Context, copy_context
 
 from griffin_core.engine.ports import PrefillReceiver
 from griffin_core.engine.task import PrefillTask
-from griffin_core.errors import EngineFault, GriffinError
+from griffin_core.errors import EngineFault, GriffinError, PrefillUnavailable
 from griffin_server.prefill_pool.router import PrefillRouter
 
 
@@ -75,6 +75,10 @@ class PoolSource:
             async with aclosing(self._router.stream(task, timeout_s)) as events:
                 async for event in events:
                     receiver.receive(event)
+        except asyncio.CancelledError:
+            if not pull.cancelling():  # not by the engine: the channel was closed
+                receiver.fail(PrefillUnavailable("prefill: the call was ended"))
+            raise
         except GriffinError as error:
             receiver.fail(error)
         except Exception as error:

@@ -90,6 +90,21 @@ def test_a_message_that_the_server_refuses_is_not_kept(tiny_server: Running) -> 
         assert chat.messages == []
 
 
+def test_a_later_message_that_the_server_refuses_leaves_the_session_to_the_chat(
+    tiny_server: Running,
+) -> None:
+    with tiny_server.client() as client:
+        chat = talk(client)
+        sent(chat, "hi")
+        list(chat.reply("there"))
+        (session,) = client.list_sessions()
+        with pytest.raises(InvalidArgument):
+            list(chat.reply("x" * 100_000))
+        assert [each.session_id for each in client.list_sessions()] == [session.session_id]
+        chat.close()
+        assert client.list_sessions() == []
+
+
 @pytest.mark.parametrize(
     ("texts", "begins"),
     [

@@ -45,7 +45,7 @@ class Receiver:
 class Router:
     """Streams one event, then waits, or fails."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
         self.callers: list[str] = []
         self.timeouts: list[float | None] = []
@@ -86,9 +86,15 @@ async def test_a_turn_gets_the_events_until_it_cancels() -> None:
 
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [(PrefillUnavailable("no server"), PrefillUnavailable), (ZeroDivisionError(), EngineFault)],
+    [
+        (PrefillUnavailable("no server"), PrefillUnavailable),
+        (ZeroDivisionError(), EngineFault),
+        (asyncio.CancelledError(), PrefillUnavailable),  # as gRPC has it when a channel is closed
+    ],
 )
-async def test_an_error_of_the_pool_is_the_turns(error: Exception, kind: type[Exception]) -> None:
+async def test_an_error_of_the_pool_is_the_turns(
+    error: BaseException, kind: type[Exception]
+) -> None:
     receiver = Receiver()
     source = opened(Router(error), TurnContexts())
     await asyncio.to_thread(source.start, "turn", TASK, None, receiver)
