@@ -13,6 +13,7 @@ from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Admitted, Finished, Started, TokensMade
 from griffin_core.engine.limits import Limits
 from griffin_core.engine.loop import EngineLoop
+from griffin_core.engine.sampler_slots import SamplerSlots
 from griffin_core.engine.session import State
 from griffin_core.engine.task import (
     MAX_CONCURRENT_PREFILLS,
@@ -481,6 +482,26 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(
     inbox = submit(running, task())[1]
     assert isinstance(inbox.until(Finished).error, EngineStopped)
     with pytest.raises(TypeError):
+        running.ended.result(10)
+
+
+def test_a_lost_device_that_cannot_even_free_its_memory_leaves_nobody_waiting(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    running = Engine(model, prefill_source=ByHand())
+    running.start()
+    inboxes = [submit(running, task())[1] for _ in range(3)]
+    for inbox in inboxes:
+        inbox.until(Admitted)
+    monkeypatch.setattr(SamplerSlots, "release", lost)
+    monkeypatch.setattr(EngineLoop, "tick", lost)
+    submit(running, task())
+    for inbox in inboxes:
+        assert isinstance(inbox.until(Finished).error, EngineStopped)
+    with pytest.raises(RuntimeError, match="the device is lost"):
         running.ended.result(10)
 
 
