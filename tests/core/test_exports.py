@@ -55,7 +55,7 @@ def test_a_cpu_needs_no_compiler_for_gpus(tiny_directory: Callable[[str], Path])
 import sys
 sys.modules["triton"] = None
 from griffin_core import LLM
-with LLM({str(tiny_directory("llama"))!r}, dtype="bfloat16", density=0.5) as llm:
+with LLM({str(tiny_directory("llama"))!r}, device="cpu", dtype="bfloat16", density=0.5) as llm:
     llm.generate([[1, 2, 3]])
 sys.exit([name for name in sys.modules if name.startswith("griffin_core.backends.cuda")] or 0)
 """
