@@ -192,3 +192,12 @@ class EngineStopped(GriffinError):
 
 class EngineFault(GriffinError):
     """An unexpected failure inside the engine. The affected session has ended; others continue."""
+
+    @classmethod
+    def of(cls, error: BaseException, what: str = "") -> EngineFault:
+        """The fault to tell callers about, for an unexpected error.
+
+        Args:
+            what: put before the error's own words.
+        """
+        return cls(f"{what}{type(error).__name__}: {error}")

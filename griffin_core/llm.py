@@ -343,5 +343,5 @@ class LLM:
     def _stop_reason(self) -> Exception:
         """Why the engine takes or continues no work."""
         if not self._closed and (fault := self._engine.ended.exception()):
-            return EngineFault(f"the engine ended: {type(fault).__name__}: {fault}")
+            return EngineFault.of(fault, "the engine ended: ")
         return EngineStopped("the LLM is closed")

@@ -89,7 +89,7 @@ class Admission:
         except Exception as error:
             if not isinstance(error, GriffinError):
                 log.exception("task refused")
-                error = EngineFault(f"{type(error).__name__}: {error}")
+                error = EngineFault.of(error)
             sink.put(Failed(error=error))
 
     def _session_for(self, task: GenerateTask | ScoreTask) -> Session:

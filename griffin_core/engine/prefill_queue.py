@@ -204,4 +204,4 @@ class PrefillQueue:
     def _fail(self, run: PrefillRun, error: Exception) -> None:
         log.error("prefill failed", exc_info=error)
         self._runs.remove(run)
-        run.tell(Failed(error=EngineFault(f"{type(error).__name__}: {error}")))
+        run.tell(Failed(error=EngineFault.of(error)))

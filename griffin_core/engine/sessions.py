@@ -103,7 +103,7 @@ class Sessions:
         """As ``fail``, with an error that may be a bug: it is logged then."""
         if not isinstance(error, GriffinError):
             log.error("session %s failed", session.session_id, exc_info=error)
-            error = EngineFault(f"{type(error).__name__}: {error}")
+            error = EngineFault.of(error)
         self.fail(session, error)
 
     def guard(self, session: Session, action: Callable[[Session], None]) -> None:

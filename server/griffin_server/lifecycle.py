@@ -78,7 +78,7 @@ async def serve(settings: Settings, progress: Callable[[str], None]) -> None:
     await signals.or_else(ended)
     await app.stop()
     if fault := ended.exception():
-        raise EngineFault(f"the engine ended: {type(fault).__name__}: {fault}")
+        raise EngineFault.of(fault, "the engine ended: ")
 
 
 def _load(settings: Settings, progress: Callable[[str], None]) -> Future[Model]:

@@ -34,4 +34,4 @@ async def to_status(call: Call) -> AsyncIterator[None]:
     except Exception as error:
         call.code = "INTERNAL"
         log.exception("call failed", method=call.method)
-        await abort(call.context, EngineFault(f"{type(error).__name__}: {error}"))
+        await abort(call.context, EngineFault.of(error))

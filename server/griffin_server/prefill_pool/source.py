@@ -82,7 +82,7 @@ class PoolSource:
         except GriffinError as error:
             receiver.fail(error)
         except Exception as error:
-            receiver.fail(EngineFault(f"{type(error).__name__}: {error}"))
+            receiver.fail(EngineFault.of(error))
 
     async def close(self) -> None:
         """Waits for the prefills that the engine has cancelled, once it has stopped."""
