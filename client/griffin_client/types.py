@@ -119,7 +119,7 @@ class Tokens:
 
     Args:
         ids: the tokens made since the last event.
-        text: the text that is complete by now, in whole characters; it may lag behind ``ids``.
+        text: the new text, in whole characters; it may lag behind ``ids``.
         logprobs: one for each id if ``top_logprobs`` was set, else empty.
     """
 
