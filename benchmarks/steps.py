@@ -11,7 +11,9 @@ import torch
 
 from griffin_core.backends.base import Layout
 from griffin_core.backends.batch import StepSequence
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.densities import expert_counts
+from griffin_core.experts.policies import largest
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import EagerStep
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
@@ -67,15 +69,15 @@ class Steps:
         decoder = self.decoder
         if density == 1.0:
             return WholeView([layer.ff for layer in decoder.layers])
-        every = decoder.spec.ff_width
-        k = max(1, int(every * density))
-        shape = (len(decoder.layers), every)
-        sets = torch.rand(shape, device=decoder.device).topk(k).indices.sort(dim=1).values.int()
+        shape = (len(decoder.layers), decoder.spec.ff_width)
+        counts = expert_counts(density, *shape)
+        experts = largest(torch.rand(shape, device=decoder.device), counts)
+        slim = SlimSpec(ff_width=decoder.spec.ff_width, counts=counts, experts=experts)
         blocks = []
         if self.form is not None:
-            pairs = zip(decoder.layers, sets, strict=True)
+            pairs = zip(decoder.layers, slim.layers, strict=True)
             blocks = [self.form.build(layer, experts, layout) for layer, experts in pairs]
-        view = WholeView(blocks, ExpertSet(ff_width=every, indices=sets))
+        view = WholeView(blocks, slim)
         view.slim_id = self.slims.add(view)
         return view
 

@@ -22,15 +22,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from griffin_core.errors import InvalidRequest, UnknownFamily
-from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.experts.selection import (
-    POLICIES,
-    PolicyName,
-    Random,
-    Sampled,
-    Selection,
-    TopKSampled,
-)
+from griffin_core.experts.policies import POLICIES, PolicyName
+from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.hf_blocks import Block, find_blocks, sizes
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()
@@ -48,7 +42,7 @@ class Sparsified:
     """
 
     s: Tensor
-    experts: ExpertSet
+    experts: SlimSpec
 
     @property
     def norm_mass(self) -> tuple[tuple[float, ...], ...]:
@@ -110,19 +104,19 @@ def sparsify(
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         s = _statistics(model, blocks, prompts)
-        experts = ExpertSet(ff_width=s.shape[2], indices=_choose(batch_score(s), blocks, selection))
+        slim = _choose(batch_score(s), blocks, selection)
         rows = _Rows(model, prompts, layout)
         for hook in (
             model.register_forward_pre_hook(rows.tell, with_kwargs=True),
             model.register_forward_hook(rows.forget, always_call=True),
         ):
             undo.callback(hook.remove)
-        for block, kept in zip(blocks, experts.layers, strict=True):
-            hook = block.down.register_forward_pre_hook(_Prune(rows, kept, experts.ff_width))
+        for block, kept in zip(blocks, slim.layers, strict=True):
+            hook = block.down.register_forward_pre_hook(_Prune(rows, kept, slim.ff_width))
             undo.callback(hook.remove)
             undo.callback(_PRUNED.discard, block.down)
             _PRUNED.add(block.down)
-        yield Sparsified(s=s, experts=experts)
+        yield Sparsified(s=s, experts=slim)
 
 
 def _selection(density: float, policy: PolicyName, seed: int) -> Selection:
@@ -214,23 +208,19 @@ def batch_score(s: Tensor) -> Tensor:
     return (s / tokens.sqrt()).sum(dim=0)
 
 
-def _choose(score: Tensor, blocks: Sequence[Block], selection: Selection) -> Tensor:
-    """Returns the experts of each layer, [L, K] int32 ascending, by its score [L, F]. Ties go to
-    the lower index."""
-    k = selection.experts_of(score.shape[1])
+def _choose(score: Tensor, blocks: Sequence[Block], selection: Selection) -> SlimSpec:
+    """Chooses the experts of each layer by its score [L, F]. Ties go to the lower index."""
     match selection.policy:
         case "topk":
             strength = score
         case "magnitude":
             strength = torch.stack([_magnitude(block) for block in blocks])
-        case "sampled":
-            return Sampled().select(score.square(), k, selection.seed)
-        case "topk_sampled":
-            return TopKSampled().select(score.square(), k, selection.seed)
-        case "random":
-            return Random().select(score, k, selection.seed)
+        case _:
+            return select_experts(score.square(), selection, magnitude=lambda: score)
     order = strength.sort(dim=1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=1).values.int()
+    counts = selection.expert_counts(*score.shape)
+    layers = [row[:k].sort().values.int() for row, k in zip(order, counts, strict=True)]
+    return SlimSpec.of_layers(score.shape[1], layers)
 
 
 def _magnitude(block: Block) -> Tensor:

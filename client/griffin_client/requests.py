@@ -1,7 +1,8 @@
 """From the arguments of a call to its request message.
 
 An option goes to the field of its name: in the request itself, or in the part of it (``Sampling``,
-``Stopping``, ``Pruning``) that has such a field. So a new option needs no line here.
+``Stopping``, ``Pruning``, ``PolicyParameters``) that has such a field. So a new option needs no
+line here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ PARTS: dict[str, type[ProtoMessage]] = {
     "sampling": pb.Sampling,
     "stopping": pb.Stopping,
     "pruning": pb.Pruning,
+    "parameters": pb.PolicyParameters,
 }
-"""Field of a request -> the message that holds some of its options."""
+"""Field of a request, or of such a message -> the message that holds some of the options."""
 
 MESSAGES_ALLOWED = (
     "allowed: a list of Message objects, (role, content) pairs or "
@@ -134,11 +136,17 @@ def _request(kind: type[M], options: Mapping[str, Any]) -> M:
         InvalidArgument: the request cannot hold a value.
     """
     fields = {name: value for name, value in options.items() if name != "timeout"}
-    for part in PARTS.keys() & kind.DESCRIPTOR.fields_by_name.keys():
-        own = PARTS[part].DESCRIPTOR.fields_by_name
-        values = {name: fields.pop(name) for name in list(fields) if name in own}
-        fields[part] = _message(PARTS[part], f"{part}.", values)
-    return _message(kind, "", fields)
+    return _filled(kind, "", fields) or kind()
+
+
+def _filled(kind: type[M], path: str, options: dict[str, Any]) -> M | None:
+    """A message with the options that it or its parts have fields for; they are removed from
+    ``options``. None if there are none."""
+    names = kind.DESCRIPTOR.fields_by_name
+    values = {name: options.pop(name) for name in list(options) if name in names}
+    for part in PARTS.keys() & names.keys():
+        values[part] = _filled(PARTS[part], f"{path}{part}.", options)
+    return _message(kind, path, values) if any(v is not None for v in values.values()) else None
 
 
 def _message(kind: type[M], path: str, values: Mapping[str, Any]) -> M:

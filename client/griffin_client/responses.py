@@ -42,6 +42,7 @@ def analysis(responses: Iterable[pb.AnalyzePromptResponse]) -> types.Analysis:
         started,
         token_ids=tuple(started.token_ids),
         texts=tuple(started.texts),
+        expert_counts=tuple(started.expert_counts),
         layers=tuple(layers),
         activations=activations,
     )
@@ -164,6 +165,7 @@ def figures(message: pb.PruningFigures) -> types.PruningFigures:
         message,
         policy=_name(pb.SelectionPolicy, message.policy, "SELECTION_POLICY_"),
         norm_mass=tuple(message.norm_mass),
+        expert_counts=tuple(message.expert_counts),
     )
 
 

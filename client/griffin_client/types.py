@@ -53,7 +53,9 @@ class PruningFigures:
     Args:
         density: the fraction of the FF neurons that was asked for, in (0, 1].
         policy: how the experts were chosen.
-        experts_per_layer: K, the number of neurons kept in each layer.
+        experts_per_layer: K, the number of neurons kept in each layer; the mean over layers,
+            rounded down, where they differ.
+        expert_counts: [L], K of each layer.
         ff_width: F, the number of neurons of each layer.
         mean_norm_mass: mean of ``norm_mass``.
         norm_mass: [L] floats in [0, 1]: the share of the prompt's activation norm that the experts
@@ -68,6 +70,7 @@ class PruningFigures:
     density: float
     policy: Policy
     experts_per_layer: int
+    expert_counts: tuple[int, ...]
     ff_width: int
     mean_norm_mass: float
     norm_mass: tuple[float, ...]
@@ -260,7 +263,9 @@ class Analysis:
 
     Args:
         token_ids, texts: [T] each; the texts are those of single tokens, for display.
-        ff_width: F. experts_per_layer: K.
+        ff_width: F.
+        experts_per_layer: K; the mean over layers, rounded down, where they differ.
+        expert_counts: [L], K of each layer.
         layers: [L] layers.
         activations: layer -> [T * F] floats, token by token: |z| / ‖z‖, for the layers that
             ``activation_layers`` named.
@@ -271,6 +276,7 @@ class Analysis:
     texts: tuple[str, ...]
     ff_width: int
     experts_per_layer: int
+    expert_counts: tuple[int, ...]
     layers: tuple[LayerAnalysis, ...]
     activations: Mapping[int, array[float]]
 

@@ -17,7 +17,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from griffin_core.experts.selection import POLICIES, PolicyName, Selection
+from griffin_core.experts.policies import POLICIES, PolicyName
+from griffin_core.experts.selection import Selection
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.forward.events import (
     LayerExperts,

@@ -50,8 +50,8 @@ def divergences(
     magnitude = once(decoder.magnitudes)
     dense = forced(decoder, rest, cache, [layer.ff for layer in decoder.layers])
     for selection in selections:
-        experts = select_experts(s2, selection, magnitude=magnitude)
-        pruned = forced(decoder, rest, cache, on_experts(decoder, experts))
+        slim = select_experts(s2, selection, magnitude=magnitude)
+        pruned = forced(decoder, rest, cache, on_experts(decoder, slim.table))
         yield Divergence(
             kl=float(divergence(dense, pruned).mean()),
             agreement=float(same_first_choice(dense, pruned).mean()),

@@ -9,7 +9,7 @@ from typing import Any
 
 from griffin_core.engine.task import PruningParams
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.selection import POLICIES
+from griffin_core.experts.policies import POLICIES
 from griffin_core.spec.choices import SCORE_MODES, SHARINGS, PolicyName, ScoreMode, Sharing
 from griffin_evals.errors import InvalidSetting
 

@@ -22,8 +22,8 @@ import torch
 
 from griffin_core.engine.expert_group import STEPS_HELD, kept_where_alike, select_group
 from griffin_core.engine.session import Session
-from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.forward.events import (
     LayerExperts,
@@ -52,7 +52,7 @@ class Group:
 
     held: int
     share: float
-    experts: ExpertSet | None = None
+    experts: SlimSpec | None = None
     layers: ZeroedLayers | None = None
     chosen: int = -1000
     stale: bool = True
@@ -96,8 +96,8 @@ class Text:
         self.session = Session("")
         self.session.selection = selection
         self.session.s2 = torch.stack([event.s2 for event in chosen])
-        indices = torch.stack([event.experts for event in chosen])
-        self.session.experts = ExpertSet(ff_width=decoder.spec.ff_width, indices=indices)
+        layers = [event.experts for event in chosen]
+        self.session.slim = SlimSpec.of_layers(decoder.spec.ff_width, layers)
         self.caches: list[KvCache] = [first]
         for pool in pools[1:]:
             cache = pool.allocate(len(ids))

@@ -14,8 +14,7 @@ def on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -
     """Copies integers [N] to the device.
 
     The host does not wait for a GPU: a copy from pinned memory is queued in the stream, while a
-        copy
-    from pageable memory blocks until all earlier work is done.
+    copy from pageable memory blocks until all earlier work is done.
     """
     return sent(torch.tensor(values, dtype=dtype), device)
 

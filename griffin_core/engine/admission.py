@@ -150,11 +150,11 @@ class Admission:
                 prompt_tokens=session.prompt_tokens,
                 prefill_s=clock.prefilled - clock.admitted,
                 selection_s=event.selection_s,
-                pruning=session.pruning_stats(self._decoder.spec.ff_width),
+                pruning=session.pruning_stats(self._decoder.spec),
             )
         )
-        if session.experts is not None:
-            self._observer.chose(session.experts)
+        if session.slim is not None:
+            self._observer.chose(session.slim)
         hidden = event.last_hidden.to(self._decoder.device, self._decoder.dtype)
         if not isinstance(session.turn, Scoring):
             read = PromptRead(turn_id=session.turn_id, session=session, hidden=hidden)

@@ -44,7 +44,7 @@ def run_command(parts: EngineParts, command: Command) -> None:
 
 def _run(parts: EngineParts, order: Order) -> object:
     """Does what an order says. Returns the answer if it is a question."""
-    sessions, ff_width = parts.sessions, parts.decoder.spec.ff_width
+    sessions, spec = parts.sessions, parts.decoder.spec
     match order:
         case Submit(task=task, sink=sink):
             parts.admission.submit(task, sink)
@@ -59,9 +59,9 @@ def _run(parts: EngineParts, order: Order) -> object:
         case CloseSession(session_id=session_id):
             sessions.close(session_id)
         case GetSession(session_id=session_id):
-            return sessions.table.find(session_id).info(ff_width)
+            return sessions.table.find(session_id).info(spec)
         case ListSessions():
-            return [session.info(ff_width) for session in sessions.table]
+            return [session.info(spec) for session in sessions.table]
         case GetSessionPage(after=after, size=size):
             return _page(parts, after, size)
         case GetUsage():
@@ -74,11 +74,11 @@ def _run(parts: EngineParts, order: Order) -> object:
 
 
 def _page(parts: EngineParts, after: int, size: int) -> SessionPage:
-    table, ff_width = parts.sessions.table, parts.decoder.spec.ff_width
+    table, spec = parts.sessions.table, parts.decoder.spec
     found = table.page(after, size + 1)
     sessions = found[:size]
     return SessionPage(
-        sessions=[session.info(ff_width) for session in sessions],
+        sessions=[session.info(spec) for session in sessions],
         last=sessions[-1].number if len(found) > size else None,
         total=len(table),
     )

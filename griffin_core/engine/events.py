@@ -18,9 +18,9 @@ class PruningFigures:
     """What the pruning did to a session.
 
     Args:
-        experts_per_layer: K.
+        expert_counts: K of each layer.
         ff_width: F.
-        norm_mass: L values, see ``expert_set.norm_mass``.
+        norm_mass: L values, see ``SlimSpec.norm_mass``.
         slim_view_bytes: what it holds beyond the model's own weights.
         kv_cache_bytes: what the session's KV cache holds.
         mean_density: mean density over the turn's tokens so far; 0 before the first token. The
@@ -30,13 +30,18 @@ class PruningFigures:
 
     density: float
     policy: PolicyName
-    experts_per_layer: int
+    expert_counts: tuple[int, ...]
     ff_width: int
     norm_mass: tuple[float, ...]
     slim_view_bytes: int
     kv_cache_bytes: int
     mean_density: float = 0.0
     dense_tokens: int = 0
+
+    @property
+    def experts_per_layer(self) -> int:
+        """K; the mean over layers, rounded down, where they differ."""
+        return sum(self.expert_counts) // len(self.expert_counts)
 
     @property
     def mean_norm_mass(self) -> float:

@@ -10,8 +10,8 @@ import torch
 
 from griffin_core.backends.base import Layout
 from griffin_core.engine.session import Session
-from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.experts.selection import PolicyName, select_experts
+from griffin_core.experts.selection import select_experts
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.experts.statistic import group_score
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimView, SlimViews, WholeView
@@ -22,9 +22,6 @@ STEPS_HELD = 16
 SHARE_KEPT = 0.05
 """A group keeps a layer's set while a new choice would change no more than this share of it
 (docs/LOG.md has what that costs in quality)."""
-
-Kind = tuple[float, PolicyName]
-"""Density and policy: what the sessions of one group have in common."""
 
 Form = Literal["own", "shared", "dense"]
 """What a session runs on: its own set, that of its group, or all neurons."""
@@ -42,17 +39,17 @@ class Seat:
         self.session = session
         self.zeroed_bytes = zeroed_bytes
         self.prunes = prunes
-        self.kind: Kind = (session.selection.density, session.selection.policy)
+        self.kind = session.selection.kind
         self.form: Form = "dense"
         self.group: ExpertGroup | None = None
         self.view: SlimView | None = None
         self._zeroed: WholeView | None = None
 
     @property
-    def experts(self) -> ExpertSet:
+    def slim(self) -> SlimSpec:
         """What its own statistic chose."""
-        assert self.session.experts is not None
-        return self.session.experts
+        assert self.session.slim is not None
+        return self.session.slim
 
     @property
     def auto(self) -> bool:
@@ -68,7 +65,7 @@ class Seat:
     def zeroed(self, views: SlimViews) -> WholeView:
         """All weights, zeroed outside its own set."""
         if self._zeroed is None:
-            self._zeroed = views.zeroed(self.experts)
+            self._zeroed = views.zeroed(self.slim)
         return self._zeroed
 
 
@@ -81,7 +78,7 @@ class ExpertGroup:
         self.members: list[Seat] = []
         self.stale = True
         """Whether members have come or gone since the set was chosen."""
-        self.experts: ExpertSet | None = None
+        self.slim: SlimSpec | None = None
         self.view: SlimView | None = None
         self._zeroed: WholeView | None = None
         self._chosen = self._laid_out = -STEPS_HELD
@@ -95,7 +92,7 @@ class ExpertGroup:
 
     def chooses(self, step: int) -> bool:
         """Whether it would choose (again) before a step."""
-        return self.stale and (self.experts is None or step - self._chosen >= STEPS_HELD)
+        return self.stale and (self.slim is None or step - self._chosen >= STEPS_HELD)
 
     def advance(self, decoder: Decoder, views: SlimViews, step: int) -> None:
         """Chooses its set if that is due, and acquires or changes its view.
@@ -108,7 +105,7 @@ class ExpertGroup:
         """
         if self.chooses(step):
             # A first member brings its own set along; the group's first choice is yet to come.
-            founds = self.experts is None and len(self.members) == 1
+            founds = self.slim is None and len(self.members) == 1
             self._choose(decoder, views)
             self._chosen = self._chosen if founds else step
         if self.view is not None and self.view.error is not None:
@@ -117,17 +114,17 @@ class ExpertGroup:
 
     def _choose(self, decoder: Decoder, views: SlimViews) -> None:
         chosen = select_group(decoder, [seat.session for seat in self.members])
-        old = self.experts
-        self.experts = chosen if old is None else kept_where_alike(old, chosen, SHARE_KEPT)
+        old = self.slim
+        self.slim = chosen if old is None else kept_where_alike(old, chosen, SHARE_KEPT)
         self.stale = False
-        if self.experts is not old:
+        if self.slim is not old:
             self._zeroed = None
             if self.view is not None:
-                views.change(self.view, self.experts)
+                views.change(self.view, self.slim)
 
     def _lay_out(self, views: SlimViews, step: int) -> None:
         """Acquires a view laid out for the number of rows that it is used for."""
-        assert self.experts is not None
+        assert self.slim is not None
         alone = len(self.members) == 1
         layout: Layout = "gemv" if alone and self.members[0].one_row else "gemm"
         other = self.view is not None and self.view.layout != layout and views.copies
@@ -136,14 +133,14 @@ class ExpertGroup:
             self.drop_view(views)
         wanted = not views.copies or not alone or self.members[0].one_row
         if self.view is None and wanted and views.builds:
-            self.view = views.acquire(self.experts, layout, own=True)
+            self.view = views.acquire(self.slim, layout, own=True)
             self._laid_out = step
 
     def zeroed(self, views: SlimViews) -> WholeView:
         """All weights, zeroed outside the group's set."""
         if self._zeroed is None:
-            assert self.experts is not None
-            self._zeroed = views.zeroed(self.experts)
+            assert self.slim is not None
+            self._zeroed = views.zeroed(self.slim)
         return self._zeroed
 
     def drop_view(self, views: SlimViews) -> None:
@@ -154,35 +151,29 @@ class ExpertGroup:
 
 
 @torch.inference_mode()
-def select_group(decoder: Decoder, members: Sequence[Session]) -> ExpertSet:
+def select_group(decoder: Decoder, members: Sequence[Session]) -> SlimSpec:
     """The experts of a group: those of its only member, or those that the members' summed
     statistics choose."""
     first = members[0]
-    assert first.experts is not None
+    assert first.slim is not None
     if len(members) == 1:
-        return first.experts
+        return first.slim
     score = group_score([session.s2 for session in members if session.s2 is not None])
-    indices = select_experts(
-        score.square(),  # policies take a statistic's square
-        first.selection,
-        magnitude=decoder.magnitudes,
-    )
-    return ExpertSet(ff_width=first.experts.ff_width, indices=indices)
+    square = score.square()  # policies take a statistic's square
+    return select_experts(square, first.selection, magnitude=decoder.magnitudes)
 
 
-def kept_where_alike(old: ExpertSet, new: ExpertSet, share: float) -> ExpertSet:
+def kept_where_alike(old: SlimSpec, new: SlimSpec, share: float) -> SlimSpec:
     """The new set, but with the old experts in every layer where no more than this share of them
     would change; the old object if that is so in all layers."""
-    k = old.indices.shape[1]
-    indices = new.indices.to(old.indices.device)
-    inside = torch.zeros((len(old.layers), old.ff_width), dtype=torch.bool, device=indices.device)
-    inside.scatter_(1, old.indices.long(), True)
-    gone = k - inside.gather(1, indices.long()).sum(dim=1)
-    changes = gone > share * k
-    if not changes.any():
+    before, after = old.mask(), new.mask(old.experts.device)
+    gone = (before & ~after).sum(dim=1)
+    changes: list[bool] = (gone > share * before.sum(dim=1)).tolist()
+    if not any(changes):
         return old
-    mixed = torch.where(changes[:, None], indices, old.indices)
-    return ExpertSet(ff_width=old.ff_width, indices=mixed)
+    pairs = zip(changes, old.layers, new.layers, strict=True)
+    mixed = [theirs.to(own.device) if changed else own for changed, own, theirs in pairs]
+    return SlimSpec.of_layers(old.ff_width, mixed)
 
 
 def can_run(view: SlimView | None) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from griffin_core.engine.expert_group import ExpertGroup, Kind, Seat, can_run
+from griffin_core.engine.expert_group import ExpertGroup, Seat, can_run
 from griffin_core.engine.form_choice import FormChoice
 from griffin_core.engine.reservation import ViewPool
 from griffin_core.engine.session import Session
@@ -41,7 +41,7 @@ class ExpertGroups:
         self._views = views
         self._forms = FormChoice(costs, views)
         self._seats: dict[str, Seat] = {}  # by session id
-        self._shared: dict[Kind, ExpertGroup] = {}
+        self._shared: dict[Selection, ExpertGroup] = {}
         self._building: list[Seat] = []  # their own views are not complete yet
         self._failed: list[tuple[Session, Exception]] = []
         self._step = 0
@@ -55,21 +55,16 @@ class ExpertGroups:
         together, and there are never more copies than pay."""
         if not self._views.builds or (sharing != "shared" and not self._views.copies):
             return None
-        density = selection.density
-        return ViewPool(
-            sharing=sharing,
-            density=density,
-            policy=selection.policy,
-            max_views=1 if sharing == "shared" else self._forms.costs.most_copies(density),
-        )
+        most = 1 if sharing == "shared" else self._forms.costs.most_copies(selection.density)
+        return ViewPool(sharing=sharing, kind=selection.kind, max_views=most)
 
     def join(self, session: Session) -> None:
         """Lets a session run from the next step on. It has its statistic and its own experts."""
-        assert session.experts is not None
+        assert session.slim is not None
         size = session.reservation.zeroed
         self._views.acquire_zeroed(size)
-        fewer = session.experts.indices.shape[1] < session.experts.ff_width
-        seat = Seat(session, size, prunes=fewer and not session.turn.chooses)
+        prunes = session.slim.prunes and not session.turn.chooses
+        seat = Seat(session, size, prunes=prunes)
         self._seats[session.session_id] = seat
         self._decide(self._step + 1)
 
@@ -99,11 +94,11 @@ class ExpertGroups:
             sessions=tuple(self._seats),
             shared=tuple(
                 GroupSnapshot(
-                    density=density,
-                    policy=policy,
+                    density=kind.density,
+                    policy=kind.policy,
                     members=tuple(seat.session.session_id for seat in group.members),
                 )
-                for (density, policy), group in self._shared.items()
+                for kind, group in self._shared.items()
             ),
             due=self.due,
         )
@@ -113,7 +108,7 @@ class ExpertGroups:
         seat = self._seats.get(session.session_id)
         if seat is None or session.view is None:
             return None
-        if session.view.experts is None:
+        if session.view.slim is None:
             return "dense"
         if not isinstance(session.view, SlimView):
             return "zeroed"
@@ -171,17 +166,17 @@ class ExpertGroups:
                 self._join_group(seat)
             if self._forms.wants_view(seat) and seat.view is None:
                 try:
-                    seat.view = self._views.acquire(seat.experts, seat.session.turn.layout)
+                    seat.view = self._views.acquire(seat.slim, seat.session.turn.layout)
                     self._building.append(seat)
                 except Exception as error:  # it must not end the session that came or went
                     self._failed.append((seat.session, error))
         for group in self._shared.values():
-            if group.experts is None:
+            if group.slim is None:
                 try:
                     group.advance(self._decoder, self._views, step)
                 except Exception as error:
                     self._failed += [(member.session, error) for member in group.members]
-        self._use_all([seat for seat in seats if seat.group is None or seat.group.experts])
+        self._use_all([seat for seat in seats if seat.group is None or seat.group.slim])
 
     def _use_all(self, seats: Sequence[Seat]) -> None:
         """Lets sessions run on what is ready for their forms. The next ``advance`` returns those

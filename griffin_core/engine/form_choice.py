@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from griffin_core.engine.expert_group import STEPS_HELD, Form, Kind, Seat
+from griffin_core.engine.expert_group import STEPS_HELD, Form, Seat
+from griffin_core.experts.selection import Selection
 from griffin_core.slim.costs import StepCosts
 from griffin_core.slim.views import SlimViews
 
@@ -90,22 +91,22 @@ class FormChoice:
 
     def _step_s(self, seats: Collection[Seat], form: Form) -> float:
         """Seconds of a step with all ``auto`` sessions in one form and the others as they are."""
-        dense, own, shared = 0, [], Counter[Kind]()
+        dense, own, shared = 0, [], Counter[Selection]()
         for seat in seats:
             of = form if seat.auto else self._form_of(seat)
             if of == "dense":
                 dense += 1
             elif of == "own":
-                own.append(seat.experts.density)
+                own.append(seat.slim.density)
             else:
                 shared[seat.kind] += 1
-        groups = [(kind[0], rows) for kind, rows in shared.items()]
+        groups = [(kind.density, rows) for kind, rows in shared.items()]
         return self.costs.step_s(dense=dense, own=own, shared=groups)
 
     def _decide_copies(self, seats: Collection[Seat], step: int) -> None:
         if not (self._views.copies and self._views.builds):
             return
-        own = [seat.experts.density for seat in seats if seat.form == "own" and seat.one_row]
+        own = [seat.slim.density for seat in seats if seat.form == "own" and seat.one_row]
         pays = self.costs.copies_pay(whole=sum(s.form == "dense" for s in seats), own=own)
         if not own:
             self._copies, self._copies_since = False, -STEPS_HELD

@@ -183,6 +183,6 @@ class Generation:
                 first_token_s=clock.first_token - clock.arrived,
                 decode_s=clock.last_token - clock.first_token,
             ),
-            pruning=session.pruning_stats(self._model.decoder.spec.ff_width),
+            pruning=session.pruning_stats(self._model.decoder.spec),
             kept=session.keep,
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from griffin_core.engine.session import Session
 from griffin_core.errors import HandoffBroken
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.events import (
     LayerExperts,
     LayerKv,
@@ -28,7 +30,7 @@ class HandoffReceiver:
     Args:
         cache: of the session.
         tokens: T, the tokens that the prefill must bring in every layer.
-        experts_per_layer: K.
+        counts: K of each layer.
     """
 
     def __init__(
@@ -37,13 +39,13 @@ class HandoffReceiver:
         cache: KvCache,
         *,
         tokens: int,
-        experts_per_layer: int,
+        counts: Sequence[int],
     ) -> None:
         layers = len(decoder.layers)
         self.tokens = tokens
         self._decoder = decoder
         self._cache = cache
-        self._k = experts_per_layer
+        self._counts = counts
         self._received = [0] * layers
         self._experts: list[Tensor | None] = [None] * layers
         self._s2 = torch.zeros(layers, decoder.spec.ff_width, device=decoder.device)
@@ -89,10 +91,11 @@ class HandoffReceiver:
 
     def _receive_experts(self, event: LayerExperts) -> None:
         neurons = self._decoder.spec.ff_width
-        if event.experts.numel() != self._k or event.s2.shape != (neurons,):
+        k = self._counts[event.layer]
+        if event.experts.numel() != k or event.s2.shape != (neurons,):
             raise HandoffBroken(
                 f"handoff: layer {event.layer} has {event.experts.numel()} experts of "
-                f"{event.s2.numel()} neurons; expected {self._k} of {neurons}"
+                f"{event.s2.numel()} neurons; expected {k} of {neurons}"
             )
         self._experts[event.layer] = event.experts
         self._s2[event.layer] = event.s2.to(self._s2.device)
@@ -104,8 +107,7 @@ class HandoffReceiver:
             HandoffBroken: something did not come.
         """
         if self._own is not None:
-            own = ExpertSet(ff_width=self._own.s2.shape[1], indices=self._own.experts)
-            session.chosen(self._own.s2, own, self._own.norm_mass)
+            session.chosen(self._own.s2, self._own.slim, self._own.norm_mass)
             return
         experts = [layer for layer in self._experts if layer is not None]
         missing = len(self._experts) - len(experts)
@@ -115,5 +117,6 @@ class HandoffReceiver:
                 f"layers and {min(self._received)} of {self.tokens} tokens"
             )
         self._cache.advance(self.tokens)
-        indices = torch.stack(experts).to(self._s2.device)
-        session.chosen(self._s2, ExpertSet(ff_width=self._s2.shape[1], indices=indices))
+        there = torch.cat(experts).to(self._s2.device)
+        slim = SlimSpec(ff_width=self._s2.shape[1], counts=tuple(self._counts), experts=there)
+        session.chosen(self._s2, slim)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from griffin_core.engine.scoring import Chance, Scoring, Stage
 from griffin_core.engine.session import Session
-from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.forward.decode import Stepper
 from griffin_core.forward.prefill import launch
 from griffin_core.model.decoder import Decoder
@@ -98,8 +97,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
     read = {id(each.prompt): each for each in run.end()}
     for piece, part in zip(pieces, parts, strict=True):
         if each := read.get(id(part.prompt)):
-            experts = ExpertSet(ff_width=each.s2.shape[1], indices=each.experts)
-            piece.turn.counted_to_its_end(piece.session, each.s2, experts)
+            piece.turn.counted_to_its_end(piece.session, each.s2, each.slim)
     return chances
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from griffin_core.engine.task import PrefillTask
-    from griffin_core.experts.expert_set import ExpertSet
+    from griffin_core.experts.slim_spec import SlimSpec
     from griffin_core.forward.events import (
         PrefillEvent,
         PrefillFinished,
@@ -42,7 +42,7 @@ class Observer:
     def prefilled(self, event: PrefillFinished) -> None:
         """This engine has read a prompt, for a session of its own or for another server."""
 
-    def chose(self, experts: ExpertSet) -> None:
+    def chose(self, slim: SlimSpec) -> None:
         """A session's prompt has chosen its experts."""
 
 

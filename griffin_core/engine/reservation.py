@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from griffin_core.spec.choices import PolicyName, Sharing
+from griffin_core.experts.selection import Selection
+from griffin_core.spec.choices import Sharing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +15,13 @@ class ViewPool:
     """Sessions of one kind, which reserve their slim views together.
 
     Args:
-        sharing, density, policy: what the sessions have in common.
+        sharing: of the sessions.
+        kind: what their selections have in common.
         max_views: the most views that they hold, however many sessions there are.
     """
 
     sharing: Sharing
-    density: float
-    policy: PolicyName
+    kind: Selection
     max_views: int
 
 

@@ -29,8 +29,8 @@ from griffin_core.engine.events import ContinuationScored, Scored
 from griffin_core.engine.session import Session
 from griffin_core.engine.task import ScoreTask
 from griffin_core.errors import NonFiniteLogits
-from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
@@ -77,15 +77,16 @@ class Scoring:
     layout: Layout = "gemm"
 
     def __init__(self, decoder: Decoder, task: ScoreTask, selection: Selection) -> None:
-        neurons = decoder.spec.ff_width
-        self.chooses = task.mode == "classification" and selection.experts_of(neurons) < neurons
+        counts = selection.expert_counts(len(decoder.layers), decoder.spec.ff_width)
+        prunes = min(counts) < decoder.spec.ff_width
+        self.chooses = task.mode == "classification" and prunes
         """Whether each continuation chooses experts of its own, on which one token runs."""
         self._decoder = decoder
         self._task = task
         self._scored: list[list[Chance]] = [[] for _ in task.continuations]
         self._index = 0  # of the continuation that is being scored
         self._context_hidden: Tensor | None = None
-        self._context_choice: tuple[Tensor, ExpertSet, tuple[float, ...]] | None = None
+        self._context_choice: tuple[Tensor, SlimSpec, tuple[float, ...]] | None = None
         self._dense_tail: Prompt | None = None
         self._chosen_view: WholeView | None = None  # what stage CHOSEN runs on
 
@@ -98,8 +99,8 @@ class Scoring:
         if self._task.mode == "generation":
             self._context_hidden = hidden
         elif self.chooses:
-            assert session.s2 is not None and session.experts is not None
-            self._context_choice = session.s2, session.experts, session.norm_mass
+            assert session.s2 is not None and session.slim is not None
+            self._context_choice = session.s2, session.slim, session.norm_mass
 
     @property
     def runs_tokens(self) -> bool:
@@ -147,8 +148,8 @@ class Scoring:
         tokens = self._tail[begin : begin + rows]
         if self.stage is Stage.CHOSEN:
             if self._chosen_view is None:
-                assert session.experts is not None
-                self._chosen_view = views.zeroed(session.experts)
+                assert session.slim is not None
+                self._chosen_view = views.zeroed(session.slim)
             slim_id = self._chosen_view.slim_id
         else:
             assert session.view is not None
@@ -205,13 +206,13 @@ class Scoring:
                 )
                 for scored in self._scored
             ),
-            pruning=session.pruning_stats(self._decoder.spec.ff_width),
+            pruning=session.pruning_stats(self._decoder.spec),
         )
 
-    def counted_to_its_end(self, session: Session, s2: Tensor, experts: ExpertSet) -> None:
+    def counted_to_its_end(self, session: Session, s2: Tensor, slim: SlimSpec) -> None:
         """Called once the statistic covers all of the tail but its last token, with its choice."""
         self._dense_tail = None
-        session.chosen(s2, experts)
+        session.chosen(s2, slim)
 
     def flush(self, session: Session) -> None:
         """Does nothing: a score is returned whole or not at all."""
@@ -223,8 +224,8 @@ class Scoring:
     @staticmethod
     def _density(session: Session, stage: Stage) -> float:
         if stage is Stage.CHOSEN:
-            assert session.experts is not None
-            return session.experts.density
+            assert session.slim is not None
+            return session.slim.density
         return 1.0 if stage is Stage.COUNTED else session.density
 
     def _go_on(self, session: Session) -> bool:

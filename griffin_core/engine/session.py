@@ -13,9 +13,10 @@ from griffin_core.engine.events import Event, PruningFigures
 from griffin_core.engine.ports import Sink
 from griffin_core.engine.reservation import Reservation
 from griffin_core.engine.turn import TurnPlan
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.kv.cache import KvCache
 from griffin_core.slim.base import RunView
+from griffin_core.spec.model import ModelSpec
 
 
 class State(Enum):
@@ -118,13 +119,13 @@ class Session:
         self.cache: KvCache | None = None
         self.s2: Tensor | None = None
         """The statistic [L, F] float32 of all its tokens."""
-        self.experts: ExpertSet | None = None
+        self.slim: SlimSpec | None = None
         """What its own statistic chose; in a group it may run on others. None between turns."""
         self.view: RunView | None = None
         """What its next step runs on; None before it has joined ``ExpertGroups``, which owns it."""
         self.view_bytes = 0
         """What it holds beyond the model's own weights to run on its experts."""
-        self._mass: tuple[ExpertSet | None, tuple[float, ...]] | None = None
+        self._mass: tuple[SlimSpec | None, tuple[float, ...]] | None = None
 
     def begin_turn(self, plan: TurnPlan, sink: Sink[Event]) -> None:
         """Sets a turn up; ``sink`` is where its events go."""
@@ -152,7 +153,7 @@ class Session:
         statistic, and nothing that the next turn makes anew. An engine may keep tens of
         thousands."""
         self._mass = None, self.norm_mass
-        self.experts = None
+        self.slim = None
         del self.turn, self.sink
 
     @property
@@ -168,8 +169,8 @@ class Session:
     @property
     def density(self) -> float:
         """The share of the FF neurons that its next step runs on."""
-        experts = None if self.view is None else self.view.experts
-        return 1.0 if experts is None else experts.density
+        slim = None if self.view is None else self.view.slim
+        return 1.0 if slim is None else slim.density
 
     def ran(self, density: float, tokens: int = 1) -> None:
         """Notes how tokens of the turn were made.
@@ -184,31 +185,31 @@ class Session:
             self._ran_dense += tokens
 
     def chosen(
-        self, s2: Tensor, experts: ExpertSet, norm_mass: tuple[float, ...] | None = None
+        self, s2: Tensor, slim: SlimSpec, norm_mass: tuple[float, ...] | None = None
     ) -> None:
         """Takes the statistic of all its tokens and the experts that it chose, with their norm mass
         if that is known."""
-        self.s2, self.experts = s2, experts
-        self._mass = None if norm_mass is None else (experts, norm_mass)
+        self.s2, self.slim = s2, slim
+        self._mass = None if norm_mass is None else (slim, norm_mass)
 
     @property
     def norm_mass(self) -> tuple[float, ...]:
         """For each layer the share of its statistic that is in the experts it runs on; while it
         runs dense, in those that it would run on."""
-        experts = (self.view and self.view.experts) or self.experts
-        if experts is None or self.s2 is None:
+        slim = (self.view and self.view.slim) or self.slim
+        if slim is None or self.s2 is None:
             return () if self._mass is None else self._mass[1]
-        if self._mass is None or self._mass[0] is not experts:
-            self._mass = experts, experts.norm_mass(self.s2)
+        if self._mass is None or self._mass[0] is not slim:
+            self._mass = slim, slim.norm_mass(self.s2)
         return self._mass[1]
 
-    def pruning_stats(self, ff_width: int) -> PruningFigures:
+    def pruning_stats(self, spec: ModelSpec) -> PruningFigures:
         """What the pruning did so far."""
         return PruningFigures(
             density=self.selection.density,
             policy=self.selection.policy,
-            experts_per_layer=self.selection.experts_of(ff_width),
-            ff_width=ff_width,
+            expert_counts=self.selection.expert_counts(len(spec.layers), spec.ff_width),
+            ff_width=spec.ff_width,
             norm_mass=self.norm_mass,
             slim_view_bytes=self.view_bytes,
             kv_cache_bytes=self.cache.nbytes if self.cache else 0,
@@ -216,7 +217,7 @@ class Session:
             dense_tokens=self._ran_dense,
         )
 
-    def info(self, ff_width: int) -> SessionInfo:
+    def info(self, spec: ModelSpec) -> SessionInfo:
         """What callers may see of it."""
         now = time.monotonic()
         return SessionInfo(
@@ -227,5 +228,5 @@ class Session:
             age_s=now - self.opened,
             idle_s=now - self.clock.last_token if self.state is State.IDLE else 0.0,
             reserved_bytes=self.reservation.own,
-            pruning=self.pruning_stats(ff_width),
+            pruning=self.pruning_stats(spec),
         )

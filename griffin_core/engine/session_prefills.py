@@ -101,11 +101,12 @@ class SessionPrefills:
     def restart(self, session: Session) -> None:
         """Forgets what has come of a prompt: it comes anew."""
         assert session.cache is not None
+        spec = self._decoder.spec
         self._receivers[session.turn_id] = HandoffReceiver(
             self._decoder,
             session.cache,
             tokens=session.prompt_tokens,
-            experts_per_layer=session.selection.experts_of(self._decoder.spec.ff_width),
+            counts=session.selection.expert_counts(len(spec.layers), spec.ff_width),
         )
 
     def receiver(self, turn_id: str) -> HandoffReceiver | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 
 if TYPE_CHECKING:  # the session module imports rooms that offer snapshots of themselves
     from griffin_core.engine.session import State
@@ -58,7 +58,7 @@ class SessionSnapshot:
             numbers run on the same object. None before it runs on anything.
         form: what its next step runs on; None before it runs on anything.
         runs_on: the experts of its next step; None for all neurons, or for no view.
-        experts: the experts that its own statistic chose; None between turns.
+        slim: the experts that its own statistic chose; None between turns.
         tokens: ids of all its tokens; None unless the snapshot was asked for contents.
         statistic: a copy of its squared statistic [L, F] float32; None if it has none, or if the
             snapshot was not asked for contents.
@@ -78,8 +78,8 @@ class SessionSnapshot:
     view_bytes: int
     view: int | None
     form: RunForm | None
-    runs_on: ExpertSet | None
-    experts: ExpertSet | None
+    runs_on: SlimSpec | None
+    slim: SlimSpec | None
     tokens: tuple[int, ...] | None
     statistic: Tensor | None
 

@@ -73,8 +73,8 @@ def _snapshot_session(session: Session, form: RunForm | None, *, contents: bool)
         view_bytes=session.view_bytes,
         view=None if view is None else id(view),
         form=form,
-        runs_on=None if view is None else view.experts,
-        experts=session.experts,
+        runs_on=None if view is None else view.slim,
+        slim=session.slim,
         tokens=tuple(session.tokens) if contents else None,
         statistic=statistic,
     )

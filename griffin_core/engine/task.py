@@ -9,7 +9,8 @@ from numbers import Real
 from uuid import uuid4
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.selection import POLICIES, PolicyName, Selection
+from griffin_core.experts.policies import NO_PARAMETERS, POLICIES, PolicyName, PolicyParameters
+from griffin_core.experts.selection import Selection
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
@@ -30,14 +31,17 @@ class PruningParams:
     """What a request says about its experts. None leaves a choice to the engine's defaults.
 
     Args:
+        parameters: of the policy.
         sharing: see ``choices.Sharing``.
 
     Raises:
-        InvalidRequest: density is not in (0, 1], or there is no such policy or sharing.
+        InvalidRequest: density is not in (0, 1], there is no such policy or sharing, or a parameter
+            is not one of the policy.
     """
 
     density: float | None = None
     policy: PolicyName | None = None
+    parameters: PolicyParameters | None = None
     sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
@@ -46,14 +50,23 @@ class PruningParams:
             raise InvalidRequest("pruning.density", self.density, "(0, 1]")
         if self.policy is not None and self.policy not in POLICIES:
             raise InvalidRequest("pruning.policy", self.policy, ", ".join(POLICIES))
+        if self.policy is not None and self.parameters is not None:
+            self.parameters.check(self.policy)
         if self.sharing is not None and self.sharing not in SHARINGS:
             raise InvalidRequest("pruning.sharing", self.sharing, ", ".join(SHARINGS))
 
     def selection(self, base: Selection, seed: int) -> Selection:
-        """The selection to run: what this request sets, and ``base`` for the rest."""
+        """The selection to run: what this request sets, and ``base`` for the rest.
+
+        Raises:
+            InvalidRequest: a parameter is not one of the policy.
+        """
+        policy = self.policy or base.policy
+        inherited = base.parameters if policy == base.policy else NO_PARAMETERS
         return Selection(
             density=base.density if self.density is None else self.density,
-            policy=self.policy or base.policy,
+            policy=policy,
+            parameters=self.parameters or inherited,
             seed=seed,
         )
 

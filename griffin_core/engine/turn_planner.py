@@ -109,10 +109,11 @@ class TurnPlanner:
         )
 
     def _needs(self, kv: int, selection: Selection, sharing: Sharing) -> Reservation:
-        k = selection.experts_of(self._model.decoder.spec.ff_width)
+        spec = self._model.decoder.spec
+        counts = selection.expert_counts(len(spec.layers), spec.ff_width)
         return Reservation(
             kv=kv,
-            zeroed=self._views.zeroed_bytes(k),
-            view=self._views.planned_bytes(k),
+            zeroed=self._views.zeroed_bytes(counts),
+            view=self._views.planned_bytes(counts),
             pool=self._groups.pool(selection, sharing),
         )

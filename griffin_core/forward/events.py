@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from griffin_core.experts.slim_spec import SlimSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKv:
@@ -59,12 +61,11 @@ class PromptExperts:
 
     Args:
         s2: [L, F] float32, over all tokens of the session so far.
-        experts: [L, K] int32, each row ascending.
-        norm_mass: L values, as of ``ExpertSet.norm_mass``.
+        norm_mass: L values, as of ``SlimSpec.norm_mass``.
     """
 
     s2: Tensor
-    experts: Tensor
+    slim: SlimSpec
     norm_mass: tuple[float, ...]
 
 

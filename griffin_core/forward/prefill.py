@@ -20,6 +20,7 @@ from torch import Tensor
 from griffin_core.backends.base import Moment, RunFF
 from griffin_core.backends.batch import RowRuns
 from griffin_core.experts.selection import Selection, select_together
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.experts.statistic import relative
 from griffin_core.forward.events import (
     LayerActivations,
@@ -48,20 +49,19 @@ class PromptRead:
 
     Args:
         s2: [L, F] float32.
-        experts: [L, K] int32, each row ascending.
-        norm_mass: L values, as of ``ExpertSet.norm_mass``.
+        norm_mass: L values, as of ``SlimSpec.norm_mass``.
         finished: the event that ends it.
     """
 
     prompt: Prompt
     s2: Tensor
-    experts: Tensor
+    slim: SlimSpec
     norm_mass: tuple[float, ...]
     finished: PrefillFinished
 
     def by_layer(self) -> list[LayerExperts]:
         """Returns the statistic and the experts as one event per layer."""
-        layers = zip(self.s2.unbind(), self.experts.unbind(), strict=True)
+        layers = zip(self.s2.unbind(), self.slim.layers, strict=True)
         return [
             LayerExperts(layer=layer, s2=s2, experts=experts)
             for layer, (s2, experts) in enumerate(layers)
@@ -71,11 +71,12 @@ class PromptRead:
         """Returns a copy in the CPU's memory, so that reading it does not wait for work that was
         submitted to the device later."""
         finished = replace(self.finished, last_hidden=self.finished.last_hidden.cpu())
-        return replace(self, s2=self.s2.cpu(), experts=self.experts.cpu(), finished=finished)
+        slim = replace(self.slim, experts=self.slim.experts.cpu())
+        return replace(self, s2=self.s2.cpu(), slim=slim, finished=finished)
 
     def in_one_piece(self) -> PromptExperts:
         """Returns the statistic and the experts as a single event."""
-        return PromptExperts(s2=self.s2, experts=self.experts, norm_mass=self.norm_mass)
+        return PromptExperts(s2=self.s2, slim=self.slim, norm_mass=self.norm_mass)
 
 
 Tell = Callable[[Prompt, LayerKv | LayerActivations], None]
@@ -137,7 +138,7 @@ class Pass:
         rows = torch.cat([self.hidden[end - 1 : end] for end in ends])
         hidden = decoder.final_hidden(rows).float().unbind()
         selecting = decoder.backend.moment()
-        experts = select_together(
+        chosen = select_together(
             s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
         )
         selected = decoder.backend.moment()
@@ -145,7 +146,9 @@ class Pass:
         # prompt is bitwise the same, whichever server prefills it.
         s2s = [s2.sqrt().square() for s2 in s2s]
         # The only synchronization: after it the times of this pass and of earlier ones are known.
-        masses = torch.stack([_norm_mass(*pair) for pair in zip(s2s, experts, strict=True)])
+        masses = torch.stack(
+            [slim.norm_mass_on_device(s2) for s2, slim in zip(s2s, chosen, strict=True)]
+        )
         norm_mass: list[list[float]] = masses.tolist()
         selection_s = _seconds(selecting, selected) / len(prompts)
         read = []
@@ -162,7 +165,7 @@ class Pass:
                 PromptRead(
                     prompt=prompt,
                     s2=s2s[index],
-                    experts=experts[index],
+                    slim=chosen[index],
                     norm_mass=tuple(norm_mass[index]),
                     finished=finished,
                 )
@@ -294,15 +297,6 @@ def prefill(
             yield done.finished
             return
         yield None
-
-
-def _norm_mass(s2: Tensor, experts: Tensor) -> Tensor:
-    """Returns the share of each layer's statistic that its experts hold, [L]; see ``ExpertSet``."""
-    total = s2.sum(dim=1)
-    if experts.shape[1] == s2.shape[1]:
-        return torch.ones_like(total)
-    kept = s2.gather(1, experts.long()).sum(dim=1)
-    return torch.where(total > 0, kept / total, 1.0)
 
 
 def _seconds(begin: Moment, end: Moment) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from griffin_core.backends.base import Layout, RunFF
 from griffin_core.backends.batch import RowTable
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.weights import Layer
 
 
@@ -23,8 +23,8 @@ class RunView(Protocol):
         ...
 
     @property
-    def experts(self) -> ExpertSet | None:
-        """The expert set; None for all neurons."""
+    def slim(self) -> SlimSpec | None:
+        """Its experts; None for all neurons."""
         ...
 
 
@@ -73,12 +73,11 @@ class SlimTable(Protocol):
         ...
 
     def update(self, view: BlockView) -> None:
-        """Takes over the changed experts of a view from the next step on. Their number is
-        unchanged."""
+        """Takes over the changed experts of a view from the next step on."""
         ...
 
-    def set_bytes(self, k: int) -> int:
-        """Returns the bytes that a set of K = k takes in the table."""
+    def set_bytes(self, counts: Sequence[int]) -> int:
+        """Returns the bytes that a set of K experts of each layer takes in the table."""
         ...
 
     def run(self, rows: RowTable) -> Callable[[int], RunFF]:

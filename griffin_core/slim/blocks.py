@@ -44,7 +44,7 @@ class BlockTable:
     def update(self, view: BlockView) -> None:
         """Does nothing: a view holds its own blocks."""
 
-    def set_bytes(self, k: int) -> int:
+    def set_bytes(self, counts: Sequence[int]) -> int:
         """Returns 0: a view counts the bytes of its own blocks."""
         return 0
 

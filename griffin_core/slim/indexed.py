@@ -3,7 +3,7 @@ read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 from weakref import finalize
@@ -15,7 +15,10 @@ from griffin_core.backends.base import RunFF
 from griffin_core.backends.batch import DENSE, RowTable
 from griffin_core.backends.cuda.backend import CudaFeedForward
 from griffin_core.backends.cuda.expert_rows import ExpertRows
-from griffin_core.experts.selection import Selection
+from griffin_core.backends.transfers import on_device
+from griffin_core.experts.densities import expert_counts
+from griffin_core.experts.policies import largest
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import BlockView
 from griffin_core.spec.weights import Norm
@@ -50,9 +53,9 @@ class IndexTable:
         self.counts = [0] * (sets + 2)
         """The number of neurons in all layers, by slim id; 0 for an unused id."""
         self._free = list(range(sets, 0, -1))
-        every = torch.arange(neurons, dtype=torch.int32, device=device)
-        self._write(DENSE, every.repeat(layers, 1))
-        self._write(self.padding, every[:1].repeat(layers, 1))
+        for slim_id, k in ((DENSE, neurons), (self.padding, 1)):
+            first = torch.arange(k, dtype=torch.int32, device=device).repeat(layers)
+            self._write(slim_id, SlimSpec(ff_width=neurons, counts=(k,) * layers, experts=first))
 
     @property
     def nbytes(self) -> int:
@@ -68,22 +71,22 @@ class IndexTable:
         """See ``SlimTable``."""
         if not self._free:
             raise MemoryError(f"slim table: all {self.sets} sets are in use")
-        assert view.experts is not None
+        assert view.slim is not None
         slim_id = self._free.pop()
-        self._write(slim_id, view.experts.indices)
+        self._write(slim_id, view.slim)
         finalize(view, self._release, slim_id)
         return slim_id
 
     def update(self, view: BlockView) -> None:
         """See ``SlimTable``. The change is in stream order: steps that were launched earlier still
         read the old set."""
-        assert view.experts is not None
-        self._write(view.slim_id, view.experts.indices)
+        assert view.slim is not None
+        self._write(view.slim_id, view.slim)
 
-    def set_bytes(self, k: int) -> int:
+    def set_bytes(self, counts: Sequence[int]) -> int:
         """See ``SlimTable``."""
         layers, _, neurons = self._indices.shape
-        return 0 if k == neurons else layers * (4 * k + neurons)
+        return 4 * sum(counts) + layers * neurons if min(counts) < neurons else 0
 
     def order(self, slim_id: int) -> tuple[int, int]:
         """See ``SlimTable``. Rows may be in any order."""
@@ -104,10 +107,11 @@ class IndexTable:
         """Writes random sets to the ids 1 to ``sets``, or to the last id, for measurements before
         the first view."""
         layers, _, neurons = self._indices.shape
-        k = Selection(density=density).experts_of(neurons)
+        counts = expert_counts(density, layers, neurons)
         for slim_id in range(1, 1 + min(sets, self.sets)):
             score = torch.rand((layers, neurons), device=self._indices.device)
-            self._write(slim_id, score.topk(k).indices.sort(dim=1).values.int())
+            experts = largest(score, counts)
+            self._write(slim_id, SlimSpec(ff_width=neurons, counts=counts, experts=experts))
             self.counts[slim_id] = 0
 
     def _block(self, rows: RowTable, counts: Tensor, mode: FFMode, layer: int) -> RunFF:
@@ -122,15 +126,14 @@ class IndexTable:
         assert isinstance(ff, CudaFeedForward)
         return partial(_run, ff, sets, mode)
 
-    def _write(self, slim_id: int, experts: Tensor) -> None:
-        """Writes a set [L, K], ascending int32 on any device."""
-        there = experts.to(self._indices.device, torch.int32, non_blocking=True)
-        layers, k = there.shape
-        self._indices[:, slim_id, :k].copy_(there)
+    def _write(self, slim_id: int, slim: SlimSpec) -> None:
+        device = self._indices.device
+        there = slim.table.to(device, non_blocking=True)
+        self._indices[:, slim_id, : there.shape[1]].copy_(there)
         self._keep[:, slim_id].zero_()
         self._keep[:, slim_id].scatter_(1, there.long(), 1)
-        self._device_counts[:, slim_id].fill_(k)
-        self.counts[slim_id] = layers * k
+        self._device_counts[:, slim_id].copy_(on_device(slim.counts, torch.int64, device))
+        self.counts[slim_id] = sum(slim.counts)
 
     def _release(self, slim_id: int) -> None:
         self.counts[slim_id] = 0

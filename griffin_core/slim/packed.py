@@ -12,8 +12,7 @@ class Packed:
     """Builds FF blocks that hold only the experts' neurons.
 
     A copy cannot be changed in place: oneDNN's layout is opaque, and a neuron is not a row in it.
-        If
-    the experts of a layer change, the layer is packed again.
+    If the experts of a layer change, the layer is packed again.
     """
 
     def build(self, layer: Layer, experts: Tensor, layout: Layout) -> RunFF:

@@ -11,7 +11,7 @@ import torch
 
 from griffin_core.backends.base import Layout, RunFF
 from griffin_core.backends.batch import DENSE
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.kv.budget import Budget
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import SlimForm, SlimTable
@@ -28,13 +28,13 @@ class SlimView:
     """The FF blocks of all layers on one expert set.
 
     Args:
-        experts: the set that it is built from, or will be once ``pending`` is empty.
+        slim: what it is built from, or will be once ``pending`` is empty.
         layout: the number of rows that its blocks are laid out for.
         nbytes: the most bytes that it will hold beyond the model's own weights.
     """
 
-    def __init__(self, experts: ExpertSet, layout: Layout, nbytes: int) -> None:
-        self.experts = experts
+    def __init__(self, slim: SlimSpec, layout: Layout, nbytes: int) -> None:
+        self.slim = slim
         self.layout: Layout = layout
         self.nbytes = nbytes
         self.slim_id = DENSE
@@ -42,7 +42,7 @@ class SlimView:
         self.layers: list[RunFF] = []
         """The blocks built so far; those of all layers once the view is ready. It stays the same
         list object for as long as the view lives."""
-        self.pending: deque[int] = deque(range(len(experts.layers)))
+        self.pending: deque[int] = deque(range(len(slim.counts)))
         """The layers to build, or to build again."""
         self.error: Exception | None = None
         """The error that keeps the view from being built."""
@@ -51,24 +51,24 @@ class SlimView:
     @property
     def key(self) -> Key:
         """The key that identifies the view."""
-        return self.experts.digest, self.layout
+        return self.slim.digest, self.layout
 
     @property
     def ready(self) -> bool:
         """Whether all layers can run. After a ``change`` some may still run on the old experts."""
-        return len(self.layers) == len(self.experts.layers)
+        return len(self.layers) == len(self.slim.counts)
 
 
 class WholeView:
     """A view of all weights, dense or zeroed outside a set.
 
     Args:
-        experts: the set; None for all neurons.
+        slim: the set; None for all neurons.
     """
 
-    def __init__(self, layers: Sequence[RunFF], experts: ExpertSet | None = None) -> None:
+    def __init__(self, layers: Sequence[RunFF], slim: SlimSpec | None = None) -> None:
         self.layers = layers
-        self.experts = experts
+        self.slim = slim
         self.slim_id = DENSE
 
 
@@ -117,18 +117,19 @@ class SlimViews:
         """Whether views are blocks that take memory and time to build."""
         return self._form is not None
 
-    def planned_bytes(self, k: int) -> int:
-        """Returns the most bytes that a view of k experts per layer holds."""
+    def planned_bytes(self, counts: Sequence[int]) -> int:
+        """Returns the most bytes that a view of K experts of each layer holds."""
         if not self.builds:
             return 0
         if self._form is None:
-            return self._table.set_bytes(k)
-        return sum(self._form.planned_bytes(layer, k) for layer in self._decoder.layers)
+            return self._table.set_bytes(counts)
+        pairs = zip(self._decoder.layers, counts, strict=True)
+        return sum(self._form.planned_bytes(layer, k) for layer, k in pairs)
 
-    def zeroed_bytes(self, k: int) -> int:
-        """Returns the most bytes that a session of k experts per layer needs to run zeroed: 0 if
-        views are indices, which a step reads in every mode."""
-        runs_zeroed = self.copies and k < self._decoder.spec.ff_width
+    def zeroed_bytes(self, counts: Sequence[int]) -> int:
+        """Returns the most bytes that a session of K experts of each layer needs to run zeroed: 0
+        if views are indices, which a step reads in every mode."""
+        runs_zeroed = self.copies and min(counts) < self._decoder.spec.ff_width
         return zeroed_bytes(self._decoder) if runs_zeroed else 0
 
     def acquire_zeroed(self, size: int) -> None:
@@ -141,18 +142,18 @@ class SlimViews:
         self._budget.release(size)
         self._zeroed -= size
 
-    def zeroed(self, experts: ExpertSet) -> WholeView:
+    def zeroed(self, slim: SlimSpec) -> WholeView:
         """Returns a view of all weights, zeroed outside a set. It needs no building.
 
         Raises:
             MemoryError: the table has no place for another set.
         """
-        layers = ZeroedLayers(self._decoder, experts) if self.copies else self.dense.layers
-        view = WholeView(layers, experts)
+        layers = ZeroedLayers(self._decoder, slim) if self.copies else self.dense.layers
+        view = WholeView(layers, slim)
         view.slim_id = self._table.add(view)
         return view
 
-    def acquire(self, experts: ExpertSet, layout: Layout, *, own: bool = False) -> SlimView:
+    def acquire(self, slim: SlimSpec, layout: Layout, *, own: bool = False) -> SlimView:
         """Returns the view of an expert set, which may not be built yet. ``release`` it after use.
 
         Args:
@@ -162,11 +163,11 @@ class SlimViews:
         # A digest needs the set on the host, which synchronizes; that does not pay for indices,
         # which are complete at once.
         own = own or not self.copies
-        view = self._views.get((experts.digest, layout)) if self.copies else None
+        view = self._views.get((slim.digest, layout)) if self.copies else None
         if own and view is not None and view.users:
             view = None
         if view is None:
-            view = SlimView(experts, layout, self.planned_bytes(experts.indices.shape[1]))
+            view = SlimView(slim, layout, self.planned_bytes(slim.counts))
             self._budget.acquire(view.nbytes)
             self._begin(view)
         elif own:
@@ -191,18 +192,18 @@ class SlimViews:
             view.layers += self.dense.layers  # never called: a step reads the set from the table
             view.pending.clear()
 
-    def change(self, view: SlimView, experts: ExpertSet) -> None:
+    def change(self, view: SlimView, slim: SlimSpec) -> None:
         """Changes the experts of a view from ``acquire(own=True)`` to as many others. If the table
         holds the sets, all layers change at once; otherwise ``build`` changes them layer by layer,
         and a layer runs on its old experts until then. Layers whose experts are the same are not
         rebuilt."""
         if not self.copies:
-            view.experts = experts
+            view.slim = slim
             self._table.update(view)
             return
-        pairs = zip(view.experts.layers, experts.layers, strict=True)
+        pairs = zip(view.slim.layers, slim.layers, strict=True)
         changed = [layer for layer, (old, new) in enumerate(pairs) if not torch.equal(old, new)]
-        view.experts = experts
+        view.slim = slim
         view.pending += [layer for layer in changed if layer not in view.pending]
         if view.pending and view not in self._unbuilt:
             self._unbuilt.append(view)
@@ -230,7 +231,7 @@ class SlimViews:
         while self._unbuilt:
             view = self._unbuilt[0]
             layer = view.pending.popleft()
-            experts = view.experts.layers[layer]
+            experts = view.slim.layers[layer]
             of = self._decoder.layers[layer]
             if layer < len(view.layers):
                 view.layers[layer] = of.ff  # frees the old copy before the new one is made

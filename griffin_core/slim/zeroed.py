@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.base import FeedForward
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.decoder import Decoder
 from griffin_core.spec.weights import Norm
 
@@ -40,13 +40,9 @@ class ZeroedLayers(Sequence[ZeroedFF]):
     """The blocks of all layers on one expert set. They are made in microseconds, since no weights
     are copied."""
 
-    def __init__(self, decoder: Decoder, experts: ExpertSet) -> None:
-        device = decoder.device
-        self.keep = torch.zeros(
-            (len(decoder.layers), experts.ff_width), dtype=torch.bool, device=device
-        )
-        """[L, F]."""
-        self.keep.scatter_(1, experts.indices.to(device, torch.int64), True)
+    def __init__(self, decoder: Decoder, slim: SlimSpec) -> None:
+        self.keep = slim.mask(decoder.device)
+        """[L, F] bool."""
         self._blocks = [
             ZeroedFF(layer.ff, keep) for layer, keep in zip(decoder.layers, self.keep, strict=True)
         ]

@@ -25,8 +25,9 @@ from griffin_core.engine.prefill_queue import PrefillQueue
 from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.expert_set import ExpertSet
-from griffin_core.experts.selection import POLICIES, Selection
+from griffin_core.experts.policies import POLICIES
+from griffin_core.experts.selection import Selection
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.forward.events import (
     LayerExperts,
@@ -119,7 +120,7 @@ def test_a_step_of_several_sessions_is_several_steps_of_one(
         events = prefill(decoder, ids, selection, cache=cache)
         experts = [event.experts for event in events if isinstance(event, LayerExperts)]
         if selection.density < 1 and number > 2:
-            every = ExpertSet(ff_width=decoder.spec.ff_width, indices=torch.stack(experts))
+            every = SlimSpec.of_layers(decoder.spec.ff_width, torch.stack(experts))
             return cache, ZeroedLayers(decoder, every)
         layers = zip(decoder.layers, experts, strict=True)
         return cache, [Packed().build(layer, kept, "gemm") for layer, kept in layers]
@@ -149,12 +150,12 @@ def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
     table, pool = BlockTable(decoder), decoder.new_pool(4 * 32)
     width = decoder.spec.ff_width
 
-    def random_set(seed: int) -> ExpertSet:
+    def random_set(seed: int) -> SlimSpec:
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.rand((len(decoder.layers), width), generator=generator).topk(width // 2)
-        return ExpertSet(ff_width=width, indices=chosen.indices.sort(dim=1).values.int())
+        return SlimSpec.of_layers(width, chosen.indices.sort(dim=1).values.int())
 
-    def of(form: Packed | Masked, experts: ExpertSet) -> list[RunFF]:
+    def of(form: Packed | Masked, experts: SlimSpec) -> list[RunFF]:
         pairs = zip(decoder.layers, experts.layers, strict=True)
         return [form.build(layer, own, "gemv") for layer, own in pairs]
 
@@ -193,7 +194,7 @@ def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
 @torch.inference_mode()
 def test_masks_are_made_once_for_the_same_sessions(model: Model) -> None:
     masks, dtype = RowMasks(), torch.float32
-    experts = ExpertSet(ff_width=88, indices=torch.tensor([[3], [5], [87]], dtype=torch.int32))
+    experts = SlimSpec.of_layers(88, torch.tensor([[3], [5], [87]], dtype=torch.int32))
     one, other = ZeroedLayers(model.decoder, experts), ZeroedLayers(model.decoder, experts)
     first = masks.of([one, other], dtype)
     assert [layer.sum().item() for layer in first] == [2, 2, 2]
@@ -204,7 +205,7 @@ def test_masks_are_made_once_for_the_same_sessions(model: Model) -> None:
 @torch.inference_mode()
 def test_masks_go_with_the_first_session_that_ends(model: Model) -> None:
     masks = RowMasks()
-    experts = ExpertSet(ff_width=88, indices=torch.tensor([[3], [5], [87]], dtype=torch.int32))
+    experts = SlimSpec.of_layers(88, torch.tensor([[3], [5], [87]], dtype=torch.int32))
     for ends in (0, 1):
         sessions = [ZeroedLayers(model.decoder, experts) for _ in range(2)]
         mask = ref(masks.of(sessions, torch.float32)[0])
@@ -507,10 +508,8 @@ def test_a_row_that_stays_apart_makes_what_it_makes_otherwise(
     """In float32 within 1e-5, and in bfloat16 the same wherever it stands."""
     decoder = tiny(name).decoder
     assert invariant(bfloat16(name).decoder).rows_stay_apart()
-    experts = ExpertSet(
-        ff_width=decoder.spec.ff_width,
-        indices=torch.arange(40, dtype=torch.int32).repeat(len(decoder.layers), 1),
-    )
+    first = torch.arange(40, dtype=torch.int32).repeat(len(decoder.layers), 1)
+    experts = SlimSpec.of_layers(decoder.spec.ff_width, first)
     views = [[layer.ff for layer in decoder.layers]] * 5 + [ZeroedLayers(decoder, experts)] * 6
     pool = decoder.new_pool(2 * len(views))
     with torch.inference_mode():

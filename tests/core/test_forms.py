@@ -19,8 +19,8 @@ from griffin_core.engine.expert_group import STEPS_HELD, kept_where_alike, selec
 from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.reservation import Reservation
 from griffin_core.engine.session import Clock, Session
-from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.slim.blocks import BlockTable
@@ -70,9 +70,9 @@ class House:
         if s2 is None:
             s2 = torch.rand((L, F), generator=torch.Generator().manual_seed(seed))
         session.s2 = s2
-        indices = select_experts(s2, session.selection, magnitude=self._model.decoder.magnitudes)
-        session.experts = ExpertSet(ff_width=F, indices=indices)
-        k = session.selection.experts_of(F)
+        magnitude = self._model.decoder.magnitudes
+        session.slim = select_experts(s2, session.selection, magnitude=magnitude)
+        k = session.selection.expert_counts(L, F)
         session.reservation = Reservation(
             kv=0,
             zeroed=self.views.zeroed_bytes(k),
@@ -129,11 +129,11 @@ def forms(house: House) -> list[str]:
 def test_private_sessions_run_zeroed_until_their_copy_is_built_and_never_wait(model: Model) -> None:
     house = House(model)
     session = house.add(1, "private")
-    assert form(session) == "zeroed" and session.view.experts is session.experts
+    assert form(session) == "zeroed" and session.view.slim is session.slim
     house.step(build=False)
     assert form(session) == "zeroed"
     house.step()
-    assert form(session) == "slim" and session.view.experts.digest == session.experts.digest
+    assert form(session) == "slim" and session.view.slim.digest == session.slim.digest
 
 
 def test_more_private_sessions_than_copies_pay_for_all_run_zeroed(model: Model) -> None:
@@ -167,18 +167,18 @@ def test_a_session_that_joins_a_group_starts_on_its_present_set_and_counts_withi
     first = house.add(1, "shared")
     house.step(3)
     second = house.add(2, "shared")
-    assert second.view.experts.digest == first.experts.digest
+    assert second.view.slim.digest == first.slim.digest
     house.step()
-    assert second.view.experts.digest == select_group(model.decoder, [first, second]).digest
-    third, present = house.add(3, "shared"), first.view.experts.digest
-    assert third.view.experts.digest == present
+    assert second.view.slim.digest == select_group(model.decoder, [first, second]).digest
+    third, present = house.add(3, "shared"), first.view.slim.digest
+    assert third.view.slim.digest == present
     both = select_group(model.decoder, [first, second, third])
     house.step(STEPS_HELD - 2)
-    assert third.view.experts.digest == present
+    assert third.view.slim.digest == present
     for _ in range(STEPS_HELD):
         house.step()
-        assert first.view.experts.digest == second.view.experts.digest
-    assert first.view.experts.digest == both.digest
+        assert first.view.slim.digest == second.view.slim.digest
+    assert first.view.slim.digest == both.digest
     assert form(first) == "slim" and first.view is second.view
 
 
@@ -189,7 +189,7 @@ def test_a_group_chooses_at_most_once_in_16_steps(
     chosen_at: list[int] = []
     step = 0
 
-    def select(decoder: Any, members: Any) -> ExpertSet:
+    def select(decoder: Any, members: Any) -> SlimSpec:
         chosen_at.append(step)
         return select_group(decoder, members)
 
@@ -211,14 +211,14 @@ def test_a_group_keeps_its_view_when_its_set_changes_and_the_set_when_it_hardly_
     house = House(model)
     first, second = house.add(1, "shared"), house.add(2, "shared")
     house.step(3 * STEPS_HELD)
-    view, layers, experts = first.view, list(first.view.layers), first.view.experts
+    view, layers, experts = first.view, list(first.view.layers), first.view.slim
     same = house.add(3, "shared", s2=first.s2 + second.s2)
     house.step(2 * STEPS_HELD)
-    assert same.view is view and view.experts is experts
+    assert same.view is view and view.slim is experts
     assert all(one is other for one, other in zip(view.layers, layers, strict=True))
     house.add(4, "shared", s2=torch.rand((L, F)) ** 8)
     house.step(2 * STEPS_HELD)
-    assert first.view is view and view.experts is not experts
+    assert first.view is view and view.slim is not experts
     assert not house.views.building
 
 
@@ -241,13 +241,13 @@ def test_sessions_run_on_while_a_view_changes_layer_by_layer(model: Model) -> No
 
 
 def test_a_layer_is_kept_unless_more_than_the_share_of_it_would_change() -> None:
-    old = ExpertSet(ff_width=F, indices=torch.arange(20, dtype=torch.int32).expand(L, -1))
-    new = old.indices.clone()
+    old = SlimSpec.of_layers(F, torch.arange(20, dtype=torch.int32).expand(L, -1))
+    new = old.table.clone()
     new[1, -1] = 50  # one of 20
     new[2, -2:] = torch.tensor([50, 51], dtype=torch.int32)
-    changed = ExpertSet(ff_width=F, indices=new)
+    changed = SlimSpec.of_layers(F, new.unbind())
     kept = kept_where_alike(old, changed, 0.05)
-    assert torch.equal(kept.indices[:2], old.indices[:2]) and torch.equal(kept.indices[2], new[2])
+    assert torch.equal(kept.table[:2], old.table[:2]) and torch.equal(kept.table[2], new[2])
     assert kept_where_alike(old, changed, 0.1) is old
 
 
@@ -267,7 +267,7 @@ def test_auto_is_private_while_that_pays_then_shared(model: Model) -> None:
     assert first.view is second.view and form(first) == "slim"
     house.remove(second)
     house.step(2 * STEPS_HELD + 2)
-    assert form(first) == "slim" and first.view.experts.digest == first.experts.digest
+    assert form(first) == "slim" and first.view.slim.digest == first.slim.digest
 
 
 def test_auto_runs_dense_until_its_view_is_built(model: Model) -> None:
@@ -307,7 +307,7 @@ def test_a_score_is_never_made_dense_by_auto(model: Model) -> None:
     house.reserve()
     house.groups.join(session)
     house.step(3)
-    assert form(session) == "zeroed" and session.view.experts is session.experts
+    assert form(session) == "zeroed" and session.view.slim is session.slim
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -334,7 +334,7 @@ def test_whatever_comes_and_goes_no_more_is_held_than_was_reserved(seed: int, mo
         assert house.budget.held <= house.budget.limit
         for session in house.sessions:
             if session.sharing == "private" and session.density < 1:
-                assert session.view.experts.digest == session.experts.digest
+                assert session.view.slim.digest == session.slim.digest
     for session in list(house.sessions):
         house.remove(session)
     assert not any(view.users for view in house.views.held)

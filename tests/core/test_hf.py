@@ -23,7 +23,8 @@ from transformers import (
 from griffin_core import sparsify
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest, UnknownFamily
-from griffin_core.experts.selection import POLICIES, PolicyName, Selection, select_experts
+from griffin_core.experts.policies import POLICIES, PolicyName
+from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.statistic import group_score
 from griffin_core.forward.events import (
     LayerExperts,
@@ -187,8 +188,8 @@ def test_s_is_the_papers_formula_in_float64(
         pass
     expected = torch.stack([paper_s(z) for z in seen])
     torch.testing.assert_close(chosen.s[0], expected, rtol=1e-6, atol=1e-9)
-    best = expected.topk(chosen.experts.indices.shape[1]).indices.sort(dim=1).values
-    assert torch.equal(chosen.experts.indices.long(), best)
+    best = expected.topk(chosen.experts.table.shape[1]).indices.sort(dim=1).values
+    assert torch.equal(chosen.experts.table.long(), best)
     mass = [(e[b] ** 2).sum() / (e**2).sum() for e, b in zip(expected, best, strict=True)]
     assert chosen.norm_mass[0] == pytest.approx([float(m) for m in mass])
 
@@ -210,7 +211,7 @@ def test_the_prompt_runs_dense_and_the_rest_on_the_experts(
                 for part in ids.split(list(sizes))
             ]
             cut[sizes] = torch.cat(parts)
-    expected = masked_logits(model, ids, prompt, chosen.experts.indices)
+    expected = masked_logits(model, ids, prompt, chosen.experts.table)
     assert not torch.allclose(expected, model(ids[None]).logits[0], atol=1e-2)
     for logits in (whole, *cut.values()):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -254,7 +255,7 @@ def test_generate_however_it_runs_makes_the_tokens_of_the_method_written_out(
     with sparsify(model, prompt, density=0.5) as chosen:
         made = greedy(model, prompt[None], **options)[0]
     sequence = torch.cat([prompt, made])
-    logits = masked_logits(model, sequence, len(prompt), chosen.experts.indices)
+    logits = masked_logits(model, sequence, len(prompt), chosen.experts.table)
     assert torch.equal(made, logits[len(prompt) - 1 : -1].argmax(dim=1))
     assert not torch.equal(made, greedy(model, prompt[None])[0])
 
@@ -299,9 +300,9 @@ def test_a_padded_batch_is_each_prompt_alone_on_the_experts_of_the_group(
         logits = model(ids, attention_mask=real, position_ids=positions).logits
     score = sum(s / math.sqrt(n) for s, n in zip(alone, lengths, strict=True))
     best = score.topk(44).indices.sort(dim=1).values
-    assert torch.equal(chosen.experts.indices.long(), best)
+    assert torch.equal(chosen.experts.table.long(), best)
     for row, inside, length, ours in zip(ids, real.bool(), lengths, logits, strict=True):
-        expected = masked_logits(model, row[inside], length, chosen.experts.indices)
+        expected = masked_logits(model, row[inside], length, chosen.experts.table)
         torch.testing.assert_close(ours[inside], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -315,7 +316,7 @@ def test_a_padded_batch_generates_what_each_prompt_does_on_these_experts(
         made = greedy(model, ids, attention_mask=mask, cache_implementation=cache)
     for row, real, completion in zip(ids, mask.bool(), made, strict=True):
         sequence = torch.cat([row[real], completion])
-        logits = masked_logits(model, sequence, int(real.sum()), chosen.experts.indices)
+        logits = masked_logits(model, sequence, int(real.sum()), chosen.experts.table)
         assert torch.equal(completion, logits[int(real.sum()) - 1 : -1].argmax(dim=1))
 
 
@@ -375,12 +376,12 @@ def test_statistic_and_experts_are_the_engines(
             pass
         s = torch.stack([layer.s2 for layer in ours]).sqrt()
         torch.testing.assert_close(chosen.s[0].float(), s, rtol=1e-4, atol=1e-5)
-        assert torch.equal(chosen.experts.indices, torch.stack([e.experts for e in ours]))
+        assert torch.equal(chosen.experts.table, torch.stack([e.experts for e in ours]))
         s2s.append(s.square())
     with sparsify(hf(name), IDS, **options) as group:
         pass
     expected = select_experts(group_score(s2s).square(), selection, magnitude=decoder.magnitudes)
-    assert torch.equal(group.experts.indices, expected)
+    assert torch.equal(group.experts.experts, expected.experts)
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt2"])

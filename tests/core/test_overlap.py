@@ -18,7 +18,7 @@ from griffin_core.engine.limits import Limits
 from griffin_core.engine.ports import Observer
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import NonFiniteLogits
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import EagerStep
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
@@ -46,7 +46,7 @@ class Counting(Observer):
     def stepped(self, seconds: float, sessions: int) -> None:
         self.steps.append(sessions)
 
-    def chose(self, experts: ExpertSet) -> None:
+    def chose(self, experts: SlimSpec) -> None:
         self.chosen += 1
 
 

@@ -15,7 +15,8 @@ from griffin_core.engine.ports import Observer
 from griffin_core.engine.prefill_queue import PrefillQueue
 from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.errors import EngineFault
-from griffin_core.experts.selection import POLICIES, Selection
+from griffin_core.experts.policies import POLICIES
+from griffin_core.experts.selection import Selection
 from griffin_core.forward.events import (
     LayerActivations,
     LayerExperts,
@@ -50,7 +51,7 @@ def assert_same(one: PromptRead, other: PromptRead) -> None:
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(one.s2.sqrt(), other.s2.sqrt())
     close(one.finished.last_hidden, other.finished.last_hidden)
-    assert torch.equal(one.experts, other.experts)
+    assert torch.equal(one.slim.experts, other.slim.experts)
     assert one.norm_mass == pytest.approx(other.norm_mass, abs=1e-5)
     length = one.prompt.cache.length
     assert length == other.prompt.cache.length
@@ -102,7 +103,7 @@ def test_each_prompt_has_the_experts_of_its_own_selection(
         zip(launch(decoder, parts).end(), selections, strict=True)
     ):
         exact = alone(decoder, Prompt(decoder, ids(20, n), selection))
-        assert torch.equal(read.experts, exact.experts)
+        assert torch.equal(read.slim.experts, exact.slim.experts)
         assert (read.norm_mass == (1.0, 1.0, 1.0)) is (selection.density == 1.0)
 
 

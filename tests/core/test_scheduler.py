@@ -122,7 +122,7 @@ def test_a_kept_session_holds_no_more_than_its_tokens(model: Model) -> None:
         assert info.reserved_bytes == kept_bytes(model, 20)
         (kept,) = running.snapshot().result(10).sessions
         assert not kept.in_turn
-        assert kept.experts is None
+        assert kept.slim is None
         assert info.pruning.norm_mass == finished.pruning.norm_mass
 
 

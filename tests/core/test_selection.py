@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from griffin_core.experts.selection import POLICIES, PolicyName, Selection, select_experts
+from griffin_core.experts import densities
+from griffin_core.experts.policies import POLICIES, PolicyName
+from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.experts.slim_spec import SlimSpec
 
 F = 200
 
@@ -16,7 +19,7 @@ def select(s2: torch.Tensor, policy: PolicyName, density: float, seed: int = 0) 
         torch.stack([s2.flip(0), s2, torch.zeros_like(s2)]),
         Selection(density=density, policy=policy, seed=seed),
         magnitude=lambda: torch.arange(len(s2), 0, -1).float().expand(3, -1),
-    )[1]
+    ).layers[1]
 
 
 @pytest.mark.parametrize(
@@ -24,12 +27,12 @@ def select(s2: torch.Tensor, policy: PolicyName, density: float, seed: int = 0) 
     [(1.0, F), (0.5, 100), (0.499, 99), (0.29, 58), (0.001, 1), (1e-9, 1), (0.9999, 199)],
 )
 def test_k_is_floor_of_f_times_density_and_at_least_one(density: float, k: int) -> None:
-    assert Selection(density=density).experts_of(F) == k
+    assert Selection(density=density).expert_counts(2, F) == (k, k)
 
 
 def test_k_is_not_a_victim_of_binary_fractions() -> None:
     # 100 * 0.29 == 28.999999999999996
-    assert Selection(density=0.29).experts_of(100) == 29
+    assert Selection(density=0.29).expert_counts(1, 100) == (29,)
 
 
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])
@@ -45,7 +48,7 @@ def test_every_policy_gives_k_distinct_ascending_indices(
 ) -> None:
     experts = select(torch.rand(F), policy, density)
     assert experts.dtype == torch.int32
-    assert len(experts) == Selection(density=density).experts_of(F)
+    assert len(experts) == Selection(density=density).expert_counts(1, F)[0]
     assert (experts[1:] > experts[:-1]).all()
     assert experts[0] >= 0 and experts[-1] < F
 
@@ -98,9 +101,27 @@ def test_sampled_draws_in_proportion_to_s() -> None:
 def test_a_layers_set_depends_on_that_layer_alone(policy: PolicyName) -> None:
     def sets(s2: torch.Tensor) -> torch.Tensor:
         selection = Selection(density=0.3, policy=policy, seed=5)
-        return select_experts(s2, selection, magnitude=lambda: s2)
+        return select_experts(s2, selection, magnitude=lambda: s2).table
 
     s2, other = torch.rand(3, F), torch.rand(3, F)
     mixed = torch.stack([other[0], s2[1], other[2]])
     assert torch.equal(sets(s2)[1], sets(mixed)[1])
     assert torch.equal(sets(s2)[:2], sets(s2[:2]))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_layers_may_have_different_numbers_of_experts(
+    policy: PolicyName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer has the experts that it would have if all had its number."""
+    s2, counts = torch.rand(3, F), (7, F, 60)
+
+    def chosen(*counts: int) -> SlimSpec:
+        monkeypatch.setattr(densities, "expert_counts", lambda *_: counts)
+        selection = Selection(density=0.3, policy=policy, seed=5)
+        return select_experts(s2, selection, magnitude=lambda: s2)
+
+    slim = chosen(*counts)
+    assert slim.counts == counts
+    for layer, k in enumerate(counts):
+        assert torch.equal(slim.layers[layer], chosen(k, k, k).layers[layer])

@@ -12,7 +12,7 @@ from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Finished, Started
 from griffin_core.engine.snapshot import SessionSnapshot
 from griffin_core.engine.task import GenerateTask, PruningParams
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import Sharing
@@ -70,7 +70,7 @@ def look(running: Engine, *turns: GenerateTask) -> list[SessionSnapshot]:
     return seen
 
 
-def chosen(session: SessionSnapshot) -> ExpertSet:
+def chosen(session: SessionSnapshot) -> SlimSpec:
     assert session.runs_on is not None
     return session.runs_on
 
@@ -87,7 +87,7 @@ def by_formula(*sessions: SessionSnapshot) -> list[list[int]]:
     return layers
 
 
-def as_lists(experts: ExpertSet) -> list[list[int]]:
+def as_lists(experts: SlimSpec) -> list[list[int]]:
     return [layer.tolist() for layer in experts.layers]
 
 
@@ -99,7 +99,7 @@ def test_a_group_runs_on_the_topk_of_its_summed_statistics(running: Engine) -> N
     sessions = look(running, *tasks)
     assert all(s.view == sessions[0].view for s in sessions)
     assert as_lists(chosen(sessions[0])) == by_formula(*sessions)
-    assert as_lists(chosen(sessions[0])) != as_lists(sessions[0].experts)
+    assert as_lists(chosen(sessions[0])) != as_lists(sessions[0].slim)
     for session in sessions:
         told = running.session(session.session_id).result(10).pruning.norm_mass
         assert told == pytest.approx(chosen(session).norm_mass(session.statistic))
@@ -110,7 +110,7 @@ def test_joining_and_leaving_choose_again(running: Engine) -> None:
     one, two, three = (task(n, "shared") for n in range(3))
     paused(running, one)
     (first,) = look(running, one)
-    assert as_lists(chosen(first)) == as_lists(first.experts)
+    assert as_lists(chosen(first)) == as_lists(first.slim)
     paused(running, two)
     sessions = look(running, one, two)
     first = sessions[0]
@@ -125,7 +125,7 @@ def test_joining_and_leaving_choose_again(running: Engine) -> None:
     assert as_lists(chosen(first)) == by_formula(*sessions)
     running.cancel(three.turn_id)
     (first,) = look(running, one)
-    assert as_lists(chosen(first)) == as_lists(first.experts)
+    assert as_lists(chosen(first)) == as_lists(first.slim)
 
 
 def test_a_group_of_one_makes_what_private_makes(running: Engine) -> None:
@@ -143,7 +143,7 @@ def test_other_densities_and_policies_are_other_groups(running: Engine) -> None:
     for each in tasks:
         paused(running, each)
     for session in look(running, *tasks):
-        assert as_lists(chosen(session)) == as_lists(session.experts)
+        assert as_lists(chosen(session)) == as_lists(session.slim)
 
 
 def test_private_sessions_are_never_changed_by_who_joins(running: Engine) -> None:

@@ -138,7 +138,7 @@ def test_what_sessions_run_on_is_told(model: Model) -> None:
         eventually(lambda: running.snapshot().result(10).sessions[-1].form is not None)
         last = running.snapshot().result(10).sessions[-1]
         assert last.form in ("own", "zeroed")
-        assert last.runs_on.digest == last.experts.digest
+        assert last.runs_on.digest == last.slim.digest
 
 
 def test_slots_hold_something_while_a_request_is_not_plain(model: Model) -> None:

@@ -21,7 +21,8 @@ from griffin_core.engine.snapshot import EngineSnapshot
 from griffin_core.engine.take_snapshot import take_snapshot
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import SessionClosed, SessionNotFound
-from griffin_core.experts.selection import POLICIES, Selection
+from griffin_core.experts.policies import POLICIES
+from griffin_core.experts.selection import Selection
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.slim.blocks import BlockTable
@@ -20,21 +20,20 @@ def model(tiny: Callable[[str], Model]) -> Model:
     return tiny("llama")
 
 
-def experts(first: int, k: int = 44) -> ExpertSet:
+def experts(first: int, k: int = 44) -> SlimSpec:
     layer = torch.arange(first, first + k, dtype=torch.int32)
-    return ExpertSet(ff_width=88, indices=layer.expand(3, -1))
+    return SlimSpec.of_layers(88, layer.expand(3, -1))
 
 
 def views_of(model: Model, room: float) -> tuple[SlimViews, Budget]:
     """Room for so many views of 44 experts."""
-    size = SlimViews(model.decoder, BlockTable(model.decoder), Packed(), Budget(1)).planned_bytes(
-        44
-    )
+    views = SlimViews(model.decoder, BlockTable(model.decoder), Packed(), Budget(1))
+    size = views.planned_bytes((44, 44, 44))
     budget = Budget(int(room * size))
     return SlimViews(model.decoder, BlockTable(model.decoder), Packed(), budget), budget
 
 
-def built(views: SlimViews, of: ExpertSet) -> SlimView:
+def built(views: SlimViews, of: SlimSpec) -> SlimView:
     view = views.acquire(of, "gemv")
     while not view.ready:
         views.build(0.0)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from griffin_core.experts.selection import POLICIES, Selection
+from griffin_core.experts.policies import POLICIES
+from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_evals.divergence import divergence
 from griffin_evals.kl import PROMPT_TOKENS, SCORED_TOKENS, divergences, token_windows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from griffin_core.backends.base import RunFF
 from griffin_core.backends.batch import DRAWN, StepSequence
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
@@ -76,7 +76,7 @@ class Steps:
     slims: IndexTable
     step: GraphStep
 
-    def view(self, experts: ExpertSet | None) -> WholeView:
+    def view(self, experts: SlimSpec | None) -> WholeView:
         """A view of a set, for as long as it is held; of all neurons for None."""
         view = WholeView([], experts)
         if experts is not None:
@@ -130,17 +130,19 @@ def steps_of(decoder: Decoder, max_sequences: int, graphs: bool = True) -> Steps
     return Steps(decoder=decoder, pool=pool, slims=slims, step=step)
 
 
-def random_set(decoder: Decoder, k: int) -> ExpertSet:
+def random_set(decoder: Decoder, *counts: int) -> SlimSpec:
+    """A set with these numbers of experts, layer by layer and again from the first."""
     every = decoder.spec.ff_width
-    layers = [torch.randperm(every)[:k].sort().values.int() for _ in decoder.layers]
-    return ExpertSet(ff_width=every, indices=torch.stack(layers))
+    of_layers = [counts[layer % len(counts)] for layer in range(len(decoder.layers))]
+    layers = [torch.randperm(every)[:k].sort().values.int() for k in of_layers]
+    return SlimSpec.of_layers(every, layers)
 
 
 def dense(decoder: Decoder) -> View:
     return [layer.ff for layer in decoder.layers]
 
 
-def masked(decoder: Decoder, experts: ExpertSet | None) -> View:
+def masked(decoder: Decoder, experts: SlimSpec | None) -> View:
     """The plain form of a set."""
     if experts is None:
         return dense(decoder)
@@ -148,7 +150,7 @@ def masked(decoder: Decoder, experts: ExpertSet | None) -> View:
     return [Masked().build(layer, own, "gemv") for layer, own in pairs]
 
 
-def sets_of(kind: str, decoder: Decoder) -> list[ExpertSet | None]:
+def sets_of(kind: str, decoder: Decoder) -> list[SlimSpec | None]:
     """Of three sessions; the same object where they share it."""
     width = decoder.spec.ff_width
     # A norm after the FF makes an output that is nearly zero as large as any other: of one neuron
@@ -159,15 +161,15 @@ def sets_of(kind: str, decoder: Decoder) -> list[ExpertSet | None]:
             return [None] * 3
         case "shared":
             return [random_set(decoder, 44)] * 3
+        case "uneven":
+            return [random_set(decoder, 44, width, 20), random_set(decoder, 30, 60), None]
         case "mixed":
             return [random_set(decoder, 44), random_set(decoder, few), None]
         case _:
             return [random_set(decoder, k) for k in (44, few, width - 1)]
 
 
-def by_set(
-    sets: Sequence[ExpertSet | None], make: Callable[[ExpertSet | None], View]
-) -> list[View]:
+def by_set(sets: Sequence[SlimSpec | None], make: Callable[[SlimSpec | None], View]) -> list[View]:
     """One view for each set, the same for the same."""
     views = {id(own): make(own) for own in sets}
     return [views[id(own)] for own in sets]
@@ -193,6 +195,8 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
         ("shared", 0.0),
         ("private", 1.0),
         ("private", 0.0),  # zeroed
+        ("uneven", 1.0),
+        ("uneven", 0.0),
         ("mixed", 1.0),
         ("mixed", 0.0),
     ):
@@ -439,7 +443,7 @@ def test_slim_ids_are_written_anew_and_given_out_again(
     sets = [random_set(decoder, 44) for _ in range(4)]
     views = [run.view(own) for own in sets[:2]]
 
-    def check(experts: Sequence[ExpertSet]) -> None:
+    def check(experts: Sequence[SlimSpec]) -> None:
         for most_private in (0.0, 1.0):
             run.step.private_up_to = dict.fromkeys(run.step.private_up_to, most_private)
             caches = [run.prefilled(prompt) for prompt in PROMPTS[:2]]
@@ -456,7 +460,7 @@ def test_slim_ids_are_written_anew_and_given_out_again(
             close(got, torch.cat(decode_tokens(single, tokens)))
 
     check(sets[:2])
-    views[0].experts = sets[2]
+    views[0].slim = sets[2]
     run.slims.update(views[0])
     check([sets[2], sets[1]])
     gone = views[1].slim_id

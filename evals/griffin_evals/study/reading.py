@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.base import RunFF
-from griffin_core.experts.expert_set import ExpertSet
 from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.forward.events import (
     LayerActivations,
@@ -72,13 +72,13 @@ def logprobs_of(decoder: Decoder, hidden: Tensor) -> Tensor:
 
 def choose(decoder: Decoder, s2: Tensor, selection: Selection) -> Tensor:
     """The experts [L, K] int32 that a selection chooses from a statistic [L, F]."""
-    return select_experts(s2, selection, magnitude=decoder.magnitudes)
+    return select_experts(s2, selection, magnitude=decoder.magnitudes).table
 
 
 def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[RunFF]:
     """The FF block of each layer on experts [L, K]. Activations outside are zeroed, which gives
     the results of packed copies without the time to make them."""
-    return ZeroedLayers(decoder, ExpertSet(ff_width=decoder.spec.ff_width, indices=experts))
+    return ZeroedLayers(decoder, SlimSpec.of_layers(decoder.spec.ff_width, experts.unbind()))
 
 
 @torch.inference_mode()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from griffin_core.experts.selection import POLICIES, Selection
+from griffin_core.experts.policies import POLICIES
+from griffin_core.experts.selection import Selection
 from griffin_evals.study.estimates import estimate, paired
 from griffin_evals.study.lab import Lab
 from griffin_evals.study.measures import divergence, negative_log_likelihood, same_first_choice

@@ -223,6 +223,7 @@ class Pruning(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     SHARING_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     """Fraction of FF neurons kept, in (0, 1]; K = max(1, floor(F * density)). 1 is the dense model.
     Default: the server's `--density` (see GetModelInfo), which is 1 unless it is set.
@@ -231,22 +232,44 @@ class Pruning(_message.Message):
     """Default: the server's `--policy` (see GetModelInfo)."""
     sharing: Global___ExpertSharing.ValueType
     """Default: the server's `--sharing` (see GetModelInfo), which is AUTO unless it is set."""
+    @_builtins.property
+    def parameters(self) -> Global___PolicyParameters:
+        """Parameters of the policy. Default: those of the session, if the policy is the session's too."""
+
     def __init__(
         self,
         *,
         density: _builtins.float | None = ...,
         policy: Global___SelectionPolicy.ValueType = ...,
         sharing: Global___ExpertSharing.ValueType = ...,
+        parameters: Global___PolicyParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "policy", b"policy", "sharing", b"sharing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "parameters", b"parameters", "policy", b"policy", "sharing", b"sharing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
     _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
 
 Global___Pruning: _TypeAlias = Pruning  # noqa: Y015
+
+@_typing.final
+class PolicyParameters(_message.Message):
+    """Parameters of selection policies. A parameter is set only with the policy that has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyParameters: _TypeAlias = PolicyParameters  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
@@ -886,10 +909,11 @@ class PruningFigures(_message.Message):
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     MEAN_DENSITY_FIELD_NUMBER: _builtins.int
     DENSE_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPERT_COUNTS_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     policy: Global___SelectionPolicy.ValueType
     experts_per_layer: _builtins.int
-    """K."""
+    """K. The mean over layers, rounded down, where they differ."""
     ff_width: _builtins.int
     """F."""
     mean_norm_mass: _builtins.float
@@ -913,6 +937,10 @@ class PruningFigures(_message.Message):
         how much of the prompt's activations the experts hold, and not how good the output will be.
         """
 
+    @_builtins.property
+    def expert_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """L values: K of each layer."""
+
     def __init__(
         self,
         *,
@@ -926,10 +954,11 @@ class PruningFigures(_message.Message):
         kv_cache_bytes: _builtins.int = ...,
         mean_density: _builtins.float = ...,
         dense_tokens: _builtins.int = ...,
+        expert_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense_tokens", b"dense_tokens", "density", b"density", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_density", b"mean_density", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense_tokens", b"dense_tokens", "density", b"density", "expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_density", b"mean_density", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1241,8 +1270,9 @@ class AnalyzePromptResponse(_message.Message):
         EXPERTS_PER_LAYER_FIELD_NUMBER: _builtins.int
         FF_WIDTH_FIELD_NUMBER: _builtins.int
         REQUEST_ID_FIELD_NUMBER: _builtins.int
+        EXPERT_COUNTS_FIELD_NUMBER: _builtins.int
         experts_per_layer: _builtins.int
-        """K."""
+        """K. The mean over layers, rounded down, where they differ."""
         ff_width: _builtins.int
         """F."""
         request_id: _builtins.str
@@ -1254,6 +1284,10 @@ class AnalyzePromptResponse(_message.Message):
         def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """T texts: each token decoded by itself, for display; they may contain replacement characters."""
 
+        @_builtins.property
+        def expert_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """L values: K of each layer."""
+
         def __init__(
             self,
             *,
@@ -1262,10 +1296,11 @@ class AnalyzePromptResponse(_message.Message):
             experts_per_layer: _builtins.int = ...,
             ff_width: _builtins.int = ...,
             request_id: _builtins.str = ...,
+            expert_counts: _abc.Iterable[_builtins.int] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "request_id", b"request_id", "texts", b"texts", "token_ids", b"token_ids"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "request_id", b"request_id", "texts", b"texts", "token_ids", b"token_ids"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

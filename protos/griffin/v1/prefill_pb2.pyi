@@ -180,22 +180,28 @@ class ExpertSelection(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     DENSITY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
     policy: _generation_pb2.SelectionPolicy.ValueType
     """Default: TOPK."""
     density: _builtins.float
     """Fraction of the FF neurons of each layer, in (0, 1]."""
     seed: _builtins.int
     """Seeds the policies that draw."""
+    @_builtins.property
+    def parameters(self) -> _generation_pb2.PolicyParameters:
+        """Default: those of the policy."""
+
     def __init__(
         self,
         *,
         policy: _generation_pb2.SelectionPolicy.ValueType = ...,
         density: _builtins.float = ...,
         seed: _builtins.int = ...,
+        parameters: _generation_pb2.PolicyParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "policy", b"policy", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "parameters", b"parameters", "policy", b"policy", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

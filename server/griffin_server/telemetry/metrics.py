@@ -24,7 +24,7 @@ from griffin_server.telemetry.engine_gauges import EngineGauges
 if TYPE_CHECKING:  # they bring torch, and a server answers before that is imported
     from griffin_core.engine.engine import Engine
     from griffin_core.engine.events import Finished, TokensMade
-    from griffin_core.experts.expert_set import ExpertSet
+    from griffin_core.experts.slim_spec import SlimSpec
     from griffin_core.forward.events import (
         PrefillFinished,
     )
@@ -169,7 +169,7 @@ class Metrics(Observer):
             self.rejections.labels(reason)
         for origin in {*ORIGINS.values(), "client", "server"}:
             self.aborts.labels(origin)
-        self._last_experts: dict[int, ExpertSet] = {}
+        self._last_experts: dict[tuple[int, ...], SlimSpec] = {}
         self._compares = ThreadPoolExecutor(1, thread_name_prefix="griffin-overlap")
 
     def watch(self, engine: Engine) -> None:
@@ -186,21 +186,20 @@ class Metrics(Observer):
         self.prefill.observe(event.compute_s)
         self.expert_selection.observe(event.selection_s)
 
-    def chose(self, experts: ExpertSet) -> None:
-        k = experts.indices.shape[1]
-        if k == experts.ff_width:
+    def chose(self, slim: SlimSpec) -> None:
+        if not slim.prunes:
             return
-        if (before := self._last_experts.get(k)) is not None:
-            if experts.indices.device.type == "cpu":
-                self._compare(experts, before)
+        if (before := self._last_experts.get(slim.counts)) is not None:
+            if slim.experts.device.type == "cpu":
+                self._compare(slim, before)
             else:  # on a thread, since the copy to the host waits for the device
-                self._compares.submit(self._compare, experts, before)
+                self._compares.submit(self._compare, slim, before)
         elif len(self._last_experts) >= MOST_REMEMBERED:
             self._last_experts.pop(next(iter(self._last_experts)))
-        self._last_experts[k] = experts
+        self._last_experts[slim.counts] = slim
 
-    def _compare(self, experts: ExpertSet, before: ExpertSet) -> None:
-        overlaps = experts.jaccard(before)
+    def _compare(self, slim: SlimSpec, before: SlimSpec) -> None:
+        overlaps = slim.jaccard(before)
         self.jaccard.observe(sum(overlaps) / len(overlaps))
 
     # -- called by servicers and interceptors ----------------------------------------------------

@@ -53,6 +53,7 @@ def session(name: str, *, kv: int = 0, view: int = 0, **given: Any) -> Session:
         density=0.75,
         policy="topk",
         experts_per_layer=1152,
+        expert_counts=(1152,) * 2,
         ff_width=1536,
         mean_norm_mass=0.9,
         norm_mass=(0.9,),

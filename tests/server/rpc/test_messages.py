@@ -13,7 +13,8 @@ from griffin_client import types as client_types
 from griffin_core.engine import events
 from griffin_core.engine.session import SessionInfo, State
 from griffin_core.engine.task import GenerateTask, PrefillTask, PruningParams
-from griffin_core.experts.selection import POLICIES, Selection
+from griffin_core.experts.policies import POLICIES
+from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.logprobs import Logprobs
@@ -34,7 +35,7 @@ from griffin_server.transfer.protocol import NEWEST, OLDEST
 FIGURES = events.PruningFigures(
     density=0.5,
     policy="sampled",
-    experts_per_layer=44,
+    expert_counts=(44, 44),
     ff_width=88,
     norm_mass=(0.5, 0.75, 1.0),
     slim_view_bytes=1000,
@@ -174,7 +175,8 @@ def test_started_reaches_the_client_whole() -> None:
     assert isinstance(received, client_types.Started)
     assert (received.session_id, received.request_id) == ("s", "r")
     assert (received.prompt_tokens, received.prefill_s) == (3, 0.5)
-    assert received.pruning.__dict__ == {**FIGURES.__dict__, "mean_norm_mass": 0.75}
+    derived = {"mean_norm_mass": 0.75, "experts_per_layer": 44}
+    assert received.pruning.__dict__ == {**FIGURES.__dict__, **derived}
 
 
 def test_tokens_reach_the_client_whole(model: Model) -> None:

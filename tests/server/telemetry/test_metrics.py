@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from griffin_client import GriffinClientError, Started
-from griffin_core.experts.expert_set import ExpertSet
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.load import Model
 from griffin_server.telemetry.metrics import FINE, Metrics
 from tests.e2e.prometheus import free_port
@@ -210,8 +210,8 @@ def test_a_gain_of_a_quarter_shows_between_buckets() -> None:
 
 
 def test_overlap_is_taken_of_prompts_that_kept_as_many() -> None:
-    def set_of(*experts: int) -> ExpertSet:
-        return ExpertSet(ff_width=8, indices=torch.tensor([experts], dtype=torch.int32))
+    def set_of(*experts: int) -> SlimSpec:
+        return SlimSpec.of_layers(8, torch.tensor([experts], dtype=torch.int32))
 
     metrics = Metrics()
     for experts in ((0, 1), (0, 1, 2), (1, 2), tuple(range(8)), tuple(range(8)), (0, 1, 5)):

@@ -11,6 +11,7 @@ import torch
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import FingerprintMismatch, HandoffBroken, ProtocolMismatch
+from griffin_core.experts import densities
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.events import (
     LayerExperts,
@@ -319,3 +320,21 @@ def test_a_statistic_that_is_no_floats_is_refused(shape: HandoffShape) -> None:
     reader.read(messages_writer(shape).header())
     with pytest.raises(HandoffBroken, match="handoff"):
         reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"123", experts=b"")))
+
+
+def test_layers_with_different_numbers_of_experts_arrive_as_they_are(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = (9, 88, 40)
+    monkeypatch.setattr(densities, "expert_counts", lambda *_: counts)
+    shape = handoff_shape(model, TASK)
+    events = [e for e in prefill(model.decoder, TASK.token_ids, TASK.selection) if e is not None]
+    writer, reader = messages_writer(shape), messages_reader(shape)
+    sent = list(messages(writer, events))
+    assert list(sent[0].header.expert_counts) == list(counts)
+    received = [reader.read(over_the_wire(message)) for message in sent]
+    assert reader.finished
+    arrived = [e.experts for e in received if isinstance(e, LayerExperts)]
+    chosen = [e.experts for e in events if isinstance(e, LayerExperts)]
+    assert [len(experts) for experts in arrived] == list(counts)
+    assert all(map(torch.equal, arrived, chosen))

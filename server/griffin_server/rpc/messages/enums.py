@@ -1,16 +1,19 @@
-"""Names of the core (policies, sharings, modes, reasons, states) to enums of the wire and back."""
+"""Names of the core (policies, sharings, modes, reasons, states) to enums of the wire and back, and
+the parameters of policies."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import TypeVar
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.session import State
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.selection import PolicyName
+from griffin_core.experts.policies import PolicyName, PolicyParameters
 from griffin_core.sampling.stopping import FinishReason
 from griffin_core.spec.choices import ScoreMode, Sharing
+from griffin_server.rpc.messages.fields import set_fields
 
 N = TypeVar("N", bound=str)
 
@@ -59,6 +62,20 @@ def policy_from_pb(field: str, value: int) -> PolicyName | None:
         InvalidRequest: no policy has the number.
     """
     return _name_of(_POLICIES, field, value)
+
+
+def policy_parameters(message: pb.PolicyParameters) -> PolicyParameters:
+    """The parameters that a message sets; they have the same names in the core.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+    """
+    names = (each.name for each in fields(PolicyParameters))
+    return PolicyParameters(**set_fields(message, *names))
+
+
+def policy_parameters_to_pb(parameters: PolicyParameters) -> pb.PolicyParameters:
+    return pb.PolicyParameters(**asdict(parameters))
 
 
 def sharing_to_pb(sharing: Sharing) -> pb.ExpertSharing.ValueType:

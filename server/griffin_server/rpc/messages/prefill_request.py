@@ -7,7 +7,12 @@ from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.spec.model import ModelSpec
-from griffin_server.rpc.messages.enums import policy_from_pb, policy_to_pb
+from griffin_server.rpc.messages.enums import (
+    policy_from_pb,
+    policy_parameters,
+    policy_parameters_to_pb,
+    policy_to_pb,
+)
 
 
 def prefill_request(
@@ -28,6 +33,7 @@ def prefill_request(
             policy=policy_to_pb(task.selection.policy),
             density=task.selection.density,
             seed=task.selection.seed,
+            parameters=policy_parameters_to_pb(task.selection.parameters),
         ),
     )
 
@@ -49,5 +55,10 @@ def prefill_task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
     policy = policy_from_pb("selection.policy", chosen.policy)
     return PrefillTask(
         token_ids=tuple(request.token_ids),
-        selection=Selection(density=chosen.density, policy=policy or "topk", seed=chosen.seed),
+        selection=Selection(
+            density=chosen.density,
+            policy=policy or "topk",
+            parameters=policy_parameters(chosen.parameters),
+            seed=chosen.seed,
+        ),
     )

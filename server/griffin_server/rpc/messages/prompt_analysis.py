@@ -5,8 +5,9 @@ from __future__ import annotations
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.expert_set import ExpertSet, pack_indices
+from griffin_core.experts.expert_set import pack_indices
 from griffin_core.experts.selection import Selection
+from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.events import (
     LayerActivations,
     LayerExperts,
@@ -68,11 +69,13 @@ def analyze_task(
 def started_to_pb(
     task: PrefillTask, tokenizer: Tokenizer, spec: ModelSpec, request_id: str
 ) -> pb.AnalyzePromptResponse:
+    counts = task.selection.expert_counts(len(spec.layers), spec.ff_width)
     return pb.AnalyzePromptResponse(
         started=pb.AnalyzePromptResponse.Started(
             token_ids=task.token_ids,
             texts=[tokenizer.decode_one(token) for token in task.token_ids],
-            experts_per_layer=task.selection.experts_of(spec.ff_width),
+            experts_per_layer=sum(counts) // len(counts),
+            expert_counts=counts,
             ff_width=spec.ff_width,
             request_id=request_id,
         )
@@ -94,8 +97,8 @@ def event_to_pb(event: LayerActivations | LayerExperts) -> list[pb.AnalyzePrompt
             )
             for begin in range(0, tokens, rows)
         ]
-    experts = ExpertSet(ff_width=event.s2.shape[0], indices=event.experts[None])
-    (norm_mass,) = experts.norm_mass(event.s2[None])
+    slim = SlimSpec.of_layers(event.s2.shape[0], [event.experts])
+    (norm_mass,) = slim.norm_mass(event.s2[None])
     layer = pb.AnalyzePromptResponse.Layer(
         layer=event.layer,
         s=pack_floats(event.s2.sqrt()),

@@ -69,6 +69,7 @@ def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
         density=figures.density,
         policy=policy_to_pb(figures.policy),
         experts_per_layer=figures.experts_per_layer,
+        expert_counts=figures.expert_counts,
         ff_width=figures.ff_width,
         mean_norm_mass=figures.mean_norm_mass,
         norm_mass=figures.norm_mass,

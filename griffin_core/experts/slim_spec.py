@@ -1,0 +1,133 @@
+"""What a session's FF blocks run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from griffin_core.backends.transfers import on_device
+from griffin_core.experts.expert_set import check_experts, check_form, pack_indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimSpec:
+    """The experts of all layers. Layers may have different numbers of experts.
+
+    Args:
+        ff_width: F.
+        counts: K of each layer, each in [1, F].
+        experts: [ΣK] int32, layer after layer, ascending in each layer.
+
+    Raises:
+        ValueError: the experts have another shape or type; or, if they are on the CPU, they are not
+            ascending, not distinct or not in [0, F). On a GPU the values are not checked, since
+            that would synchronize; received experts are checked before they are copied there
+            (``unpack_indices``).
+    """
+
+    ff_width: int
+    counts: tuple[int, ...]
+    experts: Tensor
+
+    def __post_init__(self) -> None:
+        allowed = f"allowed: {sum(self.counts)} for {len(self.counts)} layers"
+        if self.experts.shape != (sum(self.counts),) or not self.counts:
+            raise ValueError(f"experts: got {tuple(self.experts.shape)}; {allowed}")
+        uniform = len(set(self.counts)) == 1
+        for rows in (self.table,) if uniform else self.layers:
+            if self.experts.device.type == "cpu":
+                check_experts(rows, self.ff_width, "experts")
+            else:
+                check_form(rows, self.ff_width, "experts")
+
+    @staticmethod
+    def of_layers(ff_width: int, layers: Iterable[Tensor]) -> SlimSpec:
+        """Joins the experts [K] int32 of each layer; K may differ."""
+        each = tuple(layers)
+        counts = tuple(len(experts) for experts in each)
+        return SlimSpec(ff_width=ff_width, counts=counts, experts=torch.cat(each))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """The place in ``experts`` of each layer's first expert, and ΣK last."""
+        return (0, *accumulate(self.counts))
+
+    @cached_property
+    def layers(self) -> tuple[Tensor, ...]:
+        """The experts [K] of each layer."""
+        return self.experts.split_with_sizes(self.counts)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The experts as a rectangle, [L, max K] int32. A layer with fewer experts repeats its last
+        one, so that a row is ascending and has no other neurons."""
+        most = max(self.counts)
+        if min(self.counts) == most:
+            return self.experts.view(-1, most)
+        device = self.experts.device
+        starts = on_device(self.offsets[:-1], torch.int64, device)[:, None]
+        last = on_device(self.counts, torch.int64, device)[:, None] - 1
+        return self.experts[starts + torch.arange(most, device=device).minimum(last)]
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """Returns which neurons are experts, [L, F] bool.
+
+        Args:
+            device: where to make it; None for where the experts are.
+        """
+        table = self.table.to(device or self.experts.device, torch.int64)
+        mask = torch.zeros((len(self.counts), self.ff_width), dtype=torch.bool, device=table.device)
+        return mask.scatter_(1, table, True)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any neuron is left out."""
+        return min(self.counts) < self.ff_width
+
+    @property
+    def density(self) -> float:
+        """The fraction of all neurons that are experts."""
+        return sum(self.counts) / (len(self.counts) * self.ff_width)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A hash of 16 bytes: equal for equal values, different for different ones."""
+        shape = blake2b(repr((self.ff_width, self.counts)).encode(), digest_size=32).digest()
+        return blake2b(pack_indices(self.experts), digest_size=16, key=shape).digest()
+
+    def norm_mass(self, s2: Tensor) -> tuple[float, ...]:
+        """Returns for each layer the share of its statistic s2 [L, F] that its experts hold, in [0,
+        1]; 1 if the statistic is all zero."""
+        shares: list[float] = self.norm_mass_on_device(s2).tolist()
+        return tuple(shares)
+
+    def norm_mass_on_device(self, s2: Tensor) -> Tensor:
+        """Returns the same as a tensor [L], without waiting for the device of ``s2``."""
+        total = s2.sum(dim=1)
+        if not self.prunes:
+            return torch.ones_like(total)
+        kept = torch.where(self.mask(s2.device), s2, 0.0).sum(dim=1)
+        return torch.where(total > 0, kept / total, 1.0)
+
+    def jaccard(self, other: SlimSpec) -> list[float]:
+        """Returns |A ∩ B| / |A ∪ B| of the experts of each layer.
+
+        Raises:
+            ValueError: the two belong to different models.
+        """
+        if (self.ff_width, len(self.counts)) != (other.ff_width, len(other.counts)):
+            raise ValueError(
+                f"expert sets of different shape: F = {self.ff_width} and {other.ff_width}, "
+                f"L = {len(self.counts)} and {len(other.counts)}"
+            )
+        host = torch.device("cpu")
+        mine, theirs = self.mask(host), other.mask(host)
+        both = (mine & theirs).sum(dim=1)
+        overlaps: list[float] = (both / (mine | theirs).sum(dim=1)).tolist()
+        return overlaps
