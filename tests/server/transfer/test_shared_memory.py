@@ -15,7 +15,6 @@ import torch
 from griffin_server.transfer import shared_memory
 from griffin_server.transfer.shared_memory import (
     DATA_START,
-    DIRECTORY,
     Segment,
     SegmentPool,
     attach_segment,
@@ -34,8 +33,14 @@ def segment() -> Iterator[Segment]:
     made.unlink()
 
 
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory for the test alone: servers of other tests sweep the real one when they start."""
+    monkeypatch.setattr(shared_memory, "DIRECTORY", tmp_path)
+
+
 def files() -> set[str]:
-    return {path.name for path in DIRECTORY.glob(f"griffin-{os.getpid()}-*")}
+    return {path.name for path in shared_memory.DIRECTORY.glob(f"griffin-{os.getpid()}-*")}
 
 
 def test_both_ends_see_the_same_bytes(segment: Segment) -> None:
@@ -66,11 +71,11 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "secret"
     target.write_bytes(b"0" * SIZE)
     name = f"griffin-{os.getpid()}-{'0' * 32}"
-    (DIRECTORY / name).symlink_to(target)
+    (shared_memory.DIRECTORY / name).symlink_to(target)
     try:
         assert attach_segment(name, SIZE, b"0" * 16) is None
     finally:
-        (DIRECTORY / name).unlink()
+        (shared_memory.DIRECTORY / name).unlink()
 
 
 @pytest.mark.parametrize("offset", [0, DATA_START - 1, SIZE - 3, SIZE, -8])
@@ -111,29 +116,29 @@ def test_the_pool_reuses_what_is_large_enough_and_keeps_few() -> None:
 
 def test_segments_of_dead_processes_are_removed_and_those_of_live_ones_stay() -> None:
     code = (
-        "from griffin_server.transfer.shared_memory import create_segment as c; print(c(99).name)"
+        "import sys; from pathlib import Path; from griffin_server.transfer import shared_memory; "
+        "shared_memory.DIRECTORY = Path(sys.argv[1]); print(shared_memory.create_segment(99).name)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    stale = DIRECTORY / done.stdout.strip()
+    command = [sys.executable, "-c", code, str(shared_memory.DIRECTORY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    stale = shared_memory.DIRECTORY / done.stdout.strip()
     live = create_segment(SIZE)
     assert live is not None and stale.exists()
     remove_stale_segments()
     assert not stale.exists()
-    assert (DIRECTORY / live.name).exists()
+    assert (shared_memory.DIRECTORY / live.name).exists()
     live.unlink()
 
 
 def test_whether_its_owner_lives_is_no_matter_of_process_ids() -> None:
     # In containers that share /dev/shm, the process before this one had its id, and those beside it
     # have ids of which there is nothing in /proc.
-    stale = DIRECTORY / f"griffin-{os.getpid()}-{'2' * 32}"
+    stale = shared_memory.DIRECTORY / f"griffin-{os.getpid()}-{'2' * 32}"
     stale.touch()
     live = create_segment(SIZE)
     assert live is not None
-    elsewhere = DIRECTORY / f"griffin-999999999-{'3' * 32}"
-    (DIRECTORY / live.name).rename(elsewhere)
+    elsewhere = shared_memory.DIRECTORY / f"griffin-999999999-{'3' * 32}"
+    (shared_memory.DIRECTORY / live.name).rename(elsewhere)
     remove_stale_segments()
     assert not stale.exists()
     assert elsewhere.exists()
@@ -167,7 +172,7 @@ def test_a_segment_of_another_user_is_declined(
 
 def test_a_sparse_offer_is_filled_before_it_is_written() -> None:
     name = f"griffin-{os.getpid()}-{'1' * 32}"
-    path = DIRECTORY / name
+    path = shared_memory.DIRECTORY / name
     with path.open("wb") as file:
         file.write(b"n" * 16)
         file.truncate(SIZE)
@@ -192,7 +197,7 @@ def test_a_stale_segment_that_cannot_be_removed_stops_nobody(
     def refuse(path: Path) -> None:
         raise PermissionError(path)
 
-    path = DIRECTORY / f"griffin-999999999-{'0' * 32}"
+    path = shared_memory.DIRECTORY / f"griffin-999999999-{'0' * 32}"
     path.touch()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", refuse)
