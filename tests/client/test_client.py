@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message as ProtoMessage
 
 import griffin_client
 from griffin.v1 import generation_pb2, generation_pb2_grpc
@@ -127,9 +128,12 @@ POSITIONAL = {
 @pytest.mark.parametrize("rpc", REQUESTS)
 def test_each_option_is_a_field_of_the_request_or_of_one_of_its_parts(rpc: str) -> None:
     request, options = REQUESTS[rpc]
-    names = {field.name for field in request.DESCRIPTOR.fields}
-    for part in PARTS.keys() & names:
-        names |= {field.name for field in PARTS[part].DESCRIPTOR.fields}
+
+    def names_in(message: type[ProtoMessage]) -> set[str]:
+        names = {field.name for field in message.DESCRIPTOR.fields}
+        return names.union(*(names_in(PARTS[part]) for part in PARTS.keys() & names))
+
+    names = names_in(request)
     if rpc == "AnalyzePrompt":
         names.remove("sharing")  # the server refuses it
     assert names - PARTS.keys() - POSITIONAL == options.__annotations__.keys() - {"timeout"}
