@@ -11,8 +11,8 @@ import torch
 
 from griffin_core.backends.base import Layout
 from griffin_core.backends.batch import StepSequence
-from griffin_core.experts.densities import expert_counts
 from griffin_core.experts.policies import largest
+from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import EagerStep
 from griffin_core.kv.cache import KvCache
@@ -70,7 +70,7 @@ class Steps:
         if density == 1.0:
             return WholeView([layer.ff for layer in decoder.layers])
         shape = (len(decoder.layers), decoder.spec.ff_width)
-        counts = expert_counts(density, *shape)
+        counts = Selection(density=density).expert_counts(*shape)
         experts = largest(torch.rand(shape, device=decoder.device), counts)
         slim = SlimSpec(ff_width=decoder.spec.ff_width, counts=counts, experts=experts)
         blocks = []

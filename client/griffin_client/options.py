@@ -52,6 +52,9 @@ class ExpertOptions(TypedDict, total=False):
     policy: Policy | None
     """How these neurons, the experts, are chosen: "topk", "sampled", "topk_sampled", "magnitude" or
     "random"."""
+    topk_share: float | None
+    """With the policy "topk_sampled": the share of the experts that is taken by rank and not drawn,
+    in [0, 1]. Default: 0.5."""
 
 
 class SharingOptions(TypedDict, total=False):

@@ -1,7 +1,7 @@
 """From the arguments of a call to its request message.
 
 An option goes to the field of its name: in the request itself, or in the part of it (``Sampling``,
-``Stopping``, ``Pruning``, ``PolicyParameters``) that has such a field. So a new option needs no
+``Stopping``, ``Pruning``, ``SelectionParameters``) that has such a field. So a new option needs no
 line here.
 """
 
@@ -23,7 +23,7 @@ PARTS: dict[str, type[ProtoMessage]] = {
     "sampling": pb.Sampling,
     "stopping": pb.Stopping,
     "pruning": pb.Pruning,
-    "parameters": pb.PolicyParameters,
+    "parameters": pb.SelectionParameters,
 }
 """Field of a request, or of such a message -> the message that holds some of the options."""
 

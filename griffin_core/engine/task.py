@@ -9,7 +9,8 @@ from numbers import Real
 from uuid import uuid4
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.policies import NO_PARAMETERS, POLICIES, PolicyName, PolicyParameters
+from griffin_core.experts.parameters import NO_PARAMETERS, SelectionParameters
+from griffin_core.experts.policies import POLICIES, PolicyName
 from griffin_core.experts.selection import Selection
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
@@ -31,7 +32,7 @@ class PruningParams:
     """What a request says about its experts. None leaves a choice to the engine's defaults.
 
     Args:
-        parameters: of the policy.
+        parameters: what a request may say beside these.
         sharing: see ``choices.Sharing``.
 
     Raises:
@@ -41,7 +42,7 @@ class PruningParams:
 
     density: float | None = None
     policy: PolicyName | None = None
-    parameters: PolicyParameters | None = None
+    parameters: SelectionParameters | None = None
     sharing: Sharing | None = None
 
     def __post_init__(self) -> None:

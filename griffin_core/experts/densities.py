@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 
+from griffin_core.experts.parameters import SelectionParameters
 
-def expert_counts(density: float, layers: int, ff_width: int) -> tuple[int, ...]:
+
+def expert_counts(
+    density: float, parameters: SelectionParameters, layers: int, ff_width: int
+) -> tuple[int, ...]:
     """Returns K of each layer: the same for all, max(1, floor(F · density)).
 
     It is known before the prompt is read, because memory is reserved and both ends of a handoff are
@@ -13,6 +17,7 @@ def expert_counts(density: float, layers: int, ff_width: int) -> tuple[int, ...]
 
     Args:
         density: the fraction of neurons to keep, in (0, 1].
+        parameters: of the selection; none of them changes the counts today.
         layers: L.
         ff_width: F.
     """

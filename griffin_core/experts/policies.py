@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, get_args
@@ -10,38 +11,11 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.transfers import on_device
-from griffin_core.errors import InvalidRequest
+from griffin_core.experts.parameters import SelectionParameters
 from griffin_core.spec import choices
 
 PolicyName = choices.PolicyName
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyParameters:
-    """The parameters of the policies, each None by default, which takes the policy's own value.
-
-    Raises:
-        InvalidRequest: a value is out of range.
-    """
-
-    def check(self, policy: PolicyName) -> None:
-        """Checks that every parameter that is set belongs to the policy.
-
-        Raises:
-            InvalidRequest: one belongs to another policy.
-        """
-        for name, owner in OWNERS.items():
-            value = getattr(self, name)
-            if value is not None and policy != owner:
-                field = f"pruning.parameters.{name}"
-                raise InvalidRequest(field, f"{value} with policy {policy}", f"policy {owner}")
-
-
-OWNERS: dict[str, PolicyName] = {}
-"""Parameter -> the policy that has it."""
-
-NO_PARAMETERS = PolicyParameters()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +33,7 @@ class Choice:
     s2: Tensor
     counts: tuple[int, ...]
     seed: int
-    parameters: PolicyParameters
+    parameters: SelectionParameters
     magnitude: Callable[[], Tensor]
 
 
@@ -86,8 +60,11 @@ def sampled(choice: Choice) -> Tensor:
 
 
 def topk_sampled(choice: Choice) -> Tensor:
-    """Takes the larger half of the experts by ``topk`` and draws the others by ``sampled``."""
-    ranked = [k - k // 2 for k in choice.counts]
+    """Takes ``topk_share`` of the experts by ``topk`` and draws the others by ``sampled``."""
+    share = choice.parameters.topk_share
+    share = 0.5 if share is None else share
+    # Rounded first, as for a density: 100 * 0.29 is 28.999999999999996.
+    ranked = [math.ceil(round(k * share, 6)) for k in choice.counts]
     device, neurons = choice.s2.device, choice.s2.shape[1]
     before = on_device(ranked, torch.int64, device)[:, None]
     by_rank = torch.arange(neurons, device=device) < before

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from griffin_core.experts import densities
-from griffin_core.experts.policies import (
-    NO_PARAMETERS,
-    POLICIES,
-    Choice,
-    PolicyName,
-    PolicyParameters,
-    choose,
-)
+from griffin_core.experts.parameters import NO_PARAMETERS, SelectionParameters
+from griffin_core.experts.policies import POLICIES, Choice, PolicyName, choose
 from griffin_core.experts.slim_spec import SlimSpec
 
 
@@ -27,7 +21,7 @@ class Selection:
     Args:
         density: the fraction of neurons to keep, in (0, 1].
         policy: one of ``POLICIES``.
-        parameters: of the policy.
+        parameters: what a request may say beside these.
         seed: for policies that draw at random, in [0, 2**64).
 
     Raises:
@@ -37,7 +31,7 @@ class Selection:
 
     density: float
     policy: PolicyName = "topk"
-    parameters: PolicyParameters = NO_PARAMETERS
+    parameters: SelectionParameters = NO_PARAMETERS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,7 +48,7 @@ class Selection:
 
     def expert_counts(self, layers: int, ff_width: int) -> tuple[int, ...]:
         """Returns K of each layer."""
-        return densities.expert_counts(self.density, layers, ff_width)
+        return densities.expert_counts(self.density, self.parameters, layers, ff_width)
 
 
 Magnitude = Callable[[], Tensor]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from griffin_core.backends.base import RunFF
 from griffin_core.backends.batch import RowTable, StepBatch, StepSequence
-from griffin_core.experts.densities import expert_counts
+from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import SlimForm
 from griffin_core.spec.weights import Norm
@@ -193,7 +193,7 @@ def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
     tokens."""
     spec = decoder.spec
     layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].ff.weights.nbytes))]
-    (k,) = expert_counts(0.5, 1, spec.ff_width)
+    (k,) = Selection(density=0.5).expert_counts(1, spec.ff_width)
     experts = torch.arange(k, dtype=torch.int32)
     dense: list[RunFF] = [layer.ff for layer in layers]
     one = [form.build(layer, experts, "gemv") for layer in layers]

@@ -16,8 +16,8 @@ from griffin_core.backends.batch import DENSE, RowTable
 from griffin_core.backends.cuda.backend import CudaFeedForward
 from griffin_core.backends.cuda.expert_rows import ExpertRows
 from griffin_core.backends.transfers import on_device
-from griffin_core.experts.densities import expert_counts
 from griffin_core.experts.policies import largest
+from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import BlockView
@@ -107,7 +107,7 @@ class IndexTable:
         """Writes random sets to the ids 1 to ``sets``, or to the last id, for measurements before
         the first view."""
         layers, _, neurons = self._indices.shape
-        counts = expert_counts(density, layers, neurons)
+        counts = Selection(density=density).expert_counts(layers, neurons)
         for slim_id in range(1, 1 + min(sets, self.sets)):
             score = torch.rand((layers, neurons), device=self._indices.device)
             experts = largest(score, counts)

@@ -30,8 +30,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the counts of all layers those of the test, at every density below 1."""
     uniform = densities.expert_counts
 
-    def ours(density: float, layers: int, ff_width: int) -> tuple[int, ...]:
-        return COUNTS if density < 1 else uniform(density, layers, ff_width)
+    def ours(density: float, *shape: Any) -> tuple[int, ...]:
+        return COUNTS if density < 1 else uniform(density, *shape)
 
     monkeypatch.setattr(densities, "expert_counts", ours)
 

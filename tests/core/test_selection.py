@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from griffin_core.errors import InvalidRequest
 from griffin_core.experts import densities
+from griffin_core.experts.parameters import SelectionParameters
 from griffin_core.experts.policies import POLICIES, PolicyName
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
@@ -85,6 +87,25 @@ def test_topk_sampled_holds_the_larger_half_of_topk_for_odd_k() -> None:
     assert len(experts) == k
     best = torch.topk(s2, 26).indices
     assert torch.isin(best, experts).all()
+
+
+@pytest.mark.parametrize(("share", "ranked"), [(0.0, 0), (0.3, 30), (0.301, 31), (1.0, 100)])
+def test_topk_sampled_takes_its_share_by_rank_and_draws_the_rest(share: float, ranked: int) -> None:
+    """Were more taken by rank, every seed's set would hold the next neuron too."""
+    s2 = torch.arange(F, 0, -1).float()
+    parameters = SelectionParameters(topk_share=share)
+    in_all = torch.ones(F, dtype=torch.bool)
+    for seed in range(200):
+        selection = Selection(density=0.5, policy="topk_sampled", parameters=parameters, seed=seed)
+        experts = select_experts(s2[None], selection, magnitude=lambda: s2[None]).experts
+        assert len(experts) == 100
+        in_all &= torch.isin(torch.arange(F), experts)
+    assert in_all.nonzero().flatten().tolist() == list(range(ranked))
+
+
+def test_a_parameter_of_another_policy_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"topk_share: got 0\.5 with policy topk"):
+        Selection(density=0.5, parameters=SelectionParameters(topk_share=0.5))
 
 
 def test_sampled_draws_in_proportion_to_s() -> None:

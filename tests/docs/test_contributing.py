@@ -30,6 +30,17 @@ def test_a_recipe_has_few_steps(name: str) -> None:
     assert files(RECIPES[name])
 
 
+def test_a_parameter_of_a_policy_is_in_the_files_of_its_recipe_and_in_no_other() -> None:
+    sources = [
+        path
+        for root in ("griffin_core", "server", "client", "protos")
+        for path in (ROOT / root).rglob("*")
+        if path.suffix in (".py", ".proto") and "_pb2" not in path.name
+    ]
+    found = {str(path.relative_to(ROOT)) for path in sources if "topk_share" in path.read_text()}
+    assert found == files(RECIPES["A parameter of a policy"])
+
+
 def test_the_files_that_recipes_name_are_there() -> None:
     assert not {file for file in files(HOW_TO) if not (ROOT / file).exists()}
 

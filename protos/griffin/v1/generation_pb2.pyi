@@ -43,7 +43,9 @@ class _SelectionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Selec
     SELECTION_POLICY_SAMPLED: _SelectionPolicy.ValueType  # 2
     """K neurons drawn without replacement with weights s."""
     SELECTION_POLICY_TOPK_SAMPLED: _SelectionPolicy.ValueType  # 3
-    """Half of K by TOPK (the larger half if K is odd), the rest by SAMPLED among the others."""
+    """A share of K by TOPK (`topk_share`, by default half, rounded up), the rest by SAMPLED among the
+    others.
+    """
     SELECTION_POLICY_MAGNITUDE: _SelectionPolicy.ValueType  # 4
     """The K neurons with the largest weights, independent of the prompt. A baseline."""
     SELECTION_POLICY_RANDOM: _SelectionPolicy.ValueType  # 5
@@ -59,7 +61,9 @@ SELECTION_POLICY_TOPK: SelectionPolicy.ValueType  # 1
 SELECTION_POLICY_SAMPLED: SelectionPolicy.ValueType  # 2
 """K neurons drawn without replacement with weights s."""
 SELECTION_POLICY_TOPK_SAMPLED: SelectionPolicy.ValueType  # 3
-"""Half of K by TOPK (the larger half if K is odd), the rest by SAMPLED among the others."""
+"""A share of K by TOPK (`topk_share`, by default half, rounded up), the rest by SAMPLED among the
+others.
+"""
 SELECTION_POLICY_MAGNITUDE: SelectionPolicy.ValueType  # 4
 """The K neurons with the largest weights, independent of the prompt. A baseline."""
 SELECTION_POLICY_RANDOM: SelectionPolicy.ValueType  # 5
@@ -233,8 +237,8 @@ class Pruning(_message.Message):
     sharing: Global___ExpertSharing.ValueType
     """Default: the server's `--sharing` (see GetModelInfo), which is AUTO unless it is set."""
     @_builtins.property
-    def parameters(self) -> Global___PolicyParameters:
-        """Parameters of the policy. Default: those of the session, if the policy is the session's too."""
+    def parameters(self) -> Global___SelectionParameters:
+        """Default: those of the session, if it has the same policy."""
 
     def __init__(
         self,
@@ -242,7 +246,7 @@ class Pruning(_message.Message):
         density: _builtins.float | None = ...,
         policy: Global___SelectionPolicy.ValueType = ...,
         sharing: Global___ExpertSharing.ValueType = ...,
-        parameters: Global___PolicyParameters | None = ...,
+        parameters: Global___SelectionParameters | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -255,21 +259,30 @@ class Pruning(_message.Message):
 Global___Pruning: _TypeAlias = Pruning  # noqa: Y015
 
 @_typing.final
-class PolicyParameters(_message.Message):
-    """Parameters of selection policies. A parameter is set only with the policy that has it."""
+class SelectionParameters(_message.Message):
+    """What a request may say beside density and policy."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    TOPK_SHARE_FIELD_NUMBER: _builtins.int
+    topk_share: _builtins.float
+    """Of TOPK_SAMPLED, and refused with other policies, in [0, 1]: the share of the experts that is taken by TOPK, rounded up to whole
+    neurons; the others are drawn. Default: 0.5.
+    """
     def __init__(
         self,
+        *,
+        topk_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_topk_share", b"_topk_share", "topk_share", b"topk_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_topk_share", b"_topk_share", "topk_share", b"topk_share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__topk_share: _TypeAlias = _typing.Literal["topk_share"]  # noqa: Y015
+    _WhichOneofArgType__topk_share: _TypeAlias = _typing.Literal["_topk_share", b"_topk_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__topk_share) -> _WhichOneofReturnType__topk_share | None: ...
 
-Global___PolicyParameters: _TypeAlias = PolicyParameters  # noqa: Y015
+Global___SelectionParameters: _TypeAlias = SelectionParameters  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

@@ -188,8 +188,8 @@ class ExpertSelection(_message.Message):
     seed: _builtins.int
     """Seeds the policies that draw."""
     @_builtins.property
-    def parameters(self) -> _generation_pb2.PolicyParameters:
-        """Default: those of the policy."""
+    def parameters(self) -> _generation_pb2.SelectionParameters:
+        """What the request says beside these."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class ExpertSelection(_message.Message):
         policy: _generation_pb2.SelectionPolicy.ValueType = ...,
         density: _builtins.float = ...,
         seed: _builtins.int = ...,
-        parameters: _generation_pb2.PolicyParameters | None = ...,
+        parameters: _generation_pb2.SelectionParameters | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

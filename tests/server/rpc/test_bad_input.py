@@ -43,6 +43,20 @@ BAD = [
     ({"density": 1.5}, "pruning.density", "1.5", "(0, 1]"),
     ({"density": NAN}, "pruning.density", "nan", "(0, 1]"),
     ({"policy": "best"}, "pruning.policy", "best", "topk, "),
+    ({"topk_share": 1.5}, "pruning.parameters.topk_share", "1.5", "[0, 1]"),
+    ({"topk_share": NAN}, "pruning.parameters.topk_share", "nan", "[0, 1]"),
+    (
+        {"topk_share": 0.5, "policy": "sampled"},
+        "pruning.parameters.topk_share",
+        "0.5 with policy sampled",
+        "policy topk_sampled",
+    ),
+    (
+        {"topk_share": 0.5},  # and the server's default policy
+        "pruning.parameters.topk_share",
+        "0.5 with policy topk",
+        "policy topk_sampled",
+    ),
     ({"prompt": ""}, "text", "an empty prompt", "at least one token"),
     ({"prompt": None}, "input", "none", "exactly one of text, token_ids, messages"),
     ({"prompt": "a", "token_ids": [1]}, "input", "text and token_ids", "exactly one of"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from griffin_client import types as client_types
 from griffin_core.engine import events
 from griffin_core.engine.session import SessionInfo, State
 from griffin_core.engine.task import GenerateTask, PrefillTask, PruningParams
+from griffin_core.experts.parameters import SelectionParameters
 from griffin_core.experts.policies import POLICIES
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
@@ -145,6 +147,34 @@ def test_messages_are_rendered_by_the_models_template(model: Model) -> None:
     messages = [pb.ChatMessage(role="user", content="hi")]
     task = task_of(model, pb.GenerateRequest(messages=messages))
     assert model.tokenizer.decode(task.prompt) == "<user>hi\n<assistant>"
+
+
+def test_the_parameters_of_a_policy_survive_the_way_to_decode_and_on_to_prefill(
+    model: Model,
+) -> None:
+    options = {"policy": "topk_sampled", "topk_share": 0.25, "density": 0.5}
+    task = task_of(model, requests.generate_request("complete", "ab", options))
+    selection = task.pruning.selection(Selection(density=1.0), seed=3)
+    assert selection.parameters == SelectionParameters(topk_share=0.25)
+    asked = prefill_request(
+        PrefillTask(token_ids=(1, 2), selection=selection), model.fingerprint, (OLDEST, NEWEST)
+    )
+    assert prefill_task(asked, model.decoder.spec).selection == selection
+
+
+def test_a_later_turn_keeps_the_parameters_while_it_keeps_the_policy(model: Model) -> None:
+    base = Selection(
+        density=0.5, policy="topk_sampled", parameters=SelectionParameters(topk_share=0.25)
+    )
+
+    def later(**options: Any) -> Selection:
+        return task_of(
+            model, requests.generate_request("complete", "ab", options)
+        ).pruning.selection(base, 0)
+
+    assert later(density=0.3).parameters == base.parameters
+    assert later(topk_share=0.75).parameters == SelectionParameters(topk_share=0.75)
+    assert later(policy="topk").parameters == SelectionParameters()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

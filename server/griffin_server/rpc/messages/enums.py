@@ -1,5 +1,5 @@
 """Names of the core (policies, sharings, modes, reasons, states) to enums of the wire and back, and
-the parameters of policies."""
+the parameters of selections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TypeVar
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.session import State
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.policies import PolicyName, PolicyParameters
+from griffin_core.experts.parameters import SelectionParameters
+from griffin_core.experts.policies import PolicyName
 from griffin_core.sampling.stopping import FinishReason
 from griffin_core.spec.choices import ScoreMode, Sharing
 from griffin_server.rpc.messages.fields import set_fields
@@ -64,18 +65,18 @@ def policy_from_pb(field: str, value: int) -> PolicyName | None:
     return _name_of(_POLICIES, field, value)
 
 
-def policy_parameters(message: pb.PolicyParameters) -> PolicyParameters:
+def parameters_from_pb(message: pb.SelectionParameters) -> SelectionParameters:
     """The parameters that a message sets; they have the same names in the core.
 
     Raises:
         InvalidRequest: a value is out of range.
     """
-    names = (each.name for each in fields(PolicyParameters))
-    return PolicyParameters(**set_fields(message, *names))
+    names = (each.name for each in fields(SelectionParameters))
+    return SelectionParameters(**set_fields(message, *names))
 
 
-def policy_parameters_to_pb(parameters: PolicyParameters) -> pb.PolicyParameters:
-    return pb.PolicyParameters(**asdict(parameters))
+def parameters_to_pb(parameters: SelectionParameters) -> pb.SelectionParameters:
+    return pb.SelectionParameters(**asdict(parameters))
 
 
 def sharing_to_pb(sharing: Sharing) -> pb.ExpertSharing.ValueType:

@@ -8,9 +8,9 @@ from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import Selection
 from griffin_core.spec.model import ModelSpec
 from griffin_server.rpc.messages.enums import (
+    parameters_from_pb,
+    parameters_to_pb,
     policy_from_pb,
-    policy_parameters,
-    policy_parameters_to_pb,
     policy_to_pb,
 )
 
@@ -33,7 +33,7 @@ def prefill_request(
             policy=policy_to_pb(task.selection.policy),
             density=task.selection.density,
             seed=task.selection.seed,
-            parameters=policy_parameters_to_pb(task.selection.parameters),
+            parameters=parameters_to_pb(task.selection.parameters),
         ),
     )
 
@@ -58,7 +58,7 @@ def prefill_task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
         selection=Selection(
             density=chosen.density,
             policy=policy or "topk",
-            parameters=policy_parameters(chosen.parameters),
+            parameters=parameters_from_pb(chosen.parameters),
             seed=chosen.seed,
         ),
     )
