@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from griffin_core.backends.batch import StepSequence
 from griffin_core.engine.scoring import Chance, Scoring, Stage
 from griffin_core.engine.session import Session
 from griffin_core.forward.decode import Stepper
@@ -20,7 +21,8 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimViews
 
 STEP_TOKENS = 256
-"""Most rows of logits in a step, over all sessions that score. The logits are at most this × V."""
+"""Most rows of logits in a turn of the loop, over all sessions that score. The logits are at most
+this × V."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +39,28 @@ class Piece:
     rows: int
 
 
-def pieces_of_step(sessions: Sequence[Session]) -> list[list[Piece]]:
-    """The pieces of a step, for sessions in the given order and up to STEP_TOKENS rows in all,
-    grouped by stage: the pieces of one stage run together."""
+def pieces_of_step(sessions: Sequence[Session], room: int) -> list[list[Piece]]:
+    """The pieces of a step, for sessions in the given order and up to ``room`` rows in all, grouped
+    by what runs together: heads alone, dense passes, and tokens on experts."""
     together: dict[Stage, list[Piece]] = {stage: [] for stage in Stage}
-    room = STEP_TOKENS
     for session in sessions:
+        if room <= 0:
+            break
         turn = session.turn
         assert isinstance(turn, Scoring)
         stage = turn.stage
         rows = turn.rows_of_step(room)
-        together[stage].append(Piece(session=session, turn=turn, stage=stage, rows=rows))
+        group = Stage.VIEW if stage is Stage.CHOSEN else stage
+        together[group].append(Piece(session=session, turn=turn, stage=stage, rows=rows))
         room -= rows
-        if not room:
-            break
     return [pieces for pieces in together.values() if pieces]
 
 
 def look_up(
     decoder: Decoder, stepper: Stepper, views: SlimViews, pieces: Sequence[Piece]
 ) -> list[list[Chance]]:
-    """Runs pieces of one stage in one batch, and looks up the tokens that follow. If it raises, all
-    sessions are as they were before, and the same pieces may be run again.
+    """Runs pieces that belong together in one batch, and looks up the tokens that follow. If it
+    raises, all sessions are as they were before, and the same pieces may be run again.
 
     Returns:
         For each piece the scores of its targets, for ``Scoring.take``.
@@ -78,8 +80,19 @@ def look_up(
 def _look_up_on_experts(
     stepper: Stepper, views: SlimViews, pieces: Sequence[Piece]
 ) -> list[list[Chance]]:
-    sequences = [piece.turn.on_experts(piece.session, piece.rows, views) for piece in pieces]
+    sequences = on_experts(views, pieces)
     logits = stepper.launch(sequences, [None] * len(sequences)).logits
+    return look_up_in(logits, pieces)
+
+
+def on_experts(views: SlimViews, pieces: Sequence[Piece]) -> list[StepSequence]:
+    """The sequences of pieces whose tokens run on experts, for a step of any stepper."""
+    return [piece.turn.on_experts(piece.session, piece.rows, views) for piece in pieces]
+
+
+def look_up_in(logits: Tensor, pieces: Sequence[Piece]) -> list[list[Chance]]:
+    """Looks up the tokens that follow in the logits [N, V] of the step that ran ``on_experts``.
+    Raises and returns as ``look_up``."""
     rows = [piece.rows for piece in pieces]
     chances = chances_of(pieces, torch.split_with_sizes(logits, rows))
     for piece in pieces:

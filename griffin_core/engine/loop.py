@@ -115,7 +115,7 @@ class EngineLoop:
         parts.views.build(BUILD_SHARE * self._step_s)
         for session, error in parts.groups.advance():
             parts.sessions.fail_with(session, error)
-        read = parts.token_steps.run(stepper, self._set_flush_policy)
+        read = parts.token_steps.run(stepper, self._set_flush_policy, parts.score_steps.join)
         parts.score_steps.run(stepper)
         self._step_s = time.monotonic() - clock
         if read:

@@ -1,13 +1,22 @@
-"""Steps of the sessions that score: their next tokens, many at once."""
+"""Steps of the sessions that score: their next tokens, many at once.
+
+Tokens on experts run in the same batch as those of the sessions that generate, while there are any:
+all weights are then read once for both.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from griffin_core.engine.look_up import Piece, look_up, pieces_of_step
-from griffin_core.engine.scoring import Chance, Scoring
+from torch import Tensor
+
+from griffin_core.backends.batch import StepSequence
+from griffin_core.engine import look_up
+from griffin_core.engine.look_up import Piece
+from griffin_core.engine.scoring import Chance, Scoring, Stage
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.sessions import Sessions
 from griffin_core.forward.decode import Stepper
@@ -15,6 +24,22 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimViews
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Joined:
+    """Pieces of scores for a step of other sessions.
+
+    Args:
+        sequences: of the pieces.
+        tried: whether it was tried to run them so.
+        logits: [N, V] float32 after their tokens, once they have run; None before.
+    """
+
+    pieces: Sequence[Piece]
+    sequences: Sequence[StepSequence]
+    tried: bool = False
+    logits: Tensor | None = None
 
 
 class ScoreSteps:
@@ -32,6 +57,7 @@ class ScoreSteps:
         self._sessions = sessions
         self._views = views
         self._batch_invariant = batch_invariant
+        self._joined: Joined | None = None
 
     @property
     def has_work(self) -> bool:
@@ -49,17 +75,53 @@ class ScoreSteps:
             and (session.view is not None or not session.turn.needs_view)
         ]
 
+    def join(self, stepper: Stepper, rows: int) -> Joined | None:
+        """What may run in the same batch as ``rows`` rows of sessions that generate; None for
+        nothing. ``run`` looks up what was run so, and runs by itself what was not."""
+        most = look_up.STEP_TOKENS
+        if stepper.most_rows is not None:
+            most = min(most, stepper.most_rows - rows)
+        sessions = [s for s in self._runnable() if _scoring(s).stage in (Stage.VIEW, Stage.CHOSEN)]
+        if self._batch_invariant or most <= 0 or not sessions:
+            return None
+        (pieces,) = look_up.pieces_of_step(sessions, most)
+        try:
+            sequences = look_up.on_experts(self._views, pieces)
+        except Exception:  # ``run`` meets it again, and finds out whose it is
+            return None
+        self._joined = Joined(pieces=pieces, sequences=sequences)
+        return self._joined
+
     def run(self, stepper: Stepper) -> None:
         """Looks up the next tokens of all sessions that score, up to the limit of a step."""
-        sessions = self._runnable()
-        for pieces in pieces_of_step(sessions[:1] if self._batch_invariant else sessions):
+        joined = self._look_up_joined()
+        done = {id(piece.session) for piece in joined}
+        sessions = [session for session in self._runnable() if id(session) not in done]
+        room = look_up.STEP_TOKENS - sum(piece.rows for piece in joined)
+        if self._batch_invariant:
+            sessions = sessions[:1]
+        for pieces in look_up.pieces_of_step(sessions, room):
             self._look_up(stepper, pieces)
+
+    def _look_up_joined(self) -> Sequence[Piece]:
+        """Looks up what ran beside other sessions, and returns it."""
+        joined, self._joined = self._joined, None
+        if joined is None or joined.logits is None:
+            return []
+        try:
+            looked_up = look_up.look_up_in(joined.logits, joined.pieces)
+        except Exception:
+            self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
+            log.exception("scores beside other sessions failed; they run by themselves")
+            return []
+        self._take_all(joined.pieces, looked_up)
+        return joined.pieces
 
     def _look_up(self, stepper: Stepper, pieces: Sequence[Piece]) -> None:
         """Runs pieces together. If that fails, each is run alone, so that only the session at fault
         ends."""
         try:
-            looked_up = look_up(self._decoder, stepper, self._views, pieces)
+            looked_up = look_up.look_up(self._decoder, stepper, self._views, pieces)
         except Exception as error:
             self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
             if len(pieces) == 1:
@@ -69,6 +131,9 @@ class ScoreSteps:
             for piece in pieces:
                 self._look_up(stepper, [piece])
             return
+        self._take_all(pieces, looked_up)
+
+    def _take_all(self, pieces: Sequence[Piece], looked_up: Sequence[list[Chance]]) -> None:
         for piece, chances in zip(pieces, looked_up, strict=True):
             self._sessions.guard(piece.session, partial(self._take, piece, chances))
 
@@ -76,3 +141,8 @@ class ScoreSteps:
         last = piece.turn.take(session, chances)
         if last is not None:
             self._sessions.finish(session, last)
+
+
+def _scoring(session: Session) -> Scoring:
+    assert isinstance(session.turn, Scoring)
+    return session.turn

@@ -19,6 +19,7 @@ from griffin_core.backends.transfers import on_device
 from griffin_core.engine.admission import Admission
 from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.generation import Generation
+from griffin_core.engine.score_steps import Joined
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.sessions import Sessions
 from griffin_core.forward.decode import Stepper
@@ -92,11 +93,17 @@ class TokenSteps:
                     sessions.append(session)
         return sessions
 
-    def run(self, stepper: Stepper, before_launch: Callable[[int], None]) -> int:
+    def run(
+        self,
+        stepper: Stepper,
+        before_launch: Callable[[int], None],
+        join: Callable[[Stepper, int], Joined | None],
+    ) -> int:
         """Launches a token for every session that may run, and reads those that are due.
 
         Args:
             before_launch: called with the number of sessions in the step, if there are any.
+            join: called with the same number; returns what else is to run in the step.
 
         Returns:
             The number of tokens that were read, without those that come from prompts.
@@ -108,7 +115,8 @@ class TokenSteps:
         launched: list[LaunchedStep] = []
         if sessions := self.runnable():
             before_launch(len(sessions))
-            launched = self._launch(sessions, partial(_launch_step, stepper))
+            joined = join(stepper, len(sessions))
+            launched = self._launch(sessions, partial(self._launch_step, stepper, joined))
         if self._overlap:  # the device runs the next step while the host reads the last one
             self._launched = launched
         else:
@@ -146,6 +154,43 @@ class TokenSteps:
         for session in sessions:
             session.in_flight += 1
         return [LaunchedStep(turns=turns, densities=densities, draw=draw)]
+
+    def _launch_step(
+        self, stepper: Stepper, joined: Joined | None, sessions: list[Session]
+    ) -> Draws:
+        own = [_step_sequence(session) for session in sessions]
+        tops = [_generation(session).top_logprobs for session in sessions]
+        draws = None if joined is None else self._launch_joined(stepper, joined, own, tops)
+        if draws is None:
+            draws = stepper.launch(own, tops)
+        for session in sessions:
+            assert session.cache is not None
+            session.cache.advance(1)
+        return draws
+
+    def _launch_joined(
+        self,
+        stepper: Stepper,
+        joined: Joined,
+        own: Sequence[StepSequence],
+        tops: Sequence[int | None],
+    ) -> Draws | None:
+        """Launches a step that others have joined. None if that fails, or was tried before: the
+        sessions then run without them."""
+        if joined.tried:
+            return None
+        joined.tried = True
+        try:
+            more = joined.sequences
+            draws = stepper.launch([*own, *more], [*tops, *[None] * len(more)])
+        except DrawLost:
+            raise
+        except Exception:
+            self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
+            log.exception("%d sessions and %d scores together failed", len(own), len(more))
+            return None
+        joined.logits = draws.logits[len(own) :]
+        return draws
 
     def _may_draw(self, session: Session) -> bool:
         """Bans the tokens that the session's next one must not be. If none is left, the session
@@ -211,17 +256,6 @@ class TokenSteps:
             self._sessions.finish(session, last)
         elif first:
             self._groups.join(session)
-
-
-def _launch_step(stepper: Stepper, sessions: list[Session]) -> Draws:
-    draws = stepper.launch(
-        [_step_sequence(session) for session in sessions],
-        [_generation(session).top_logprobs for session in sessions],
-    )
-    for session in sessions:
-        assert session.cache is not None
-        session.cache.advance(1)
-    return draws
 
 
 def _step_sequence(session: Session) -> StepSequence:

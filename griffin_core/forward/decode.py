@@ -16,7 +16,7 @@ from torch import Tensor
 from griffin_core.backends.base import RunFF
 from griffin_core.backends.batch import RowTable, StepBatch, StepSequence
 from griffin_core.backends.transfers import on_device
-from griffin_core.forward.draws import Draw, Draws
+from griffin_core.forward.draws import Draw, Draws, drawn_rows
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
@@ -29,6 +29,12 @@ from griffin_core.slim.views import WholeView
 class Stepper(Protocol):
     """Runs steps of the engine's loop."""
 
+    @property
+    def most_rows(self) -> int | None:
+        """The number of rows above which a step costs more than two steps of fewer rows; None if
+        there is no such number."""
+        ...
+
     def launch(
         self, sequences: Sequence[StepSequence], top_logprobs: Sequence[int | None]
     ) -> Draws:
@@ -37,7 +43,7 @@ class Stepper(Protocol):
 
         Args:
             top_logprobs: for each sequence the number of top log-probabilities to report with its
-                token; None to report no log-probabilities.
+                token; None to report no log-probabilities, or for a sequence that draws no token.
 
         Raises:
             DrawLost: tokens were sampled and cannot be read: the sequences must end.
@@ -78,6 +84,7 @@ class EagerStep:
     pool: KvPool
     sampler: Sampler
     slims: SlimTable
+    most_rows: int | None = None
 
     @torch.inference_mode()
     def launch(
@@ -91,13 +98,36 @@ class EagerStep:
         )
         ids = token_ids(rows, self.sampler.drawn)
         logits = step_logits(self.decoder, self.pool, rows, ids, self.slims.run(rows))
-        slots, positions = rows.slots, rows.positions + 1
+        table = rows.table
         if order != sorted(order):
-            back = rows_back(ordered, order)
-            index = on_device(back, torch.int64, logits.device)
-            logits, slots, positions = logits[index], slots[index], positions[index]
-        tokens = self.sampler.sample(logits, slots, positions)
-        return Draw.of(tokens, logits, sequences, top_logprobs)
+            index = on_device(rows_back(ordered, order), torch.int64, logits.device)
+            logits, table = logits[index], table[:, index]
+        return sample(self.sampler, logits, RowTable(table=table), sequences, top_logprobs)
+
+
+def sample(
+    sampler: Sampler,
+    logits: Tensor,
+    rows: RowTable,
+    sequences: Sequence[StepSequence],
+    top_logprobs: Sequence[int | None],
+) -> Draw:
+    """Samples the next token of each sequence that has a sampler slot.
+
+    Args:
+        logits: [N, V] float32.
+        rows: the N rows, in the order of the sequences.
+
+    Raises:
+        DrawLost: tokens were sampled and cannot be read.
+    """
+    drawn = drawn_rows(sequences)
+    slots, positions, own = rows.slots, rows.positions + 1, logits
+    if len(drawn) < len(logits):
+        index = on_device(drawn, torch.int64, logits.device)
+        slots, positions, own = slots[index], positions[index], logits[index]
+    tokens = sampler.sample(own, slots, positions) if drawn else slots
+    return Draw.of(tokens, logits, sequences, top_logprobs)
 
 
 def order_of(slims: SlimTable, sequences: Sequence[StepSequence]) -> list[int]:

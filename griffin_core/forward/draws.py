@@ -17,7 +17,7 @@ from griffin_core.sampling.logprobs import Logprobs, RowLogprobs, logprobs_of
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A sequence's next token.
+    """The next token of a sequence.
 
     Args:
         token: its id; -1 if the logits were not finite.
@@ -26,6 +26,13 @@ class Drawn:
 
     token: int
     logprobs: Logprobs | None = None
+
+
+def drawn_rows(sequences: Sequence[StepSequence]) -> list[int]:
+    """Returns the rows that a token is sampled from: the last row of each sequence that has a
+    sampler slot."""
+    ends = accumulate(len(each.token_ids) for each in sequences)
+    return [end - 1 for each, end in zip(sequences, ends, strict=True) if each.slot is not None]
 
 
 class DrawLost(Exception):
@@ -42,7 +49,7 @@ class Draws(Protocol):
         ...
 
     def wait(self) -> list[Drawn]:
-        """Waits for the device, and returns the next token of each sequence."""
+        """Waits for the device, and returns the next token of each sequence that draws one."""
         ...
 
 
@@ -50,28 +57,28 @@ class Draw:
     """The sampled tokens of one batch.
 
     Args:
-        tokens: [B] int64 on the device, one for each sequence.
+        tokens: [B] int64 on the device, one for each sequence that draws.
         logits: [N, V] float32, all rows. Log-probabilities are computed from them now, since the
             next step may overwrite them.
-        last_rows: [B], the row of each sequence that its token was sampled from.
-        top_logprobs: as in ``Stepper.launch``.
+        rows: [B], the row that each token was sampled from.
+        top_logprobs: [B], as in ``Stepper.launch``.
     """
 
     def __init__(
         self,
         tokens: Tensor,
         logits: Tensor,
-        last_rows: Sequence[int],
+        rows: Sequence[int],
         top_logprobs: Sequence[int | None],
     ) -> None:
         self.logits = logits
         self._asked = {place: top for place, top in enumerate(top_logprobs) if top is not None}
         self._logprobs: RowLogprobs | None = None
         if self._asked:
-            rows = on_device([last_rows[i] for i in self._asked], torch.int64, tokens.device)
+            asked = on_device([rows[i] for i in self._asked], torch.int64, tokens.device)
             places = on_device(list(self._asked), torch.int64, tokens.device)
             most = max(self._asked.values())
-            self._logprobs = logprobs_of(logits, rows, tokens[places], most).to_host()
+            self._logprobs = logprobs_of(logits, asked, tokens[places], most).to_host()
         self._tokens = to_host(tokens)
         self._ready: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
@@ -88,16 +95,19 @@ class Draw:
         """Makes the draw of sequences whose rows are in the same order as the sequences.
 
         Args:
-            tokens: [N] int64 on the device, one for each row.
+            tokens: int64 on the device: [B], one for each sequence that draws, or [N], one for each
+                row.
 
         Raises:
             DrawLost: the tokens or their log-probabilities cannot be read.
         """
-        last_rows = [end - 1 for end in accumulate(len(each.token_ids) for each in sequences)]
+        drawn = drawn_rows(sequences)
+        pairs = zip(sequences, top_logprobs, strict=True)
+        tops = [top for each, top in pairs if each.slot is not None]
         try:
-            if len(last_rows) < len(tokens):
-                tokens = tokens[on_device(last_rows, torch.int64, tokens.device)]
-            return Draw(tokens, logits, last_rows, top_logprobs)
+            if len(drawn) < len(tokens):
+                tokens = tokens[on_device(drawn, torch.int64, tokens.device)]
+            return Draw(tokens, logits, drawn, tops)
         except Exception as error:
             raise DrawLost from error
 

@@ -148,6 +148,11 @@ class GraphStep:
         replay them."""
         return MappingProxyType(self._graphs)
 
+    @property
+    def most_rows(self) -> int | None:
+        """See ``Stepper``: the rows of the largest graph."""
+        return max(self._tables)
+
     @torch.inference_mode()
     def launch(
         self, sequences: Sequence[StepSequence], top_logprobs: Sequence[int | None]

@@ -20,8 +20,15 @@ from torch import Tensor
 
 from griffin_core.backends.base import FeedForward, RunFF
 from griffin_core.backends.batch import PADDING, RowTable, StepBatch, StepSequence
-from griffin_core.forward.decode import EagerStep, order_of, rows_back, step_logits, token_ids
-from griffin_core.forward.draws import Draw, Draws
+from griffin_core.forward.decode import (
+    EagerStep,
+    order_of,
+    rows_back,
+    sample,
+    step_logits,
+    token_ids,
+)
+from griffin_core.forward.draws import Draws
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.sampler import Sampler
@@ -52,6 +59,7 @@ class InvariantStep:
         self._pool = pool
         self._sampler = sampler
         self.slims = slims
+        self.most_rows: int | None = None
         self._alone = EagerStep(decoder=decoder, pool=pool, sampler=sampler, slims=slims)
         self._masks: dict[int, RowMasks] = defaultdict(RowMasks)  # by first row of a product
 
@@ -72,9 +80,7 @@ class InvariantStep:
         index = torch.tensor(rows_back(ordered, order))
         logits = torch.cat([logits for logits, _ in parts])[index]
         table = torch.cat([rows.table for _, rows in parts], dim=1)[:, index]
-        rows = RowTable(table=table)
-        tokens = self._sampler.sample(logits, rows.slots, rows.positions + 1)
-        return Draw.of(tokens, logits, sequences, top_logprobs)
+        return sample(self._sampler, logits, RowTable(table=table), sequences, top_logprobs)
 
     def _product(self, first: int, sequences: Sequence[StepSequence]) -> tuple[Tensor, RowTable]:
         """Returns the logits [n, V] of up to ``ROWS`` rows, and their table."""

@@ -23,6 +23,7 @@ from griffin_core.engine.scoring import choice_bytes
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import CapacityExhausted, EngineFault, InvalidRequest, NonFiniteLogits
 from griffin_core.experts.policies import POLICIES, PolicyName
+from griffin_core.forward.decode import EagerStep
 from griffin_core.forward.prefill import Pass
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
@@ -238,7 +239,7 @@ def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) 
         rows.append(len(pieces))
         return whole(*arguments)
 
-    monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.look_up.look_up", noted)
     stream = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=40, ignore_eos=True))
     tokens = complete(running, stream)[0]
     beside = submit(running, replace(stream, turn_id=uuid4().hex))[1]
@@ -247,6 +248,41 @@ def test_batched_equals_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) 
         close(logprobs(finish(inbox)[1]), expected)
     assert finish(beside)[0] == tokens
     assert max(rows) >= 4  # and not one by one
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_run_in_the_batch_of_the_sessions_that_generate(
+    mode: ScoreMode, fails: bool, running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where that fails, each kind runs without the other."""
+    scored = [replace(many(number), mode=mode) for number in range(6)]
+    expected = [logprobs(complete(running, replace(each))[1]) for each in scored]
+    stream = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=40, ignore_eos=True))
+    tokens = complete(running, stream)[0]
+    whole, joined, drawn = EagerStep.launch, 0, []
+
+    def noted(self: EagerStep, sequences: Any, *rest: Any) -> Any:
+        nonlocal joined
+        if len({each.slot is None for each in sequences}) == 2:
+            joined += 1
+            if fails:
+                raise MemoryError("no memory for both")
+        draws = whole(self, sequences, *rest)
+        drawn.append((sum(each.slot is not None for each in sequences), len(draws.wait())))
+        return draws
+
+    monkeypatch.setattr(EagerStep, "launch", noted)
+    busy = Busy(running)  # so that they run together
+    beside = [submit(running, replace(stream, turn_id=uuid4().hex))[1] for _ in range(2)]
+    inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for each in scored]
+    busy.release()
+    for inbox, each in zip(inboxes, expected, strict=True):
+        close(logprobs(finish(inbox)[1]), each)
+    assert [finish(inbox)[0] for inbox in beside] == [tokens, tokens]
+    assert joined > 0
+    assert all(asked == got for asked, got in drawn)  # a token for each session that draws
+    eventually(lambda: at_baseline(running))
 
 
 def test_a_step_holds_a_bounded_number_of_logits(
@@ -373,7 +409,7 @@ def test_a_step_that_fails_once_is_run_again_from_where_it_was(
             raise MemoryError("no memory, this once")
         return whole(*arguments, **named)
 
-    monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.look_up.look_up", noted)
     monkeypatch.setattr(owner, name, sometimes)
     busy = Busy(running)  # so that they run together
     inboxes = [submit(running, replace(each, turn_id=uuid4().hex))[1] for each in tasks]
@@ -396,7 +432,7 @@ def test_a_score_that_is_cancelled_midway_leaves_nothing(
         seen.append(pieces)
         return whole(*arguments)
 
-    monkeypatch.setattr("griffin_core.engine.score_steps.look_up", noted)
+    monkeypatch.setattr("griffin_core.engine.look_up.look_up", noted)
     for steps in (1, 2, 9):
         seen.clear()
         each = task(mode=mode, continuations=(tuple(IDS[:100]),) * 50)
