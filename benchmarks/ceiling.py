@@ -11,10 +11,12 @@ from griffin_core.model.decoder import Decoder
 def step_bytes(decoder: Decoder, density: float, cached_tokens: int) -> float:
     """Returns the bytes of the weights that a token uses and of its session's KV."""
     spec = decoder.spec
-    heads = 2 * (spec.heads + spec.kv_heads) * spec.head_dim  # queries and out, keys and values
-    attention = len(spec.layers) * heads * spec.width * decoder.dtype.itemsize
+    heads = (
+        2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    )  # queries and out, keys and values
+    attention = len(spec.layers) * heads * spec.hidden_size * decoder.dtype.itemsize
     ff = sum(layer.ff.weights.nbytes for layer in decoder.layers)
-    head = spec.vocabulary * spec.width * decoder.dtype.itemsize
+    head = spec.vocab_size * spec.hidden_size * decoder.dtype.itemsize
     return attention + ff * density + head + kv_bytes(spec, decoder.dtype, cached_tokens)
 
 

@@ -68,11 +68,15 @@ def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, se
     everything else once."""
     spec = decoder.spec
     item = DTYPE.itemsize
-    heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim * spec.width
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
     neurons = decoder.layers[0].ff.weights
-    of_neuron = (neurons.w_in.shape[0] + 1) * spec.width
-    neurons_read = min(1.0, density * sets) * spec.ff_width if density < 1 else spec.ff_width
-    weights = len(spec.layers) * (heads + of_neuron * neurons_read) + spec.vocabulary * spec.width
+    of_neuron = (neurons.w_in.shape[0] + 1) * spec.hidden_size
+    neurons_read = (
+        min(1.0, density * sets) * spec.intermediate_size if density < 1 else spec.intermediate_size
+    )
+    weights = (
+        len(spec.layers) * (heads + of_neuron * neurons_read) + spec.vocab_size * spec.hidden_size
+    )
     return int(weights * item) + sessions * kv_bytes(spec, DTYPE, context)
 
 
@@ -130,7 +134,7 @@ def measure(name: str, bandwidth: float, arguments: argparse.Namespace) -> list[
     resident = torch.cuda.memory_allocated() - before
     weights = step_bytes(decoder, 1.0, 0, 0, 1)
     if not CONFIG_MAPPING[SHAPES[name][0]](**SHAPES[name][1]).tie_word_embeddings:
-        weights += decoder.spec.vocabulary * decoder.spec.width * DTYPE.itemsize
+        weights += decoder.spec.vocab_size * decoder.spec.hidden_size * DTYPE.itemsize
     print(f"\n{name}: weights take {resident / weights:.3f} times their bytes")
     lengths = [128, 2048] if arguments.long else [128]
     capacity, batch = PROMPT + max(lengths) + 8, max(arguments.batch)

@@ -197,8 +197,12 @@ def main() -> None:
     decoder = random_decoder(arguments.shape)
     arguments.chunk_tokens = arguments.chunk_tokens or decoder.backend.default_chunk_tokens
     spec, neurons = decoder.spec, decoder.layers[0].ff.weights
-    heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
-    weights = len(spec.layers) * spec.width * (heads + (neurons.w_in.shape[0] + 1) * spec.ff_width)
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    weights = (
+        len(spec.layers)
+        * spec.hidden_size
+        * (heads + (neurons.w_in.shape[0] + 1) * spec.intermediate_size)
+    )
     read_ms = 1e3 * weights * decoder.dtype.itemsize / bandwidth
     products_ms = 2e3 * weights * arguments.chunk_tokens / rate
     print(

@@ -60,10 +60,12 @@ def main() -> None:
     model = load_model(DEFAULT_MODEL, progress=print)
     spec, limits = model.decoder.spec, Limits()
     rate = apart(
-        lambda: matmul_rate(model.decoder.dtype, limits.chunk_tokens, spec.width, spec.ff_width)
+        lambda: matmul_rate(
+            model.decoder.dtype, limits.chunk_tokens, spec.hidden_size, spec.intermediate_size
+        )
     )
-    attention = 2 * (spec.heads + spec.kv_heads) * spec.head_dim
-    weights = len(spec.layers) * spec.width * (attention + 3 * spec.ff_width)
+    attention = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    weights = len(spec.layers) * spec.hidden_size * (attention + 3 * spec.intermediate_size)
     ceiling_ms = 2 * weights * limits.chunk_tokens / rate * 1e3
     print(f"\n{STREAMS} streams, {model.decoder.dtype}, {torch.get_num_threads()} threads")
     print(f"ceiling of {limits.chunk_tokens} tokens by their products: {ceiling_ms:.0f} ms")

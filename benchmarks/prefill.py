@@ -54,7 +54,7 @@ def main() -> None:
     ids = torch.arange(1000, 1000 + TOKENS)
     token_ids = ids.tolist()
 
-    rate = matmul_rate(decoder.dtype, TOKENS, spec.width, spec.ff_width)
+    rate = matmul_rate(decoder.dtype, TOKENS, spec.hidden_size, spec.intermediate_size)
     weights = sum(p.numel() for p in reference.model.layers.parameters())
     ceiling_ms = 2 * weights * TOKENS / rate * 1e3
     print(f"\nprefill of {TOKENS} tokens, {decoder.dtype}, {torch.get_num_threads()} threads")

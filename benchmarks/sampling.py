@@ -39,9 +39,9 @@ REPLAYS = 20
 
 def run_of(logits: Tensor, params: SamplingParams) -> Callable[[], float]:
     """Returns a function that samples once for each row and returns the seconds."""
-    rows, vocabulary = logits.shape
+    rows, vocab_size = logits.shape
     sampler = Sampler(
-        slots=rows, vocabulary=vocabulary, backend=backend_for(logits.device, torch.float32)
+        slots=rows, vocab_size=vocab_size, backend=backend_for(logits.device, torch.float32)
     )
     for slot in range(rows):
         sampler.open(slot, params, SEEN)
@@ -117,17 +117,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vocabulary = asked.vocabulary or (128_256 if device.type == "cuda" else 49_152)
+    vocab_size = asked.vocabulary or (128_256 if device.type == "cuda" else 49_152)
     bandwidth = _bandwidth(device)
-    ceiling_ms = {rows: round(rows * vocabulary * 4 / bandwidth * 1e3, 4) for rows in ROWS}
+    ceiling_ms = {rows: round(rows * vocab_size * 4 / bandwidth * 1e3, 4) for rows in ROWS}
     card = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
-    print(f"a vocabulary of {vocabulary} on {card}")
+    print(f"a vocabulary of {vocab_size} on {card}")
     print(f"ceiling, the logits read once at {bandwidth / 1e9:.0f} GB/s: {ceiling_ms} ms")
     results: dict[str, dict[int, float]] = {name: {} for name in SETTINGS}
     results["top_p by sorting"] = {}
     for rows in ROWS:
         generator = torch.Generator().manual_seed(rows)
-        logits = (torch.randn(rows, vocabulary, generator=generator) * asked.spread).to(device)
+        logits = (torch.randn(rows, vocab_size, generator=generator) * asked.spread).to(device)
         each = {name: SamplingParams(**values) for name, values in SETTINGS.items()}
         runs = {name: run_of(logits, params) for name, params in each.items()}
         for name, ms in Rounds(runs, rounds=asked.rounds).median_ms(digits=4).items():
@@ -140,7 +140,7 @@ def main() -> None:
     finish(
         "sampling",
         {
-            "vocabulary": vocabulary,
+            "vocabulary": vocab_size,
             "card": card,
             "ceiling_ms": ceiling_ms,
             "draw_ms": results,

@@ -84,15 +84,19 @@ def ceiling(answer: dict[str, Any], items: Sequence[Item], decoder: Decoder) -> 
     """Returns the items per second by matrix products alone, with each context read once and last
     tokens not run."""
     spec = decoder.spec
-    heads = 2 * (spec.heads + spec.kv_heads) * spec.head_dim  # queries and out, keys and values
+    heads = (
+        2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    )  # queries and out, keys and values
     weights = sum(
-        heads * spec.width + layer.ff.weights.w_in.numel() + layer.ff.weights.down.numel()
+        heads * spec.hidden_size + layer.ff.weights.w_in.numel() + layer.ff.weights.down.numel()
         for layer in decoder.layers
     )
     scored = sum(tokens for item in answer["scores"] for _, tokens in item)
     run = sum(answer["context_tokens"]) + scored - sum(len(item) for item in answer["scores"])
-    flop = 2 * (weights * run + spec.width * spec.vocabulary * scored)
-    rate = apart(lambda: matmul_rate(torch.float32, STEP_ROWS, spec.width, spec.ff_width))
+    flop = 2 * (weights * run + spec.hidden_size * spec.vocab_size * scored)
+    rate = apart(
+        lambda: matmul_rate(torch.float32, STEP_ROWS, spec.hidden_size, spec.intermediate_size)
+    )
     return {"gflop": flop / 1e9, "gflop_s": rate / 1e9, "items_s": len(items) * rate / flop}
 
 

@@ -28,8 +28,8 @@ from griffin_core.slim.views import WholeView
 
 def greedy_sampler(decoder: Decoder, slots: int) -> Sampler:
     """Returns a sampler with greedy slots only."""
-    vocabulary = decoder.spec.vocabulary
-    sampler = Sampler(slots=slots, vocabulary=vocabulary, backend=decoder.backend)
+    vocab_size = decoder.spec.vocab_size
+    sampler = Sampler(slots=slots, vocab_size=vocab_size, backend=decoder.backend)
     for slot in range(slots):
         sampler.open(slot, SamplingParams(), [])
     return sampler
@@ -69,10 +69,12 @@ class Steps:
         decoder = self.decoder
         if density == 1.0:
             return WholeView([layer.ff for layer in decoder.layers])
-        shape = (len(decoder.layers), decoder.spec.ff_width)
+        shape = (len(decoder.layers), decoder.spec.intermediate_size)
         counts = Selection(density=density).expert_counts(*shape)
         experts = largest(torch.rand(shape, device=decoder.device), counts)
-        slim = SlimSpec(ff_width=decoder.spec.ff_width, counts=counts, experts=experts)
+        slim = SlimSpec(
+            intermediate_size=decoder.spec.intermediate_size, counts=counts, experts=experts
+        )
         blocks = []
         if self.form is not None:
             pairs = zip(decoder.layers, slim.layers, strict=True)

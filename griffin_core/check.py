@@ -175,7 +175,7 @@ def _compare(model: Model, reference: PreTrainedModel) -> Comparison:
 def _sample(model: Model) -> list[int]:
     """Returns the tokens of the text, as many as the context holds; at least one."""
     spec = model.decoder.spec
-    ids = [token for token in model.tokenizer.encode(SAMPLE) if token < spec.vocabulary]
+    ids = [token for token in model.tokenizer.encode(SAMPLE) if token < spec.vocab_size]
     return (ids or [0])[: min(MOST_TOKENS, spec.context_length)]
 
 

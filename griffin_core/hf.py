@@ -112,7 +112,7 @@ def sparsify(
         ):
             undo.callback(hook.remove)
         for block, kept in zip(blocks, slim.layers, strict=True):
-            hook = block.down.register_forward_pre_hook(_Prune(rows, kept, slim.ff_width))
+            hook = block.down.register_forward_pre_hook(_Prune(rows, kept, slim.intermediate_size))
             undo.callback(hook.remove)
             undo.callback(_PRUNED.discard, block.down)
             _PRUNED.add(block.down)
@@ -234,8 +234,8 @@ def _magnitude(block: Block) -> Tensor:
             given = f"magnitude, with quantized weights in {block.name}"
             raise InvalidRequest("policy", given, "another policy")
         norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=_exact(rows.device)))
-    ff_width, _ = sizes(block.down) or (0, 0)
-    return torch.cat(norms).view(-1, ff_width).prod(dim=0).cpu()
+    intermediate_size, _ = sizes(block.down) or (0, 0)
+    return torch.cat(norms).view(-1, intermediate_size).prod(dim=0).cpu()
 
 
 # -- which tokens run on them ---------------------------------------------------------------------
@@ -319,9 +319,9 @@ class _Prune:
         experts: [K].
     """
 
-    def __init__(self, rows: _Rows, experts: Tensor, ff_width: int) -> None:
+    def __init__(self, rows: _Rows, experts: Tensor, intermediate_size: int) -> None:
         self._rows = rows
-        self._others = torch.ones(ff_width, dtype=torch.bool)
+        self._others = torch.ones(intermediate_size, dtype=torch.bool)
         self._others[experts.long()] = False
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

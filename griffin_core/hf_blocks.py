@@ -109,9 +109,9 @@ def _downs(linears: Sequence[nn.Module], width: int) -> list[nn.Module]:
     """Returns the linear layers of a block whose shapes fit a down projection."""
     downs = []
     for down in linears:
-        ff_width, out = sizes(down) or (0, 0)
+        intermediate_size, out = sizes(down) or (0, 0)
         inner = [sizes(linear) for linear in linears if linear is not down]
-        plain, fused = [(width, ff_width)], [(width, 2 * ff_width)]
+        plain, fused = [(width, intermediate_size)], [(width, 2 * intermediate_size)]
         if out == width and inner in (plain, 2 * plain, fused):
             downs.append(down)
     return downs

@@ -228,7 +228,7 @@ def layers_of(
 
 
 def qkv_of(spec: ModelSpec, numbers: Numbers, rows: int) -> list[Tensor]:
-    heads = spec.heads + 2 * spec.kv_heads
+    heads = spec.num_heads + 2 * spec.num_kv_heads
     return [numbers.normal(rows, heads, spec.head_dim) for _ in spec.layers]
 
 
@@ -274,7 +274,7 @@ def filled(
     caches = caches_of(run, spec, [cached + new + 2 for cached, new in steps])
     for cache, (cached, _) in zip(caches, steps, strict=True):
         for layer in range(len(spec.layers)):
-            own = numbers.normal(2, spec.kv_heads, cached, spec.head_dim)
+            own = numbers.normal(2, spec.num_kv_heads, cached, spec.head_dim)
             cache.slice(layer, 0, cached).copy_(own)
         cache.advance(cached)
     return caches
@@ -312,7 +312,7 @@ def decode_attention_by_token(name: str, steps: Sequence[tuple[int, int]]) -> Ca
         first = [sum(n for _, n in steps[:place]) for place in range(len(steps))]
         qkv = qkv_of(spec, numbers, sum(n for _, n in steps))
         state = numbers.generator.get_state()
-        made = [torch.full_like(own[:, : spec.heads].flatten(1), math.nan) for own in qkv]
+        made = [torch.full_like(own[:, : spec.num_heads].flatten(1), math.nan) for own in qkv]
         for ahead in range(max(n for _, n in steps)):
             places = [place for place, (_, n) in enumerate(steps) if ahead < n]
             own = [caches[place] for place in places]

@@ -97,7 +97,7 @@ class Text:
         self.session.selection = selection
         self.session.s2 = torch.stack([event.s2 for event in chosen])
         layers = [event.experts for event in chosen]
-        self.session.slim = SlimSpec.of_layers(decoder.spec.ff_width, layers)
+        self.session.slim = SlimSpec.of_layers(decoder.spec.intermediate_size, layers)
         self.caches: list[KvCache] = [first]
         for pool in pools[1:]:
             cache = pool.allocate(len(ids))

@@ -27,7 +27,7 @@ Layout = Literal["gemv", "gemm", "both"]
 """The number of rows that weights are laid out for: one (gemv), several (gemm), or either (both).
 Other numbers of rows work but are slower."""
 
-Moment = float | torch.cuda.Event
+Timestamp = float | torch.cuda.Event
 """A point in time: seconds on the host's clock, or an event in a GPU's stream."""
 
 
@@ -215,13 +215,13 @@ class Backend(ABC):
 
     def new_pool(self, spec: ModelSpec, tokens: int) -> KvPool:
         """Allocates a pool for the keys and values of ``tokens`` tokens."""
-        shape = (2, spec.kv_heads, tokens + 1, spec.head_dim)
+        shape = (2, spec.num_kv_heads, tokens + 1, spec.head_dim)
         return KvPool(
             [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in spec.layers]
         )
 
     @abstractmethod
-    def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
+    def sampler_slots(self, slots: int, vocab_size: int) -> SamplerSlots:
         """Allocates the sampling state of ``slots`` sessions and one padding slot."""
 
     # -- the device ------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Backend(ABC):
         """Waits until the device has finished all work submitted so far. Raises if the GPU is
         lost."""
 
-    def moment(self) -> Moment:
+    def timestamp(self) -> Timestamp:
         """Returns the time now; on a GPU, an event after all work submitted so far, without
         waiting."""
         return time.perf_counter()

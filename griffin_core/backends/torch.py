@@ -182,7 +182,7 @@ class TorchAttention:
     def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         """See ``base.Attention``."""
         spec, own = self.spec, self.spec.layers[layer]
-        heads, kv_heads = spec.heads, spec.kv_heads
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
         if q_norm is not None and k_norm is not None:
             q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
             q.copy_(self._backend.norm(q, q_norm))
@@ -200,10 +200,10 @@ class TorchAttention:
         """Rotates queries and keys in place, and stores keys and values of all runs."""
         spec = self.spec
         if rope is not None:
-            apply_rope(qkv[:, : spec.heads + spec.kv_heads], rope)
+            apply_rope(qkv[:, : spec.num_heads + spec.num_kv_heads], rope)
         for run in self.runs:
-            kv = qkv[run.begin : run.end, spec.heads :]
-            own = kv.view(run.end - run.begin, 2, spec.kv_heads, spec.head_dim)
+            kv = qkv[run.begin : run.end, spec.num_heads :]
+            own = kv.view(run.end - run.begin, 2, spec.num_kv_heads, spec.head_dim)
             run.kv(layer, run.start, run.stop).copy_(own.permute(1, 2, 0, 3))
 
     def keys_and_values(self, layer: int, qkv: Tensor, run: Run) -> tuple[Tensor, Tensor]:
@@ -268,7 +268,7 @@ class TorchBackend(Backend):
         """See ``statistic.statistic``."""
         return statistic(z)
 
-    def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
+    def sampler_slots(self, slots: int, vocab_size: int) -> SamplerSlots:
         return TorchSlots(slots, self.device)
 
 

@@ -21,7 +21,7 @@ def tokens_after_stop(
     generated: Sequence[int],
     checker: StopChecker,
     *,
-    vocabulary: int,
+    vocab_size: int,
     skip_special_tokens: bool,
 ) -> tuple[int, list[int]]:
     """The tokens whose text is what the client has seen of the completion.
@@ -30,7 +30,7 @@ def tokens_after_stop(
         before: the tokens before the completion.
         generated: the completion.
         checker: has followed the completion to its stop string.
-        vocabulary: V. A tokenizer may have tokens that the model does not have.
+        vocab_size: V. A tokenizer may have tokens that the model does not have.
         skip_special_tokens: whether the text leaves special tokens out.
 
     Returns:
@@ -45,7 +45,7 @@ def tokens_after_stop(
         return tokenizer.special_text(token) is not None
 
     def is_text(token: int) -> bool:
-        return token < vocabulary and not special(token)
+        return token < vocab_size and not special(token)
 
     encode_rest = partial(_tokens_of, tokenizer=tokenizer, is_text=is_text, decode=decode)
     prompt = len(decode(()))

@@ -247,7 +247,7 @@ def graph_bytes(decoder: Decoder, sessions: int) -> int:
     if not decoder.backend.captures:
         return 0
     rows = 2 << (min(sessions, LARGEST_GRAPH) - 1).bit_length()  # of all sizes together
-    logits = 4 * decoder.spec.vocabulary * rows
+    logits = 4 * decoder.spec.vocab_size * rows
     return GRAPH_MODES * logits + WORKING_LOGITS * logits + GRAPH_OVERHEAD
 
 

@@ -173,7 +173,7 @@ def kept_where_alike(old: SlimSpec, new: SlimSpec, share: float) -> SlimSpec:
         return old
     pairs = zip(changes, old.layers, new.layers, strict=True)
     mixed = [theirs.to(own.device) if changed else own for changed, own, theirs in pairs]
-    return SlimSpec.of_layers(old.ff_width, mixed)
+    return SlimSpec.of_layers(old.intermediate_size, mixed)
 
 
 def can_run(view: SlimView | None) -> bool:

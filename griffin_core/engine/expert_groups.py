@@ -55,7 +55,7 @@ class ExpertGroups:
         together, and there are never more copies than pay."""
         if not self._views.builds or (sharing != "shared" and not self._views.copies):
             return None
-        most = 1 if sharing == "shared" else self._forms.costs.most_copies(selection.density)
+        most = 1 if sharing == "shared" else self._forms.costs.max_copies(selection.density)
         return ViewPool(sharing=sharing, kind=selection.kind, max_views=most)
 
     def join(self, session: Session) -> None:

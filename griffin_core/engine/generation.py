@@ -72,8 +72,8 @@ class Generation:
         self._stopping = task.stopping
         self.sampling = task.sampling
         self.top_logprobs = task.top_logprobs
-        vocabulary = model.decoder.spec.vocabulary
-        self._bans = Bans(task.sampling, task.stopping, model.eos_ids, vocabulary)
+        vocab_size = model.decoder.spec.vocab_size
+        self._bans = Bans(task.sampling, task.stopping, model.eos_ids, vocab_size)
         self._banned: frozenset[int] = frozenset()
         self._ids: list[int] = []
         self._text = ""
@@ -150,7 +150,7 @@ class Generation:
                 session.tokens[:begin],
                 session.tokens[begin:],
                 self._checker,
-                vocabulary=self._model.decoder.spec.vocabulary,
+                vocab_size=self._model.decoder.spec.vocab_size,
                 skip_special_tokens=self._stopping.skip_special_tokens,
             )
             session.tokens[begin + kept :] = replaced

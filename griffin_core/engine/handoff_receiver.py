@@ -48,7 +48,7 @@ class HandoffReceiver:
         self._counts = counts
         self._received = [0] * layers
         self._experts: list[Tensor | None] = [None] * layers
-        self._s2 = torch.zeros(layers, decoder.spec.ff_width, device=decoder.device)
+        self._s2 = torch.zeros(layers, decoder.spec.intermediate_size, device=decoder.device)
         self._own: PromptExperts | None = None
 
     @property
@@ -90,7 +90,7 @@ class HandoffReceiver:
         self._received[event.layer] += tokens
 
     def _receive_experts(self, event: LayerExperts) -> None:
-        neurons = self._decoder.spec.ff_width
+        neurons = self._decoder.spec.intermediate_size
         k = self._counts[event.layer]
         if event.experts.numel() != k or event.s2.shape != (neurons,):
             raise HandoffBroken(
@@ -118,5 +118,7 @@ class HandoffReceiver:
             )
         self._cache.advance(self.tokens)
         there = torch.cat(experts).to(self._s2.device)
-        slim = SlimSpec(ff_width=self._s2.shape[1], counts=tuple(self._counts), experts=there)
+        slim = SlimSpec(
+            intermediate_size=self._s2.shape[1], counts=tuple(self._counts), experts=there
+        )
         session.chosen(self._s2, slim)

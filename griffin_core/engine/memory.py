@@ -107,7 +107,7 @@ class SessionMemory:
         """Bytes of a session that is kept: a cache for that many tokens, and the statistic [L, F]
         float32 that its next turn adds to. Of a session with few tokens the statistic is most."""
         spec = self._decoder.spec
-        return self.kv_bytes(tokens) + 4 * len(spec.layers) * spec.ff_width
+        return self.kv_bytes(tokens) + 4 * len(spec.layers) * spec.intermediate_size
 
     def max_bytes(self, tokens: int, *, resized: bool) -> int:
         """The most that a cache for that many tokens comes to hold. To resize it takes a copy of

@@ -76,7 +76,7 @@ def build_parts(
     """
     decoder = model.decoder
     sampler = Sampler(
-        slots=limits.max_sessions, vocabulary=decoder.spec.vocabulary, backend=decoder.backend
+        slots=limits.max_sessions, vocab_size=decoder.spec.vocab_size, backend=decoder.backend
     )
     slots = SamplerSlots(sampler, limits.max_sessions)
     flush_policy = FlushPolicy(stream_interval)

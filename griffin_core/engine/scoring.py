@@ -77,8 +77,8 @@ class Scoring:
     layout: Layout = "gemm"
 
     def __init__(self, decoder: Decoder, task: ScoreTask, selection: Selection) -> None:
-        counts = selection.expert_counts(len(decoder.layers), decoder.spec.ff_width)
-        prunes = min(counts) < decoder.spec.ff_width
+        counts = selection.expert_counts(len(decoder.layers), decoder.spec.intermediate_size)
+        prunes = min(counts) < decoder.spec.intermediate_size
         self.chooses = task.mode == "classification" and prunes
         """Whether each continuation chooses experts of its own, on which one token runs."""
         self._decoder = decoder
@@ -245,5 +245,5 @@ def choice_bytes(decoder: Decoder) -> int:
     """The most bytes that a session holds if its continuations choose their own experts: the masks
     with which one token runs zeroed, and three statistics [L, F] float32: that of a pass, that of
     the tail with this pass, and the latter as a handoff would round it."""
-    statistic = 4 * len(decoder.layers) * decoder.spec.ff_width
+    statistic = 4 * len(decoder.layers) * decoder.spec.intermediate_size
     return 3 * statistic + zeroed_bytes(decoder)

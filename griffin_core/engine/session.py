@@ -208,8 +208,8 @@ class Session:
         return PruningFigures(
             density=self.selection.density,
             policy=self.selection.policy,
-            expert_counts=self.selection.expert_counts(len(spec.layers), spec.ff_width),
-            ff_width=spec.ff_width,
+            expert_counts=self.selection.expert_counts(len(spec.layers), spec.intermediate_size),
+            ff_width=spec.intermediate_size,
             norm_mass=self.norm_mass,
             slim_view_bytes=self.view_bytes,
             kv_cache_bytes=self.cache.nbytes if self.cache else 0,

@@ -106,7 +106,7 @@ class SessionPrefills:
             self._decoder,
             session.cache,
             tokens=session.prompt_tokens,
-            counts=session.selection.expert_counts(len(spec.layers), spec.ff_width),
+            counts=session.selection.expert_counts(len(spec.layers), spec.intermediate_size),
         )
 
     def receiver(self, turn_id: str) -> HandoffReceiver | None:

@@ -207,9 +207,9 @@ def check_continuations(count: int) -> None:
 def check_token_ids(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
     """Raises InvalidRequest unless every id is in [0, V)."""
     for index, token in enumerate(ids):
-        if not 0 <= token < spec.vocabulary:
+        if not 0 <= token < spec.vocab_size:
             raise InvalidRequest(
-                f"{name}[{index}]", token, f"[0, {spec.vocabulary}), the vocabulary"
+                f"{name}[{index}]", token, f"[0, {spec.vocab_size}), the vocabulary"
             )
 
 

@@ -110,7 +110,7 @@ class TurnPlanner:
 
     def _needs(self, kv: int, selection: Selection, sharing: Sharing) -> Reservation:
         spec = self._model.decoder.spec
-        counts = selection.expert_counts(len(spec.layers), spec.ff_width)
+        counts = selection.expert_counts(len(spec.layers), spec.intermediate_size)
         return Reservation(
             kv=kv,
             zeroed=self._views.zeroed_bytes(counts),

@@ -8,7 +8,7 @@ from griffin_core.experts.parameters import SelectionParameters
 
 
 def expert_counts(
-    density: float, parameters: SelectionParameters, layers: int, ff_width: int
+    density: float, parameters: SelectionParameters, layers: int, intermediate_size: int
 ) -> tuple[int, ...]:
     """Returns K of each layer: the same for all, max(1, floor(F · density)).
 
@@ -19,7 +19,7 @@ def expert_counts(
         density: the fraction of neurons to keep, in (0, 1].
         parameters: of the selection; none of them changes the counts today.
         layers: L.
-        ff_width: F.
+        intermediate_size: F.
     """
     # Rounded first: 100 * 0.29 is 28.999999999999996, but the user means 29.
-    return (max(1, math.floor(round(ff_width * density, 6))),) * layers
+    return (max(1, math.floor(round(intermediate_size * density, 6))),) * layers

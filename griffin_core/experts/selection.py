@@ -46,9 +46,9 @@ class Selection:
         """What sessions that share an expert set have in common: everything but the seed."""
         return replace(self, seed=0)
 
-    def expert_counts(self, layers: int, ff_width: int) -> tuple[int, ...]:
+    def expert_counts(self, layers: int, intermediate_size: int) -> tuple[int, ...]:
         """Returns K of each layer."""
-        return densities.expert_counts(self.density, self.parameters, layers, ff_width)
+        return densities.expert_counts(self.density, self.parameters, layers, intermediate_size)
 
 
 Magnitude = Callable[[], Tensor]
@@ -99,6 +99,8 @@ def select_together(
             )
             experts = choose(selection.policy, choice).chunk(len(indices))
             for index, each in zip(indices, experts, strict=True):
-                ff_width = s2s[index].shape[1]
-                chosen[index] = SlimSpec(ff_width=ff_width, counts=own, experts=each)
+                intermediate_size = s2s[index].shape[1]
+                chosen[index] = SlimSpec(
+                    intermediate_size=intermediate_size, counts=own, experts=each
+                )
     return [chosen[index] for index in range(len(s2s))]

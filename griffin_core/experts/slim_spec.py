@@ -20,7 +20,7 @@ class SlimSpec:
     """The experts of all layers. Layers may have different numbers of experts.
 
     Args:
-        ff_width: F.
+        intermediate_size: F.
         counts: K of each layer, each in [1, F].
         experts: [ΣK] int32, layer after layer, ascending in each layer.
 
@@ -31,7 +31,7 @@ class SlimSpec:
             (``unpack_indices``).
     """
 
-    ff_width: int
+    intermediate_size: int
     counts: tuple[int, ...]
     experts: Tensor
 
@@ -42,16 +42,16 @@ class SlimSpec:
         uniform = len(set(self.counts)) == 1
         for rows in (self.table,) if uniform else self.layers:
             if self.experts.device.type == "cpu":
-                check_experts(rows, self.ff_width, "experts")
+                check_experts(rows, self.intermediate_size, "experts")
             else:
-                check_form(rows, self.ff_width, "experts")
+                check_form(rows, self.intermediate_size, "experts")
 
     @staticmethod
-    def of_layers(ff_width: int, layers: Iterable[Tensor]) -> SlimSpec:
+    def of_layers(intermediate_size: int, layers: Iterable[Tensor]) -> SlimSpec:
         """Joins the experts [K] int32 of each layer; K may differ."""
         each = tuple(layers)
         counts = tuple(len(experts) for experts in each)
-        return SlimSpec(ff_width=ff_width, counts=counts, experts=torch.cat(each))
+        return SlimSpec(intermediate_size=intermediate_size, counts=counts, experts=torch.cat(each))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -82,23 +82,27 @@ class SlimSpec:
             device: where to make it; None for where the experts are.
         """
         table = self.table.to(device or self.experts.device, torch.int64)
-        mask = torch.zeros((len(self.counts), self.ff_width), dtype=torch.bool, device=table.device)
+        mask = torch.zeros(
+            (len(self.counts), self.intermediate_size), dtype=torch.bool, device=table.device
+        )
         return mask.scatter_(1, table, True)
 
     @property
     def prunes(self) -> bool:
         """Whether any neuron is left out."""
-        return min(self.counts) < self.ff_width
+        return min(self.counts) < self.intermediate_size
 
     @property
     def density(self) -> float:
         """The fraction of all neurons that are experts."""
-        return sum(self.counts) / (len(self.counts) * self.ff_width)
+        return sum(self.counts) / (len(self.counts) * self.intermediate_size)
 
     @cached_property
     def digest(self) -> bytes:
         """A hash of 16 bytes: equal for equal values, different for different ones."""
-        shape = blake2b(repr((self.ff_width, self.counts)).encode(), digest_size=32).digest()
+        shape = blake2b(
+            repr((self.intermediate_size, self.counts)).encode(), digest_size=32
+        ).digest()
         return blake2b(pack_indices(self.experts), digest_size=16, key=shape).digest()
 
     def norm_mass(self, s2: Tensor) -> tuple[float, ...]:
@@ -121,13 +125,11 @@ class SlimSpec:
         Raises:
             ValueError: the two belong to different models.
         """
-        if (self.ff_width, len(self.counts)) != (other.ff_width, len(other.counts)):
-            raise ValueError(
-                f"expert sets of different shape: F = {self.ff_width} and {other.ff_width}, "
-                f"L = {len(self.counts)} and {len(other.counts)}"
-            )
+        mine = len(self.counts), self.intermediate_size
+        theirs = len(other.counts), other.intermediate_size
+        if mine != theirs:
+            raise ValueError(f"expert sets of different shape: [L, F] = {mine} and {theirs}")
         host = torch.device("cpu")
-        mine, theirs = self.mask(host), other.mask(host)
-        both = (mine & theirs).sum(dim=1)
-        overlaps: list[float] = (both / (mine | theirs).sum(dim=1)).tolist()
+        one, two = self.mask(host), other.mask(host)
+        overlaps: list[float] = ((one & two).sum(dim=1) / (one | two).sum(dim=1)).tolist()
         return overlaps

@@ -298,8 +298,8 @@ class GraphStep:
         """Tests whether each row's result is independent of the other rows, as
         ``InvariantStep.rows_stay_apart`` does. Call it before the first session."""
         draw, most = random.Random(0), min(ROWS, self.sampler.padding)
-        vocabulary = self._decoder.spec.vocabulary
-        token, *others = (draw.randrange(vocabulary) for _ in range(most))
+        vocab_size = self._decoder.spec.vocab_size
+        token, *others = (draw.randrange(vocab_size) for _ in range(most))
         alone = self._trial([token])[0]
         beside = [
             self._trial([*others[:place], token, *others[place:]])[place] for place in range(most)

@@ -102,8 +102,8 @@ class InvariantStep:
         in every row of a product, whatever the other tokens are. Call it before the first
         session."""
         draw = random.Random(0)
-        vocabulary = self._decoder.spec.vocabulary
-        token, *others = (draw.randrange(vocabulary) for _ in range(ROWS))
+        vocab_size = self._decoder.spec.vocab_size
+        token, *others = (draw.randrange(vocab_size) for _ in range(ROWS))
         alone = self._trial([token])[0]
         beside = [
             self._trial([*others[:place], token, *others[place:]])[place] for place in range(ROWS)

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from griffin_core.backends.base import Moment, RunFF
+from griffin_core.backends.base import RunFF, Timestamp
 from griffin_core.backends.batch import RowRuns
 from griffin_core.experts.selection import Selection, select_together
 from griffin_core.experts.slim_spec import SlimSpec
@@ -98,7 +98,7 @@ class Pass:
     rows: Sequence[int]
     hidden: Tensor
     s2: Tensor
-    began: Moment
+    began: Timestamp
 
     def end(self) -> list[PromptRead]:
         """Advances every prompt by its part, and chooses the experts of prompts that are read to
@@ -110,7 +110,7 @@ class Pass:
         Returns:
             A result for each prompt that is read to its end, in the order of the parts.
         """
-        ended = self.decoder.backend.moment()
+        ended = self.decoder.backend.timestamp()
         total = self.rows[-1]
         last = [index for index, part in enumerate(self.parts) if part.is_last]
         sums = [self._s2_so_far(index) for index in range(len(self.parts))]
@@ -137,11 +137,11 @@ class Pass:
         ends = [self.rows[index + 1] for index in last]
         rows = torch.cat([self.hidden[end - 1 : end] for end in ends])
         hidden = decoder.final_hidden(rows).float().unbind()
-        selecting = decoder.backend.moment()
+        selecting = decoder.backend.timestamp()
         chosen = select_together(
             s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
         )
-        selected = decoder.backend.moment()
+        selected = decoder.backend.timestamp()
         # Servers send the root of s2. Rounded to the square of a float32 root, the statistic of a
         # prompt is bitwise the same, whichever server prefills it.
         s2s = [s2.sqrt().square() for s2 in s2s]
@@ -190,11 +190,11 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
             order.
     """
     device = decoder.device
-    began = decoder.backend.moment()
+    began = decoder.backend.timestamp()
     rows = (0, *accumulate(part.tokens for part in parts))
     runs = RowRuns.of(rows, device)
     spec = decoder.spec
-    s2 = torch.zeros((len(parts), len(decoder.layers), spec.ff_width), device=device)
+    s2 = torch.zeros((len(parts), len(decoder.layers), spec.intermediate_size), device=device)
     ids = [part.prompt.next_ids(part.tokens) for part in parts]
     hidden, attention = decoder.prepare_batch(
         ids[0] if len(ids) == 1 else torch.cat(ids),
@@ -299,8 +299,8 @@ def prefill(
         yield None
 
 
-def _seconds(begin: Moment, end: Moment) -> float:
-    """Returns the seconds between two moments of one device; waits for the second."""
+def _seconds(begin: Timestamp, end: Timestamp) -> float:
+    """Returns the seconds between two timestamps of one device; waits for the second."""
     if isinstance(begin, float) or isinstance(end, float):
         return cast("float", end) - cast("float", begin)
     end.synchronize()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from griffin_core.backends.base import Moment
+from griffin_core.backends.base import Timestamp
 from griffin_core.backends.transfers import on_device
 from griffin_core.experts.selection import Selection
 from griffin_core.kv.cache import KvCache
@@ -51,7 +51,7 @@ class Prompt:
         self.tokens = len(token_ids)
         self.read = 0
         """The number of tokens that passes have read."""
-        self.shares: list[tuple[Moment, Moment, float]] = []
+        self.shares: list[tuple[Timestamp, Timestamp, float]] = []
         """For each pass that it was in: begin, end, and its share of the pass's tokens."""
         self.layers_told = 0
         """The number of layers of the current pass that were reported. A failed pass is run again,

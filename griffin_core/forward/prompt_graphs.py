@@ -94,7 +94,7 @@ class PromptGraphs:
             return launch(decoder, parts, tell)
         if part.tokens > cache.capacity:
             raise ValueError(f"{part.tokens} tokens do not fit a cache of {cache.capacity}")
-        began = self._backend.moment()
+        began = self._backend.timestamp()
         captured = self._graphs[size]
         captured.ids[: part.tokens].copy_(prompt.next_ids(part.tokens))
         numbers = [cache.first_slot, 0, part.tokens]
@@ -127,7 +127,7 @@ class PromptGraphs:
         positions = torch.arange(size, device=decoder.device)
         places = torch.where(positions < numbers[2], positions + numbers[0], -1)
         attention = self._backend.padded_prefill_attention(spec, self._pool, positions, places)
-        shape = (1, len(decoder.layers), spec.ff_width)
+        shape = (1, len(decoder.layers), spec.intermediate_size)
         s2 = torch.zeros(shape, device=decoder.device)
         rows = RowRuns(bounds=(0, size), on_device=numbers[1:].int())
         x = decoder.embed(ids, positions)

@@ -21,7 +21,7 @@ MOVE_TOKENS = 4096
 
 def kv_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
     """Returns the bytes that the keys and values of ``tokens`` tokens take in all layers."""
-    return len(spec.layers) * 2 * spec.kv_heads * spec.head_dim * tokens * dtype.itemsize
+    return len(spec.layers) * 2 * spec.num_kv_heads * spec.head_dim * tokens * dtype.itemsize
 
 
 class KvPool:

@@ -103,7 +103,7 @@ class Decoder:
         w, spec, run = self.layers[index], self.spec, self.backend
         before = spec.norm_before
         qkv = run.linear(x, w.qkv, norm=w.attention_norm if before else None)
-        heads = qkv.view(x.shape[0], spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        heads = qkv.view(x.shape[0], spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         attended = attention(index, heads, w.q_norm, w.k_norm)
         if w.attention_out_norm is None:
             x = run.linear(attended, w.o, residual=x)

@@ -129,7 +129,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         check_weights(directory, config)
         generation = load_generation_config(str(directory))
         tokenizer = load_tokenizer(str(directory))
-        check_tokenizer(tokenizer, spec.vocabulary)
+        check_tokenizer(tokenizer, spec.vocab_size)
         progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
         state = _state(directory, dtype)
     decoder, on_device = decoder_on_device(spec, state, device)
@@ -139,7 +139,7 @@ def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress:
         decoder=decoder,
         tokenizer=tokenizer,
         fingerprint=fingerprint(spec, on_device),
-        eos_ids=_eos_ids(str(directory), generation, tokenizer, spec.vocabulary),
+        eos_ids=_eos_ids(str(directory), generation, tokenizer, spec.vocab_size),
         sampling_defaults=sampling_defaults(generation),
     )
 
@@ -212,17 +212,17 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> None:
     check_complete(stored, module.state_dict(), module.all_tied_weights_keys)
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuses a tokenizer that can turn ordinary text into tokens that the model does not have.
     Added tokens may be beyond the vocabulary: a prompt that contains one is refused.
 
     Raises:
         BadModelFile: the message names a token.
     """
-    if beyond := tokenizer.ordinary_tokens_from(vocabulary):
+    if beyond := tokenizer.ordinary_tokens_from(vocab_size):
         raise BadModelFile(
             f"tokenizer: {len(beyond)} of its tokens, {shown(beyond[0])} for one, have ids beyond "
-            f"the model's vocabulary; allowed: 0 to {vocabulary - 1}. Is it another model's?"
+            f"the model's vocabulary; allowed: 0 to {vocab_size - 1}. Is it another model's?"
         )
 
 
@@ -245,7 +245,7 @@ def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _eos_ids(
-    where: str, generation: GenerationConfig | None, tokenizer: Tokenizer, vocabulary: int
+    where: str, generation: GenerationConfig | None, tokenizer: Tokenizer, vocab_size: int
 ) -> frozenset[int]:
     """Returns all end-of-sequence tokens that generation_config.json, config.json and the tokenizer
     name. Defaults of transformers for the family do not count.
@@ -266,4 +266,4 @@ def _eos_ids(
             )
         found += ids
     # Some models use an id outside the vocabulary, such as -1, to say that there is none.
-    return frozenset(token for token in found if token is not None and 0 <= token < vocabulary)
+    return frozenset(token for token in found if token is not None and 0 <= token < vocab_size)

@@ -24,7 +24,7 @@ def try_token(decoder: Decoder, bos_id: object) -> None:
         BadModelFile: the logits are not finite, or the run raises.
         DeviceMemoryExhausted: the device has no room for the run.
     """
-    known = isinstance(bos_id, int) and 0 <= bos_id < decoder.spec.vocabulary
+    known = isinstance(bos_id, int) and 0 <= bos_id < decoder.spec.vocab_size
     token = bos_id if known else 0
     tokens = [token] * min(TRIED_TOKENS, decoder.spec.context_length)
     try:

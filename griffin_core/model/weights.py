@@ -41,10 +41,10 @@ class DecoderWeights:
     """All weights of a decoder.
 
     Args:
-        embedding: [V, embed_width].
+        embedding: [V, embedding_size].
         head: the projection to V logits.
         positions: the table of learned positions, or None.
-        project_in, project_out: the projections between embed_width and D (OPT-350m), or None.
+        project_in, project_out: the projections between embedding_size and D (OPT-350m), or None.
     """
 
     embedding: Tensor

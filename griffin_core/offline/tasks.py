@@ -82,7 +82,7 @@ def generate_tasks(
                 top_logprobs=top_logprobs,
             )
             task.check(spec, kind)
-            Bans(task.sampling, task.stopping, model.eos_ids, spec.vocabulary)  # checks them
+            Bans(task.sampling, task.stopping, model.eos_ids, spec.vocab_size)  # checks them
             _check_fits(engine, len(task.prompt) + task.stopping.max_tokens)
         tasks.append(task)
     return tasks

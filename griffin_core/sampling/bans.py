@@ -14,7 +14,7 @@ class Bans:
 
     Args:
         eos_ids: the model's end-of-sequence tokens.
-        vocabulary: V.
+        vocab_size: V.
 
     Raises:
         InvalidRequest: no token is left for the first position.
@@ -25,16 +25,16 @@ class Bans:
         sampling: SamplingParams,
         stopping: StoppingParams,
         eos_ids: frozenset[int],
-        vocabulary: int,
+        vocab_size: int,
     ) -> None:
         # A tokenizer may know more tokens than the model can draw.
-        words = [word for word in sampling.bad_words_ids if max(word) < vocabulary]
+        words = [word for word in sampling.bad_words_ids if max(word) < vocab_size]
         self._always = frozenset(word[0] for word in words if len(word) == 1)
         self._words = [word for word in words if len(word) > 1]
         self._min_tokens = stopping.min_tokens
         self._ends = eos_ids | stopping.stop_token_ids
         self._allowed = sampling.allowed_token_ids
-        self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
         self.lookback = max((len(word) - 1 for word in self._words), default=0)
         """The number of tokens before a position that determine what is banned there."""
         self.at(0, ())
@@ -55,7 +55,7 @@ class Bans:
         if self._words:
             made = tuple(before)
             banned |= {w[-1] for w in self._words if made[len(made) - len(w) + 1 :] == w[:-1]}
-        if self._allowed <= banned if self._allowed else len(banned) >= self._vocabulary:
+        if self._allowed <= banned if self._allowed else len(banned) >= self._vocab_size:
             raise InvalidRequest(
                 "sampling.allowed_token_ids" if self._allowed else "sampling.bad_words",
                 f"no token left to draw after {place} tokens of the completion",

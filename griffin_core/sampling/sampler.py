@@ -24,14 +24,14 @@ class Sampler:
 
     Args:
         slots: the most sessions at once.
-        vocabulary: V.
+        vocab_size: V.
         backend: the backend of the logits' device.
     """
 
-    def __init__(self, *, slots: int, vocabulary: int, backend: Backend) -> None:
+    def __init__(self, *, slots: int, vocab_size: int, backend: Backend) -> None:
         self.padding = slots
         """The slot of padding rows."""
-        self._slots = backend.sampler_slots(slots, vocabulary)
+        self._slots = backend.sampler_slots(slots, vocab_size)
 
     @property
     def drawn(self) -> Tensor:

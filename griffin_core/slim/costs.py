@@ -65,7 +65,7 @@ class StepCosts(Protocol):
         """
         ...
 
-    def most_copies(self, density: float) -> int:
+    def max_copies(self, density: float) -> int:
         """Returns the most sessions of a density for which ``copies_pay`` may be true; at least
         1."""
         ...
@@ -102,12 +102,12 @@ class BlockCosts:
 
     def copies_pay(self, *, whole: int, own: Sequence[float]) -> bool:
         """See ``StepCosts``."""
-        if not own or len(own) > min(self.most_copies(density) for density in own):
+        if not own or len(own) > min(self.max_copies(density) for density in own):
             return False
         copied = sum(self._slim(density, 1) for density in own)
         return self._whole(whole) + copied <= self._whole(whole + len(own))
 
-    def most_copies(self, density: float) -> int:
+    def max_copies(self, density: float) -> int:
         """See ``StepCosts``."""
         one = self._slim(density, 1)
         counts = range(1, MOST_COPIES + 1)
@@ -172,7 +172,7 @@ class GraphCosts:
         """Returns True: sets are not copied, and each step chooses how it runs."""
         return True
 
-    def most_copies(self, density: float) -> int:
+    def max_copies(self, density: float) -> int:
         """Returns ``MOST_COPIES``: sets are not copied."""
         return MOST_COPIES
 
@@ -193,14 +193,14 @@ def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
     tokens."""
     spec = decoder.spec
     layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].ff.weights.nbytes))]
-    (k,) = Selection(density=0.5).expert_counts(1, spec.ff_width)
+    (k,) = Selection(density=0.5).expert_counts(1, spec.intermediate_size)
     experts = torch.arange(k, dtype=torch.int32)
     dense: list[RunFF] = [layer.ff for layer in layers]
     one = [form.build(layer, experts, "gemv") for layer in layers]
     many = [form.build(layer, experts, "gemm") for layer in layers]
     candidates: dict[Candidate, Callable[[], Tensor]] = {}
     for rows in _ROWS:
-        x = torch.ones((rows, spec.width), dtype=decoder.dtype, device=decoder.device)
+        x = torch.ones((rows, spec.hidden_size), dtype=decoder.dtype, device=decoder.device)
         candidates["dense", rows] = lambda x=x: _run(dense, x)  # type: ignore[misc]
         half = one if rows == 1 else many
         candidates["half", rows] = lambda x=x, half=half: _run(half, x)  # type: ignore[misc]

@@ -41,7 +41,7 @@ class IndexTable:
 
     def __init__(self, decoder: Decoder, *, sets: int) -> None:
         self._decoder = decoder
-        layers, neurons = len(decoder.layers), decoder.spec.ff_width
+        layers, neurons = len(decoder.layers), decoder.spec.intermediate_size
         shape = (layers, sets + 2, neurons)
         device = decoder.device
         self._indices = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -55,7 +55,9 @@ class IndexTable:
         self._free = list(range(sets, 0, -1))
         for slim_id, k in ((DENSE, neurons), (self.padding, 1)):
             first = torch.arange(k, dtype=torch.int32, device=device).repeat(layers)
-            self._write(slim_id, SlimSpec(ff_width=neurons, counts=(k,) * layers, experts=first))
+            self._write(
+                slim_id, SlimSpec(intermediate_size=neurons, counts=(k,) * layers, experts=first)
+            )
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +113,9 @@ class IndexTable:
         for slim_id in range(1, 1 + min(sets, self.sets)):
             score = torch.rand((layers, neurons), device=self._indices.device)
             experts = largest(score, counts)
-            self._write(slim_id, SlimSpec(ff_width=neurons, counts=counts, experts=experts))
+            self._write(
+                slim_id, SlimSpec(intermediate_size=neurons, counts=counts, experts=experts)
+            )
             self.counts[slim_id] = 0
 
     def _block(self, rows: RowTable, counts: Tensor, mode: FFMode, layer: int) -> RunFF:

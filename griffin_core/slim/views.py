@@ -129,7 +129,7 @@ class SlimViews:
     def zeroed_bytes(self, counts: Sequence[int]) -> int:
         """Returns the most bytes that a session of K experts of each layer needs to run zeroed: 0
         if views are indices, which a step reads in every mode."""
-        runs_zeroed = self.copies and min(counts) < self._decoder.spec.ff_width
+        runs_zeroed = self.copies and min(counts) < self._decoder.spec.intermediate_size
         return zeroed_bytes(self._decoder) if runs_zeroed else 0
 
     def acquire_zeroed(self, size: int) -> None:

@@ -60,7 +60,7 @@ class ZeroedLayers(Sequence[ZeroedFF]):
 def zeroed_bytes(decoder: Decoder) -> int:
     """Returns the most bytes that a session needs to run zeroed: its ``ZeroedLayers``, and its row
     of the step's ``RowMasks``."""
-    neurons = len(decoder.layers) * decoder.spec.ff_width
+    neurons = len(decoder.layers) * decoder.spec.intermediate_size
     return neurons * (torch.bool.itemsize + decoder.dtype.itemsize)
 
 

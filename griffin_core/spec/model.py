@@ -31,10 +31,10 @@ class ModelSpec:
     Args:
         layers: a LayerSpec for each of the L layers.
         rotaries: the kinds of rotary positions that the layers use.
-        width: D, the hidden size.
-        ff_width: F, the intermediate size.
-        heads: H, the number of query heads; a multiple of kv_heads.
-        embed_width: width of the embedding; differs from D in OPT-350m only.
+        hidden_size: D, the hidden size.
+        intermediate_size: F, the intermediate size.
+        num_heads: H, the number of query heads; a multiple of num_kv_heads.
+        embedding_size: that of the embedding; differs from D in OPT-350m only.
         norm_before: whether layers normalize before attention and FF (True) or after the residual
             add (False).
         norm_offset: added to RMSNorm weights (1 in Gemma).
@@ -50,14 +50,14 @@ class ModelSpec:
     family: str
     layers: tuple[LayerSpec, ...]
     rotaries: tuple[RotarySpec, ...] = ()
-    width: int
-    ff_width: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    vocabulary: int
+    vocab_size: int
     context_length: int
-    embed_width: int
+    embedding_size: int
     norm: NormKind
     norm_eps: float
     norm_before: bool = True

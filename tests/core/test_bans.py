@@ -22,7 +22,7 @@ def bans(
     *words: tuple[int, ...], allowed: frozenset[int] = frozenset(), **stopping: object
 ) -> Bans:
     sampling = SamplingParams(bad_words_ids=words, allowed_token_ids=allowed)
-    return Bans(sampling, StoppingParams(**stopping), EOS, vocabulary=10)
+    return Bans(sampling, StoppingParams(**stopping), EOS, vocab_size=10)
 
 
 def test_nothing_is_banned_unless_asked_for() -> None:

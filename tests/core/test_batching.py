@@ -120,7 +120,7 @@ def test_a_step_of_several_sessions_is_several_steps_of_one(
         events = prefill(decoder, ids, selection, cache=cache)
         experts = [event.experts for event in events if isinstance(event, LayerExperts)]
         if selection.density < 1 and number > 2:
-            every = SlimSpec.of_layers(decoder.spec.ff_width, torch.stack(experts))
+            every = SlimSpec.of_layers(decoder.spec.intermediate_size, torch.stack(experts))
             return cache, ZeroedLayers(decoder, every)
         layers = zip(decoder.layers, experts, strict=True)
         return cache, [Packed().build(layer, kept, "gemm") for layer, kept in layers]
@@ -148,7 +148,7 @@ def test_a_session_makes_the_same_while_its_form_and_its_neighbours_change(
     """Copies, zeroed with others, zeroed alone, masked: log-probabilities within 1e-5."""
     decoder = tiny(name).decoder
     table, pool = BlockTable(decoder), decoder.new_pool(4 * 32)
-    width = decoder.spec.ff_width
+    width = decoder.spec.intermediate_size
 
     def random_set(seed: int) -> SlimSpec:
         generator = torch.Generator().manual_seed(seed)
@@ -509,7 +509,7 @@ def test_a_row_that_stays_apart_makes_what_it_makes_otherwise(
     decoder = tiny(name).decoder
     assert invariant(bfloat16(name).decoder).rows_stay_apart()
     first = torch.arange(40, dtype=torch.int32).repeat(len(decoder.layers), 1)
-    experts = SlimSpec.of_layers(decoder.spec.ff_width, first)
+    experts = SlimSpec.of_layers(decoder.spec.intermediate_size, first)
     views = [[layer.ff for layer in decoder.layers]] * 5 + [ZeroedLayers(decoder, experts)] * 6
     pool = decoder.new_pool(2 * len(views))
     with torch.inference_mode():
@@ -537,7 +537,7 @@ def test_a_row_that_stays_apart_makes_what_it_makes_otherwise(
 
 
 def invariant(decoder: Decoder, pool: KvPool | None = None) -> InvariantStep:
-    sampler = Sampler(slots=16, vocabulary=decoder.spec.vocabulary, backend=decoder.backend)
+    sampler = Sampler(slots=16, vocab_size=decoder.spec.vocab_size, backend=decoder.backend)
     return InvariantStep(
         decoder=decoder,
         pool=pool or decoder.new_pool(0),

@@ -30,7 +30,7 @@ GRAPHS = GraphCosts(
 
 
 def test_copies_pay_as_long_as_they_take_no_longer_than_the_dense_ff() -> None:
-    assert [BLOCKS.most_copies(density) for density in (0.25, 0.5, 0.75, 1.0)] == [3, 2, 1, 1]
+    assert [BLOCKS.max_copies(density) for density in (0.25, 0.5, 0.75, 1.0)] == [3, 2, 1, 1]
     assert BLOCKS.copies_pay(whole=0, own=[0.5, 0.5])
     assert not BLOCKS.copies_pay(whole=0, own=[0.5] * 3)
     assert not BLOCKS.copies_pay(whole=1, own=[0.5])  # the weights are read for the other anyway
@@ -64,14 +64,14 @@ def test_private_graphs_run_up_to_the_density_at_which_they_cost_what_zeroing_co
 
 
 def test_by_bytes_alone_two_halves_are_a_whole() -> None:
-    assert [ASSUMED_COSTS.most_copies(d) for d in (1.0, 0.75, 0.5, 0.25)] == [1, 1, 2, 4]
-    assert ASSUMED_COSTS.most_copies(0.01) == MOST_COPIES
+    assert [ASSUMED_COSTS.max_copies(d) for d in (1.0, 0.75, 0.5, 0.25)] == [1, 1, 2, 4]
+    assert ASSUMED_COSTS.max_copies(0.01) == MOST_COPIES
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
 def test_costs_are_measured(name: str, tiny: Callable[[str], Model]) -> None:
     costs = measure_costs(tiny(name).decoder, Packed())
-    assert all(1 <= costs.most_copies(density) <= MOST_COPIES for density in (0.01, 0.5, 1.0))
+    assert all(1 <= costs.max_copies(density) <= MOST_COPIES for density in (0.01, 0.5, 1.0))
     for sessions in (1, 3, 16, 40):
         assert costs.step_s(dense=sessions, own=[], shared=[]) > 0
         private = costs.step_s(dense=0, own=[0.5] * sessions, shared=[])

@@ -42,7 +42,7 @@ def held(
         before,
         drawn,
         checker,
-        vocabulary=vocabulary,
+        vocab_size=vocabulary,
         skip_special_tokens=stopping.skip_special_tokens,
     )
     assert all(token < vocabulary for token in anew)

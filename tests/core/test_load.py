@@ -76,7 +76,7 @@ def test_a_tokenizer_of_another_model_is_refused(size: int, missing: int, copy: 
         with pytest.raises(BadModelFile, match=said):
             load(copy)
     else:
-        assert load(copy).decoder.spec.vocabulary == size
+        assert load(copy).decoder.spec.vocab_size == size
 
 
 def test_a_hub_id_that_cannot_be_had_is_not_found() -> None:

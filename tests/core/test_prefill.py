@@ -74,7 +74,7 @@ def test_a_reader_that_pauses_it_is_not_computing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(Backend, "moment", lambda backend: now)
+    monkeypatch.setattr(Backend, "timestamp", lambda backend: now)
     for event in prefill(tiny("llama").decoder, ids, HALF, chunk_tokens=16, watch=watch):
         if isinstance(event, PrefillFinished):
             assert event.compute_s == 0

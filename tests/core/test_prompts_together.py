@@ -130,7 +130,7 @@ def test_the_time_of_a_pass_is_divided_by_tokens(
 ) -> None:
     decoder = tiny("llama").decoder
     clock = iter((0.0, 4.0, 3.0, 3.5))  # begin, end, before and after the selection
-    monkeypatch.setattr(Backend, "moment", lambda backend: next(clock))
+    monkeypatch.setattr(Backend, "timestamp", lambda backend: next(clock))
     parts = [Part(prompt=Prompt(decoder, ids(n), HALF), tokens=n) for n in (10, 30)]
     short, long = (each.finished for each in launch(decoder, parts).end())
     assert (short.selection_s, long.selection_s) == (0.25, 0.25)

@@ -38,10 +38,10 @@ ALWAYS = 300.0
 
 
 def sampler_for(
-    *requests: SamplingParams, vocabulary: int = V, seen: Sequence[int] = ()
+    *requests: SamplingParams, vocab_size: int = V, seen: Sequence[int] = ()
 ) -> Sampler:
     """A sampler with a slot for each."""
-    sampler = Sampler(slots=len(requests), vocabulary=vocabulary, backend=CPU_BACKEND)
+    sampler = Sampler(slots=len(requests), vocab_size=vocab_size, backend=CPU_BACKEND)
     for slot, params in enumerate(requests):
         sampler.open(slot, params, seen)
     return sampler
@@ -57,7 +57,7 @@ def draw(
 
 def draws(logits: Tensor, count: int, seen: Sequence[int] = (), **params: object) -> list[int]:
     """What one request draws at positions 0, 1, … from the same logits [V]."""
-    sampler = sampler_for(SamplingParams(**params), vocabulary=len(logits), seen=seen)
+    sampler = sampler_for(SamplingParams(**params), vocab_size=len(logits), seen=seen)
     return [draw(sampler, logits, [0], [position])[0] for position in range(count)]
 
 
@@ -65,7 +65,7 @@ def made_at_once(
     params: SamplingParams, logits: Tensor, count: int, banned: Sequence[int] = ()
 ) -> Tensor:
     """How often each token is drawn at positions 0, 1, …, without penalties: counts [V]."""
-    sampler = sampler_for(params, vocabulary=len(logits))
+    sampler = sampler_for(params, vocab_size=len(logits))
     sampler.ban(0, banned)
     counts = torch.zeros(len(logits), dtype=torch.int64)
     for positions in torch.arange(count).split(5_000):
@@ -132,7 +132,7 @@ def made_after_output(
     its own, since it is counted."""
     slots = min(count, 1_000)
     every = list(range(slots))
-    sampler = Sampler(slots=slots, vocabulary=len(logits), backend=CPU_BACKEND)
+    sampler = Sampler(slots=slots, vocab_size=len(logits), backend=CPU_BACKEND)
     counts = torch.zeros(len(logits), dtype=torch.int64)
     for first in range(0, count, slots):
         for slot in every:
@@ -230,7 +230,7 @@ def test_one_token_with_all_of_the_probability_is_drawn_always() -> None:
         assert int(counts[77]) == 20_000
 
 
-def test_a_top_p_below_the_largest_probability_leaves_the_likeliest() -> None:
+def test_a_top_p_below_the_largest_probability_leaves_the_most_likely() -> None:
     logits = torch.randn(V)
     for top_p in (1e-50, 1e-9, 0.9 * float(logits.softmax(0).max())):
         assert set(draws(logits, 50, temperature=1.0, top_p=top_p)) == {int(logits.argmax())}
@@ -362,7 +362,7 @@ def test_logit_bias_is_added() -> None:
 def test_a_ban_holds_until_the_next_one() -> None:
     logits = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
     plain, few = SamplingParams(), SamplingParams(allowed_token_ids=frozenset([1, 3, 4]))
-    sampler = sampler_for(plain, few, vocabulary=5)
+    sampler = sampler_for(plain, few, vocab_size=5)
     for bans, expected in (([], [0, 1]), ([0, 1], [2, 3]), ([1], [0, 3]), ([0, 1, 3], [2, 4])):
         for slot in range(2):
             sampler.ban(slot, bans)
@@ -414,7 +414,7 @@ def test_a_slot_that_is_opened_again_knows_nothing_of_its_last_request() -> None
 
 
 def test_a_closed_slot_holds_no_memory() -> None:
-    sampler = Sampler(slots=2, vocabulary=V, backend=CPU_BACKEND)
+    sampler = Sampler(slots=2, vocab_size=V, backend=CPU_BACKEND)
     before = sampler.nbytes
     sampler.open(1, SamplingParams(presence_penalty=1.0, logit_bias={3: 1.0}), [])
     assert sampler.nbytes == before + 4 * V + 8 + 4
@@ -452,10 +452,10 @@ def test_a_seed_draws_the_same_alone_and_in_a_batch_that_changes_at_every_step()
     logits = torch.randn(sessions, steps, vocabulary, generator=generator) * 2
 
     def alone(session: int) -> list[int]:
-        sampler = sampler_for(requests[session], vocabulary=vocabulary, seen=[1, 2])
+        sampler = sampler_for(requests[session], vocab_size=vocabulary, seen=[1, 2])
         return [draw(sampler, logits[session, t], [0], [t])[0] for t in range(steps)]
 
-    sampler = sampler_for(*requests, vocabulary=vocabulary, seen=[1, 2])
+    sampler = sampler_for(*requests, vocab_size=vocabulary, seen=[1, 2])
     made: list[list[int]] = [[] for _ in range(sessions)]
     while unfinished := [s for s in range(sessions) if len(made[s]) < steps]:
         live = random.permutation(unfinished)[: random.integers(1, len(unfinished) + 1)].tolist()
@@ -502,7 +502,7 @@ from griffin_core.backends.cpu import team
 from griffin_core.backends.select import backend_for
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
-sampler = Sampler(slots=1, vocabulary=400, backend=backend_for(torch.device("cpu"), torch.float32))
+sampler = Sampler(slots=1, vocab_size=400, backend=backend_for(torch.device("cpu"), torch.float32))
 sampler.open(0, SamplingParams(temperature=0.7, top_p=0.9, seed=3), [])
 logits = torch.randn(8, 400, generator=torch.Generator().manual_seed(1))
 tokens = sampler.sample(logits, torch.zeros(8, dtype=torch.int64), torch.arange(8))

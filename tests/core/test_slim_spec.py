@@ -8,9 +8,9 @@ import torch
 from griffin_core.experts.slim_spec import SlimSpec
 
 
-def set_of(*layers: tuple[int, ...], ff_width: int = 10) -> SlimSpec:
+def set_of(*layers: tuple[int, ...], intermediate_size: int = 10) -> SlimSpec:
     each = (torch.tensor(layer, dtype=torch.int32) for layer in layers)
-    return SlimSpec.of_layers(ff_width, each)
+    return SlimSpec.of_layers(intermediate_size, each)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_set_of_which_one_layer_is_none_is_refused(
 def test_experts_that_are_not_as_many_as_the_counts_are_refused(counts: tuple[int, ...]) -> None:
     experts = torch.tensor([1, 2, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"experts: got \(3,\)"):
-        SlimSpec(ff_width=10, counts=counts, experts=experts)
+        SlimSpec(intermediate_size=10, counts=counts, experts=experts)
 
 
 def test_layers_of_different_numbers_are_found_by_their_offsets() -> None:
@@ -69,7 +69,7 @@ def test_jaccard_is_intersection_over_union_of_each_layer() -> None:
 
 def test_jaccard_of_different_models_is_an_error() -> None:
     with pytest.raises(ValueError, match="different shape"):
-        set_of((1,)).jaccard(set_of((1,), ff_width=11))
+        set_of((1,)).jaccard(set_of((1,), intermediate_size=11))
 
 
 def test_density_is_the_kept_fraction() -> None:
@@ -78,9 +78,9 @@ def test_density_is_the_kept_fraction() -> None:
 
 def test_norm_mass_is_the_experts_share_of_s2() -> None:
     s2 = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    kept = set_of((1, 3), (0, 2), (0, 1), ff_width=4)
+    kept = set_of((1, 3), (0, 2), (0, 1), intermediate_size=4)
     assert kept.norm_mass(s2) == pytest.approx((0.6, 0.5, 1.0))
-    kept = set_of((3,), (0, 1, 2), (0, 1), ff_width=4)
+    kept = set_of((3,), (0, 1, 2), (0, 1), intermediate_size=4)
     assert kept.norm_mass(s2) == pytest.approx((0.4, 0.75, 1.0))
 
 
@@ -89,4 +89,4 @@ def test_the_digest_tells_sets_apart() -> None:
     assert set_of((1, 2), (3, 4)).digest != set_of((1, 2), (3, 5)).digest
     assert set_of((1, 2), (3, 4)).digest != set_of((1, 2, 3, 4)).digest
     assert set_of((1, 2, 3), (4,)).digest != set_of((1, 2), (3, 4)).digest
-    assert set_of((1, 2), (3, 4)).digest != set_of((1, 2), (3, 4), ff_width=11).digest
+    assert set_of((1, 2), (3, 4)).digest != set_of((1, 2), (3, 4), intermediate_size=11).digest

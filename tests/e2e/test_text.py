@@ -126,7 +126,7 @@ def test_sampled_streams_are_transformers_logits_and_text(
         logits = reference.model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
     vocabulary = logits.shape[1]
     sampler = Sampler(
-        slots=1, vocabulary=vocabulary, backend=backend_for(torch.device("cpu"), torch.float32)
+        slots=1, vocab_size=vocabulary, backend=backend_for(torch.device("cpu"), torch.float32)
     )
     sampler.open(0, SamplingParams(temperature=1.0, seed=seed), before)
     positions = torch.arange(len(before), len(before) + TOKENS)

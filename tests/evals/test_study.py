@@ -272,7 +272,7 @@ def test_forcing_on_all_neurons_is_reading_and_leaves_the_cache(
     decoder = tiny("llama").decoder
     cache = decoder.new_cache(20)
     reading.read(decoder, range(12), cache)
-    everything = torch.arange(decoder.spec.ff_width, dtype=torch.int32)
+    everything = torch.arange(decoder.spec.intermediate_size, dtype=torch.int32)
     view = reading.on_experts(decoder, everything.repeat(len(decoder.layers), 1))
     forced = reading.forced(decoder, range(8), cache, view)
     assert cache.length == 12
@@ -284,7 +284,7 @@ def test_forcing_on_all_neurons_is_reading_and_leaves_the_cache(
     assert torch.allclose(reading.logprobs_of(decoder, hidden), dense, atol=1e-4)
 
 
-def test_greedy_completions_are_the_likeliest_tokens_that_end_nothing(
+def test_greedy_completions_are_the_argmax_tokens_that_end_nothing(
     tiny: Callable[[str], Model],
 ) -> None:
     model = tiny("llama")

@@ -44,8 +44,8 @@ def test_a_row_makes_the_same_in_each_place(
 ) -> None:
     decoder = on_gpu(tiny_directory(name), torch.bfloat16).decoder
     for slots in (3, 12):
-        vocabulary = decoder.spec.vocabulary
-        sampler = Sampler(slots=slots, vocabulary=vocabulary, backend=decoder.backend)
+        vocabulary = decoder.spec.vocab_size
+        sampler = Sampler(slots=slots, vocab_size=vocabulary, backend=decoder.backend)
         step = GraphStep(
             decoder=decoder,
             pool=decoder.new_pool(100),

@@ -84,8 +84,8 @@ def normal(*shape: int, seed: int = 1, scale: float = 2.0) -> Tensor:
 def both(requests: Sequence[SamplingParams], vocabulary: int) -> tuple[CpuSlots, CudaSlots]:
     """The same requests in slots of a CPU and of a GPU."""
     assert DEVICE is not None
-    cpu = CpuSlots(slots=len(requests), vocabulary=vocabulary)
-    gpu = CudaSlots(slots=len(requests), vocabulary=vocabulary, device=torch.device(DEVICE))
+    cpu = CpuSlots(slots=len(requests), vocab_size=vocabulary)
+    gpu = CudaSlots(slots=len(requests), vocab_size=vocabulary, device=torch.device(DEVICE))
     for slot, params in enumerate(requests):
         cpu.open(slot, params, SEEN)
         gpu.open(slot, params, SEEN)
@@ -171,7 +171,7 @@ def test_a_slot_that_is_opened_again_knows_nothing_of_its_last_request() -> None
         gpu.close(0)
         assert on_gpu(gpu, logits, slots, positions).tolist() == [int(logits.argmax())]
         gpu.open(0, after, [8])
-        cpu = CpuSlots(slots=1, vocabulary=VOCABULARY)
+        cpu = CpuSlots(slots=1, vocab_size=VOCABULARY)
         cpu.open(0, after, [8])
         for step in range(3):
             at = torch.tensor([step])
@@ -186,7 +186,7 @@ def test_bans_that_change_between_steps_are_a_cpus(settings: dict[str, object]) 
     for step, banned in enumerate(([], [5, 90], [3, 700, 701], [*range(0, 2000, 2)], [])):
         logits = normal(1, VOCABULARY, seed=step)
         left = [token for token in allowed or range(VOCABULARY) if token not in banned]
-        banned.append(int(logits[0, left].argmax()) if not allowed else 4)  # the likeliest
+        banned.append(int(logits[0, left].argmax()) if not allowed else 4)  # the argmax
         for device in (cpu, gpu):
             device.ban(0, banned)
         at = torch.tensor([step])
@@ -198,8 +198,8 @@ def test_bans_that_change_between_steps_are_a_cpus(settings: dict[str, object]) 
 def test_small_vocabularies_are_drawn_from_too() -> None:
     for vocabulary in (1, 2, 7, 260, 1024, 1025):
         requests = [SamplingParams(temperature=0.8, top_p=0.7), SamplingParams(top_k=3, **WARM)]
-        cpu = CpuSlots(slots=2, vocabulary=vocabulary)
-        gpu = CudaSlots(slots=2, vocabulary=vocabulary, device=torch.device(str(DEVICE)))
+        cpu = CpuSlots(slots=2, vocab_size=vocabulary)
+        gpu = CudaSlots(slots=2, vocab_size=vocabulary, device=torch.device(str(DEVICE)))
         for slot, params in enumerate(requests):
             cpu.open(slot, params, [])
             gpu.open(slot, params, [])

@@ -60,8 +60,8 @@ def prefilled(
 
 def sampler_of(decoder: Decoder, slots: int = 16) -> Sampler:
     """All of whose slots are greedy."""
-    vocabulary = decoder.spec.vocabulary
-    sampler = Sampler(slots=slots, vocabulary=vocabulary, backend=decoder.backend)
+    vocabulary = decoder.spec.vocab_size
+    sampler = Sampler(slots=slots, vocab_size=vocabulary, backend=decoder.backend)
     for slot in range(slots):
         sampler.open(slot, SamplingParams(), [])
     return sampler
@@ -132,7 +132,7 @@ def steps_of(decoder: Decoder, max_sequences: int, graphs: bool = True) -> Steps
 
 def random_set(decoder: Decoder, *counts: int) -> SlimSpec:
     """A set with these numbers of experts, layer by layer and again from the first."""
-    every = decoder.spec.ff_width
+    every = decoder.spec.intermediate_size
     of_layers = [counts[layer % len(counts)] for layer in range(len(decoder.layers))]
     layers = [torch.randperm(every)[:k].sort().values.int() for k in of_layers]
     return SlimSpec.of_layers(every, layers)
@@ -152,7 +152,7 @@ def masked(decoder: Decoder, experts: SlimSpec | None) -> View:
 
 def sets_of(kind: str, decoder: Decoder) -> list[SlimSpec | None]:
     """Of three sessions; the same object where they share it."""
-    width = decoder.spec.ff_width
+    width = decoder.spec.intermediate_size
     # A norm after the FF makes an output that is nearly zero as large as any other: of one neuron
     # alone, float16 may then give even another sign.
     few = 8 if decoder.spec.sandwich_norms else 1
@@ -334,7 +334,7 @@ def test_steps_launched_before_their_tokens_are_read_draw_the_same(
 ) -> None:
     decoder = decoder_of(tiny_directory("llama"), torch.bfloat16)
     run = steps_of(decoder, 4)
-    k = int(density * decoder.spec.ff_width)
+    k = int(density * decoder.spec.intermediate_size)
     view = run.view(random_set(decoder, k) if density < 1 else None)
     made: list[list[list[int]]] = []
     for ahead in (0, 1):

@@ -123,7 +123,7 @@ def _lab(
     named: Named, corpus: Corpus, long: dict[str, str], sizes: Sizes, progress: Progress
 ) -> Lab:
     model = load_model(named.source, dtype=torch.float32, progress=progress)
-    whole, sizes = sizes, sizes.for_vocabulary(model.decoder.spec.vocabulary)
+    whole, sizes = sizes, sizes.for_vocabulary(model.decoder.spec.vocab_size)
     room = model.decoder.spec.context_length - sizes.follow_tokens - 1
     long_tokens = min(sizes.long_tokens, room)
     needed = long_tokens + sizes.follow_tokens + 1
@@ -146,7 +146,7 @@ def _described(named: Named, lab: Lab) -> Figures:
         "name": lab.model.name,
         "fingerprint": lab.model.fingerprint,
         "layers": len(spec.layers),
-        "ff_width": spec.ff_width,
+        "ff_width": spec.intermediate_size,
         "texts": len(lab.texts),
         "long_texts": [text.name for text in lab.long_texts],
         "long_tokens": lab.long_tokens,

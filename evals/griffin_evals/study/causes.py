@@ -64,7 +64,7 @@ def _prompt(
             order = torch.randperm(len(body), generator=generator).tolist()
             return [], bos + [body[i] for i in order]
         case "random":
-            vocabulary = lab.model.decoder.spec.vocabulary
+            vocabulary = lab.model.decoder.spec.vocab_size
             drawn = torch.randint(vocabulary, (len(body),), generator=generator).tolist()
             return [], bos + drawn
         case "repeated":
@@ -94,4 +94,4 @@ def _flock(lab: Lab, prefix: Sequence[int], prompt: list[int]) -> tuple[float, f
         for z, own in zip(span.activations, experts, strict=True)
     ]
     mass = float(norm_mass(span.s2, experts).mean())
-    return sum(agreed) / len(agreed), mass, members(experts, decoder.spec.ff_width)
+    return sum(agreed) / len(agreed), mass, members(experts, decoder.spec.intermediate_size)

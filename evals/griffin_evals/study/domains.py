@@ -22,13 +22,13 @@ def measure(lab: Lab) -> dict[str, Any]:
     for text in lab.each_text("domains", lab.domain_texts):
         prompt = lab.prompt(text)
         s2 = read(decoder, prompt, decoder.new_cache(len(prompt))).s2
-        sets.append(members(choose(decoder, s2, lab.selection), decoder.spec.ff_width))
+        sets.append(members(choose(decoder, s2, lab.selection), decoder.spec.intermediate_size))
     names = list(dict.fromkeys(text.domain for text in lab.domain_texts))
     groups = [names.index(text.domain) for text in lab.domain_texts]
     pairs = torch.stack([torch.stack([jaccard(one, other) for other in sets]) for one in sets])
     return {
         "domains": names,
-        "random": rounded(jaccard_of_random_sets(lab.experts, decoder.spec.ff_width)),
+        "random": rounded(jaccard_of_random_sets(lab.experts, decoder.spec.intermediate_size)),
         **summarize(pairs.double().numpy(), groups, names),
     }
 

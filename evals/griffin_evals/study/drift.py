@@ -52,14 +52,14 @@ def _windows(lab: Lab, text: Text) -> tuple[list[float], list[float]]:
     experts = choose(decoder, read(decoder, prompt, dense_cache).s2, lab.selection)
     read(decoder, prompt, slim_cache)
     view = on_experts(decoder, experts)
-    chosen = members(experts, decoder.spec.ff_width)
+    chosen = members(experts, decoder.spec.intermediate_size)
     at = judged(len(rest) // size)
     shares, kls = [], []
     for begin in range(0, len(rest) - size + 1, size):
         ids = rest[begin : begin + size]
         dense = read(decoder, ids, dense_cache)
         slim = advance(decoder, ids, slim_cache, view)
-        own = members(choose(decoder, dense.s2, lab.selection), decoder.spec.ff_width)
+        own = members(choose(decoder, dense.s2, lab.selection), decoder.spec.intermediate_size)
         shares.append(overlap(own, chosen))
         if len(shares) - 1 in at:
             kl = divergence(logprobs_of(decoder, dense.hidden), logprobs_of(decoder, slim))
@@ -85,11 +85,11 @@ def _generated(lab: Lab) -> dict[str, Any]:
         for prompt, ids in zip(prompts, made, strict=True):
             cache = decoder.new_cache(len(prompt) + len(ids))
             of_prompt = choose(decoder, read(decoder, prompt, cache).s2, lab.selection)
-            chosen = members(of_prompt, decoder.spec.ff_width)
+            chosen = members(of_prompt, decoder.spec.intermediate_size)
             row = []
             for start in range(0, len(ids) - size + 1, size):
                 s2 = read(decoder, ids[start : start + size], cache).s2
-                own = members(choose(decoder, s2, lab.selection), decoder.spec.ff_width)
+                own = members(choose(decoder, s2, lab.selection), decoder.spec.intermediate_size)
                 row.append(overlap(own, chosen))
             overlaps.append(row)
             distinct.append(

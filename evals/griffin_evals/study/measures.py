@@ -49,9 +49,9 @@ def norm_mass(s2: Tensor, experts: Tensor) -> Tensor:
     return s2.gather(1, experts.long()).sum(dim=1) / s2.sum(dim=1)
 
 
-def members(experts: Tensor, ff_width: int) -> Tensor:
+def members(experts: Tensor, intermediate_size: int) -> Tensor:
     """Experts [L, K] int32 -> bool [L, F]."""
-    inside = torch.zeros((experts.shape[0], ff_width), dtype=torch.bool)
+    inside = torch.zeros((experts.shape[0], intermediate_size), dtype=torch.bool)
     return inside.scatter_(1, experts.cpu().long(), True)
 
 
@@ -69,9 +69,9 @@ def jaccard(one: Tensor, other: Tensor) -> Tensor:
     return (one & other).sum(dim=1) / (one | other).sum(dim=1)
 
 
-def jaccard_of_random_sets(k: int, ff_width: int) -> float:
+def jaccard_of_random_sets(k: int, intermediate_size: int) -> float:
     """k / (2F - k), since two random sets of k out of F neurons share k²/F on average."""
-    return k / (2 * ff_width - k)
+    return k / (2 * intermediate_size - k)
 
 
 def divergence(dense: Tensor, slim: Tensor) -> Tensor:

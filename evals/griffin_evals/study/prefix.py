@@ -65,7 +65,7 @@ def _of_text(lab: Lab, text: Text, lengths: Sequence[int]) -> list[tuple[float, 
     follows = read(decoder, rest, cache)
     cache.rewind(len(prompt))
     dense = logprobs_of(decoder, follows.hidden)
-    width = decoder.spec.ff_width
+    width = decoder.spec.intermediate_size
     own = members(choose(decoder, follows.s2, lab.selection), width)
     found = []
     for s2 in sums:

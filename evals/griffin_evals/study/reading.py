@@ -78,7 +78,9 @@ def choose(decoder: Decoder, s2: Tensor, selection: Selection) -> Tensor:
 def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[RunFF]:
     """The FF block of each layer on experts [L, K]. Activations outside are zeroed, which gives
     the results of packed copies without the time to make them."""
-    return ZeroedLayers(decoder, SlimSpec.of_layers(decoder.spec.ff_width, experts.unbind()))
+    return ZeroedLayers(
+        decoder, SlimSpec.of_layers(decoder.spec.intermediate_size, experts.unbind())
+    )
 
 
 @torch.inference_mode()

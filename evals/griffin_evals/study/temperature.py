@@ -74,7 +74,7 @@ def _of(
 ) -> dict[str, dict[str, float]]:
     """The measures of each completion of one prompt."""
     decoder = lab.model.decoder
-    width = decoder.spec.ff_width
+    width = decoder.spec.intermediate_size
     cache = decoder.new_cache(len(prompt) + max(len(ids) for ids in completions.values()))
     experts = choose(decoder, read(decoder, prompt, cache).s2, lab.selection)
     chosen, view = members(experts, width), on_experts(decoder, experts)

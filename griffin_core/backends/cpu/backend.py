@@ -108,9 +108,9 @@ class RowsAttention:
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
         spec, own = self._spec, self._spec.layers[layer]
-        heads = spec.heads
+        heads = spec.num_heads
         if q_norm is not None and k_norm is not None:
-            q, k = qkv[:, :heads], qkv[:, heads : heads + spec.kv_heads]
+            q, k = qkv[:, :heads], qkv[:, heads : heads + spec.num_kv_heads]
             q.copy_(self._backend.norm(q, q_norm))
             k.copy_(self._backend.norm(k, k_norm))
         return attend_rows(
@@ -135,7 +135,7 @@ class CpuBackend(TorchBackend):
 
     def prepare(self, spec: ModelSpec) -> None:
         if self._kernels:
-            attend_kernel(spec.head_dim, spec.heads // spec.kv_heads)
+            attend_kernel(spec.head_dim, spec.num_heads // spec.num_kv_heads)
             compile_kernels()
 
     def pack_linear(
@@ -181,12 +181,12 @@ class CpuBackend(TorchBackend):
         return s2_rows(z) if self._kernels and z.dtype is self.dtype else super().statistic(z)
 
     def new_pool(self, spec: ModelSpec, tokens: int) -> KvPool:
-        shape = (2, spec.kv_heads, tokens + 1, spec.head_dim)
+        shape = (2, spec.num_kv_heads, tokens + 1, spec.head_dim)
         memory = LazyTensors(len(spec.layers), shape, self.dtype)
         return KvPool(memory.tensors, memory.trim)
 
-    def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
-        return CpuSlots(slots=slots, vocabulary=vocabulary)
+    def sampler_slots(self, slots: int, vocab_size: int) -> SamplerSlots:
+        return CpuSlots(slots=slots, vocab_size=vocab_size)
 
 
 @cache

@@ -41,11 +41,11 @@ class CpuSlots:
 
     Args:
         slots: S, the number of sessions; slot S always exists and is greedy.
-        vocabulary: V.
+        vocab_size: V.
     """
 
-    def __init__(self, *, slots: int, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, *, slots: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self.drawn = torch.zeros(slots + 1, dtype=torch.int64)
         self._table = torch.zeros((slots + 1, FIELDS), dtype=torch.int64)
         self._owned: list[tuple[Tensor, ...]] = [()] * (slots + 1)
@@ -76,7 +76,7 @@ class CpuSlots:
         if not params.plain:  # a row of zeros means plain
             self._open(slot, params, seen)
         if params.allowed_token_ids:
-            others = torch.ones(self._vocabulary, dtype=torch.bool)
+            others = torch.ones(self._vocab_size, dtype=torch.bool)
             others[list(params.allowed_token_ids)] = False
             self._others[slot] = others
             self.ban(slot, ())
@@ -86,12 +86,12 @@ class CpuSlots:
         values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         counts = None
         if params.penalizes:
-            counts = torch.zeros(self._vocabulary, dtype=torch.int32)
+            counts = torch.zeros(self._vocab_size, dtype=torch.int32)
             counts[torch.tensor(list(seen), dtype=torch.int64)] = 1
         self._owned[slot] = (tokens, values) if counts is None else (tokens, values, counts)
         row = {
             SAMPLES: int(params.temperature > 0),
-            TOP_K: params.top_k if params.top_k < self._vocabulary else 0,
+            TOP_K: params.top_k if params.top_k < self._vocab_size else 0,
             SEED: params.seed - (params.seed >> 63 << 64),  # the same bits as a signed int64
             BIASES: len(tokens),
             BIAS_TOKENS: address(tokens),
@@ -133,9 +133,9 @@ class CpuSlots:
             tokens = logits.argmax(dim=1).masked_fill(~logits.isfinite().all(dim=1), -1)
             self.drawn[slots] = tokens
             return tokens
-        rows, vocabulary = logits.shape
+        rows, vocab_size = logits.shape
         threads = max(1, min(rows, torch.get_num_threads()))
-        padded = -(-vocabulary // BLOCK) * BLOCK
+        padded = -(-vocab_size // BLOCK) * BLOCK
         # For each thread: processed logits, weights, bins and a list of tokens; the histogram; a
         # block of random numbers.
         size = 16 * padded + 8 * BINS + 4 * BLOCK
@@ -152,7 +152,7 @@ class CpuSlots:
             self._scratch.data_ptr(),
             size,
             rows,
-            vocabulary,
+            vocab_size,
             threads=threads,
         )
         return tokens

@@ -77,12 +77,12 @@ _LARGEST = np.float32(torch.finfo(torch.float32).max)
 def sample_rows(a):
     slots, positions = at(a[1], types.int64), at(a[2], types.int64)
     tokens, drawn = at(a[4], types.int64), at(a[5], types.int64)
-    rank, size, rows, vocabulary = team_rank(), team_size(), a[8], a[9]
+    rank, size, rows, vocab_size = team_rank(), team_size(), a[8], a[9]
     for row in range(rank, rows, size):
         slot = slots[row]
         settings = a[3] + 8 * FIELDS * slot
         token = _sample_row(
-            a[0] + 4 * vocabulary * row, settings, positions[row], a[6] + a[7] * rank, vocabulary
+            a[0] + 4 * vocab_size * row, settings, positions[row], a[6] + a[7] * rank, vocab_size
         )
         tokens[row] = token
         drawn[slot] = token

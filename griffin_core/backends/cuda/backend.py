@@ -19,8 +19,8 @@ from griffin_core.backends.base import (
     FeedForward,
     Layout,
     Linear,
-    Moment,
     SamplerSlots,
+    Timestamp,
 )
 from griffin_core.backends.batch import RowRuns, RowTable
 from griffin_core.backends.cuda.activation import activate_own, activate_rows
@@ -72,8 +72,8 @@ class PlainCudaBackend(TorchBackend):
     claims_memory = True
     overlaps = True
 
-    def sampler_slots(self, slots: int, vocabulary: int) -> SamplerSlots:
-        return CudaSlots(slots=slots, vocabulary=vocabulary, device=self.device)
+    def sampler_slots(self, slots: int, vocab_size: int) -> SamplerSlots:
+        return CudaSlots(slots=slots, vocab_size=vocab_size, device=self.device)
 
     def prepare_thread(self) -> None:
         torch.cuda.set_device(self.device)  # Triton launches kernels on the thread's current device
@@ -81,7 +81,7 @@ class PlainCudaBackend(TorchBackend):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
-    def moment(self) -> Moment:
+    def timestamp(self) -> Timestamp:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -163,7 +163,7 @@ class PrefillAttention(TorchAttention):
         for layers, begin, end in self._pools:
             own = None if rope is None else (rope[0][begin:end], rope[1][begin:end])
             rotate_and_store(
-                qkv[begin:end], self.spec.heads, own, layers[layer], self._places[begin:end]
+                qkv[begin:end], self.spec.num_heads, own, layers[layer], self._places[begin:end]
             )
 
     def keys_and_values(self, layer: int, qkv: Tensor, run: Run) -> tuple[Tensor, Tensor]:
@@ -171,8 +171,8 @@ class PrefillAttention(TorchAttention):
         if run.start:
             return super().keys_and_values(layer, qkv, run)
         # The pool holds the same keys and values as these rows.
-        own = qkv[run.begin : run.end, self.spec.heads :].transpose(0, 1)
-        return own[: self.spec.kv_heads], own[self.spec.kv_heads :]
+        own = qkv[run.begin : run.end, self.spec.num_heads :].transpose(0, 1)
+        return own[: self.spec.num_kv_heads], own[self.spec.num_kv_heads :]
 
 
 class DecodeAttention:
@@ -185,7 +185,7 @@ class DecodeAttention:
         self._rows = rows
         self._ropes = ropes_of(spec, rows.positions, backend.dtype)
         self._plan = split_plan(
-            rows.table.shape[1], spec.heads, spec.kv_heads, spec.head_dim, backend.programs
+            rows.table.shape[1], spec.num_heads, spec.num_kv_heads, spec.head_dim, backend.programs
         )
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
@@ -197,7 +197,7 @@ class DecodeAttention:
             norms = q_norm.weight, k_norm.weight, q_norm.eps
         return attend_rows(
             qkv,
-            spec.heads,
+            spec.num_heads,
             None if own.rotary is None else self._ropes[own.rotary],
             norms,
             self._pool.layers[layer],

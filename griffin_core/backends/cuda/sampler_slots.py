@@ -36,16 +36,16 @@ class CudaSlots:
 
     Args:
         slots: S, the number of sessions; slot S always exists and is greedy.
-        vocabulary: V.
+        vocab_size: V.
     """
 
-    def __init__(self, *, slots: int, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, *, slots: int, vocab_size: int, device: torch.device) -> None:
         self._device = device
-        self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
         self.drawn = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._table = torch.zeros((slots + 1, FIELDS), dtype=torch.int32, device=device)
-        self._bias = torch.zeros((slots + 1, vocabulary), dtype=torch.float32, device=device)
-        self._seen = torch.zeros((slots + 1, vocabulary), dtype=torch.int32, device=device)
+        self._bias = torch.zeros((slots + 1, vocab_size), dtype=torch.float32, device=device)
+        self._seen = torch.zeros((slots + 1, vocab_size), dtype=torch.int32, device=device)
         """Bit 0: in the prompt. The other bits: times drawn."""
         self._params: dict[int, SamplingParams] = {}
 
@@ -71,7 +71,7 @@ class CudaSlots:
             int(params.temperature > 0),
             int(biased),
             int(params.penalizes),
-            params.top_k if params.top_k < self._vocabulary else 0,
+            params.top_k if params.top_k < self._vocab_size else 0,
             _signed(params.seed & 0xFFFFFFFF),
             _signed(params.seed >> 32),
             float_bits(params.inverse_temperature),
@@ -109,10 +109,10 @@ class CudaSlots:
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """See ``Sampler``. Scratch memory is allocated here: during a capture it comes from the
         graph's pool, which graphs share."""
-        rows, vocabulary = logits.shape
-        splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(vocabulary, 4 * BLOCK)))
+        rows, vocab_size = logits.shape
+        splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(vocab_size, 4 * BLOCK)))
         processed = torch.empty_like(logits)
-        listed = logits.new_empty((rows, vocabulary), dtype=torch.int32)
+        listed = logits.new_empty((rows, vocab_size), dtype=torch.int32)
         lengths = slots.new_empty(rows, dtype=torch.int32)
         counts = slots.new_empty((rows, BINS.value), dtype=torch.int32)
         masses = slots.new_empty((rows, BINS.value))
@@ -132,12 +132,12 @@ class CudaSlots:
             counts,
             masses,
             lengths,
-            vocabulary,
+            vocab_size,
             **options,
         )
         row = (logits, processed, slots, self._table, tops, bottoms, counts, masses, lengths)
-        count_bins[rows, splits](*row, vocabulary, **options)
-        race[rows, splits](*row, listed, positions, bests, vocabulary, **options)
+        count_bins[rows, splits](*row, vocab_size, **options)
+        race[rows, splits](*row, listed, positions, bests, vocab_size, **options)
         finish[rows,](
             *row,
             listed,
@@ -146,7 +146,7 @@ class CudaSlots:
             self._seen,
             self.drawn,
             tokens,
-            vocabulary,
+            vocab_size,
             **options,
         )
         return tokens

@@ -77,7 +77,7 @@ def process_logits(
     counts,
     masses,
     lengths,
-    vocabulary,
+    vocab_size,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -88,25 +88,25 @@ def process_logits(
     biased, penalized = read_number(table, slot, BIASED), read_number(table, slot, PENALIZED)
     repetition = read_float(table, slot, REPETITION)
     presence, frequency = read_float(table, slot, PRESENCE), read_float(table, slot, FREQUENCY)
-    share = tl.cdiv(tl.cdiv(vocabulary, SPLITS), BLOCK) * BLOCK
+    share = tl.cdiv(tl.cdiv(vocab_size, SPLITS), BLOCK) * BLOCK
     begin = split * share
-    end = tl.minimum(begin + share, vocabulary)
+    end = tl.minimum(begin + share, vocab_size)
     best = tl.full((BLOCK,), LOWEST, tl.int64) << 32
     lowest = tl.full((BLOCK,), HIGHEST, tl.int32)
     bad = tl.zeros((BLOCK,), tl.int32)
     for first in range(begin, end, BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         inside = tokens < end
-        x = tl.load(logits + row * vocabulary + tokens, mask=inside, other=0.0)
+        x = tl.load(logits + row * vocab_size + tokens, mask=inside, other=0.0)
         size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         bad = tl.maximum(bad, (size >= INFINITE).to(tl.int32))
         banned = tl.zeros((BLOCK,), tl.int32)
         if biased != 0:
-            added = tl.load(bias + slot * vocabulary + tokens, mask=inside, other=0.0)
+            added = tl.load(bias + slot * vocab_size + tokens, mask=inside, other=0.0)
             banned = (added < -LARGEST).to(tl.int32)
             x += added
         if penalized != 0:
-            known = tl.load(seen + slot * vocabulary + tokens, mask=inside, other=0)
+            known = tl.load(seen + slot * vocab_size + tokens, mask=inside, other=0)
             repeated = tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition)
             x = tl.where(known != 0, repeated, x)
             times = known >> 1
@@ -115,7 +115,7 @@ def process_logits(
         if (biased != 0) | (penalized != 0):
             x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
             x = tl.where(banned != 0, float("-inf"), x)
-            tl.store(processed + row * vocabulary + tokens, x, mask=inside)
+            tl.store(processed + row * vocab_size + tokens, x, mask=inside)
         key = key_of(x)
         packed = (key.to(tl.int64) << 32) | (tokens ^ 0x7FFFFFFF).to(tl.int64)
         best = tl.where(inside, tl.maximum(best, packed), best)
@@ -142,7 +142,7 @@ def count_bins(
     counts,
     masses,
     lengths,
-    vocabulary,
+    vocab_size,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -156,10 +156,10 @@ def count_bins(
         inverse = read_float(table, slot, INVERSE_TEMPERATURE)
         top = float_of_key((read_top(tops, row, SPLITS) >> 32).to(tl.int32))
         scale = bin_scale(bottoms, row, top, inverse, SPLITS)
-        source = row_of(logits, processed, table, slot, row, vocabulary)
-        share = tl.cdiv(tl.cdiv(vocabulary, SPLITS), BLOCK) * BLOCK
+        source = row_of(logits, processed, table, slot, row, vocab_size)
+        share = tl.cdiv(tl.cdiv(vocab_size, SPLITS), BLOCK) * BLOCK
         begin = split * share
-        end = tl.minimum(begin + share, vocabulary)
+        end = tl.minimum(begin + share, vocab_size)
         for first in range(begin, end, BLOCK):
             tokens = first + tl.arange(0, BLOCK)
             inside = tokens < end
@@ -186,7 +186,7 @@ def race(
     listed,
     positions,
     bests,
-    vocabulary,
+    vocab_size,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -200,7 +200,7 @@ def race(
         inverse = read_float(table, slot, INVERSE_TEMPERATURE)
         top = float_of_key((read_top(tops, row, SPLITS) >> 32).to(tl.int32))
         scale = bin_scale(bottoms, row, top, inverse, SPLITS)
-        source = row_of(logits, processed, table, slot, row, vocabulary)
+        source = row_of(logits, processed, table, slot, row, vocab_size)
         # Bins before ``sure`` are kept. The cut is in one of the bins [sure, unsure). The cut of
         # top_k, which determines the total mass that top_p is a share of, is in bin ``counted``.
         sure = tl.full((), BINS, tl.int32)
@@ -224,9 +224,9 @@ def race(
         low = zero + position.to(tl.int32)
         high = zero + (position >> 32).to(tl.int32)
         best = tl.full((BLOCK,), NOT_FINITE, tl.int64)
-        share = tl.cdiv(tl.cdiv(vocabulary, SPLITS), BLOCK) * BLOCK
+        share = tl.cdiv(tl.cdiv(vocab_size, SPLITS), BLOCK) * BLOCK
         begin = split * share
-        end = tl.minimum(begin + share, vocabulary)
+        end = tl.minimum(begin + share, vocab_size)
         for first in range(begin, end, BLOCK):
             tokens = first + tl.arange(0, BLOCK)
             inside = tokens < end
@@ -240,7 +240,7 @@ def race(
             if both >= 65536:
                 at = tl.atomic_add(lengths + row, both >> 16, sem="relaxed")
                 at += tl.cumsum(open_.to(tl.int32), axis=0) - 1
-                tl.store(listed + row * vocabulary + at, tokens, mask=open_)
+                tl.store(listed + row * vocab_size + at, tokens, mask=open_)
             if (both & 65535) != 0:
                 counters = first // 4 + tl.arange(0, BLOCK // 4)
                 r0, r1, r2, r3 = tl.philox(seed, counters, low, high, zero)
@@ -266,7 +266,7 @@ def finish(
     seen,
     drawn,
     out,
-    vocabulary,
+    vocab_size,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -285,8 +285,8 @@ def finish(
             inverse = read_float(table, slot, INVERSE_TEMPERATURE)
             top = float_of_key((packed >> 32).to(tl.int32))
             scale = bin_scale(bottoms, row, top, inverse, SPLITS)
-            source = row_of(logits, processed, table, slot, row, vocabulary)
-            own, length = listed + row * vocabulary, tl.load(lengths + row)
+            source = row_of(logits, processed, table, slot, row, vocab_size)
+            own, length = listed + row * vocab_size, tl.load(lengths + row)
             count = tl.load(counts + row * BINS + tl.arange(0, BINS)).to(tl.int64)
             mass = tl.load(masses + row * BINS + tl.arange(0, BINS))
             limit, last = find_cut(
@@ -310,5 +310,5 @@ def finish(
     tl.store(out + row, token)
     tl.store(drawn + slot, token)
     if (token >= 0) & (read_number(table, slot, PENALIZED) != 0):
-        at = seen + slot * vocabulary + token
+        at = seen + slot * vocab_size + token
         tl.store(at, tl.load(at) + 2)

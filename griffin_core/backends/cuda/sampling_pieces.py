@@ -103,8 +103,8 @@ def read_seed(table, slot):
 
 
 @triton.jit
-def row_of(logits, processed, table, slot, row, vocabulary):
+def row_of(logits, processed, table, slot, row, vocab_size):
     """Returns a pointer to the row of logits, after biases and penalties if it has any."""
     own = (read_number(table, slot, BIASED) != 0) | (read_number(table, slot, PENALIZED) != 0)
-    offset = row * vocabulary
+    offset = row * vocab_size
     return processed + offset if own else logits + offset

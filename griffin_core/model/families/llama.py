@@ -43,14 +43,14 @@ def llama_spec(c: ConfigReader) -> ModelSpec:
             LayerSpec(window=windows[kind], rotary=distinct.index(rotaries[kind])) for kind in types
         ),
         rotaries=distinct,
-        width=width,
-        ff_width=c.integer("intermediate_size"),
-        heads=heads,
-        kv_heads=_kv_heads(c, heads),
+        hidden_size=width,
+        intermediate_size=c.integer("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=_kv_heads(c, heads),
         head_dim=head_dim,
-        vocabulary=c.integer("vocab_size"),
+        vocab_size=c.integer("vocab_size"),
         context_length=context_length,
-        embed_width=width,
+        embedding_size=width,
         norm="rms",
         norm_eps=c.number("rms_norm_eps", zero=True),
         norm_offset=1.0 if gemma else 0.0,
@@ -116,11 +116,11 @@ def _window(c: ConfigReader, layer_type: str) -> int | None:
 def llama_weights(reader: TensorReader) -> DecoderWeights:
     """Returns the weights of a family with rotary positions and RMSNorms."""
     s = reader.spec
-    embedding = reader.get("model.embed_tokens.weight", s.vocabulary, s.width)
+    embedding = reader.get("model.embed_tokens.weight", s.vocab_size, s.hidden_size)
     return DecoderWeights(
         embedding=embedding,
         layers=tuple(_layer(reader, f"model.layers.{i}.") for i in range(len(s.layers))),
-        final_norm=reader.norm("model.norm", s.width),
+        final_norm=reader.norm("model.norm", s.hidden_size),
         head=reader.head(embedding),
     )
 
@@ -131,17 +131,17 @@ def _layer(reader: TensorReader, prefix: str) -> Layer:
     post_attention = f"{prefix}post_attention_layernorm"
     return Layer(
         qkv=reader.qkv(attention),
-        o=reader.linear(f"{attention}o_proj", s.width, s.heads * s.head_dim),
+        o=reader.linear(f"{attention}o_proj", s.hidden_size, s.num_heads * s.head_dim),
         ff=reader.ff(f"{mlp}gate_proj", f"{mlp}up_proj", f"{mlp}down_proj"),
-        attention_norm=reader.norm(f"{prefix}input_layernorm", s.width),
+        attention_norm=reader.norm(f"{prefix}input_layernorm", s.hidden_size),
         ff_norm=reader.norm(
             f"{prefix}pre_feedforward_layernorm" if s.sandwich_norms else post_attention,
-            s.width,
+            s.hidden_size,
         ),
         q_norm=reader.norm(f"{attention}q_norm", s.head_dim) if s.query_key_norm else None,
         k_norm=reader.norm(f"{attention}k_norm", s.head_dim) if s.query_key_norm else None,
-        attention_out_norm=reader.norm(post_attention, s.width) if s.sandwich_norms else None,
-        ff_out_norm=reader.norm(f"{prefix}post_feedforward_layernorm", s.width)
+        attention_out_norm=reader.norm(post_attention, s.hidden_size) if s.sandwich_norms else None,
+        ff_out_norm=reader.norm(f"{prefix}post_feedforward_layernorm", s.hidden_size)
         if s.sandwich_norms
         else None,
     )

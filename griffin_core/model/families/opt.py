@@ -20,14 +20,14 @@ def opt_spec(c: ConfigReader) -> ModelSpec:
     return ModelSpec(
         family=c.config.model_type,
         layers=(layer,) * c.integer("num_hidden_layers"),
-        width=width,
-        ff_width=c.integer("ffn_dim"),
-        heads=heads,
-        kv_heads=heads,
+        hidden_size=width,
+        intermediate_size=c.integer("ffn_dim"),
+        num_heads=heads,
+        num_kv_heads=heads,
         head_dim=width // heads,
-        vocabulary=c.integer("vocab_size"),
+        vocab_size=c.integer("vocab_size"),
         context_length=c.integer("max_position_embeddings"),
-        embed_width=c.integer("word_embed_proj_dim"),
+        embedding_size=c.integer("word_embed_proj_dim"),
         norm="layer",
         norm_eps=1e-5,
         norm_before=norm_before,
@@ -43,14 +43,14 @@ def opt_weights(reader: TensorReader) -> DecoderWeights:
     """Returns the weights of an OPT model."""
     s = reader.spec
     root = "model.decoder."
-    embedding = reader.get(f"{root}embed_tokens.weight", s.vocabulary, s.embed_width)
+    embedding = reader.get(f"{root}embed_tokens.weight", s.vocab_size, s.embedding_size)
     rows = s.context_length + s.position_offset
     return DecoderWeights(
         embedding=embedding,
         layers=tuple(_layer(reader, f"{root}layers.{i}.") for i in range(len(s.layers))),
-        final_norm=reader.norm(f"{root}final_layer_norm", s.width) if s.final_norm else None,
+        final_norm=reader.norm(f"{root}final_layer_norm", s.hidden_size) if s.final_norm else None,
         head=reader.head(embedding),
-        positions=reader.get(f"{root}embed_positions.weight", rows, s.width),
+        positions=reader.get(f"{root}embed_positions.weight", rows, s.hidden_size),
         project_in=reader.optional(f"{root}project_in.weight"),
         project_out=reader.optional(f"{root}project_out.weight"),
     )
@@ -61,8 +61,8 @@ def _layer(reader: TensorReader, prefix: str) -> Layer:
     attention = f"{prefix}self_attn."
     return Layer(
         qkv=reader.qkv(attention),
-        o=reader.linear(f"{attention}out_proj", s.width, s.width),
+        o=reader.linear(f"{attention}out_proj", s.hidden_size, s.hidden_size),
         ff=reader.ff(None, f"{prefix}fc1", f"{prefix}fc2"),
-        attention_norm=reader.norm(f"{prefix}self_attn_layer_norm", s.width),
-        ff_norm=reader.norm(f"{prefix}final_layer_norm", s.width),
+        attention_norm=reader.norm(f"{prefix}self_attn_layer_norm", s.hidden_size),
+        ff_norm=reader.norm(f"{prefix}final_layer_norm", s.hidden_size),
     )

@@ -54,10 +54,10 @@ class TensorReader:
     def qkv(self, attention: str) -> Linear:
         """Returns the products for queries, keys and values as one."""
         s = self.spec
-        rows = {"q_proj": s.heads, "k_proj": s.kv_heads, "v_proj": s.kv_heads}
+        rows = {"q_proj": s.num_heads, "k_proj": s.num_kv_heads, "v_proj": s.num_kv_heads}
         names = [f"{attention}{name}" for name in rows]
         weights = [
-            self.get(f"{name}.weight", heads * s.head_dim, s.width)
+            self.get(f"{name}.weight", heads * s.head_dim, s.hidden_size)
             for name, heads in zip(names, rows.values(), strict=True)
         ]
         biases = [b for name in names if (b := self.optional(f"{name}.bias")) is not None]
@@ -94,8 +94,10 @@ class TensorReader:
             raise BadModelFile(f"weights: a gated FF with a bias ('{up}.bias') is not supported")
         weights = FFWeights(
             activation=s.activation,
-            w_in=torch.stack([self.get(f"{name}.weight", s.ff_width, s.width) for name in inputs]),
-            down=self.get(f"{down}.weight", s.width, s.ff_width).t().contiguous(),
+            w_in=torch.stack(
+                [self.get(f"{name}.weight", s.intermediate_size, s.hidden_size) for name in inputs]
+            ),
+            down=self.get(f"{down}.weight", s.hidden_size, s.intermediate_size).t().contiguous(),
             up_bias=self.optional(f"{up}.bias"),
             down_bias=self.optional(f"{down}.bias"),
         )

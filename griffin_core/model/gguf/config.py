@@ -55,10 +55,10 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
         "rope.dimension_count_swa",
     ):
         _same(file, name, keys.get(name, head_dim), "the width of a head", head_dim)
-    vocabulary = embedding.shape[0]
-    _same(file, "vocab_size", keys.get("vocab_size", vocabulary), str(embedding), vocabulary)
+    vocab_size = embedding.shape[0]
+    _same(file, "vocab_size", keys.get("vocab_size", vocab_size), str(embedding), vocab_size)
     fields: dict[str, Any] = {
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "hidden_size": width,
         "num_hidden_layers": layers,
         "intermediate_size": _needed(file, keys, "feed_forward_length"),

@@ -84,17 +84,17 @@ CONTROL_END_TEXTS = frozenset({"</s>"})
 """The same, but for control tokens only: Gemma uses </s> for text that is struck out."""
 
 
-def tokenizer_of(file: GgufFile, vocabulary: int) -> PreTrainedTokenizerFast:
+def tokenizer_of(file: GgufFile, vocab_size: int) -> PreTrainedTokenizerFast:
     """Returns the tokenizer of a file whose keys are checked.
 
     Args:
-        vocabulary: V, the number of rows of the embedding.
+        vocab_size: V, the number of rows of the embedding.
 
     Raises:
         BadModelFile: keys are missing, contradict one another, or name an unknown pre-tokenizer.
     """
     keys = tokenizer_keys(file)
-    tokens = _tokens(file, keys, vocabulary)
+    tokens = _tokens(file, keys, vocab_size)
     kind = _needed(file, keys, "ggml.model")
     try:
         backend = (_sentencepiece if kind == "llama" else _byte_level)(file, keys, tokens)
@@ -137,11 +137,11 @@ def _ends_by_text(token: str, kind: int | None) -> bool:
     return token in END_TEXTS and kind in (_CONTROL, _USER_DEFINED, None)
 
 
-def _tokens(file: GgufFile, keys: Mapping[str, Any], vocabulary: int) -> list[str]:
+def _tokens(file: GgufFile, keys: Mapping[str, Any], vocab_size: int) -> list[str]:
     given: list[str] = _needed(file, keys, "ggml.tokens")
-    if len(given) != vocabulary:
+    if len(given) != vocab_size:
         raise file.bad(
-            f"tokenizer.ggml.tokens: got {len(given)} tokens; allowed: {vocabulary}, the rows of "
+            f"tokenizer.ggml.tokens: got {len(given)} tokens; allowed: {vocab_size}, the rows of "
             "token_embd.weight"
         )
     for name in ("ggml.scores", "ggml.token_type"):

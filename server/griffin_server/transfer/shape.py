@@ -55,11 +55,11 @@ def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
     return HandoffShape(
         fingerprint=model.fingerprint,
         layers=len(spec.layers),
-        kv_heads=spec.kv_heads,
+        kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        ff_width=spec.ff_width,
-        width=spec.width,
+        ff_width=spec.intermediate_size,
+        width=spec.hidden_size,
         dtype=model.decoder.dtype,
         tokens=len(task.token_ids),
-        expert_counts=task.selection.expert_counts(len(spec.layers), spec.ff_width),
+        expert_counts=task.selection.expert_counts(len(spec.layers), spec.intermediate_size),
     )

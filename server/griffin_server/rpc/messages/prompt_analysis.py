@@ -69,14 +69,14 @@ def analyze_task(
 def started_to_pb(
     task: PrefillTask, tokenizer: Tokenizer, spec: ModelSpec, request_id: str
 ) -> pb.AnalyzePromptResponse:
-    counts = task.selection.expert_counts(len(spec.layers), spec.ff_width)
+    counts = task.selection.expert_counts(len(spec.layers), spec.intermediate_size)
     return pb.AnalyzePromptResponse(
         started=pb.AnalyzePromptResponse.Started(
             token_ids=task.token_ids,
             texts=[tokenizer.decode_one(token) for token in task.token_ids],
             experts_per_layer=sum(counts) // len(counts),
             expert_counts=counts,
-            ff_width=spec.ff_width,
+            ff_width=spec.intermediate_size,
             request_id=request_id,
         )
     )
