@@ -35,8 +35,8 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.text.tokenizer import Tokenizer
-from tests.core.engines import Inbox
 from tests.tiny import byte_tokenizer
+from tests.unit.core.engines import Inbox
 
 WORKLOADS = ((1, 128), (1, 2048), (16, 512), (16, 2048))
 """Pairs of the number of prompts and the tokens of each."""

@@ -78,8 +78,8 @@ def _families() -> list[str]:
         "would come to be wrong; they load where they do not change up to "
         "`max_position_embeddings`.",
         _shown(
-            "tests/core/test_decoder_parity.py::test_prefill_and_32_steps_give_transformers_logits",
-            "tests/core/test_config_fields.py::"
+            "tests/unit/core/test_decoder_parity.py::test_prefill_and_32_steps_give_transformers_logits",
+            "tests/unit/core/test_config_fields.py::"
             "test_a_field_is_followed_as_transformers_does_or_refused_by_its_name",
         ),
     ]
@@ -89,27 +89,27 @@ def _forms() -> list[str]:
     rows = [
         (
             "a directory with `config.json` and `model.safetensors`, single or in shards",
-            "tests/core/test_checkpoint.py::test_every_form_of_a_checkpoint_loads",
+            "tests/unit/core/test_checkpoint.py::test_every_form_of_a_checkpoint_loads",
         ),
         (
             "the same with `pytorch_model.bin`",
-            "tests/core/test_checkpoint.py::test_every_form_of_a_checkpoint_loads",
+            "tests/unit/core/test_checkpoint.py::test_every_form_of_a_checkpoint_loads",
         ),
         (
             "a hub id",
-            "tests/core/test_checkpoint.py::test_a_model_of_the_hub_is_read_from_its_cache",
+            "tests/unit/core/test_checkpoint.py::test_a_model_of_the_hub_is_read_from_its_cache",
         ),
         (
             "a `.gguf` file",
-            "tests/core/test_gguf.py::test_a_gguf_of_each_family_gives_the_logits_of_its_model",
+            "tests/unit/core/test_gguf.py::test_a_gguf_of_each_family_gives_the_logits_of_its_model",
         ),
         (
             "any part of a split `.gguf`, with the others beside it",
-            "tests/core/test_gguf.py::test_a_split_file_is_loaded_whole_from_any_part",
+            "tests/unit/core/test_gguf.py::test_a_split_file_is_loaded_whole_from_any_part",
         ),
         (
             "`tokenizer.json`, or `tokenizer.model` alone",
-            "tests/core/test_tokenizer.py::test_a_sentencepiece_model_alone_is_read",
+            "tests/unit/core/test_tokenizer.py::test_a_sentencepiece_model_alone_is_read",
         ),
     ]
     return ["## Forms of files", table(("form", "shown by"), [(a, f"`{b}`") for a, b in rows])]
@@ -129,10 +129,10 @@ def _weights() -> list[str]:
         "Tensors that may be left over (regular expressions):",
         table(("tensor", "why"), [(f"`{name}`", why) for name, why in LEFT_OVER.items()]),
         _shown(
-            "tests/core/test_checkpoint.py::"
+            "tests/unit/core/test_checkpoint.py::"
             "test_weights_stored_in_a_type_of_quantization_are_refused_by_it",
-            "tests/core/test_checkpoint.py::test_what_may_be_left_over_is_left_out",
-            "tests/core/test_mutations.py::"
+            "tests/unit/core/test_checkpoint.py::test_what_may_be_left_over_is_left_out",
+            "tests/unit/core/test_mutations.py::"
             "test_a_mutated_model_is_what_transformers_makes_of_it_or_is_refused",
         ),
     ]
@@ -160,9 +160,9 @@ def _fields() -> list[str]:
         "All other fields of the config class of the family must have its default. Names that the "
         "class does not know are left out, as transformers leaves them out.",
         _shown(
-            "tests/core/test_config_fields.py::"
+            "tests/unit/core/test_config_fields.py::"
             "test_a_field_is_followed_as_transformers_does_or_refused_by_its_name",
-            "tests/core/test_config_fields.py::"
+            "tests/unit/core/test_config_fields.py::"
             "test_what_becomes_of_every_field_of_a_family_is_known",
         ),
     ]
@@ -189,13 +189,13 @@ def _gguf() -> list[str]:
         "refused:",
         "\n".join(f"- {_names(names)}" for names in words.values()),
         _shown(
-            "tests/core/test_gguf.py::test_a_field_of_the_config_that_gguf_has_reaches_the_logits",
-            "tests/core/test_gguf.py::test_each_form_of_rope_scaling_that_llama_cpp_knows",
-            "tests/core/test_gguf.py::test_quantized_tensors_are_dequantized",
-            "tests/core/test_gguf.py::test_a_key_that_is_not_understood_is_refused_by_name",
-            "tests/core/test_gguf.py::"
+            "tests/unit/core/test_gguf.py::test_a_field_of_the_config_that_gguf_has_reaches_the_logits",
+            "tests/unit/core/test_gguf.py::test_each_form_of_rope_scaling_that_llama_cpp_knows",
+            "tests/unit/core/test_gguf.py::test_quantized_tensors_are_dequantized",
+            "tests/unit/core/test_gguf.py::test_a_key_that_is_not_understood_is_refused_by_name",
+            "tests/unit/core/test_gguf.py::"
             "test_byte_level_bpe_gives_the_tokens_of_the_models_own_tokenizer",
-            "tests/core/test_gguf_mutations.py::"
+            "tests/unit/core/test_gguf_mutations.py::"
             "test_a_mutated_file_is_what_transformers_has_or_is_refused",
         ),
     ]

@@ -20,8 +20,8 @@ from lm_eval.tasks import TaskManager
 from griffin_evals.command import main
 from griffin_evals.tasks.errors import EvaluationError
 from griffin_evals.tasks.harness import hub_runnable
-from tests.evals.files import PEOPLE, write, write_text
 from tests.servers import Process
+from tests.unit.evals.files import PEOPLE, write, write_text
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

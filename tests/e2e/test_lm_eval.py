@@ -22,9 +22,9 @@ from griffin_core.model.hub import resolve
 from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
-from tests.evals.requests import scoring
-from tests.server.telemetry.test_metrics import free_port
 from tests.servers import Process, eventually
+from tests.unit.evals.requests import scoring
+from tests.unit.server.telemetry.test_metrics import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -271,7 +271,7 @@ def test_a_server_killed_in_mid_run_and_started_again_is_waited_for(
 HANGS = """
 import sys
 from griffin_evals.lm import GriffinLM
-from tests.evals.requests import scoring
+from tests.unit.evals.requests import scoring
 lm = GriffinLM(target=sys.argv[1], concurrency=4)
 requests = scoring(*((f"On day {n} the council met", " again" * 20) for n in range(20_000)))
 print("asks", flush=True)

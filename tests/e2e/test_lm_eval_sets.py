@@ -23,8 +23,8 @@ from griffin_core import sparsify
 from griffin_core.model.hub import resolve
 from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.lm import GriffinLM
-from tests.evals.requests import completing, scoring
 from tests.servers import Process
+from tests.unit.evals.requests import completing, scoring
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -22,8 +22,8 @@ from griffin_client import (
     ResourceExhausted,
 )
 from griffin_core.model.load import Model
-from tests.core.engines import at_baseline
 from tests.servers import SMALL_WINDOW, Process, Running, eventually, running, segments
+from tests.unit.core.engines import at_baseline
 
 pytestmark = pytest.mark.e2e
 

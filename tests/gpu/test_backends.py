@@ -1,4 +1,4 @@
-"""The CUDA backend on the cases of tests/core/test_backends.py: it agrees with plain torch.
+"""The CUDA backend on the cases of tests/unit/core/test_backends.py: it agrees with plain torch.
 
 Also in Triton's interpreter on a CPU (TRITON_INTERPRET=1).
 """

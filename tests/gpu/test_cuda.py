@@ -14,10 +14,10 @@ from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.load import load_model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import Sharing
-from tests.core.engines import at_baseline, complete, engine, finish, submit
 from tests.gpu.devices import needs_cuda
 from tests.servers import eventually
 from tests.tiny import FAMILIES, make_tiny
+from tests.unit.core.engines import at_baseline, complete, engine, finish, submit
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 

@@ -10,9 +10,9 @@ import torch
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model, load_model
-from tests.core.engines import engine
-from tests.core.test_batching import made_alone, made_beside
 from tests.gpu.devices import needs_cuda
+from tests.unit.core.engines import engine
+from tests.unit.core.test_batching import made_alone, made_beside
 
 pytestmark = [pytest.mark.gpu, needs_cuda, pytest.mark.timeout(300)]
 

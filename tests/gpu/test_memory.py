@@ -16,11 +16,11 @@ from griffin_core.engine.limits import Limits
 from griffin_core.errors import DeviceMemoryExhausted
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model, load_model
-from tests.core.engines import complete, engine, finish, submit
 from tests.gpu.devices import needs_cuda
 from tests.gpu.test_cuda import task
 from tests.servers import Process
 from tests.tiny import make_tiny
+from tests.unit.core.engines import complete, engine, finish, submit
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 

@@ -1,4 +1,4 @@
-"""The GPU's sampler against the CPU's, which tests/core/test_sampling.py holds against float64.
+"""The GPU's sampler against the CPU's, which tests/unit/core/test_sampling.py tests in float64.
 
 Also in Triton's interpreter on a CPU (TRITON_INTERPRET=1), with fewer draws.
 """

@@ -14,11 +14,11 @@ from griffin_core.forward.events import (
 )
 from griffin_core.model.load import Model, load_model
 from griffin_server.transfer import cuda_ipc, messages, shared_memory
-from tests.core.engines import complete, engine
 from tests.gpu.devices import needs_cuda
 from tests.gpu.test_cuda import task
 from tests.servers import Process, running
 from tests.tiny import FAMILIES, make_tiny
+from tests.unit.core.engines import complete, engine
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
