@@ -12,7 +12,10 @@ import pytest
 TESTS = Path(__file__).parents[2]
 
 ALLOWED = {
-    ("unit/core/test_hf.py", "_parameters"): "torch.nn.Module has no other way to replace a parameter",
+    (
+        "unit/core/test_hf.py",
+        "_parameters",
+    ): "torch.nn.Module has no other way to replace a parameter",
     (
         "unit/evals/test_lm.py",
         "_loglikelihood_tokens",

@@ -200,7 +200,7 @@ def test_models_stand_one_after_the_other_each_with_its_pictures(
     data: Path, tmp_path: Path, tiny_directory: Callable[[str], Path]
 ) -> None:
     out = tmp_path / "out"
-    models = [tiny_directory("llama"), tiny_directory("opt")]
+    models = sorted((tiny_directory("llama"), tiny_directory("opt")), key=str)  # as a report does
     given = [word for model in models for word in ("--model", model)]
     status, printed, err = run(
         *given, "--data", data, "--out", out, "--tasks", "copa,arc-c", "--no-speed"
@@ -210,7 +210,9 @@ def test_models_stand_one_after_the_other_each_with_its_pictures(
     assert [group["title"].split(",")[0] for group in groups] == [str(model) for model in models]
     pictures = [Path(line).name for line in printed.split() if line.endswith(".png")]
     assert pictures == [
-        f"{name}-generation{tasks}.png" for name in ("llama-0", "opt-1") for tasks in ("", "-tasks")
+        f"{model.name}-{number}-generation{tasks}.png"
+        for number, model in enumerate(models)
+        for tasks in ("", "-tasks")
     ]
     for group in groups:
         assert {mean["density"] for mean in group["means"]} == {1.0, 0.75, 0.5}
