@@ -124,6 +124,27 @@ Order = Submit | HandoffEvent | HandoffFailed | Cancel | Prefill | Wake | Questi
 Command = Submit | HandoffEvent | HandoffFailed | Cancel | Prefill | Wake | Ask
 
 
+class Arrivals:
+    """Counts requests that are being prepared and are about to be submitted. An engine that has
+    nothing else to do waits a moment for them, so that prompts that come together are read in one
+    pass. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.expected = 0
+        """The number of these requests."""
+
+    def announce(self) -> None:
+        """Counts a request. ``settle`` must follow."""
+        with self._lock:
+            self.expected += 1
+
+    def settle(self) -> None:
+        """The request was submitted, or never will be."""
+        with self._lock:
+            self.expected -= 1
+
+
 class CommandQueue:
     """Commands on their way to the engine's thread. ``post`` and ``stop`` may be called from any
     thread, ``take`` only from the engine's."""

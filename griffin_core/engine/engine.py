@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from griffin_core.engine.commands import (
+    Arrivals,
     Ask,
     Cancel,
     CloseSession,
@@ -129,6 +130,8 @@ class Engine:
         """Done when the slow parts of the start are over: graphs, measurements."""
         self._measures_costs = costs is None and not batch_invariant
         self._commands = CommandQueue()
+        self.arrivals = Arrivals()
+        """What prepares a request may announce it here."""
         # The sums of a product are divided among threads, and steps of a GPU hardly use the CPU.
         follows_load = not batch_invariant and not backend.overlaps
         self._threads = ModelThreads(threads, follows=follows_load)
@@ -150,7 +153,7 @@ class Engine:
         )
         self._stop_prefill = parts.session_prefills.stop
         self._budget = parts.memory.budget
-        self._loop = EngineLoop(parts, self._commands, self._threads)
+        self._loop = EngineLoop(parts, self._commands, self.arrivals, self._threads)
         self._thread = threading.Thread(target=self._run, name="griffin-engine", daemon=True)
 
     def start(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
-from griffin_core.engine.commands import Command, CommandQueue
+from griffin_core.engine.commands import Arrivals, Command, CommandQueue
 from griffin_core.engine.dispatch import run_command
 from griffin_core.engine.model_threads import ModelThreads
 from griffin_core.engine.parts import EngineParts
@@ -26,18 +26,31 @@ BUILD_SHARE = 0.25
 layer. No session waits for a view: it runs zeroed or dense meanwhile."""
 
 
+GATHER_S = 0.005
+"""The longest that an idle engine waits for requests that were announced, in seconds. Sixteen calls
+that come at once take a server 2 to 7 ms to parse and check."""
+
+
 class EngineLoop:
     """What an engine does in its thread: ``open``, then ``run_turn`` for as long as it is to work,
     then ``end`` and ``close``.
 
     Args:
         commands: what other threads ask for.
+        arrivals: what is about to be submitted.
         threads: the CPU threads that the model runs on.
     """
 
-    def __init__(self, parts: EngineParts, commands: CommandQueue, threads: ModelThreads) -> None:
+    def __init__(
+        self,
+        parts: EngineParts,
+        commands: CommandQueue,
+        arrivals: Arrivals,
+        threads: ModelThreads,
+    ) -> None:
         self.parts = parts
         self._commands = commands
+        self._arrivals = arrivals
         self._threads = threads
         self._stepper: Stepper | None = None  # until ``open``
         self._step_s = 0.0  # what the last step took
@@ -86,6 +99,8 @@ class EngineLoop:
         else:
             self._wait_for_commands()
         if self._owed_s <= 0 or not self.has_work:
+            if not self.has_work:
+                self._gather()
             self._run_pass()
             self._run_commands()
         clock = time.monotonic()
@@ -154,6 +169,16 @@ class EngineLoop:
         self._threads.note_idle(time.monotonic() - clock)
         if first is not None:
             self._run_commands(first)
+
+    def _gather(self) -> None:
+        """Waits a moment for requests that are about to come, while the next pass has room for
+        their prompts: one that came a millisecond later would wait for all of the pass."""
+        queue, until = self.parts.prefill_queue, time.monotonic() + GATHER_S
+        while queue.has_work and queue.has_room and self._arrivals.expected:
+            left_s = until - time.monotonic()
+            if left_s <= 0 or (command := self._commands.take(left_s)) is None:
+                return
+            self._run_commands(command)
 
     def _run_commands(self, first: Command | None = None) -> None:
         """Runs ``first`` and then the commands that have come."""

@@ -105,6 +105,11 @@ class PrefillQueue:
         """Whether ``run_pass`` would do something."""
         return any(run.cancelled for run in self._runs) or bool(self._able())
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the next pass could take more tokens than there are."""
+        return sum(run.left for run in self._able()) < self._chunk_tokens and not self._alone
+
     def run_pass(self) -> None:
         """Runs one pass. Returns when every event of it is out: those of the layers as they were
         made, then the experts of each prompt that was read to its end, then PrefillFinished of all

@@ -139,15 +139,20 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> T:
         """The task of a request. It is made off the loop, because a long text takes the tokenizer
         tens of milliseconds."""
-        model = self._engine.model
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing,
-            make,
-            request,
-            model.tokenizer,
-            model.decoder.spec,
-            context.time_remaining(),
-        )
+        model, arrivals = self._engine.model, self._engine.arrivals
+        loop = asyncio.get_running_loop()
+        arrivals.announce()
+        try:
+            return await loop.run_in_executor(
+                self._tokenizing,
+                make,
+                request,
+                model.tokenizer,
+                model.decoder.spec,
+                context.time_remaining(),
+            )
+        finally:
+            loop.call_soon(arrivals.settle)  # once the caller has submitted the task, or given up
 
     async def _events(self, task: GenerateTask | ScoreTask) -> AsyncGenerator[Event, None]:
         """Runs a task to its end. Closing the iterator ends the task at once, in any phase."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from griffin_core.backends.base import Backend
-from griffin_core.engine.events import Failed, PrefillBegun
+from griffin_core.engine import loop
+from griffin_core.engine.events import Failed, Finished, PrefillBegun
 from griffin_core.engine.ports import Observer
 from griffin_core.engine.prefill_queue import PrefillQueue
 from griffin_core.engine.prefill_run import PrefillRun
+from griffin_core.engine.task import GenerateTask
 from griffin_core.errors import EngineFault
 from griffin_core.experts.policies import POLICIES
 from griffin_core.experts.selection import Selection
@@ -24,15 +27,16 @@ from griffin_core.forward.events import (
     PrefillFinished,
     PromptExperts,
 )
-from griffin_core.forward.prefill import MAX_TOGETHER, PromptRead, launch
+from griffin_core.forward.prefill import MAX_TOGETHER, Pass, PromptRead, launch
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
+from griffin_core.sampling.stopping import StoppingParams
 from tests.tiny import FAMILIES, VOCABULARY
-from tests.unit.core.engines import Inbox
+from tests.unit.core.engines import Inbox, complete, engine, finish, submit
 
 HALF = Selection(density=0.5)
 
@@ -379,3 +383,38 @@ def test_the_wait_for_the_first_pass_is_told(passes: Make) -> None:
     queue.all()
     first = events(begun)[0]
     assert isinstance(first, PrefillBegun) and 0 <= first.queue_s < 60
+
+
+def test_an_idle_engine_waits_a_moment_for_prompts_that_were_announced(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "GATHER_S", 5.0)
+    sizes: list[int] = []
+    end = Pass.end
+
+    def noted(self: Pass) -> list[PromptRead]:
+        sizes.append(len(self.parts))
+        return end(self)
+
+    monkeypatch.setattr(Pass, "end", noted)
+    with engine(tiny("llama"), prefill_source=None) as running:
+        inboxes = []
+        for _ in range(3):
+            running.arrivals.announce()
+        for number in range(3):
+            time.sleep(0.05)
+            task = GenerateTask(prompt=(1, 2, number), stopping=StoppingParams(max_tokens=1))
+            inboxes.append(submit(running, task)[1])
+            running.arrivals.settle()
+        for inbox in inboxes:
+            assert isinstance(finish(inbox)[1], Finished)
+    assert sizes == [3]
+
+
+def test_an_engine_does_not_wait_for_long_for_what_never_comes(
+    tiny: Callable[[str], Model],
+) -> None:
+    with engine(tiny("llama"), prefill_source=None) as running:
+        running.arrivals.announce()
+        task = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=1))
+        assert isinstance(complete(running, task)[1], Finished)

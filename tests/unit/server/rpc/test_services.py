@@ -22,6 +22,7 @@ from griffin_client import (
     FailedPrecondition,
     Finished,
     GriffinClient,
+    InvalidArgument,
     NotFound,
     SamplingDefaults,
     Sharing,
@@ -71,6 +72,18 @@ def test_auto_says_how_much_of_a_completion_ran_dense(client: GriffinClient) -> 
     assert 1 <= pruning.dense_tokens <= 200
     slim = 200 - pruning.dense_tokens
     assert pruning.mean_density == pytest.approx((pruning.dense_tokens + 0.5 * slim) / 200)
+
+
+def test_no_call_stays_announced(
+    tiny_server: Running, client: GriffinClient, tiny: Callable[[str], Model]
+) -> None:
+    """Neither one that is answered nor one that is refused."""
+    client.complete("a", max_tokens=1)
+    with pytest.raises(InvalidArgument):
+        client.complete("a", top_p=2.0)
+    with pytest.raises(InvalidArgument):
+        client.score("", "b")
+    assert tiny_server.app.engine.arrivals.expected == 0
 
 
 def test_model_info_is_the_models(client: GriffinClient, tiny: Callable[[str], Model]) -> None:
