@@ -136,7 +136,9 @@ def _request(kind: type[M], options: Mapping[str, Any]) -> M:
         InvalidArgument: the request cannot hold a value.
     """
     fields = {name: value for name, value in options.items() if name != "timeout"}
-    return _filled(kind, "", fields) or kind()
+    message = _filled(kind, "", fields) or kind()
+    assert not fields, f"{kind.DESCRIPTOR.name} has no field for {', '.join(fields)}"
+    return message
 
 
 def _filled(kind: type[M], path: str, options: dict[str, Any]) -> M | None:

@@ -10,8 +10,9 @@ import torch
 
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.model.load import Model
+from griffin_core.slim.zeroed import ZeroedLayers
 from griffin_evals.study.measures import divergence, same_first_choice
-from griffin_evals.study.reading import forced, on_experts, read
+from griffin_evals.study.reading import forced, read
 
 PROMPT_TOKENS, SCORED_TOKENS = 384, 128
 """The number of prompt tokens and of scored tokens in a window."""
@@ -51,7 +52,7 @@ def divergences(
     dense = forced(decoder, rest, cache, [layer.ff for layer in decoder.layers])
     for selection in selections:
         slim = select_experts(s2, selection, magnitude=magnitude)
-        pruned = forced(decoder, rest, cache, on_experts(decoder, slim.table))
+        pruned = forced(decoder, rest, cache, ZeroedLayers(decoder, slim))
         yield Divergence(
             kl=float(divergence(dense, pruned).mean()),
             agreement=float(same_first_choice(dense, pruned).mean()),

@@ -39,6 +39,21 @@ class Piece:
     rows: int
 
 
+def pieces_that_fit(sessions: Sequence[Session], room: int) -> list[Piece]:
+    """The pieces of sessions in stage VIEW or CHOSEN, as large as in a step of their own, up to
+    ``room`` rows in all. A session whose piece does not fit is left out."""
+    pieces = []
+    for session in sessions:
+        turn = session.turn
+        assert isinstance(turn, Scoring)
+        if turn.stage in (Stage.VIEW, Stage.CHOSEN):
+            rows = turn.rows_of_step(STEP_TOKENS)
+            if rows <= room:
+                pieces.append(Piece(session=session, turn=turn, stage=turn.stage, rows=rows))
+                room -= rows
+    return pieces
+
+
 def pieces_of_step(sessions: Sequence[Session], room: int) -> list[list[Piece]]:
     """The pieces of a step, for sessions in the given order and up to ``room`` rows in all, grouped
     by what runs together: heads alone, dense passes, and tokens on experts."""

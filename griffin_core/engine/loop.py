@@ -174,7 +174,7 @@ class EngineLoop:
         """Waits a moment for requests that are about to come, while the next pass has room for
         their prompts: one that came a millisecond later would wait for all of the pass."""
         queue, until = self.parts.prefill_queue, time.monotonic() + GATHER_S
-        while queue.has_work and queue.has_room and self._arrivals.expected:
+        while self._arrivals.expected and queue.has_work and queue.has_room and not self.has_work:
             left_s = until - time.monotonic()
             if left_s <= 0 or (command := self._commands.take(left_s)) is None:
                 return

@@ -107,8 +107,10 @@ class PrefillQueue:
 
     @property
     def has_room(self) -> bool:
-        """Whether the next pass could take more tokens than there are."""
-        return sum(run.left for run in self._able()) < self._chunk_tokens and not self._alone
+        """Whether the next pass could take another prompt."""
+        able = self._able()
+        tokens = sum(run.left for run in able)
+        return tokens < self._chunk_tokens and len(able) < MAX_TOGETHER and not self._alone
 
     def run_pass(self) -> None:
         """Runs one pass. Returns when every event of it is out: those of the layers as they were

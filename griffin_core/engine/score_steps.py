@@ -16,7 +16,7 @@ from torch import Tensor
 from griffin_core.backends.batch import StepSequence
 from griffin_core.engine import look_up
 from griffin_core.engine.look_up import Piece
-from griffin_core.engine.scoring import Chance, Scoring, Stage
+from griffin_core.engine.scoring import Chance, Scoring
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.sessions import Sessions
 from griffin_core.forward.decode import Stepper
@@ -24,6 +24,11 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimViews
 
 log = logging.getLogger(__name__)
+
+
+STEPS_APART = 64
+"""The number of steps in which nothing joins after a joint step has failed: what failed may fail
+again, and each kind then runs twice."""
 
 
 @dataclass
@@ -58,6 +63,7 @@ class ScoreSteps:
         self._views = views
         self._batch_invariant = batch_invariant
         self._joined: Joined | None = None
+        self._apart = 0  # steps in which nothing joins
 
     @property
     def has_work(self) -> bool:
@@ -81,10 +87,12 @@ class ScoreSteps:
         most = look_up.STEP_TOKENS
         if stepper.most_rows is not None:
             most = min(most, stepper.most_rows - rows)
-        sessions = [s for s in self._runnable() if _scoring(s).stage in (Stage.VIEW, Stage.CHOSEN)]
-        if self._batch_invariant or most <= 0 or not sessions:
+        self._apart = max(0, self._apart - 1)
+        if self._batch_invariant or self._apart:
             return None
-        (pieces,) = look_up.pieces_of_step(sessions, most)
+        pieces = look_up.pieces_that_fit(self._runnable(), most)
+        if not pieces:
+            return None
         try:
             sequences = look_up.on_experts(self._views, pieces)
         except Exception:  # ``run`` meets it again, and finds out whose it is
@@ -107,6 +115,8 @@ class ScoreSteps:
         """Looks up what ran beside other sessions, and returns it."""
         joined, self._joined = self._joined, None
         if joined is None or joined.logits is None:
+            if joined is not None and joined.tried:
+                self._apart = STEPS_APART
             return []
         try:
             looked_up = look_up.look_up_in(joined.logits, joined.pieces)
@@ -141,8 +151,3 @@ class ScoreSteps:
         last = piece.turn.take(session, chances)
         if last is not None:
             self._sessions.finish(session, last)
-
-
-def _scoring(session: Session) -> Scoring:
-    assert isinstance(session.turn, Scoring)
-    return session.turn

@@ -190,6 +190,7 @@ class TokenSteps:
             log.exception("%d sessions and %d scores together failed", len(own), len(more))
             return None
         joined.logits = draws.logits[len(own) :]
+        draws.forget_logits()
         return draws
 
     def _may_draw(self, session: Session) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.spec.choices import PolicyName
@@ -26,6 +26,15 @@ class SelectionParameters:
         if self.topk_share is not None and not 0 <= self.topk_share <= 1:
             raise InvalidRequest("pruning.parameters.topk_share", self.topk_share, "[0, 1]")
 
+    def of(self, policy: PolicyName) -> SelectionParameters:
+        """Returns the same parameters with the defaults of those that belong to the policy."""
+        missing = {
+            name: DEFAULTS[name]
+            for name, owner in OWNERS.items()
+            if owner == policy and getattr(self, name) is None
+        }
+        return replace(self, **missing)
+
     def check(self, policy: PolicyName) -> None:
         """Raises InvalidRequest if a parameter of another policy is set."""
         for name, owner in OWNERS.items():
@@ -37,6 +46,8 @@ class SelectionParameters:
 
 OWNERS: dict[str, PolicyName] = {"topk_share": "topk_sampled"}
 """Parameter of one policy only -> this policy."""
+
+DEFAULTS = {"topk_share": 0.5}
 
 NO_PARAMETERS = SelectionParameters()
 """All at their defaults."""

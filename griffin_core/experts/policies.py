@@ -62,7 +62,7 @@ def sampled(choice: Choice) -> Tensor:
 def topk_sampled(choice: Choice) -> Tensor:
     """Takes ``topk_share`` of the experts by ``topk`` and draws the others by ``sampled``."""
     share = choice.parameters.topk_share
-    share = 0.5 if share is None else share
+    assert share is not None, "a selection has the defaults of its policy"
     # Rounded first, as for a density: 100 * 0.29 is 28.999999999999996.
     ranked = [math.ceil(round(k * share, 6)) for k in choice.counts]
     device, neurons = choice.s2.device, choice.s2.shape[1]

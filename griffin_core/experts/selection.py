@@ -40,6 +40,8 @@ class Selection:
         if self.policy not in POLICIES:
             raise ValueError(f"policy: got {self.policy!r}; allowed: {', '.join(POLICIES)}")
         self.parameters.check(self.policy)
+        # With the defaults, so that selections that choose alike are equal.
+        object.__setattr__(self, "parameters", self.parameters.of(self.policy))
 
     @property
     def kind(self) -> Selection:

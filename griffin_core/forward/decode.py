@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class EagerStep:
     pool: KvPool
     sampler: Sampler
     slims: SlimTable
-    most_rows: int | None = None
+    most_rows: ClassVar[int | None] = None
 
     @torch.inference_mode()
     def launch(

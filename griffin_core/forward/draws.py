@@ -48,6 +48,10 @@ class Draws(Protocol):
         """[N, V] float32, a row for each token that was run."""
         ...
 
+    def forget_logits(self) -> None:
+        """Drops the reference to the logits: their memory may be needed before ``wait``."""
+        ...
+
     def wait(self) -> list[Drawn]:
         """Waits for the device, and returns the next token of each sequence that draws one."""
         ...
@@ -84,6 +88,10 @@ class Draw:
         if tokens.device.type == "cuda":
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._ready.record()
+
+    def forget_logits(self) -> None:
+        """See ``Draws``."""
+        self.logits = self.logits[:0].clone()
 
     @staticmethod
     def of(
@@ -132,6 +140,11 @@ class JoinedDraws:
     @property
     def logits(self) -> Tensor:
         return torch.cat([part.logits for part in self.parts])
+
+    def forget_logits(self) -> None:
+        """See ``Draws``."""
+        for part in self.parts:
+            part.forget_logits()
 
     def wait(self) -> list[Drawn]:
         """See ``Draws``."""

@@ -150,8 +150,8 @@ class Tokenizer:
     def ordinary_tokens_from(self, first: int) -> list[str]:
         """Returns the tokens with an id of ``first`` or more, without added tokens."""
         added = self._backend.get_added_tokens_decoder()
-        vocab_size = self._backend.get_vocab(with_added_tokens=False).items()
-        return [text for text, token in vocab_size if token >= first and token not in added]
+        vocabulary = self._backend.get_vocab(with_added_tokens=False).items()
+        return [text for text, token in vocabulary if token >= first and token not in added]
 
     def special_text(self, token_id: int) -> str | None:
         """Returns the text of a special token; None for any other token."""
@@ -248,8 +248,8 @@ def load_tokenizer(where: str) -> Tokenizer:
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder().keys()
     if backend.get_vocab_size(with_added_tokens=False) <= len(added):
-        vocab_size = set(backend.get_vocab(with_added_tokens=False).values())
-        if vocab_size <= added:
+        vocabulary = set(backend.get_vocab(with_added_tokens=False).values())
+        if vocabulary <= added:
             raise BadModelFile(
                 f"tokenizer: {type(tokenizer).__name__} has no tokens but special ones; is "
                 "tokenizer.json missing?"

@@ -71,7 +71,8 @@ def logprobs_of(decoder: Decoder, hidden: Tensor) -> Tensor:
 
 
 def choose(decoder: Decoder, s2: Tensor, selection: Selection) -> Tensor:
-    """The experts [L, K] int32 that a selection chooses from a statistic [L, F]."""
+    """The experts [L, K] int32 that a selection chooses from a statistic [L, F]. The study knows
+    only selections that give all layers the same K."""
     return select_experts(s2, selection, magnitude=decoder.magnitudes).table
 
 

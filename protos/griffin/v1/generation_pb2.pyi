@@ -266,8 +266,8 @@ class SelectionParameters(_message.Message):
 
     TOPK_SHARE_FIELD_NUMBER: _builtins.int
     topk_share: _builtins.float
-    """Of TOPK_SAMPLED, and refused with other policies, in [0, 1]: the share of the experts that is taken by TOPK, rounded up to whole
-    neurons; the others are drawn. Default: 0.5.
+    """Of TOPK_SAMPLED, and refused with other policies, in [0, 1]: the share of the experts that is
+    taken by TOPK, rounded up to whole neurons; the others are drawn. Default: 0.5.
     """
     def __init__(
         self,

@@ -137,13 +137,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         request: R,
         context: Context,
     ) -> T:
-        """The task of a request. It is made off the loop, because a long text takes the tokenizer
-        tens of milliseconds."""
+        """The task of a request, which is to be submitted at once: it was announced to the engine.
+        It is made off the loop, because a long text takes the tokenizer tens of milliseconds."""
         model, arrivals = self._engine.model, self._engine.arrivals
         loop = asyncio.get_running_loop()
         arrivals.announce()
         try:
-            return await loop.run_in_executor(
+            task = await loop.run_in_executor(
                 self._tokenizing,
                 make,
                 request,
@@ -151,8 +151,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 model.decoder.spec,
                 context.time_remaining(),
             )
-        finally:
-            loop.call_soon(arrivals.settle)  # once the caller has submitted the task, or given up
+        except BaseException:
+            arrivals.settle()
+            self._engine.wake()  # it may be waiting for this request
+            raise
+        arrivals.settle()  # nothing runs on the loop between this and the submission
+        return task
 
     async def _events(self, task: GenerateTask | ScoreTask) -> AsyncGenerator[Event, None]:
         """Runs a task to its end. Closing the iterator ends the task at once, in any phase."""

@@ -285,6 +285,31 @@ def test_scores_run_in_the_batch_of_the_sessions_that_generate(
     eventually(lambda: at_baseline(running))
 
 
+def test_a_score_that_does_not_fit_beside_others_runs_by_itself_as_a_whole(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EagerStep, "most_rows", 8)
+    whole, rows = EagerStep.launch, []
+
+    def noted(self: EagerStep, sequences: Any, *rest: Any) -> Any:
+        scores = [len(each.token_ids) for each in sequences if each.slot is None]
+        rows.extend(scores)
+        assert len(scores) in (0, len(sequences))
+        return whole(self, sequences, *rest)
+
+    monkeypatch.setattr(EagerStep, "launch", noted)
+    stream = GenerateTask(prompt=(1, 2), stopping=StoppingParams(max_tokens=90, ignore_eos=True))
+    long = task(mode="generation", continuations=(tuple(IDS[:100]),))
+    busy = Busy(running)
+    inboxes = [submit(running, replace(stream, turn_id=uuid4().hex))[1] for _ in range(3)]
+    scored = submit(running, long)[1]
+    busy.release()
+    assert isinstance(finish(scored)[1], Scored)
+    for inbox in inboxes:
+        finish(inbox)
+    assert rows == [99]  # the first of the 100 tokens is scored by the context
+
+
 def test_a_step_holds_a_bounded_number_of_logits(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

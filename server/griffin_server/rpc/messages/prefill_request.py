@@ -53,12 +53,14 @@ def prefill_task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
     if not 0 < chosen.density <= 1:
         raise InvalidRequest("selection.density", chosen.density, "(0, 1]")
     policy = policy_from_pb("selection.policy", chosen.policy)
-    return PrefillTask(
-        token_ids=tuple(request.token_ids),
-        selection=Selection(
+    try:
+        selection = Selection(
             density=chosen.density,
             policy=policy or "topk",
             parameters=parameters_from_pb(chosen.parameters),
             seed=chosen.seed,
-        ),
-    )
+        )
+    except InvalidRequest as error:  # which names the field of a GenerateRequest
+        field = error.field.replace("pruning.", "selection.", 1)
+        raise InvalidRequest(field, error.given, error.allowed) from error
+    return PrefillTask(token_ids=tuple(request.token_ids), selection=selection)

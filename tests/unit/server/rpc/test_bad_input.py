@@ -293,7 +293,9 @@ def test_an_oversized_message_is_refused_by_grpc(client: GriffinClient) -> None:
 
 
 def prefill_request(model: Model, **fields: object) -> prefill_pb2.PrefillRequest:
-    selection = {"density": 0.5} | {k: fields.pop(k) for k in ("density", "policy") if k in fields}
+    selection = {"density": 0.5} | {
+        k: fields.pop(k) for k in ("density", "policy", "parameters") if k in fields
+    }
     good = {
         "model_fingerprint": model.fingerprint,
         "token_ids": [1, 2],
@@ -325,6 +327,11 @@ def prefill_request(model: Model, **fields: object) -> prefill_pb2.PrefillReques
         ({"density": 0.0}, "INVALID_ARGUMENT", ["selection.density", "0.0", "(0, 1]"]),
         ({"density": NAN}, "INVALID_ARGUMENT", ["selection.density", "nan", "(0, 1]"]),
         ({"policy": 77}, "INVALID_ARGUMENT", ["selection.policy", "77", "1 (topk)"]),
+        (
+            {"parameters": pb.SelectionParameters(topk_share=0.5)},
+            "INVALID_ARGUMENT",
+            ["selection.parameters.topk_share", "0.5 with policy topk", "policy topk_sampled"],
+        ),
     ],
 )
 def test_a_bad_prefill_request_is_refused_before_anything_is_sent(

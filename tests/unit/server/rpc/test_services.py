@@ -29,6 +29,7 @@ from griffin_client import (
     Tokens,
     Unavailable,
 )
+from griffin_core.engine import loop
 from griffin_core.errors import BadModelFile, EngineFault
 from griffin_core.model.load import Model
 from griffin_core.slim.costs import ASSUMED_COSTS
@@ -72,6 +73,14 @@ def test_auto_says_how_much_of_a_completion_ran_dense(client: GriffinClient) -> 
     assert 1 <= pruning.dense_tokens <= 200
     slim = 200 - pruning.dense_tokens
     assert pruning.mean_density == pytest.approx((pruning.dense_tokens + 0.5 * slim) / 200)
+
+
+def test_a_call_by_itself_waits_for_no_other(
+    client: GriffinClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "GATHER_S", 60.0)
+    for _ in range(20):
+        client.complete("a", max_tokens=1, timeout=20)
 
 
 def test_no_call_stays_announced(
