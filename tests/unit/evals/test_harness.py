@@ -41,7 +41,10 @@ def own_task(pages: list[str], **config: Any) -> Runnable:
 
 
 def results_of(runnable: Runnable, lm: GriffinLM) -> Any:
-    return evaluate(lm=lm, task_dict={"tasks": {"own": runnable.task}, "groups": {}})
+    # Without bootstraps, for which lm-eval forks: a process that holds the pools of several engines
+    # may be refused that (ENOMEM).
+    tasks = {"tasks": {"own": runnable.task}, "groups": {}}
+    return evaluate(lm=lm, task_dict=tasks, bootstrap_iters=0)
 
 
 @pytest.fixture
