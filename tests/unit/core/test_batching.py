@@ -57,11 +57,6 @@ from tests.tiny import MODELS
 from tests.unit.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 
 
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
 def random_task(number: int) -> GenerateTask:
     """Some prompt, length, density, policy, seed and sampling, the same for the same number."""
     draw = random.Random(number)

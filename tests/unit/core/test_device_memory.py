@@ -33,11 +33,6 @@ GIB = 1 << 30
 
 
 @pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
-@pytest.fixture
 def available(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many bytes this process can take."""
 

@@ -59,11 +59,6 @@ def task(
 
 
 @pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
-@pytest.fixture
 def running(model: Model) -> Iterator[Engine]:
     with engine(model) as started:
         yield started

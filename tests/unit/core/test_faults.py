@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -33,17 +33,6 @@ from griffin_core.slim.packed import Packed
 from griffin_core.spec.choices import Sharing
 from tests.servers import eventually
 from tests.unit.core.engines import Busy, Inbox, at_baseline, complete, engine, finish, submit
-
-
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
-@pytest.fixture
-def running(model: Model) -> Iterator[Engine]:
-    with engine(model, prefill_source=None) as started:
-        yield started
 
 
 def task(max_tokens: int = 30, first: int = 1, **more: object) -> GenerateTask:

@@ -6,7 +6,6 @@ Sessions are stood in for by what ``ExpertGroups`` reads of one, so that a test 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
@@ -31,11 +30,6 @@ from griffin_core.slim.zeroed import ZeroedLayers
 from griffin_core.spec.choices import Sharing
 
 F, L = 88, 3
-
-
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
 
 
 def flat(rest: float = 0.5, half: float = 0.5) -> BlockCosts:

@@ -44,11 +44,6 @@ PROMPTS: list[Any] = ["The quick brown fox", IDS, CHAT, [("user", "a"), ("assist
 TEN = StoppingParams(max_tokens=10)
 
 
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
 @pytest.fixture(scope="module")
 def llm(tiny: Callable[[str], Model]) -> Iterator[LLM]:
     """Private, so that what a prompt becomes does not depend on the others; of few places, so that

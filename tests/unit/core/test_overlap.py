@@ -33,11 +33,6 @@ from tests.tiny import FAMILIES
 from tests.unit.core.engines import Inbox, at_baseline, complete, engine, finish, submit
 
 
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
 class Counting(Observer):
     def __init__(self) -> None:
         self.steps: list[int] = []

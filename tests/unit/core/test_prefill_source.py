@@ -4,7 +4,7 @@ events, and when its prefills are cancelled."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -41,11 +41,6 @@ from tests.unit.core.engines import (
     prefilled,
     submit,
 )
-
-
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
 
 
 @pytest.fixture

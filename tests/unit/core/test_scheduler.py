@@ -30,11 +30,6 @@ from griffin_core.sampling.stopping import StoppingParams
 from tests.unit.core.engines import Inbox, complete, engine, finish, submit
 
 
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
 def task(
     max_tokens: int = 8, prompt: int = 20, density: float = 1.0, **more: object
 ) -> GenerateTask:

@@ -48,11 +48,6 @@ CONTINUATIONS = (
 
 
 @pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
-@pytest.fixture
 def running(model: Model) -> Iterator[Engine]:
     with engine(model, prefill_source=None) as made:
         yield made

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 
@@ -13,24 +11,12 @@ from griffin_core.engine.events import Finished, Started
 from griffin_core.engine.snapshot import SessionSnapshot
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.experts.slim_spec import SlimSpec
-from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import Sharing
 from tests.servers import eventually
-from tests.unit.core.engines import Inbox, complete, engine, finish, submit
+from tests.unit.core.engines import Inbox, complete, finish, submit
 
 PROMPTS = [tuple(range(n, 2 * n + 9, 1 + n % 3)) for n in (3, 20, 50, 90)]
-
-
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
-
-
-@pytest.fixture
-def running(model: Model) -> Iterator[Engine]:
-    with engine(model, prefill_source=None) as started:
-        yield started
 
 
 @pytest.fixture

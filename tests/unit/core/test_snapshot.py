@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -20,11 +19,6 @@ from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
 from tests.servers import eventually
 from tests.unit.core.engines import Busy, ByHand, Inbox, complete, engine, prefilled, submit
-
-
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
 
 
 def task(max_tokens: int = 200, **more: object) -> GenerateTask:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -13,11 +11,6 @@ from griffin_core.model.load import Model
 from griffin_core.slim.blocks import BlockTable
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.views import MOST_UNUSED, SlimView, SlimViews
-
-
-@pytest.fixture
-def model(tiny: Callable[[str], Model]) -> Model:
-    return tiny("llama")
 
 
 def experts(first: int, k: int = 44) -> SlimSpec:

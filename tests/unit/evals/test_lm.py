@@ -248,17 +248,23 @@ def test_documents_too_short_for_pruned_windows_are_pointed_out(
         silent(paper, "loglikelihood_rolling", requests)
 
 
-def test_choices_of_one_context_are_one_call_and_equal_requests_asked_once(
-    lm: GriffinLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[ScoreItem] = []
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[ScoreItem]:
+    """What the engine is asked to score during the test."""
+    made: list[ScoreItem] = []
     score = LocalBackend.score
 
     def counted(backend: LocalBackend, items: Any, *rest: Any) -> None:
-        calls.extend(items)
+        made.extend(items)
         score(backend, items, *rest)
 
     monkeypatch.setattr(LocalBackend, "score", counted)
+    return made
+
+
+def test_choices_of_one_context_are_one_call_and_equal_requests_asked_once(
+    lm: GriffinLM, calls: list[ScoreItem]
+) -> None:
     one, two = TEXTS[:2]
     pairs = [(one, " yes"), (two, " yes"), (one, " no"), (one + " ", "yes"), (one, " yes")]
     counting = lm.with_settings()
@@ -269,17 +275,9 @@ def test_choices_of_one_context_are_one_call_and_equal_requests_asked_once(
 
 
 def test_first_windows_of_all_texts_are_not_one_request(
-    lm: GriffinLM, monkeypatch: pytest.MonkeyPatch
+    lm: GriffinLM, calls: list[ScoreItem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though all have the same one token as their context."""
-    calls: list[ScoreItem] = []
-    score = LocalBackend.score
-
-    def counted(backend: LocalBackend, items: Any, *rest: Any) -> None:
-        calls.extend(items)
-        score(backend, items, *rest)
-
-    monkeypatch.setattr(LocalBackend, "score", counted)
     monkeypatch.setattr("griffin_evals.lm.MOST_TOGETHER", 100)
     texts = [letter * 45 for letter in "abcde"] + ["x" * 200]
     together = silent(lm.with_settings(), "loglikelihood_rolling", rolling(*texts))

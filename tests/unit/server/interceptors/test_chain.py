@@ -119,7 +119,8 @@ async def test_the_status_that_the_client_gets_is_counted(
     assert await served.counted(code) == 1
 
 
-async def test_draining_waits_for_running_calls_until_it_is_forced(served: Served) -> None:
+async def call_that_waits(served: Served) -> tuple[asyncio.Future[Any], asyncio.Event]:
+    """Begins a call that runs until the event is set."""
     served.calls.open(Tracing("all"))
     begun, go_on = asyncio.Event(), asyncio.Event()
 
@@ -130,6 +131,11 @@ async def test_draining_waits_for_running_calls_until_it_is_forced(served: Serve
     served.behave = wait  # type: ignore[method-assign]
     running = asyncio.ensure_future(served.call())
     await begun.wait()
+    return running, go_on
+
+
+async def test_draining_waits_for_running_calls_until_it_is_forced(served: Served) -> None:
+    running, go_on = await call_that_waits(served)
     draining = asyncio.create_task(served.calls.drain.drain(grace_s=60))
     error = await refused(served.call())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
@@ -142,16 +148,7 @@ async def test_draining_waits_for_running_calls_until_it_is_forced(served: Serve
 
 
 async def test_draining_ends_with_the_last_call(served: Served) -> None:
-    served.calls.open(Tracing("all"))
-    begun, go_on = asyncio.Event(), asyncio.Event()
-
-    async def wait(context: Any) -> None:
-        begun.set()
-        await go_on.wait()
-
-    served.behave = wait  # type: ignore[method-assign]
-    running = asyncio.ensure_future(served.call())
-    await begun.wait()
+    running, go_on = await call_that_waits(served)
     draining = asyncio.create_task(served.calls.drain.drain(grace_s=60))
     go_on.set()
     await asyncio.wait_for(draining, 10)
