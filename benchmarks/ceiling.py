@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
+from griffin_core.spec.model import ModelSpec
+
+
+def attention_weights(spec: ModelSpec) -> int:
+    """Returns the number of weights of a layer's attention: queries, keys, values and output."""
+    return 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * spec.hidden_size
 
 
 def step_bytes(decoder: Decoder, density: float, cached_tokens: int) -> float:
     """Returns the bytes of the weights that a token uses and of its session's KV."""
     spec = decoder.spec
-    heads = (
-        2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    )  # queries and out, keys and values
-    attention = len(spec.layers) * heads * spec.hidden_size * decoder.dtype.itemsize
+    attention = len(spec.layers) * attention_weights(spec) * decoder.dtype.itemsize
     ff = sum(layer.ff.weights.nbytes for layer in decoder.layers)
     head = spec.vocab_size * spec.hidden_size * decoder.dtype.itemsize
     return attention + ff * density + head + kv_bytes(spec, decoder.dtype, cached_tokens)

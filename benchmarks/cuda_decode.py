@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.ceiling import attention_weights
 from benchmarks.cuda_shapes import SHAPES
 from benchmarks.report import finish
 from benchmarks.steps import step_s, steps_of
@@ -68,15 +69,11 @@ def step_bytes(decoder: Decoder, density: float, context: int, sessions: int, se
     everything else once."""
     spec = decoder.spec
     item = DTYPE.itemsize
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
     neurons = decoder.layers[0].ff.weights
     of_neuron = (neurons.w_in.shape[0] + 1) * spec.hidden_size
-    neurons_read = (
-        min(1.0, density * sets) * spec.intermediate_size if density < 1 else spec.intermediate_size
-    )
-    weights = (
-        len(spec.layers) * (heads + of_neuron * neurons_read) + spec.vocab_size * spec.hidden_size
-    )
+    neurons_read = min(1.0, density * sets) * spec.intermediate_size
+    layer = attention_weights(spec) + of_neuron * neurons_read
+    weights = len(spec.layers) * layer + spec.vocab_size * spec.hidden_size
     return int(weights * item) + sessions * kv_bytes(spec, DTYPE, context)
 
 

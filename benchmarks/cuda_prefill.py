@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ceiling import attention_weights
 from benchmarks.cuda_decode import DTYPE, PROMPT, SHAPES, device_s, random_decoder
 from benchmarks.prefill import without_statistic
 from benchmarks.report import Rounds, finish, timed
@@ -50,8 +51,8 @@ def measure(name: str, rate: float) -> list[dict[str, Any]]:
     """Returns a row for each chunk size."""
     decoder, rows = random_decoder(name), []
     spec, neurons = decoder.spec, decoder.layers[0].ff.weights
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    per_layer = (heads + (neurons.w_in.shape[0] + 1) * spec.intermediate_size) * spec.hidden_size
+    ff = (neurons.w_in.shape[0] + 1) * spec.intermediate_size * spec.hidden_size
+    per_layer = attention_weights(spec) + ff
     ceiling_ms = 2e3 * len(spec.layers) * per_layer * PROMPT / rate
     token_ids, half = list(range(PROMPT)), Selection(density=0.5)
     print(f"\n{name}, {PROMPT} tokens: ceiling by its products {ceiling_ms:.1f} ms")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.ceiling import attention_weights
 from benchmarks.cuda_decode import SHAPES, copy_bandwidth, random_decoder
 from benchmarks.cuda_prefill import product_rate
 from benchmarks.report import finish
@@ -197,12 +198,8 @@ def main() -> None:
     decoder = random_decoder(arguments.shape)
     arguments.chunk_tokens = arguments.chunk_tokens or decoder.backend.default_chunk_tokens
     spec, neurons = decoder.spec, decoder.layers[0].ff.weights
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    weights = (
-        len(spec.layers)
-        * spec.hidden_size
-        * (heads + (neurons.w_in.shape[0] + 1) * spec.intermediate_size)
-    )
+    ff = (neurons.w_in.shape[0] + 1) * spec.intermediate_size * spec.hidden_size
+    weights = len(spec.layers) * (attention_weights(spec) + ff)
     read_ms = 1e3 * weights * decoder.dtype.itemsize / bandwidth
     products_ms = 2e3 * weights * arguments.chunk_tokens / rate
     print(

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from benchmarks.ceiling import attention_weights
 from benchmarks.load import prompt, submit
 from benchmarks.report import about, apart, finish, matmul_rate
 from griffin_core.engine.engine import Engine
@@ -64,8 +65,8 @@ def main() -> None:
             model.decoder.dtype, limits.chunk_tokens, spec.hidden_size, spec.intermediate_size
         )
     )
-    attention = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    weights = len(spec.layers) * spec.hidden_size * (attention + 3 * spec.intermediate_size)
+    ff = 3 * spec.intermediate_size * spec.hidden_size
+    weights = len(spec.layers) * (attention_weights(spec) + ff)
     ceiling_ms = 2 * weights * limits.chunk_tokens / rate * 1e3
     print(f"\n{STREAMS} streams, {model.decoder.dtype}, {torch.get_num_threads()} threads")
     print(f"ceiling of {limits.chunk_tokens} tokens by their products: {ceiling_ms:.0f} ms")

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ceiling import attention_weights
 from benchmarks.processes import Helper, serving
 from benchmarks.report import Rounds, apart, finish, matmul_rate
 from griffin_client import AsyncGriffinClient, Score
@@ -84,11 +85,8 @@ def ceiling(answer: dict[str, Any], items: Sequence[Item], decoder: Decoder) -> 
     """Returns the items per second by matrix products alone, with each context read once and last
     tokens not run."""
     spec = decoder.spec
-    heads = (
-        2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    )  # queries and out, keys and values
     weights = sum(
-        heads * spec.hidden_size + layer.ff.weights.w_in.numel() + layer.ff.weights.down.numel()
+        attention_weights(spec) + layer.ff.weights.w_in.numel() + layer.ff.weights.down.numel()
         for layer in decoder.layers
     )
     scored = sum(tokens for item in answer["scores"] for _, tokens in item)

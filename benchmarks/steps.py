@@ -11,9 +11,7 @@ import torch
 
 from griffin_core.backends.base import Layout
 from griffin_core.backends.batch import StepSequence
-from griffin_core.experts.policies import largest
-from griffin_core.experts.selection import Selection
-from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.forward.decode import EagerStep
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
@@ -70,11 +68,8 @@ class Steps:
         if density == 1.0:
             return WholeView([layer.ff for layer in decoder.layers])
         shape = (len(decoder.layers), decoder.spec.intermediate_size)
-        counts = Selection(density=density).expert_counts(*shape)
-        experts = largest(torch.rand(shape, device=decoder.device), counts)
-        slim = SlimSpec(
-            intermediate_size=decoder.spec.intermediate_size, counts=counts, experts=experts
-        )
+        score = torch.rand(shape, device=decoder.device)
+        slim = select_experts(score, Selection(density=density), magnitude=decoder.magnitudes)
         blocks = []
         if self.form is not None:
             pairs = zip(decoder.layers, slim.layers, strict=True)

@@ -122,7 +122,8 @@ class Tokens:
 
     Args:
         ids: the tokens made since the last event.
-        text: the new text, in whole characters; it may lag behind ``ids``.
+        text: the new text. It has whole characters only, so the last of ``ids`` may have no
+            text yet.
         logprobs: one for each id if ``top_logprobs`` was set, else empty.
     """
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-def on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copies integers [N] to the device.
+def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copies numbers [N] to the device.
 
     The host does not wait for a GPU: a copy from pinned memory is queued in the stream, while a
     copy from pageable memory blocks until all earlier work is done.

@@ -16,8 +16,7 @@ from griffin_core.backends.batch import DENSE, RowTable
 from griffin_core.backends.cuda.backend import CudaFeedForward
 from griffin_core.backends.cuda.expert_rows import ExpertRows
 from griffin_core.backends.transfers import on_device
-from griffin_core.experts.policies import largest
-from griffin_core.experts.selection import Selection
+from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import BlockView
@@ -109,13 +108,10 @@ class IndexTable:
         """Writes random sets to the ids 1 to ``sets``, or to the last id, for measurements before
         the first view."""
         layers, _, neurons = self._indices.shape
-        counts = Selection(density=density).expert_counts(layers, neurons)
+        selection, magnitude = Selection(density=density), self._decoder.magnitudes
         for slim_id in range(1, 1 + min(sets, self.sets)):
             score = torch.rand((layers, neurons), device=self._indices.device)
-            experts = largest(score, counts)
-            self._write(
-                slim_id, SlimSpec(intermediate_size=neurons, counts=counts, experts=experts)
-            )
+            self._write(slim_id, select_experts(score, selection, magnitude=magnitude))
             self.counts[slim_id] = 0
 
     def _block(self, rows: RowTable, counts: Tensor, mode: FFMode, layer: int) -> RunFF:

@@ -25,7 +25,7 @@ from griffin_core.backends.cuda.sampling_table import (
 from griffin_core.backends.cuda.tuning import (
     pdl_options,
 )
-from griffin_core.backends.transfers import float_bits
+from griffin_core.backends.transfers import float_bits, on_device
 
 if TYPE_CHECKING:
     from griffin_core.sampling.params import SamplingParams
@@ -152,11 +152,7 @@ class CudaSlots:
         return tokens
 
     def _sent(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        """Copies values to the device in stream order, without waiting."""
-        host = torch.tensor(values, dtype=dtype)
-        if self._device.type != "cuda":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return on_device(values, dtype, self._device)
 
 
 def _signed(bits: int) -> int:
