@@ -66,6 +66,8 @@ class PrefillQueue:
         self._alone = alone
         self._oldest_next = True  # with ``alone``
         self._runs: list[PrefillRun] = []
+        self.added = 0
+        """The number of prefills that were queued since the engine began."""
         self.launch: Launch = launch
         """What runs a pass; the engine sets one with graphs where the device has them."""
 
@@ -81,6 +83,7 @@ class PrefillQueue:
             run.sink.put(Failed(error=CapacityExhausted(message, retry_after_s=retry_after_s)))
         else:
             self._runs.append(run)
+            self.added += 1
 
     def drop(self, run: PrefillRun) -> None:
         """Removes a run that was cancelled, with the memory it holds. Without effect if it has

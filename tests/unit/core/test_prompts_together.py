@@ -12,6 +12,7 @@ import torch
 
 from griffin_core.backends.base import Backend
 from griffin_core.engine import loop
+from griffin_core.engine.engine import Engine
 from griffin_core.engine.events import Failed, Finished, PrefillBegun
 from griffin_core.engine.ports import Observer
 from griffin_core.engine.prefill_queue import PrefillQueue
@@ -385,10 +386,9 @@ def test_the_wait_for_the_first_pass_is_told(passes: Make) -> None:
     assert isinstance(first, PrefillBegun) and 0 <= first.queue_s < 60
 
 
-def test_an_idle_engine_waits_a_moment_for_prompts_that_were_announced(
-    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "GATHER_S", 5.0)
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of prompts in each pass."""
     sizes: list[int] = []
     end = Pass.end
 
@@ -397,6 +397,14 @@ def test_an_idle_engine_waits_a_moment_for_prompts_that_were_announced(
         return end(self)
 
     monkeypatch.setattr(Pass, "end", noted)
+    return sizes
+
+
+def test_an_idle_engine_waits_a_moment_for_prompts_that_were_announced(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(loop, "GATHER_S", 5.0)
+    monkeypatch.setattr(loop, "ANNOUNCED_S", 5.0)
     with engine(tiny("llama"), prefill_source=None) as running:
         inboxes = []
         for _ in range(3):
@@ -409,6 +417,33 @@ def test_an_idle_engine_waits_a_moment_for_prompts_that_were_announced(
         for inbox in inboxes:
             assert isinstance(finish(inbox)[1], Finished)
     assert sizes == [3]
+
+
+def test_after_a_crowd_an_idle_engine_waits_for_the_next_one(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    """And after a prompt that came alone it does not."""
+    monkeypatch.setattr(loop, "GATHER_S", 5.0)
+    monkeypatch.setattr(loop, "CROWD_S", 1.0)
+
+    def together(running: Engine, count: int, apart_s: float) -> float:
+        inboxes, begin = [], time.monotonic()
+        for number in range(count):
+            task = GenerateTask(prompt=(1, 2, number), stopping=StoppingParams(max_tokens=1))
+            inboxes.append(submit(running, task)[1])
+            time.sleep(apart_s)
+        for inbox in inboxes:
+            assert isinstance(finish(inbox)[1], Finished)
+        return time.monotonic() - begin
+
+    with engine(tiny("llama"), prefill_source=None) as running:
+        running.arrivals.announce()  # so that the first pass has them all
+        together(running, 3, 0.0)
+        running.arrivals.settle()
+        together(running, 3, 0.1)
+        assert sizes == [3, 3]
+        assert together(running, 1, 0.0) >= 1.0  # nobody came
+        assert together(running, 1, 0.0) < 1.0
 
 
 def test_an_engine_does_not_wait_for_long_for_what_never_comes(
