@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from griffin_client.aio import AsyncGriffinClient
+from griffin_client.channel import Tls
 from griffin_client.client import GriffinClient
 from griffin_client.errors import (
     Aborted,
@@ -22,8 +23,10 @@ from griffin_client.errors import (
     GriffinClientError,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     ServerFault,
+    Unauthenticated,
     Unavailable,
 )
 from griffin_client.options import AnalyzeOptions, GenerateOptions, ScoreOptions
@@ -70,6 +73,7 @@ __all__ = [
     "Message",
     "ModelInfo",
     "NotFound",
+    "PermissionDenied",
     "Policy",
     "PruningFigures",
     "ResourceExhausted",
@@ -82,10 +86,12 @@ __all__ = [
     "Sharing",
     "Started",
     "Timings",
+    "Tls",
     "TokenLogprob",
     "TokenScore",
     "Tokens",
     "TopLogprob",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "__version__",

@@ -13,7 +13,15 @@ import grpc
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
 from griffin_client import requests, responses
-from griffin_client.channel import channel_options, target_or_default
+from griffin_client.channel import (
+    ApiKey,
+    Tls,
+    api_key_or_default,
+    channel_options,
+    credentials_of,
+    key_metadata,
+    target_or_default,
+)
 from griffin_client.errors import from_rpc_error
 from griffin_client.options import (
     AnalyzeOptions,
@@ -42,10 +50,14 @@ class AsyncGriffinClient:
         timeout: seconds for each call, with its retries; None for no limit.
         max_retries: how often a call is tried again at most if the server cannot be reached, or
             says when it will have room. A stream is not tried again after its first event.
+        api_key: says who calls: a key, or a JSON Web Token, or a function that returns the present
+            one. Default: the environment variable GRIFFIN_API_KEY.
+        tls: how to encrypt; see ``Tls``. Default: as the environment says, else plain text.
         channel: an existing channel to use instead of a new one; ``close`` leaves it open.
 
     Raises:
-        InvalidArgument: ``timeout`` or ``max_retries`` is not allowed.
+        InvalidArgument: ``timeout`` or ``max_retries`` is not allowed, a file of ``tls`` cannot be
+            read, or the key would be sent in plain text to another machine.
     """
 
     def __init__(
@@ -54,14 +66,23 @@ class AsyncGriffinClient:
         *,
         timeout: float | None = None,
         max_retries: int = 2,
+        api_key: ApiKey | None = None,
+        tls: Tls | None = None,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
         self.timeout = check_timeout(timeout)
         self.max_retries = check_max_retries(max_retries)
         self._owns_channel = channel is None
+        self._api_key = api_key_or_default(api_key)
         if channel is None:
             target = target_or_default(target)
-            channel = grpc.aio.insecure_channel(target, options=channel_options(target))
+            credentials = credentials_of(target, tls, has_key=self._api_key is not None)
+            options = channel_options(target)
+            channel = (
+                grpc.aio.insecure_channel(target, options=options)
+                if credentials is None
+                else grpc.aio.secure_channel(target, credentials, options=options)
+            )
         self._channel = channel
         self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
 
@@ -79,6 +100,9 @@ class AsyncGriffinClient:
         if max_retries is not None:
             other.max_retries = check_max_retries(max_retries)
         return other
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*trace_metadata(), *key_metadata(self._api_key))
 
     async def close(self) -> None:
         """Ends all calls and closes the connection."""
@@ -239,7 +263,7 @@ class AsyncGriffinClient:
         while True:
             try:
                 return await method(
-                    request, timeout=retries.time_left_s(), metadata=trace_metadata()
+                    request, timeout=retries.time_left_s(), metadata=self._metadata()
                 )
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
@@ -255,7 +279,7 @@ class AsyncGriffinClient:
         retries = Retries(self.max_retries, options.get("timeout", self.timeout))
         begun = False
         while True:
-            call: Any = method(request, timeout=retries.time_left_s(), metadata=trace_metadata())
+            call: Any = method(request, timeout=retries.time_left_s(), metadata=self._metadata())
             try:
                 async for response in call:
                     begun = True

@@ -4,7 +4,9 @@
 
     GriffinClientError          code, message, reason, request_id
     ├── InvalidArgument         a field of the request is wrong: violations, field -> problem
-    ├── NotFound                no session has this id (any more)
+    ├── Unauthenticated         the server does not know who calls
+    ├── PermissionDenied        the caller may not do this
+    ├── NotFound                no session of the caller has this id (any more)
     ├── FailedPrecondition      the session is busy, or the servers hold different models
     ├── ResourceExhausted       the server has no room: retry_after_s, when to try again
     ├── Unavailable             the server, or its prefill server, cannot be reached
@@ -61,8 +63,17 @@ class InvalidArgument(GriffinClientError):
         return self._details.violations
 
 
+class Unauthenticated(GriffinClientError):
+    """The call has no key or token, or the server does not accept it."""
+
+
+class PermissionDenied(GriffinClientError):
+    """The server knows who calls, and does not allow the call."""
+
+
 class NotFound(GriffinClientError):
-    """No session has this id: there never was one, or it expired, was closed or was evicted."""
+    """No session of the caller has this id: there never was one, it is another caller's, or it
+    expired, was closed or was evicted."""
 
 
 class FailedPrecondition(GriffinClientError):
@@ -106,6 +117,8 @@ class ServerFault(GriffinClientError):
 # Status code -> exception: the client's side of the server's table of errors.
 EXCEPTIONS: dict[grpc.StatusCode, type[GriffinClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,

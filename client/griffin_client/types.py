@@ -322,6 +322,7 @@ class Session:
         age_s: since the session was opened.
         idle_s: since its last token or turn; 0 unless it is idle.
         reserved_bytes: the most memory that it can come to hold.
+        owner: the name of the caller that opened it; empty on a server that asks nobody.
     """
 
     session_id: str
@@ -332,3 +333,4 @@ class Session:
     age_s: float
     idle_s: float
     reserved_bytes: int
+    owner: str = ""

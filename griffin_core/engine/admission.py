@@ -55,6 +55,7 @@ class Admission:
         groups: is told of sessions that are to run on experts.
         slots: of the sampler.
         observer: is told which experts prompts choose.
+        share_across_owners: whether sessions of different owners may run on one expert set.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Admission:
         groups: ExpertGroups,
         slots: SamplerSlots,
         observer: Observer,
+        share_across_owners: bool,
     ) -> None:
         self._decoder = decoder
+        self._share_across_owners = share_across_owners
         self._sessions = sessions
         self._planner = planner
         self._memory = memory
@@ -94,8 +97,9 @@ class Admission:
 
     def _session_for(self, task: GenerateTask | ScoreTask) -> Session:
         if isinstance(task, ScoreTask) or task.continues is None:
-            return Session(task.turn_id)
-        kept = self._sessions.table.find(task.continues)
+            shares_with = "" if self._share_across_owners else task.owner
+            return Session(task.turn_id, owner=task.owner, shares_with=shares_with)
+        kept = self._sessions.table.find(task.continues, task.owner)
         if kept.state is not State.IDLE:
             raise SessionBusy(task.continues)
         return kept

@@ -65,16 +65,26 @@ class Wake:
 
 @dataclass(frozen=True)
 class CloseSession:
-    """Free a session, whatever it is doing. The answer is None."""
+    """Free a session, whatever it is doing. The answer is None.
+
+    Args:
+        owner: whose it must be; None for anybody's.
+    """
 
     session_id: str
+    owner: str | None
 
 
 @dataclass(frozen=True)
 class GetSession:
-    """The answer is the SessionInfo of one session."""
+    """The answer is the SessionInfo of one session.
+
+    Args:
+        owner: whose it must be; None for anybody's.
+    """
 
     session_id: str
+    owner: str | None
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,15 @@ class ListSessions:
 
 @dataclass(frozen=True)
 class GetSessionPage:
-    """The answer is a SessionPage of up to ``size`` sessions with numbers above ``after``."""
+    """The answer is a SessionPage of up to ``size`` sessions with numbers above ``after``.
+
+    Args:
+        owner: whose sessions; None for everybody's.
+    """
 
     after: int
     size: int
+    owner: str | None
 
 
 @dataclass(frozen=True)

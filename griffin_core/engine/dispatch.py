@@ -56,14 +56,14 @@ def _run(parts: EngineParts, order: Order) -> object:
             sessions.cancel(turn_id)
         case Prefill(run=run):
             parts.prefill_queue.add(run, sessions.scheduler.retry_after_s)
-        case CloseSession(session_id=session_id):
-            sessions.close(session_id)
-        case GetSession(session_id=session_id):
-            return sessions.table.find(session_id).info(spec)
+        case CloseSession(session_id=session_id, owner=owner):
+            sessions.close(session_id, owner)
+        case GetSession(session_id=session_id, owner=owner):
+            return sessions.table.find(session_id, owner).info(spec)
         case ListSessions():
             return [session.info(spec) for session in sessions.table]
-        case GetSessionPage(after=after, size=size):
-            return _page(parts, after, size)
+        case GetSessionPage():
+            return _page(parts, order)
         case GetUsage():
             return _usage(parts)
         case TakeSnapshot(contents=contents):
@@ -73,14 +73,14 @@ def _run(parts: EngineParts, order: Order) -> object:
     return None
 
 
-def _page(parts: EngineParts, after: int, size: int) -> SessionPage:
+def _page(parts: EngineParts, wanted: GetSessionPage) -> SessionPage:
     table, spec = parts.sessions.table, parts.decoder.spec
-    found = table.page(after, size + 1)
-    sessions = found[:size]
+    found = table.page(wanted.after, wanted.size + 1, wanted.owner)
+    sessions = found[: wanted.size]
     return SessionPage(
         sessions=[session.info(spec) for session in sessions],
-        last=sessions[-1].number if len(found) > size else None,
-        total=len(table),
+        last=sessions[-1].number if len(found) > wanted.size else None,
+        total=table.count(wanted.owner),
     )
 
 

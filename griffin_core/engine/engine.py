@@ -102,6 +102,7 @@ class Engine:
         slim: SlimForm | None = None,
         costs: StepCosts | None = ASSUMED_COSTS,
         batch_invariant: bool = False,
+        share_across_owners: bool = False,
         cuda_graphs: bool = True,
         overlap: bool | None = None,
         stream_interval: int | None = None,
@@ -144,6 +145,7 @@ class Engine:
             slim=slim,
             costs=EVEN_COSTS if batch_invariant else costs or ASSUMED_COSTS,
             batch_invariant=batch_invariant,
+            share_across_owners=share_across_owners,
             cuda_graphs=cuda_graphs,
             overlap=backend.overlaps if overlap is None else overlap,
             stream_interval=stream_interval,
@@ -183,25 +185,36 @@ class Engine:
         self._stop_prefill(turn_id)
         self._commands.post(Cancel(turn_id))
 
-    def close(self, session_id: str) -> Future[None]:
-        """Frees a session in any state. The future raises SessionNotFound if there is none."""
-        return self._ask(CloseSession(session_id))
+    def close(self, session_id: str, *, owner: str | None = None) -> Future[None]:
+        """Frees a session in any state. The future raises SessionNotFound if there is none.
 
-    def session(self, session_id: str) -> Future[SessionInfo]:
-        """One session. The future raises SessionNotFound if there is none."""
-        return self._ask(GetSession(session_id))
+        Args:
+            owner: whose it must be; None for anybody's.
+        """
+        return self._ask(CloseSession(session_id, owner))
+
+    def session(self, session_id: str, *, owner: str | None = None) -> Future[SessionInfo]:
+        """One session. The future raises SessionNotFound if there is none.
+
+        Args:
+            owner: whose it must be; None for anybody's.
+        """
+        return self._ask(GetSession(session_id, owner))
 
     def sessions(self) -> Future[list[SessionInfo]]:
         """All sessions, oldest first. Decoding stands still meanwhile; see ``session_page``."""
         return self._ask(ListSessions())
 
-    def session_page(self, *, after: int = 0, most: int) -> Future[SessionPage]:
+    def session_page(
+        self, *, after: int = 0, most: int, owner: str | None = None
+    ) -> Future[SessionPage]:
         """Up to ``most`` sessions, oldest first.
 
         Args:
             after: ``last`` of the page before; 0 for the first page.
+            owner: whose sessions; None for everybody's.
         """
-        return self._ask(GetSessionPage(after, most))
+        return self._ask(GetSessionPage(after, most, owner))
 
     def usage(self) -> Future[Usage]:
         """How many sessions there are now, and what they hold."""

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from griffin_core.backends.base import Layout
 from griffin_core.engine.session import Session
-from griffin_core.experts.selection import select_experts
+from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.experts.statistic import group_score
 from griffin_core.model.decoder import Decoder
@@ -27,6 +28,19 @@ Form = Literal["own", "shared", "dense"]
 """What a session runs on: its own set, that of its group, or all neurons."""
 
 
+@dataclass(frozen=True)
+class GroupKey:
+    """What sessions that share an expert set have in common.
+
+    Args:
+        shares_with: see ``Session``.
+        kind: see ``Selection``.
+    """
+
+    shares_with: str
+    kind: Selection
+
+
 class Seat:
     """A session in ``ExpertGroups``, and what it holds there.
 
@@ -39,7 +53,7 @@ class Seat:
         self.session = session
         self.zeroed_bytes = zeroed_bytes
         self.prunes = prunes
-        self.kind = session.selection.kind
+        self.key = GroupKey(session.shares_with, session.selection.kind)
         self.form: Form = "dense"
         self.group: ExpertGroup | None = None
         self.view: SlimView | None = None
@@ -72,9 +86,14 @@ class Seat:
 class ExpertGroup:
     """Sessions on one expert set. A session that joins starts on the present set. The group chooses
     again at most every ``STEPS_HELD`` steps and keeps the layers that would hardly change; its one
-    view takes over the other layers."""
+    view takes over the other layers.
 
-    def __init__(self) -> None:
+    Args:
+        shares_with: see ``Session``.
+    """
+
+    def __init__(self, shares_with: str = "") -> None:
+        self._shares_with = shares_with
         self.members: list[Seat] = []
         self.stale = True
         """Whether members have come or gone since the set was chosen."""
@@ -133,7 +152,7 @@ class ExpertGroup:
             self.drop_view(views)
         wanted = not views.copies or not alone or self.members[0].one_row
         if self.view is None and wanted and views.builds:
-            self.view = views.acquire(self.slim, layout, own=True)
+            self.view = views.acquire(self.slim, layout, own=True, shares_with=self._shares_with)
             self._laid_out = step
 
     def zeroed(self, views: SlimViews) -> WholeView:

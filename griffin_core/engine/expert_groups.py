@@ -1,7 +1,7 @@
 """Which experts each session runs on, and in which form.
 
-A ``private`` session runs on what its own prompt chose. ``shared`` sessions of one density and
-policy run on one set (``expert_group``). ``auto`` sessions run in the form that pays
+A ``private`` session runs on what its own prompt chose. ``shared`` sessions of one owner,
+density and policy run on one set (``expert_group``). ``auto`` sessions run in the form that pays
 (``form_choice``).
 
 Nothing here makes a session wait: until a view is built, and whenever a copy would not pay, a
@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from griffin_core.engine.expert_group import ExpertGroup, Seat, can_run
+from griffin_core.engine.expert_group import ExpertGroup, GroupKey, Seat, can_run
 from griffin_core.engine.form_choice import FormChoice
 from griffin_core.engine.reservation import ViewPool
 from griffin_core.engine.session import Session
@@ -41,7 +41,7 @@ class ExpertGroups:
         self._views = views
         self._forms = FormChoice(costs, views)
         self._seats: dict[str, Seat] = {}  # by session id
-        self._shared: dict[Selection, ExpertGroup] = {}
+        self._shared: dict[GroupKey, ExpertGroup] = {}
         self._building: list[Seat] = []  # their own views are not complete yet
         self._failed: list[tuple[Session, Exception]] = []
         self._step = 0
@@ -50,12 +50,22 @@ class ExpertGroups:
         """Sets what steps cost. Before the first session."""
         self._forms.costs = costs
 
-    def pool(self, selection: Selection, sharing: Sharing) -> ViewPool | None:
+    def pool(
+        self, selection: Selection, sharing: Sharing, shares_with: str = ""
+    ) -> ViewPool | None:
         """The sessions with which a session reserves its view: a shared group has one view
-        together, and there are never more copies than pay."""
+        together, and there are never more copies than pay.
+
+        Args:
+            shares_with: see ``Session``.
+        """
         if not self._views.builds or (sharing != "shared" and not self._views.copies):
             return None
-        most = 1 if sharing == "shared" else self._forms.costs.max_copies(selection.density)
+        if sharing == "shared":
+            return ViewPool(
+                sharing=sharing, kind=selection.kind, shares_with=shares_with, max_views=1
+            )
+        most = self._forms.costs.max_copies(selection.density)
         return ViewPool(sharing=sharing, kind=selection.kind, max_views=most)
 
     def join(self, session: Session) -> None:
@@ -94,11 +104,11 @@ class ExpertGroups:
             sessions=tuple(self._seats),
             shared=tuple(
                 GroupSnapshot(
-                    density=kind.density,
-                    policy=kind.policy,
+                    density=key.kind.density,
+                    policy=key.kind.policy,
                     members=tuple(seat.session.session_id for seat in group.members),
                 )
-                for kind, group in self._shared.items()
+                for key, group in self._shared.items()
             ),
             due=self.due,
         )
@@ -166,7 +176,9 @@ class ExpertGroups:
                 self._join_group(seat)
             if self._forms.wants_view(seat) and seat.view is None:
                 try:
-                    seat.view = self._views.acquire(seat.slim, seat.session.turn.layout)
+                    seat.view = self._views.acquire(
+                        seat.slim, seat.session.turn.layout, shares_with=seat.key.shares_with
+                    )
                     self._building.append(seat)
                 except Exception as error:  # it must not end the session that came or went
                     self._failed.append((seat.session, error))
@@ -203,7 +215,7 @@ class ExpertGroups:
         session.view_bytes = seat.zeroed_bytes + (0 if held is None else held.nbytes)
 
     def _join_group(self, seat: Seat) -> None:
-        group = self._shared.setdefault(seat.kind, ExpertGroup())
+        group = self._shared.setdefault(seat.key, ExpertGroup(seat.key.shares_with))
         group.members.append(seat)
         group.stale, group.rests = True, False
         seat.group = group
@@ -217,7 +229,7 @@ class ExpertGroups:
         group.stale, group.rests = True, False
         if not group.members:
             group.drop_view(self._views)
-            del self._shared[seat.kind]
+            del self._shared[seat.key]
 
     def _release(self, seat: Seat) -> None:
         """Releases a session's own view."""

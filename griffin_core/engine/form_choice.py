@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from griffin_core.engine.expert_group import STEPS_HELD, Form, Seat
-from griffin_core.experts.selection import Selection
+from griffin_core.engine.expert_group import STEPS_HELD, Form, GroupKey, Seat
 from griffin_core.slim.costs import StepCosts
 from griffin_core.slim.views import SlimViews
 
@@ -91,7 +90,7 @@ class FormChoice:
 
     def _step_s(self, seats: Collection[Seat], form: Form) -> float:
         """Seconds of a step with all ``auto`` sessions in one form and the others as they are."""
-        dense, own, shared = 0, [], Counter[Selection]()
+        dense, own, shared = 0, [], Counter[GroupKey]()
         for seat in seats:
             of = form if seat.auto else self._form_of(seat)
             if of == "dense":
@@ -99,8 +98,8 @@ class FormChoice:
             elif of == "own":
                 own.append(seat.slim.density)
             else:
-                shared[seat.kind] += 1
-        groups = [(kind.density, rows) for kind, rows in shared.items()]
+                shared[seat.key] += 1
+        groups = [(key.kind.density, rows) for key, rows in shared.items()]
         return self.costs.step_s(dense=dense, own=own, shared=groups)
 
     def _decide_copies(self, seats: Collection[Seat], step: int) -> None:

@@ -61,6 +61,7 @@ def build_parts(
     slim: SlimForm | None,
     costs: StepCosts,
     batch_invariant: bool,
+    share_across_owners: bool,
     cuda_graphs: bool,
     overlap: bool,
     stream_interval: int | None,
@@ -132,6 +133,7 @@ def build_parts(
         groups=groups,
         slots=slots,
         observer=observer,
+        share_across_owners=share_across_owners,
     )
     token_steps = TokenSteps(
         decoder,

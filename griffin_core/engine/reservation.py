@@ -17,11 +17,13 @@ class ViewPool:
     Args:
         sharing: of the sessions.
         kind: what their selections have in common.
+        shares_with: see ``Session``; empty for sessions that do not share a set.
         max_views: the most views that they hold, however many sessions there are.
     """
 
     sharing: Sharing
     kind: Selection
+    shares_with: str = ""
     max_views: int
 
 

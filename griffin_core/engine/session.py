@@ -38,6 +38,7 @@ class SessionInfo:
     """
 
     session_id: str
+    owner: str
     state: State
     context_tokens: int
     generated_tokens: int
@@ -98,10 +99,15 @@ class Session:
 
     Args:
         session_id: known to the client.
+        owner: who alone may continue it; empty where callers are not told apart.
+        shares_with: sessions of one value may run on one expert set: the owner, or empty where
+            owners share.
     """
 
-    def __init__(self, session_id: str) -> None:
+    def __init__(self, session_id: str, *, owner: str = "", shares_with: str = "") -> None:
         self.session_id = session_id
+        self.owner = owner
+        self.shares_with = shares_with
         self.number = 0
         """Sessions are numbered from 1 in the order in which they were first queued."""
         self.turn_id = ""
@@ -222,6 +228,7 @@ class Session:
         now = time.monotonic()
         return SessionInfo(
             session_id=self.session_id,
+            owner=self.owner,
             state=self.state,
             context_tokens=len(self.tokens),
             generated_tokens=self.generated_tokens,

@@ -119,13 +119,16 @@ class Sessions:
         if session := self._by_turn.get(turn_id):
             self.guard(session, lambda session: self._forget(session, "its caller went away"))
 
-    def close(self, session_id: str) -> None:
+    def close(self, session_id: str, owner: str | None = None) -> None:
         """Frees a session in any state.
+
+        Args:
+            owner: whose it must be; None for anybody's.
 
         Raises:
             SessionNotFound: there is none.
         """
-        session = self.table.find(session_id)
+        session = self.table.find(session_id, owner)
         if session.state is State.IDLE:
             self._forget(session, "it was closed")
         else:

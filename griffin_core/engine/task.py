@@ -82,6 +82,8 @@ class GenerateTask:
         top_logprobs: alternatives to report with each token; None for no log-probabilities.
         continues: id of the kept session this is a later turn of.
         keep: keep the session afterwards.
+        owner: who asks: whose the session is, and whose a continued one must be. Empty where
+            callers are not told apart.
         arrived: when the call came, on ``time.monotonic``.
         deadline: until when the caller waits, on the same clock; None for no limit.
         turn_id: names this turn; also the id of the session it opens, unless it continues one.
@@ -94,6 +96,7 @@ class GenerateTask:
     top_logprobs: int | None = None
     continues: str | None = None
     keep: bool = False
+    owner: str = ""
     turn_id: str = field(default_factory=lambda: uuid4().hex)
     arrived: float = field(default_factory=time.monotonic, compare=False)
     deadline: float | None = None
@@ -133,6 +136,7 @@ class ScoreTask:
         continuations: 1 to MAX_CONTINUATIONS, each of at least one token.
         mode: see ``choices.ScoreMode``.
         seed: for selection policies that draw.
+        owner: see ``GenerateTask``.
         turn_id: also the id of its session.
         arrived: when the call came, on ``time.monotonic``.
         deadline: until when the caller waits, on the same clock; None for no limit.
@@ -146,6 +150,7 @@ class ScoreTask:
     mode: ScoreMode = "generation"
     pruning: PruningParams = field(default_factory=PruningParams)
     seed: int = 0
+    owner: str = ""
     turn_id: str = field(default_factory=lambda: uuid4().hex)
     arrived: float = field(default_factory=time.monotonic, compare=False)
     deadline: float | None = None

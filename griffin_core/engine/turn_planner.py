@@ -51,7 +51,7 @@ class TurnPlanner:
             InvalidRequest: the task does not fit the session or the model.
         """
         if isinstance(task, ScoreTask):
-            return self._plan_score(task)
+            return self._plan_score(session, task)
         return self._plan_generation(session, task)
 
     def _plan_generation(self, session: Session, task: GenerateTask) -> TurnPlan:
@@ -81,10 +81,10 @@ class TurnPlanner:
             turn=turn,
             keep=task.keep and fits_idle,
             deadline=task.deadline,
-            needs=self._needs(kv, selection, sharing),
+            needs=self._needs(session, kv, selection, sharing),
         )
 
-    def _plan_score(self, task: ScoreTask) -> TurnPlan:
+    def _plan_score(self, session: Session, task: ScoreTask) -> TurnPlan:
         decoder = self._model.decoder
         selection = task.pruning.selection(self._selection, task.seed)
         turn = Scoring(decoder, task, selection)
@@ -94,7 +94,7 @@ class TurnPlanner:
         if turn.chooses:
             needs = Reservation(kv=kv, zeroed=choice_bytes(decoder))
         else:
-            needs = self._needs(kv, selection, sharing)
+            needs = self._needs(session, kv, selection, sharing)
         return TurnPlan(
             turn_id=task.turn_id,
             arrived=task.arrived,
@@ -108,12 +108,14 @@ class TurnPlanner:
             needs=needs,
         )
 
-    def _needs(self, kv: int, selection: Selection, sharing: Sharing) -> Reservation:
+    def _needs(
+        self, session: Session, kv: int, selection: Selection, sharing: Sharing
+    ) -> Reservation:
         spec = self._model.decoder.spec
         counts = selection.expert_counts(len(spec.layers), spec.intermediate_size)
         return Reservation(
             kv=kv,
             zeroed=self._views.zeroed_bytes(counts),
             view=self._views.planned_bytes(counts),
-            pool=self._groups.pool(selection, sharing),
+            pool=self._groups.pool(selection, sharing, session.shares_with),
         )

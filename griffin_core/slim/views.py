@@ -17,7 +17,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import SlimForm, SlimTable
 from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
 
-Key = tuple[bytes, Layout]
+Key = tuple[bytes, Layout, str]
 
 MOST_UNUSED = 8
 """The most unused views that are kept. A prompt that soon comes again finds its view, and unused
@@ -31,9 +31,11 @@ class SlimView:
         slim: what it is built from, or will be once ``pending`` is empty.
         layout: the number of rows that its blocks are laid out for.
         nbytes: the most bytes that it will hold beyond the model's own weights.
+        shares_with: who may use it; see ``SlimViews.acquire``.
     """
 
-    def __init__(self, slim: SlimSpec, layout: Layout, nbytes: int) -> None:
+    def __init__(self, slim: SlimSpec, layout: Layout, nbytes: int, shares_with: str = "") -> None:
+        self.shares_with = shares_with
         self.slim = slim
         self.layout: Layout = layout
         self.nbytes = nbytes
@@ -51,7 +53,7 @@ class SlimView:
     @property
     def key(self) -> Key:
         """The key that identifies the view."""
-        return self.slim.digest, self.layout
+        return self.slim.digest, self.layout, self.shares_with
 
     @property
     def ready(self) -> bool:
@@ -75,8 +77,8 @@ class WholeView:
 class SlimViews:
     """All slim views of an engine. Owned by the engine's thread.
 
-    An unused view is kept until its bytes are needed, for the next session with the same experts: a
-    repeated prompt, or a kept session's next turn.
+    An unused view is kept until its bytes are needed, for the owner's next session with the same
+    experts: a repeated prompt, or a kept session's next turn.
 
     Args:
         table: gives the views their slim ids.
@@ -153,21 +155,25 @@ class SlimViews:
         view.slim_id = self._table.add(view)
         return view
 
-    def acquire(self, slim: SlimSpec, layout: Layout, *, own: bool = False) -> SlimView:
+    def acquire(
+        self, slim: SlimSpec, layout: Layout, *, own: bool = False, shares_with: str = ""
+    ) -> SlimView:
         """Returns the view of an expert set, which may not be built yet. ``release`` it after use.
 
         Args:
             layout: the number of rows that its users together usually run in a step.
             own: whether the view is for this caller only, which may ``change`` it.
+            shares_with: only users with the same value find the view. Whether a view is there
+                already shows in how long it takes, and so whether somebody has sent a prompt.
         """
         # A digest needs the set on the host, which synchronizes; that does not pay for indices,
         # which are complete at once.
         own = own or not self.copies
-        view = self._views.get((slim.digest, layout)) if self.copies else None
+        view = self._views.get((slim.digest, layout, shares_with)) if self.copies else None
         if own and view is not None and view.users:
             view = None
         if view is None:
-            view = SlimView(slim, layout, self.planned_bytes(slim.counts))
+            view = SlimView(slim, layout, self.planned_bytes(slim.counts), shares_with)
             self._budget.acquire(view.nbytes)
             self._begin(view)
         elif own:

@@ -67,6 +67,13 @@ class TcpAddress:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it. Of names, only localhost is known to be so."""
+        if _is_ip(self.host):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host.rstrip(".").lower() == "localhost"
+
     def resolved(self) -> list[TcpAddress]:
         """The host's IP addresses. On a machine that has IPv6, the address for all of IPv4 means
         all of both, as in gRPC.

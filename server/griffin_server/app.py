@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import structlog
 import torch
 
@@ -25,6 +26,7 @@ from griffin_server.rpc.generation import GenerationServicer
 from griffin_server.rpc.messages.model_info import sampling_defaults_to_pb
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.prefill import PrefillServicer
+from griffin_server.security.tls import TlsFiles, channel_credentials
 from griffin_server.settings import Settings
 from griffin_server.telemetry.tracing import Tracing
 from griffin_server.transfer.shared_memory import remove_stale_segments
@@ -52,6 +54,19 @@ def _prefill_share(device: torch.device) -> float:
 
 def _bytes(gib: float | None) -> int | None:
     return None if gib is None else max(1, int(gib * (1 << 30)))
+
+
+def _prefill_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
+    if settings.prefill_ca is None and settings.prefill_cert is None:
+        return None
+    return channel_credentials(
+        TlsFiles(
+            setting="prefill_cert, prefill_key, prefill_ca",
+            cert=settings.prefill_cert,
+            key=settings.prefill_key,
+            ca=settings.prefill_ca,
+        )
+    )
 
 
 def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
@@ -120,6 +135,7 @@ class App:
             local_prefill_max_tokens=settings.local_prefill_max_tokens,
             threads=settings.threads or CpuShare(),
             batch_invariant=settings.batch_invariant,
+            share_across_owners=settings.share_across_owners,
             observer=self.metrics,
         )
         self.metrics.watch(self.engine)
@@ -173,7 +189,13 @@ class App:
             remove_stale_segments()
             self._prefill = PrefillRouter(
                 [
-                    PrefillClient(target, engine.model, self.metrics, settings.handoff)
+                    PrefillClient(
+                        target,
+                        engine.model,
+                        self.metrics,
+                        settings.handoff,
+                        _prefill_credentials(settings),
+                    )
                     for target in settings.prefill_target
                 ]
             )

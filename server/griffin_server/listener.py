@@ -29,6 +29,8 @@ from griffin_server.address import (
 from griffin_server.connections import server_options
 from griffin_server.interceptors.chain import CallInterceptor
 from griffin_server.rpc.reflection import add_reflection
+from griffin_server.security.identity import Identity
+from griffin_server.security.tls import TlsFiles, server_credentials
 from griffin_server.settings import Settings
 from griffin_server.telemetry.http import HttpServer
 from griffin_server.telemetry.metrics import Metrics
@@ -61,12 +63,16 @@ class Later:
 
 
 class Listener:
-    """Listens once started, and admits calls once opened. It cannot be started twice."""
+    """Listens once started, and admits calls once opened. It cannot be started twice.
+
+    Raises:
+        BadSecurityFile: a file with keys cannot be used.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.metrics = Metrics()
-        self.calls = CallInterceptor(self.metrics)
+        self.calls = CallInterceptor(self.metrics, Identity(settings))
         self.address: Address = parse_host(settings.host, settings.port)
         """The address of the gRPC server; once started, with the port that it listens on."""
         self.started = False
@@ -81,9 +87,11 @@ class Listener:
 
         Raises:
             ListenError: an address is in use or does not belong to this machine.
+            BadSecurityFile: a file with certificates cannot be used.
         """
         self.started = True
         settings = self._settings
+        credentials = _credentials(settings)
         self._server = grpc.aio.server(
             interceptors=(self.calls,), options=server_options(settings.max_request_bytes)
         )
@@ -110,7 +118,14 @@ class Listener:
             self._http = HttpServer(
                 sockets, self.metrics.registry, lambda: self.calls.drain.serving
             )
-        self._add_ports()
+        self._add_ports(credentials)
+        if settings.insecure:
+            log.warning(
+                "insecure: whoever reaches the port may use it",
+                address=str(self.address),
+                tls=credentials is not None,
+                asks_who_calls=settings.asks_who_calls,
+            )
         await self._server.start()
 
     async def open(self, *, generation: Any, prefill: Any, tracing: Tracing) -> None:
@@ -152,7 +167,7 @@ class Listener:
         of_role = {"all": [GENERATION, PREFILL], "decode": [GENERATION], "prefill": [PREFILL]}
         return of_role[self._settings.role]
 
-    def _add_ports(self) -> None:
+    def _add_ports(self, credentials: grpc.ServerCredentials | None) -> None:
         try:
             match self.address:
                 case UnixAddress():
@@ -166,10 +181,28 @@ class Listener:
                         with probe:
                             hosts.append(address_of(probe))
                     for host in hosts:
-                        port = self._server.add_insecure_port(str(replace(host, port=port)))
+                        port = self._add_port(str(replace(host, port=port)), credentials)
                     self.address = replace(self.address, port=port)
         except (OSError, RuntimeError) as error:
             raise ListenError("port", self.address, error) from error
+
+    def _add_port(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        if credentials is None:
+            return int(self._server.add_insecure_port(address))
+        return int(self._server.add_secure_port(address, credentials))
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None:
+        return None
+    return server_credentials(
+        TlsFiles(
+            setting="tls_cert, tls_key, tls_client_ca",
+            cert=settings.tls_cert,
+            key=settings.tls_key,
+            ca=settings.tls_client_ca,
+        )
+    )
 
 
 def _metrics_address(settings: Settings) -> TcpAddress:

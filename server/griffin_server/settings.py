@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FilePath, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -21,8 +22,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, Sharing
 from griffin_server.address import UnixAddress, check_target, parse_host
+from griffin_server.engine_settings import EngineSettings
 from griffin_server.environment import is_service_link
 
 HandoffTransports = Literal["auto", "shared_memory", "messages"]
@@ -30,13 +31,14 @@ HandoffTransports = Literal["auto", "shared_memory", "messages"]
 
 LogFormat = Literal["auto", "json", "console"]
 
-SamplingDefaultsFrom = Literal["greedy", "model"]
-"""The source of the sampling fields that a request does not set."""
+CALLER = re.compile(r"[\w.@:/+-]{1,128}", re.ASCII)
+CALLER_ALLOWED = "1 to 128 letters, digits and . _ @ : / + -"
+"""The names of callers."""
 
 _config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
 
-class Settings(BaseSettings):
+class Settings(EngineSettings):
     """Serve a model.
 
     Each flag can also be set as GRIFFIN_<NAME> in the environment or as <name> in the TOML file of
@@ -56,10 +58,6 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="TOML file with settings.")
-    model: str = Field(
-        DEFAULT_MODEL,
-        description="The model: a directory, a .gguf file, a hub id, or the packaged default.",
-    )
     role: Literal["all", "prefill", "decode"] = Field(
         "all",
         description="all: this process runs both phases; prefill or decode: only that phase.",
@@ -68,6 +66,47 @@ class Settings(BaseSettings):
         "127.0.0.1",
         description="Address to listen on: a name, an IPv4 or IPv6 address, 0.0.0.0 or :: for all "
         "addresses, or unix:PATH for a Unix socket, which its owner and group may use.",
+    )
+    insecure: bool = Field(
+        False,
+        description="Listen beyond this machine without TLS or without asking who calls: whoever "
+        "reaches the port may then read and end every session.",
+    )
+    tls_cert: FilePath | None = Field(
+        None,
+        description="PEM file with the server's certificate chain. It is read again when it "
+        "changes, as are the other files of certificates and keys.",
+    )
+    tls_key: FilePath | None = Field(None, description="PEM file with the key of tls_cert.")
+    tls_client_ca: FilePath | None = Field(
+        None,
+        description="PEM file with the CA of clients' certificates. Only clients with such a "
+        "certificate are let in; its first subject alternative name is the caller's name.",
+    )
+    api_keys: FilePath | None = Field(
+        None,
+        description="File with the names of callers and the hashes of their keys; `griffin key` "
+        "makes its lines. Callers send their key as 'authorization: Bearer KEY'.",
+    )
+    jwt_keys: str | None = Field(
+        None,
+        description="JSON Web Key Set, a file or a URL, whose keys sign callers' tokens. The claim "
+        "sub is the caller's name, the claim groups its groups.",
+    )
+    jwt_issuer: str | None = Field(None, description="The iss that tokens must have.")
+    jwt_audience: str | None = Field(None, description="The aud that tokens must have.")
+    jwt_leeway_s: float = Field(
+        30.0, ge=0, le=600, description="Seconds by which a token's times may be off."
+    )
+    operators: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names of callers that see and close everybody's sessions, besides those in "
+        "the group operator.",
+    )
+    prefill_peers: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names of the decode servers that may use this server's PrefillService, where "
+        "callers are asked who they are.",
     )
     port: int = Field(
         50051,
@@ -81,6 +120,15 @@ class Settings(BaseSettings):
         "dns:///prefill:50052. Repeat it, or separate several with commas. Role decode needs it; "
         "other roles refuse it.",
     )
+    prefill_ca: FilePath | None = Field(
+        None,
+        description="PEM file with the CA of the prefill servers' certificates. With it or "
+        "prefill_cert, connections to them use TLS.",
+    )
+    prefill_cert: FilePath | None = Field(
+        None, description="PEM file with this server's certificate for prefill servers."
+    )
+    prefill_key: FilePath | None = Field(None, description="PEM file with the key of prefill_cert.")
     local_prefill_max_tokens: int = Field(
         32,
         ge=0,
@@ -97,102 +145,6 @@ class Settings(BaseSettings):
         description="How KV is transferred from a prefill server. auto: on one host through GPU "
         "memory or shared memory, else in messages; shared_memory: as auto, but never through GPU "
         "memory; messages: only in messages.",
-    )
-    device: str = Field(
-        "auto", description="cpu, cuda or cuda:N; auto takes cuda if it is available."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Type of weights, activations and KV; auto picks the device's fastest type.",
-    )
-    threads: int = Field(
-        0,
-        ge=0,
-        le=1024,
-        description="CPU threads of the model. 0 uses as many CPUs as affinity, quota and other "
-        "programs leave, and adapts while the server runs; any other number is fixed.",
-    )
-    batch_invariant: bool = Field(
-        False,
-        description="A private session's output does not depend, to the bit, on other sessions. A "
-        "step then takes 1.2 to 1.7 times as long as a dense step on a CPU, and on a GPU as long "
-        "as one dense step for every eight sessions; pruning saves no time, and sharing auto runs "
-        "dense. Without it, float32 on a CPU differs only by rounding, and 16-bit types may give "
-        "other tokens.",
-    )
-    cuda_graphs: bool = Field(
-        True,
-        description="On a GPU, run each decode step as a CUDA graph, captured at start.",
-    )
-    density: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Fraction of FF neurons kept, for requests that do not set it. 1 is the dense "
-        "model. Set 0.5 or 0.75 for models of 7B parameters or more and for long prompts, and "
-        "check the answers: small models on short prompts repeat themselves.",
-    )
-    policy: PolicyName = Field(
-        "topk", description="Selection policy, for requests that do not set it."
-    )
-    sharing: Sharing = Field(
-        "auto",
-        description="Which experts a session runs on, for requests that do not set it. auto: the "
-        "fastest choice, and dense unless pruning saves 5 % of a step's time; private: a set of "
-        "experts for each session; shared: one set for all sessions with the same density and "
-        "policy.",
-    )
-    sampling_defaults: SamplingDefaultsFrom = Field(
-        "greedy",
-        description="Source of the sampling fields that a request does not set. greedy: the most "
-        "likely token, without penalties; model: the model's generation_config.json, and greedy "
-        "for fields that it does not set.",
-    )
-    max_sessions: int = Field(
-        64, ge=1, description="The most sessions in prefill or decode at once."
-    )
-    max_queue: int = Field(
-        256, ge=0, description="The most requests that wait; further ones are refused."
-    )
-    memory_fraction: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Fraction of the memory left free by the model that KV caches and slim views "
-        "may use; by default 0.9 on a GPU and 0.5 on a CPU. A GPU's is reserved at "
-        "start, so that a second server divides the rest.",
-    )
-    session_memory_gib: float | None = Field(
-        None,
-        gt=0,
-        description="GiB for KV caches and slim views, in place of memory_fraction; on a GPU the "
-        "start fails if less is free.",
-    )
-    idle_memory_gib: float | None = Field(
-        None,
-        ge=0,
-        description="GiB of that memory that kept sessions may use between their turns; by default "
-        "a quarter of it.",
-    )
-    session_ttl_s: float = Field(
-        600.0, ge=0, description="Seconds that a kept session may be idle."
-    )
-    reader_timeout_s: float = Field(
-        60.0, gt=0, description="Seconds after which a call whose client does not read is ended."
-    )
-    prefill_chunk_tokens: int = Field(
-        0,
-        ge=0,
-        le=32768,
-        description="Prompt tokens, from one or several prompts, in a pass between two decode "
-        "steps; 0 is 512 on a CPU and 4096 on a GPU.",
-    )
-    prefill_share: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Fraction of the time given to prompts while sessions decode; 1 means one "
-        "decode step between two passes. By default 0.5 on a CPU and 1 on a GPU.",
     )
     stream_interval: int = Field(
         0,
@@ -234,7 +186,7 @@ class Settings(BaseSettings):
             return {"local_prefill_max_tokens": old, **values}
         return values
 
-    @field_validator("prefill_target", mode="before")
+    @field_validator("prefill_target", "operators", "prefill_peers", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         parts = [value] if isinstance(value, str) else value
@@ -253,19 +205,55 @@ class Settings(BaseSettings):
             raise ValueError("allowed: a name or an IP address, and no Unix socket")
         return value
 
+    @field_validator("operators", "prefill_peers")
+    @classmethod
+    def _are_callers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(CALLER.fullmatch, value)):
+            raise ValueError(f"allowed: names of callers, {CALLER_ALLOWED}")
+        return value
+
     @field_validator("prefill_target")
     @classmethod
     def _are_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_target(target) for target in value)
 
     @model_validator(mode="after")
-    def _one_size_of_memory(self) -> Settings:
-        if self.memory_fraction is not None and self.session_memory_gib is not None:
-            raise ValueError(
-                f"memory_fraction: got {self.memory_fraction:g} with session_memory_gib "
-                f"{self.session_memory_gib:g}; give one of them"
-            )
+    def _whole_security(self) -> Settings:
+        for one, other in (
+            ("tls_cert", "tls_key"),
+            ("prefill_cert", "prefill_key"),
+            ("jwt_keys", "jwt_issuer"),
+            ("jwt_keys", "jwt_audience"),
+        ):
+            first, second = getattr(self, one), getattr(self, other)
+            if (first is None) != (second is None):
+                raise ValueError(
+                    f"{one}, {other}: got {str(first or None)!r} and {str(second or None)!r}; "
+                    "give both or none"
+                )
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: got a file without tls_cert; give both")
         return self
+
+    @model_validator(mode="after")
+    def _local_or_secure(self) -> Settings:
+        address = parse_host(self.host, self.port)
+        if isinstance(address, UnixAddress):
+            if self.tls_cert is not None:
+                raise ValueError("tls_cert: got a file with a Unix socket, which needs no TLS")
+            return self
+        if self.insecure or address.is_loopback or (self.tls_cert and self.asks_who_calls):
+            return self
+        raise ValueError(
+            f"host: got {self.host!r}, which others can reach, without "
+            f"{'TLS' if self.tls_cert is None else 'asking who calls'}; allowed: with tls_cert, "
+            "tls_key and one of api_keys, jwt_keys and tls_client_ca, or with --insecure"
+        )
+
+    @property
+    def asks_who_calls(self) -> bool:
+        """Whether callers must say who they are."""
+        return bool(self.api_keys or self.jwt_keys or self.tls_client_ca)
 
     @model_validator(mode="after")
     def _target_if_decode(self) -> Settings:

@@ -1542,6 +1542,7 @@ class Session(_message.Message):
     AGE_S_FIELD_NUMBER: _builtins.int
     IDLE_S_FIELD_NUMBER: _builtins.int
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     state: Global___SessionState.ValueType
     context_tokens: _builtins.int
@@ -1556,6 +1557,8 @@ class Session(_message.Message):
     """The most bytes that its KV cache, its masks to run zeroed, and its private slim view can take; if
     IDLE, the bytes of its KV cache.
     """
+    owner: _builtins.str
+    """The name of the caller that opened it; empty on a server that does not ask callers who they are."""
     @_builtins.property
     def pruning(self) -> Global___PruningFigures: ...
     def __init__(
@@ -1569,10 +1572,11 @@ class Session(_message.Message):
         age_s: _builtins.float = ...,
         idle_s: _builtins.float = ...,
         reserved_bytes: _builtins.int = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pruning", b"pruning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "context_tokens", b"context_tokens", "generated_tokens", b"generated_tokens", "idle_s", b"idle_s", "pruning", b"pruning", "reserved_bytes", b"reserved_bytes", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "context_tokens", b"context_tokens", "generated_tokens", b"generated_tokens", "idle_s", b"idle_s", "owner", b"owner", "pruning", b"pruning", "reserved_bytes", b"reserved_bytes", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1657,7 +1661,7 @@ class ListSessionsResponse(_message.Message):
     come on later pages; sessions that end may be missing from them.
     """
     total_size: _builtins.int
-    """The number of all sessions."""
+    """The number of all sessions that the caller may see."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]: ...
     def __init__(

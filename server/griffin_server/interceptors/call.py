@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
+from griffin_server.security.principal import Principal
 from griffin_server.telemetry.metrics import GrpcCall
 
 if TYPE_CHECKING:  # it brings torch, and the server listens before that is imported
@@ -24,16 +25,20 @@ class Call:
     Args:
         kind: "unary" or "server_stream", for metrics.
         method: "/package.Service/Method".
-        request: the request message, or a ``Malformed`` in its place.
+        request: the request's bytes; once parsed, the message or a ``Malformed`` in its place.
+        parse: makes the message of the bytes.
         counts: counts the call's messages; set by telemetry.
         spans: the call's trace; set by telemetry, None while the server is loading.
         code: the name of the status that ends the call; set by ``errors``.
+        principal: who makes the call; set by ``authenticate``.
     """
 
     kind: str
     method: str
     request: Any
+    parse: Callable[[bytes], Any]
     context: Context
+    principal: Principal | None = None
     counts: GrpcCall | None = None
     spans: CallSpans | None = None
     code: str = "OK"

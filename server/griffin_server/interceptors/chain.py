@@ -8,37 +8,51 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
+from griffin_server.interceptors.authenticate import Authentication
 from griffin_server.interceptors.call import Call, Context, Interceptor
 from griffin_server.interceptors.drain import Drain
 from griffin_server.interceptors.errors import to_status
 from griffin_server.interceptors.malformed import (
     checked,
     checked_stream,
+    parse,
     refuse_malformed,
     tolerant,
 )
 from griffin_server.interceptors.request_id import identify
 from griffin_server.interceptors.telemetry import CallTelemetry
+from griffin_server.security.identity import Identity
 from griffin_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:  # it brings torch, and the server listens before that is imported
     from griffin_server.telemetry.tracing import Tracing
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Parse: TypeAlias = Callable[[bytes], Any]
+
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+"""The one method that asks nobody who they are: probes have no identity."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of package ``griffin.v1``. Calls of health and reflection pass unchanged,
-    except that malformed requests are refused."""
+    except that strangers and malformed requests are refused; health checks are open to strangers.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        identity: says who makes a call.
+    """
+
+    def __init__(self, metrics: Metrics, identity: Identity) -> None:
         self.drain = Drain()
+        self._identity = identity
         self._telemetry = CallTelemetry(metrics)
         self._order: tuple[Interceptor, ...] = (
             self.drain.count,  # outermost: a call runs until its status has been sent
             self._telemetry.observe,  # observes refusals and errors as well
             to_status,  # turns what is raised further in into a status
             self.drain.admit,
+            Authentication(identity).authenticate,  # nothing is parsed for strangers
+            parse,
             identify,  # after admit: a call that is refused there has no request id
             refuse_malformed,  # after identify: the client can find the refusal in the log
         )
@@ -57,38 +71,55 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        ours = method.startswith("/griffin.v1.")
-        coders = {
-            "request_deserializer": tolerant(handler.request_deserializer),
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.request_streaming:  # only reflection's
-            return grpc.stream_stream_rpc_method_handler(
-                checked_stream(handler.stream_stream), **coders
-            )
+        decode = tolerant(handler.request_deserializer)
+        serializer = {"response_serializer": handler.response_serializer}
+        if not method.startswith("/griffin.v1."):
+            return self._of_others(method, handler, decode, serializer)
         if handler.response_streaming:
-            streaming = handler.unary_stream
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, streaming) if ours else checked(streaming), **coders
+                self._stream(method, handler.unary_stream, decode), **serializer
             )
-        unary = handler.unary_unary
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, unary) if ours else checked(unary), **coders
+            self._unary(method, handler.unary_unary, decode), **serializer
         )
 
-    def _unary(self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]]) -> Any:
-        async def call(request: Any, context: Context) -> Any:
-            async with self._around("unary", method, request, context) as sent:
-                response = await behavior(request, context)
+    def _of_others(
+        self, method: str, handler: Any, decode: Parse, serializer: dict[str, Any]
+    ) -> Handler:
+        """A method of health or reflection."""
+        coders = {"request_deserializer": decode, **serializer}
+        ask = _ask_nobody if method == HEALTH_CHECK else self._ask
+        if handler.request_streaming:  # only reflection's
+            return grpc.stream_stream_rpc_method_handler(
+                checked_stream(handler.stream_stream, ask), **coders
+            )
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                checked(handler.unary_stream, ask), **coders
+            )
+        return grpc.unary_unary_rpc_method_handler(checked(handler.unary_unary, ask), **coders)
+
+    async def _ask(self, context: Context) -> None:
+        await self._identity.principal(context)
+
+    def _unary(
+        self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]], decode: Parse
+    ) -> Any:
+        async def call(request: bytes, context: Context) -> Any:
+            async with self._around("unary", method, request, decode, context) as (made, sent):
+                response = await behavior(made.request, context)
                 sent()
                 return response
 
         return call
 
-    def _stream(self, method: str, behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._around("server_stream", method, request, context) as sent:
-                responses: Any = behavior(request, context)
+    def _stream(
+        self, method: str, behavior: Callable[[Any, Context], AsyncIterator[Any]], decode: Parse
+    ) -> Any:
+        async def call(request: bytes, context: Context) -> AsyncIterator[Any]:
+            around = self._around("server_stream", method, request, decode, context)
+            async with around as (made, sent):
+                responses: Any = behavior(made.request, context)
                 async with aclosing(responses):
                     async for response in responses:
                         sent()
@@ -98,12 +129,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _around(
-        self, kind: str, method: str, request: Any, context: Context
-    ) -> AsyncIterator[Callable[[], None]]:
-        """Enters all interceptors. Yields the function that counts a response."""
-        call = Call(kind=kind, method=method, request=request, context=context)
+        self, kind: str, method: str, request: bytes, decode: Parse, context: Context
+    ) -> AsyncIterator[tuple[Call, Callable[[], None]]]:
+        """Enters all interceptors. Yields the call, and the function that counts a response."""
+        call = Call(kind=kind, method=method, request=request, parse=decode, context=context)
         async with AsyncExitStack() as stack:
             for interceptor in self._order:
                 await stack.enter_async_context(interceptor(call))
             assert call.counts is not None, "telemetry comes before the method"
-            yield call.counts.sent
+            yield call, call.counts.sent
+
+
+async def _ask_nobody(context: Context) -> None:
+    pass

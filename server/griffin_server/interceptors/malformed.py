@@ -1,18 +1,18 @@
-"""Requests whose bytes are not a message: they end with INVALID_ARGUMENT.
+"""Parses requests. Those whose bytes are not a message end with INVALID_ARGUMENT.
 
 gRPC itself would end such a call with UNKNOWN and log a traceback for what a client sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from griffin_core.errors import InvalidRequest
+from griffin_core.errors import GriffinError, InvalidRequest
 from griffin_server.interceptors.call import Call, Context
 from griffin_server.rpc.status import abort
 
@@ -50,6 +50,13 @@ def tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 @asynccontextmanager
+async def parse(call: Call) -> AsyncIterator[None]:
+    """Parses the request."""
+    call.request = call.parse(call.request)
+    yield
+
+
+@asynccontextmanager
 async def refuse_malformed(call: Call) -> AsyncIterator[None]:
     """Refuses a malformed request."""
     if isinstance(call.request, Malformed):
@@ -57,10 +64,16 @@ async def refuse_malformed(call: Call) -> AsyncIterator[None]:
     yield
 
 
-def checked(behavior: Callable[[Any, Context], Any]) -> Any:
-    """A method of another package with one request, which refuses a malformed one."""
+Ask: TypeAlias = Callable[[Context], Awaitable[None]]
+"""Asks who makes a call of another package, and raises a GriffinError for strangers."""
+
+
+def checked(behavior: Callable[[Any, Context], Any], ask: Ask) -> Any:
+    """A method of another package with one request, which refuses strangers and malformed
+    requests."""
 
     async def unary(request: Any, context: Context) -> Any:
+        await _or_abort(ask, context)
         if isinstance(request, Malformed):
             await abort(context, request.error())
         return await behavior(request, context)
@@ -68,10 +81,13 @@ def checked(behavior: Callable[[Any, Context], Any]) -> Any:
     return unary
 
 
-def checked_stream(behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
-    """A method of another package with many requests, which refuses malformed ones."""
+def checked_stream(behavior: Callable[[Any, Context], AsyncIterator[Any]], ask: Ask) -> Any:
+    """A method of another package with many requests, which refuses strangers and malformed
+    requests."""
 
     async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        await _or_abort(ask, context)
+
         async def wellformed() -> AsyncIterator[Any]:
             async for request in requests:
                 if isinstance(request, Malformed):
@@ -82,3 +98,10 @@ def checked_stream(behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> An
             yield response
 
     return stream
+
+
+async def _or_abort(ask: Ask, context: Context) -> None:
+    try:
+        await ask(context)
+    except GriffinError as error:
+        await abort(context, error)

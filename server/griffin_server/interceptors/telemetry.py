@@ -34,6 +34,7 @@ class CallTelemetry:
     async def observe(self, call: Call) -> AsyncIterator[None]:
         """Observes a call from its arrival until its status is sent."""
         clock = time.perf_counter()
+        peer = call.context.peer()  # gRPC crashes if it is asked once the call is over
         call.counts = self._metrics.grpc_call(call.kind, call.method)
         if self.tracing is not None:
             call.spans = self.tracing.call(call.method, call.context.invocation_metadata())
@@ -44,4 +45,11 @@ class CallTelemetry:
             call.counts.handled(call.code, seconds)
             if call.spans is not None:
                 call.spans.end(call.code)
-            log.info("call", method=call.method, code=call.code, seconds=round(seconds, 6))
+            log.info(
+                "call",
+                method=call.method,
+                code=call.code,
+                seconds=round(seconds, 6),
+                principal=(call.principal and call.principal.name) or None,
+                peer=peer,
+            )

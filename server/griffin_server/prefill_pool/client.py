@@ -48,6 +48,7 @@ class PrefillClient:
         model: this server's model; the prefill server must hold the same one.
         metrics: counts the handoffs.
         handoff: the transports that the KV may use; see ``Settings``.
+        credentials: of the channel; None does without TLS.
     """
 
     def __init__(
@@ -56,13 +57,18 @@ class PrefillClient:
         model: Model,
         metrics: Metrics,
         handoff: HandoffTransports = "auto",
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.target = target
         self.outstanding_tokens = 0
         """Tokens of the prompts that the server is running for this client."""
         self._model = model
         self._metrics = metrics
-        self._channel = grpc.aio.insecure_channel(target, options=PREFILL_CHANNEL_OPTIONS)
+        self._channel = (
+            grpc.aio.insecure_channel(target, options=PREFILL_CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=PREFILL_CHANNEL_OPTIONS)
+        )
         self._stub = prefill_pb2_grpc.PrefillServiceStub(self._channel)
         self.health = ServerHealth(target, self._channel)
         self._offers = TransportOffers(model.decoder.device, handoff)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ from griffin_server.rpc.messages.responses import finished_to_pb, started_to_pb,
 from griffin_server.rpc.messages.scoring import score_task, scored_to_pb
 from griffin_server.rpc.messages.sessions import PageTokens, page_size, session_to_pb
 from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
+from griffin_server.security.principal import principal_var
 from griffin_server.telemetry.context import request_id_var
 from griffin_server.telemetry.metrics import Metrics
 from griffin_server.telemetry.tracing import spans_var
@@ -89,7 +91,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         with self._metrics.request(time.monotonic(), context) as counts:
             make = partial(generate_task, sampling_defaults=self._sampling_defaults)
-            task = await self._task(make, request, context)
+            task = replace(await self._task(make, request, context), owner=principal_var.get().name)
             async with aclosing(self._events(task)) as events:
                 async for event in events:
                     match event:
@@ -105,7 +107,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         with self._metrics.request(time.monotonic(), context) as counts:
-            task = await self._task(score_task, request, context)
+            task = replace(
+                await self._task(score_task, request, context), owner=principal_var.get().name
+            )
             async with aclosing(self._events(task)) as events:
                 async for event in events:
                     if isinstance(event, Started):
@@ -185,14 +189,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def GetSession(
         self, request: pb.GetSessionRequest, context: Context
     ) -> pb.GetSessionResponse:
-        info = await asyncio.wrap_future(self._engine.session(request.session_id))
+        info = await asyncio.wrap_future(self._engine.session(request.session_id, owner=_sees()))
         return pb.GetSessionResponse(session=session_to_pb(info))
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
         after, most = self._page_tokens.read(request.page_token), page_size(request)
-        page = await asyncio.wrap_future(self._engine.session_page(after=after, most=most))
+        page = await asyncio.wrap_future(
+            self._engine.session_page(after=after, most=most, owner=_sees())
+        )
         return pb.ListSessionsResponse(
             sessions=[session_to_pb(info) for info in page.sessions],
             next_page_token=self._page_tokens.write(page.last),
@@ -202,5 +208,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
-        await asyncio.wrap_future(self._engine.close(request.session_id))
+        await asyncio.wrap_future(self._engine.close(request.session_id, owner=_sees()))
         return pb.CloseSessionResponse()
+
+
+def _sees() -> str | None:
+    """Whose sessions the caller sees; None for everybody's."""
+    return principal_var.get().sees

@@ -29,6 +29,7 @@ from griffin_core.errors import (
     SessionClosed,
     SessionNotFound,
 )
+from griffin_server.security.errors import PermissionDenied, Unauthenticated
 
 DETAILS_KEY = "grpc-status-details-bin"
 """The metadata key under which gRPC sends a ``google.rpc.Status``."""
@@ -63,6 +64,8 @@ CODES: dict[type[GriffinError], tuple[grpc.StatusCode, str]] = {
     NonFiniteLogits: (grpc.StatusCode.INTERNAL, "NON_FINITE_LOGITS"),
     NotReady: (grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     EngineStopped: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDenied: (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     EngineFault: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
     GriffinError: (grpc.StatusCode.INTERNAL, "INTERNAL"),
 }

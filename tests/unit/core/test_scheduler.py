@@ -279,8 +279,9 @@ def turns(scheduler: Scheduler, table: SessionTable, budget: Budget) -> dict[str
 def test_no_turn_of_the_engine_takes_longer_the_more_sessions_are_kept() -> None:
     few, many = turns(*many_kept(10)), turns(*many_kept(2000))
     for name, instructions in many.items():
-        # Searches by halves look at seven sessions more; a walk would look at 1990.
-        assert instructions <= few[name] + 100, name
+        # Searches by halves, one in an owner's sessions and one in all, look at seven sessions more
+        # each; a walk would look at 1990.
+        assert instructions <= few[name] + 200, name
 
 
 def test_running_sums_are_the_sums_after_anything() -> None:

@@ -16,6 +16,7 @@ IMPORTED_AS = {
     "grpcio-reflection": "grpc_reflection",
     "opentelemetry-exporter-otlp-proto-grpc": "opentelemetry.exporter.otlp.proto.grpc",
     "opentelemetry-sdk": "opentelemetry.sdk",
+    "pyjwt[crypto]": "jwt",
 }
 """Packages whose modules have another name."""
 

@@ -137,7 +137,7 @@ def test_prefill_is_called_by_a_unix_socket(tiny: Callable[[str], Model], tmp_pa
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::", "0.0.0.0"])
 def test_ipv6_serves_with_metrics(host: str, tiny: Callable[[str], Model]) -> None:
     port = free_port()
-    with running(tiny("llama"), host=host, metrics_port=port) as server:
+    with running(tiny("llama"), host=host, metrics_port=port, insecure=True) as server:
         grpc_port = server.target.rpartition(":")[2]
         alone = "::1" in host
         for reached in ("[::1]",) if alone else ("[::1]", "127.0.0.1"):
@@ -171,7 +171,7 @@ def test_prefill_is_called_by_ipv6(tiny: Callable[[str], Model]) -> None:
     ],
 )
 async def test_an_address_that_cannot_be_had_is_named(host: str, why: str) -> None:
-    listener = Listener(Settings(host=host, port=50999))
+    listener = Listener(Settings(host=host, port=50999, insecure=True))
     with pytest.raises(ListenError) as caught:
         await listener.start()
     assert str(caught.value).startswith(f"host, port: cannot listen on {host}")

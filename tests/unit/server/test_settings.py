@@ -61,7 +61,7 @@ def test_every_setting_is_a_flag_and_an_environment_variable_and_a_line_of_the_f
     path = tmp_path / "griffin.toml"
     bad = "no such value"
     monkeypatch.delenv("GRIFFIN_CONFIG", raising=False)
-    free_text = name in ("model", "device")
+    free_text = name in ("model", "device", "jwt_keys", "jwt_issuer", "jwt_audience")
     for given in ("flag", "environment", "file"):
         arguments, text = [], ""
         monkeypatch.delenv(f"GRIFFIN_{name.upper()}", raising=False)
@@ -71,6 +71,9 @@ def test_every_setting_is_a_flag_and_an_environment_variable_and_a_line_of_the_f
             monkeypatch.setenv(f"GRIFFIN_{name.upper()}", bad)
         else:
             text = f'{name} = "{bad}"\n'
+        if name.startswith("jwt_") and free_text:  # they come together
+            others = {"jwt_keys", "jwt_issuer", "jwt_audience"} - {name}
+            text = text + "".join(f'{other} = "x"\n' for other in others)
         path.write_text(text + ('role = "decode"\n' if name == "prefill_target" else ""))
         arguments += ["--config", str(path)]
         if free_text:

@@ -25,6 +25,7 @@ def session_to_pb(info: SessionInfo) -> pb.Session:
         age_s=info.age_s,
         idle_s=info.idle_s,
         reserved_bytes=info.reserved_bytes,
+        owner=info.owner,
     )
 
 

@@ -12,6 +12,8 @@ import pytest
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.errors import SessionNotFound
 from griffin_server.interceptors.chain import CallInterceptor
+from griffin_server.security.identity import Identity
+from griffin_server.settings import Settings
 from griffin_server.telemetry.metrics import Metrics
 from griffin_server.telemetry.tracing import Tracing
 from tests.servers import eventually
@@ -24,7 +26,7 @@ class Served:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self.calls = CallInterceptor(self.metrics)
+        self.calls = CallInterceptor(self.metrics, Identity(Settings()))
         self.channel: Any = None
 
     async def behave(self, context: Any) -> None:

@@ -247,6 +247,7 @@ def test_finished_reaches_the_client_whole(reason: FinishReason) -> None:
 def test_a_session_reaches_the_client_whole(state: State) -> None:
     info = SessionInfo(
         session_id="s",
+        owner="alice",
         state=state,
         context_tokens=1,
         generated_tokens=2,
@@ -259,3 +260,4 @@ def test_a_session_reaches_the_client_whole(state: State) -> None:
     assert received.state == state.name.lower()
     assert (received.context_tokens, received.generated_tokens) == (1, 2)
     assert (received.age_s, received.idle_s) == (3.0, 4.0)
+    assert received.owner == "alice"

@@ -1,0 +1,133 @@
+"""The settings of a server's model and engine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings
+
+from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, Sharing
+
+SamplingDefaultsFrom = Literal["greedy", "model"]
+"""The source of the sampling fields that a request does not set."""
+
+
+class EngineSettings(BaseSettings):
+    """What runs, on what, and within which bounds. ``Settings`` adds how it is reached."""
+
+    model: str = Field(
+        DEFAULT_MODEL,
+        description="The model: a directory, a .gguf file, a hub id, or the packaged default.",
+    )
+    device: str = Field(
+        "auto", description="cpu, cuda or cuda:N; auto takes cuda if it is available."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of weights, activations and KV; auto picks the device's fastest type.",
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of the model. 0 uses as many CPUs as affinity, quota and other "
+        "programs leave, and adapts while the server runs; any other number is fixed.",
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="A private session's output does not depend, to the bit, on other sessions. A "
+        "step then takes 1.2 to 1.7 times as long as a dense step on a CPU, and on a GPU as long "
+        "as one dense step for every eight sessions; pruning saves no time, and sharing auto runs "
+        "dense. Without it, float32 on a CPU differs only by rounding, and 16-bit types may give "
+        "other tokens.",
+    )
+    cuda_graphs: bool = Field(
+        True,
+        description="On a GPU, run each decode step as a CUDA graph, captured at start.",
+    )
+    density: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Fraction of FF neurons kept, for requests that do not set it. 1 is the dense "
+        "model. Set 0.5 or 0.75 for models of 7B parameters or more and for long prompts, and "
+        "check the answers: small models on short prompts repeat themselves.",
+    )
+    policy: PolicyName = Field(
+        "topk", description="Selection policy, for requests that do not set it."
+    )
+    sharing: Sharing = Field(
+        "auto",
+        description="Which experts a session runs on, for requests that do not set it. auto: the "
+        "fastest choice, and dense unless pruning saves 5 % of a step's time; private: a set of "
+        "experts for each session; shared: one set for all sessions with the same density and "
+        "policy.",
+    )
+    share_across_owners: bool = Field(
+        False,
+        description="Sessions of different callers may run on one expert set and find each other's "
+        "slim views. It saves memory and time, and lets a caller find out by timing whether "
+        "another has sent a certain prompt.",
+    )
+    sampling_defaults: SamplingDefaultsFrom = Field(
+        "greedy",
+        description="Source of the sampling fields that a request does not set. greedy: the most "
+        "likely token, without penalties; model: the model's generation_config.json, and greedy "
+        "for fields that it does not set.",
+    )
+    max_sessions: int = Field(
+        64, ge=1, description="The most sessions in prefill or decode at once."
+    )
+    max_queue: int = Field(
+        256, ge=0, description="The most requests that wait; further ones are refused."
+    )
+    memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Fraction of the memory left free by the model that KV caches and slim views "
+        "may use; by default 0.9 on a GPU and 0.5 on a CPU. A GPU's is reserved at "
+        "start, so that a second server divides the rest.",
+    )
+    session_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB for KV caches and slim views, in place of memory_fraction; on a GPU the "
+        "start fails if less is free.",
+    )
+    idle_memory_gib: float | None = Field(
+        None,
+        ge=0,
+        description="GiB of that memory that kept sessions may use between their turns; by default "
+        "a quarter of it.",
+    )
+    session_ttl_s: float = Field(
+        600.0, ge=0, description="Seconds that a kept session may be idle."
+    )
+    reader_timeout_s: float = Field(
+        60.0, gt=0, description="Seconds after which a call whose client does not read is ended."
+    )
+    prefill_chunk_tokens: int = Field(
+        0,
+        ge=0,
+        le=32768,
+        description="Prompt tokens, from one or several prompts, in a pass between two decode "
+        "steps; 0 is 512 on a CPU and 4096 on a GPU.",
+    )
+    prefill_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Fraction of the time given to prompts while sessions decode; 1 means one "
+        "decode step between two passes. By default 0.5 on a CPU and 1 on a GPU.",
+    )
+
+    @model_validator(mode="after")
+    def _one_size_of_memory(self) -> EngineSettings:
+        if self.memory_fraction is not None and self.session_memory_gib is not None:
+            raise ValueError(
+                f"memory_fraction: got {self.memory_fraction:g} with session_memory_gib "
+                f"{self.session_memory_gib:g}; give one of them"
+            )
+        return self

@@ -1,0 +1,85 @@
+"""TLS: the credentials of this server, and those with which it calls others."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from griffin_server.security.files import WatchedFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """The files, in PEM, that an end of a connection has.
+
+    Args:
+        setting: what the settings that name them begin with, for errors.
+        cert, key: its own certificate, with those between it and the root, and its key.
+        ca: the certificates that the other end's must come from; None on a server asks for none,
+            and on a client stands for the system's.
+    """
+
+    setting: str
+    cert: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+
+    def watched(self) -> WatchedFiles[tuple[bytes | None, bytes | None, bytes | None]]:
+        """The contents of cert, key and ca.
+
+        Raises:
+            BadSecurityFile: a file cannot be read, is no PEM, or the key is of another certificate.
+        """
+        paths = tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
+        return WatchedFiles(self.setting, paths, self._read)
+
+    def _read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # it says what is wrong; gRPC does not
+        if self.cert is not None:
+            context.load_cert_chain(self.cert, self.key)
+        if self.ca is not None:
+            context.load_verify_locations(self.ca)
+        cert, key, ca = (
+            None if path is None else path.read_bytes() for path in (self.cert, self.key, self.ca)
+        )
+        return cert, key, ca
+
+
+def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """The credentials of a server. Connections that begin after a file has changed use the new one;
+    others are not disturbed. With ``ca`` only clients with a certificate are let in.
+
+    Raises:
+        BadSecurityFile: see ``TlsFiles.watched``.
+    """
+    watched = files.watched()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        found, is_new = watched.newer()
+        return _configuration(*found) if is_new else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(*watched.value),
+        changed,  # type: ignore[arg-type]  # None stands for no change; the stubs lack it
+        require_client_authentication=files.ca is not None,
+    )
+
+
+def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+    """The credentials of a channel.
+
+    Raises:
+        BadSecurityFile: see ``TlsFiles.watched``.
+    """
+    cert, key, ca = files.watched().value
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def _configuration(
+    cert: bytes | None, key: bytes | None, ca: bytes | None
+) -> grpc.ServerCertificateConfiguration:
+    assert cert is not None and key is not None, "the settings ask for both"
+    return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)
