@@ -50,6 +50,8 @@ class HandoffReceiver:
         self._experts: list[Tensor | None] = [None] * layers
         self._s2 = torch.zeros(layers, decoder.spec.intermediate_size, device=decoder.device)
         self._own: PromptExperts | None = None
+        self._finite = torch.ones((), dtype=torch.bool, device=decoder.device)
+        """Whether all KV so far is finite. It stays on the device, so that nothing waits for it."""
 
     @property
     def received(self) -> tuple[int, ...]:
@@ -86,7 +88,10 @@ class HandoffReceiver:
             stream = torch.cuda.current_stream()
             stream.wait_event(event.ready)
             event.kv.record_stream(stream)
-        self._cache.slice(event.layer, received, received + tokens).copy_(event.kv)
+        place = self._cache.slice(event.layer, received, received + tokens)
+        place.copy_(event.kv)
+        low, high = torch.aminmax(place)  # NaN if a value is
+        self._finite &= torch.isfinite(low) & torch.isfinite(high)
         self._received[event.layer] += tokens
 
     def _receive_experts(self, event: LayerExperts) -> None:
@@ -104,7 +109,7 @@ class HandoffReceiver:
         """Moves what was collected into the session.
 
         Raises:
-            HandoffBroken: something did not come.
+            HandoffBroken: something did not come, or is not finite.
         """
         if self._own is not None:
             session.chosen(self._own.s2, self._own.slim, self._own.norm_mass)
@@ -116,6 +121,8 @@ class HandoffReceiver:
                 f"handoff: finished with the experts of {len(experts)} of {len(self._experts)} "
                 f"layers and {min(self._received)} of {self.tokens} tokens"
             )
+        if not self._finite & torch.isfinite(self._s2).all():
+            raise HandoffBroken("handoff: got NaN or an infinite value; allowed: finite KV and s")
         self._cache.advance(self.tokens)
         there = torch.cat(experts).to(self._s2.device)
         slim = SlimSpec(

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_core.errors import BadModelFile, InvalidRequest
 from griffin_core.text.chat_template import ChatTemplate
+from griffin_core.text.control_tokens import ControlTokens
 from griffin_core.text.stream import TextStream, TokenDecoder
 
 CHARACTERS_PER_TOKEN = 16
@@ -36,6 +37,10 @@ class Tokenizer:
         self._added_after = self._count_added_after()
         self._decoder = TokenDecoder(self._backend)
         self._chat = ChatTemplate(tokenizer)
+        self._control = ControlTokens(self._backend, self._decoder.special_texts)
+        self.control_tokens_in_content = False
+        """Whether the text of a control token in a message becomes that token, as in transformers,
+        so that who writes a message can end its turn. Otherwise it stays text."""
 
     @property
     def fast(self) -> Any:
@@ -142,10 +147,24 @@ class Tokenizer:
         Raises:
             InvalidRequest: as by ``ChatTemplate.render`` and ``encode``.
         """
+        variables = variables or {}
+        hidden = None
+        if not self.control_tokens_in_content:
+            hidden = self._control.hidden(messages, variables)
+        if hidden is not None:
+            messages, variables = hidden.messages, hidden.variables
         text = self._chat.render(
             messages, continue_final_message=continue_final_message, variables=variables
         )
-        return self.encode(text, special_tokens=False, most=most, field="messages")
+        if hidden is None:
+            return self.encode(text, special_tokens=False, most=most, field="messages")
+        text, spans = hidden.shown(text)
+        ids = self._control.without(self._encoding(text, False, most, "messages"), text, spans)
+        if most is not None and len(ids) > most:
+            raise InvalidRequest(
+                "messages", f"{len(ids)} tokens", f"at most {most}, the context length"
+            )
+        return ids
 
     def ordinary_tokens_from(self, first: int) -> list[str]:
         """Returns the tokens with an id of ``first`` or more, without added tokens."""

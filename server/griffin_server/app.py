@@ -106,6 +106,7 @@ class App:
 
     def __init__(self, settings: Settings, model: Model, listener: Listener | None = None) -> None:
         self._settings = settings
+        model.tokenizer.control_tokens_in_content = settings.control_tokens_in_content
         self._sampling_defaults = _sampling_defaults(settings, model)
         self.listener = listener or Listener(settings)
         self.metrics = self.listener.metrics

@@ -70,6 +70,12 @@ class EngineSettings(BaseSettings):
         "slim views. It saves memory and time, and lets a caller find out by timing whether "
         "another has sent a certain prompt.",
     )
+    control_tokens_in_content: bool = Field(
+        False,
+        description="In a chat, the text of a control token, such as <|im_end|>, becomes that "
+        "token, so that whoever writes a message can end its turn and write the next one. Without "
+        "it the text stays text.",
+    )
     sampling_defaults: SamplingDefaultsFrom = Field(
         "greedy",
         description="Source of the sampling fields that a request does not set. greedy: the most "

@@ -219,6 +219,8 @@ class HandoffReader:
         last_hidden = unpack_floats(message.last_hidden)
         if last_hidden.numel() != self._shape.width:
             raise HandoffBroken(f"handoff: a hidden state of {last_hidden.numel()} values")
+        if not last_hidden.isfinite().all():
+            raise HandoffBroken("handoff: a hidden state with NaN or an infinite value")
         self.finished = True
         return PrefillFinished(
             last_hidden=last_hidden,

@@ -113,7 +113,7 @@ def test_chat_without_a_template_says_what_to_do(tiny: Callable[[str], Model]) -
         (["generate", "@/no/such/file", "--target", "127.0.0.1:1"], 1, "/no/such/file"),
         (["serve", "--density", "7"], 2, "density: got '7'"),
         (["serve", "--config", "/no/such/file"], 2, "/no/such/file"),
-        (["serve", "--model", "/no/such/model"], 1, "no such file or directory"),
+        (["serve", "--port", "0", "--model", "/no/such/model"], 1, "no such file or directory"),
         (["serve", "--role", "decode"], 2, "role decode needs one"),
         (["serve", "--device", "cuda:77"], 1, "device: got cuda:77; allowed: cpu"),
         (["serve", "--memory-fraction", "2"], 2, "memory_fraction: got '2'"),
