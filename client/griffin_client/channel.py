@@ -32,6 +32,7 @@ CHANNEL_OPTIONS = [
     # servers allow pings on idle connections.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # gRPC waits for this one, by default a minute
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 

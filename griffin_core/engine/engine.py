@@ -43,6 +43,7 @@ from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.session import SessionInfo, SessionPage, Usage
 from griffin_core.engine.snapshot import EngineSnapshot
 from griffin_core.engine.task import GenerateTask, PrefillTask, ScoreTask
+from griffin_core.engine.turn_clock import TurnClock
 from griffin_core.errors import EngineStopped, GriffinError
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prompt import (
@@ -155,18 +156,32 @@ class Engine:
         )
         self._stop_prefill = parts.session_prefills.stop
         self._budget = parts.memory.budget
-        self._loop = EngineLoop(parts, self._commands, self.arrivals, self._threads)
+        self._clock = TurnClock()
+        self._loop = EngineLoop(parts, self._commands, self.arrivals, self._threads, self._clock)
         self._thread = threading.Thread(target=self._run, name="griffin-engine", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends everything that is running with EngineStopped, and the thread."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends everything that is running with EngineStopped, and the thread.
+
+        Args:
+            timeout_s: seconds to wait for the thread; None waits without end.
+
+        Returns:
+            Whether the thread has ended. One that is stuck cannot be ended but with the process.
+        """
         self._commands.stop()
         if threading.current_thread() is not self._thread:  # garbage is collected on any thread
-            self._thread.join()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stuck(self, after_s: float) -> bool:
+        """Whether the engine's thread seems to be stuck: what it does now has taken longer than
+        ``after_s``, and than ten times the longest turn before. Never while the engine starts."""
+        return self._clock.stuck(after_s)
 
     def submit(self, task: GenerateTask | ScoreTask, sink: Sink[Event]) -> str:
         """Queues a task. Its events go to ``sink``; the last one is Finished, Scored or Failed. A

@@ -15,6 +15,7 @@ from griffin_core.engine.model_threads import ModelThreads
 from griffin_core.engine.parts import EngineParts
 from griffin_core.engine.session import State
 from griffin_core.engine.timeouts import check_readers, next_due_s
+from griffin_core.engine.turn_clock import TurnClock
 from griffin_core.errors import EngineStopped, ReaderTooSlow
 from griffin_core.forward.decode import Stepper
 from griffin_core.forward.prefill import launch
@@ -43,6 +44,7 @@ class EngineLoop:
         commands: what other threads ask for.
         arrivals: what is about to be submitted.
         threads: the CPU threads that the model runs on.
+        clock: times the turns.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class EngineLoop:
         commands: CommandQueue,
         arrivals: Arrivals,
         threads: ModelThreads,
+        clock: TurnClock,
     ) -> None:
         self.parts = parts
+        self._clock = clock
         self._commands = commands
         self._arrivals = arrivals
         self._threads = threads
@@ -97,6 +101,10 @@ class EngineLoop:
     def run_turn(self) -> None:
         """Runs a pass over prompts if it is due, a step of all sessions, and what has become due
         meanwhile. Waits for a command if there is nothing to do."""
+        with self._clock.turn():
+            self._run_turn()
+
+    def _run_turn(self) -> None:
         self._threads.follow()
         self.tick()
         queue = self.parts.prefill_queue
@@ -174,7 +182,8 @@ class EngineLoop:
         """Waits until a command comes or something becomes due, and runs the commands."""
         clock = time.monotonic()
         due_s = next_due_s(self.parts.sessions.scheduler, self.parts.limits.reader_timeout_s)
-        first = self._commands.take(due_s)
+        with self._clock.waiting():
+            first = self._commands.take(due_s)
         self._threads.note_idle(time.monotonic() - clock)
         if first is not None:
             self._run_commands(first)

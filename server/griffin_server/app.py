@@ -33,6 +33,10 @@ from griffin_server.transfer.shared_memory import remove_stale_segments
 
 log = structlog.get_logger("griffin.app")
 
+WATCH_S, STUCK_STOP_S = 1.0, 2.0
+"""The seconds between two looks at whether the engine is stuck, and those that a stuck engine has
+to stop."""
+
 
 def load(settings: Settings, progress: Progress) -> Model:
     """Loads the model that the settings name, which may take minutes.
@@ -142,6 +146,9 @@ class App:
         self.metrics.watch(self.engine)
         self._tracing = Tracing(settings.role)
         self._prefill: PrefillRouter | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self.stuck = False
+        """Whether the engine's thread did not end at ``stop``; then the process has to."""
 
     @property
     def prefill_router(self) -> PrefillRouter | None:
@@ -167,6 +174,7 @@ class App:
         except Exception as error:
             raise EngineFault(f"the engine did not start: {error}") from error
         bridge = LoopBridge()
+        self._watch = asyncio.create_task(self._watch_engine())
         await self.listener.open(
             generation=self._generation(bridge) if settings.role in ("all", "decode") else None,
             prefill=PrefillServicer(engine, bridge)
@@ -195,6 +203,7 @@ class App:
                         engine.model,
                         self.metrics,
                         settings.handoff,
+                        settings.handoff_timeout_s,
                         _prefill_credentials(settings),
                     )
                     for target in settings.prefill_target
@@ -213,16 +222,32 @@ class App:
     async def stop(self) -> None:
         """Reports NOT_SERVING, refuses new calls, waits for running ones until the grace is over,
         ends the others with UNAVAILABLE, and frees everything."""
-        grace_s = self._settings.shutdown_grace_s
+        if self._watch is not None:
+            self._watch.cancel()
+        stuck_after_s = self._settings.stuck_after_s
+        # Calls of an engine that is stuck will not end by themselves.
+        grace_s = 0.0 if self.engine.stuck(stuck_after_s) else self._settings.shutdown_grace_s
         log.info("stopping", active=self.listener.calls.drain.active, grace_s=grace_s)
         await self.listener.drain(grace_s)
-        await asyncio.to_thread(self.engine.stop)
+        wait_s = STUCK_STOP_S if self.engine.stuck(stuck_after_s) else stuck_after_s
+        self.stuck = not await asyncio.to_thread(self.engine.stop, wait_s)
+        if self.stuck:
+            log.error("the engine is stuck and does not stop", waited_s=wait_s)
         await self.listener.close()
         await self._source.close()
         if self._prefill is not None:
             await self._prefill.close()
         await asyncio.to_thread(self._tracing.close)
         log.info("stopped")
+
+    async def _watch_engine(self) -> None:
+        """Lets health say so while the engine is stuck."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            stuck = self.engine.stuck(self._settings.stuck_after_s)
+            if stuck and not self.listener.stuck:
+                log.error("the engine is stuck", stuck_after_s=self._settings.stuck_after_s)
+            await self.listener.set_stuck(stuck)
 
     def force_stop(self) -> None:
         """Lets ``stop`` end running calls at once."""

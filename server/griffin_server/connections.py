@@ -26,7 +26,16 @@ def server_options(max_request_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.http2.max_ping_strikes", 2),
         # The session of a client that vanished without closing its connection is freed.
         ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        *ping_timeout(10_000),
+    ]
+
+
+def ping_timeout(milliseconds: int) -> list[tuple[str, Any]]:
+    """How long an end waits for the answer to a ping before it closes the connection. gRPC waits
+    for ``ping_timeout_ms``, a minute by default, also where ``keepalive_timeout_ms`` is less."""
+    return [
+        ("grpc.keepalive_timeout_ms", milliseconds),
+        ("grpc.http2.ping_timeout_ms", milliseconds),
     ]
 
 
@@ -40,7 +49,7 @@ PREFILL_CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_reconnect_backoff_ms", 500),
     # A connection that dies between two prompts is noticed before the next one.
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    *ping_timeout(5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # The servers are in one cluster; a proxy in the environment is for other traffic.
     ("grpc.enable_http_proxy", 0),

@@ -77,6 +77,8 @@ async def serve(settings: Settings, progress: Callable[[str], None]) -> None:
     ended = asyncio.wrap_future(app.engine.ended)
     await signals.or_else(ended)
     await app.stop()
+    if app.stuck:  # the interpreter would wait for what the thread holds
+        os._exit(1)
     if fault := ended.exception():
         raise EngineFault.of(fault, "the engine ended: ")
 

@@ -76,6 +76,8 @@ class Listener:
         self.address: Address = parse_host(settings.host, settings.port)
         """The address of the gRPC server; once started, with the port that it listens on."""
         self.started = False
+        self.stuck = False
+        """Whether the engine is stuck; see ``set_stuck``."""
         self._inode: tuple[int, int] | None = None  # of the Unix socket's file
         self._generation, self._prefill = Later(), Later()
         self._health = health.HealthServicer()
@@ -116,7 +118,10 @@ class Listener:
             except OSError as error:
                 raise ListenError("metrics_port", where, error) from error
             self._http = HttpServer(
-                sockets, self.metrics.registry, lambda: self.calls.drain.serving
+                sockets,
+                self.metrics.registry,
+                lambda: self.calls.drain.serving,
+                lambda: not self.stuck,
             )
         self._add_ports(credentials)
         if settings.insecure:
@@ -138,6 +143,14 @@ class Listener:
         self.calls.open(tracing)
         for name in ("", *self._services):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def set_stuck(self, stuck: bool) -> None:
+        """Reports NOT_SERVING, and neither live nor ready, while the engine is stuck."""
+        if stuck != self.stuck and self.calls.drain.serving:
+            self.stuck = stuck
+            status = health_pb2.HealthCheckResponse
+            for name in ("", *self._services):
+                await self._health.set(name, status.NOT_SERVING if stuck else status.SERVING)
 
     async def drain(self, grace_s: float) -> None:
         """Reports NOT_SERVING, refuses new calls, and waits until the running ones have ended or

@@ -120,6 +120,19 @@ class Settings(EngineSettings):
         "dns:///prefill:50052. Repeat it, or separate several with commas. Role decode needs it; "
         "other roles refuse it.",
     )
+    stuck_after_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds after which a step, or a pass over prompts, that has also taken ten "
+        "times as long as any before it makes the server report NOT_SERVING, and neither live nor "
+        "ready. Raise it if one pass of your model takes that long.",
+    )
+    handoff_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="Seconds that a prefill server may send nothing before its prompt is given to "
+        "another one. It must be longer than a prompt waits there, and than a pass takes.",
+    )
     prefill_ca: FilePath | None = Field(
         None,
         description="PEM file with the CA of the prefill servers' certificates. With it or "

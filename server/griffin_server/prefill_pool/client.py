@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import structlog
 
+from griffin.v1 import prefill_pb2 as pb
 from griffin.v1 import prefill_pb2_grpc
 from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import HandoffBroken, PrefillUnavailable
@@ -48,6 +49,7 @@ class PrefillClient:
         model: this server's model; the prefill server must hold the same one.
         metrics: counts the handoffs.
         handoff: the transports that the KV may use; see ``Settings``.
+        handoff_timeout_s: the longest between two messages; see ``Settings``.
         credentials: of the channel; None does without TLS.
     """
 
@@ -57,6 +59,7 @@ class PrefillClient:
         model: Model,
         metrics: Metrics,
         handoff: HandoffTransports = "auto",
+        handoff_timeout_s: float = 120.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.target = target
@@ -71,6 +74,7 @@ class PrefillClient:
         )
         self._stub = prefill_pb2_grpc.PrefillServiceStub(self._channel)
         self.health = ServerHealth(target, self._channel)
+        self._handoff_timeout_s = handoff_timeout_s
         self._offers = TransportOffers(model.decoder.device, handoff)
 
     async def stream(
@@ -129,7 +133,7 @@ class PrefillClient:
             importer.offer(request)
             metadata = ((REQUEST_ID_KEY, request_id_var.get()), *trace)
             call = self._stub.Prefill(request, timeout=timeout_s, metadata=metadata)
-            async for message in call:
+            async for message in self._in_time(call):
                 if (event := reader.read(message)) is not None:
                     yield event
                 if reader.finished:  # the call's final status is ignored
@@ -150,6 +154,25 @@ class PrefillClient:
                     call.cancel()
             if reader.declined:  # by a server on another host or with another kind of device
                 self._offers.withdraw(importer.transport)
+
+    async def _in_time(self, call: Any) -> AsyncGenerator[pb.PrefillResponse, None]:
+        """The messages of a call.
+
+        Raises:
+            HandoffBroken: one of them does not come in time.
+        """
+        messages = aiter(call)
+        while True:
+            try:
+                async with asyncio.timeout(self._handoff_timeout_s):
+                    message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise HandoffBroken(
+                    f"handoff: {self.target} has sent nothing for {self._handoff_timeout_s:g} s"
+                ) from None
+            yield message
 
     async def _connect(self) -> None:
         try:

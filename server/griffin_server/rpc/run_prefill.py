@@ -26,13 +26,14 @@ async def run_prefill(
     engine: Engine, task: PrefillTask, bridge: LoopBridge
 ) -> AsyncGenerator[PrefillBegun | PrefillEvent | LayerActivations, None]:
     """Runs a prompt to its end, PrefillFinished. The work ends at once when the iterator is closed,
-    or when its reader does not ask for the next event within the limits' reader_timeout_s.
+    or when it has waited for its reader for the limits' reader_timeout_s, all events together: a
+    reader that takes one now and then holds its place no longer than one that takes none.
 
     Args:
         bridge: delivers the engine's events to this loop.
 
     Raises:
-        ReaderTooSlow: the reader asked for the next event too late.
+        ReaderTooSlow: the work waited for its reader for too long.
         GriffinError: the prefill failed.
     """
     queue = OutputQueue[PrefillStreamEvent](EVENTS_AHEAD, engine.wake, bridge)
@@ -40,7 +41,7 @@ async def run_prefill(
     spans.note(prompt_tokens=len(task.token_ids), density=task.selection.density)
     spans.queued(time.monotonic())
     run = engine.prefill(task, queue)
-    timeout_s = engine.limits.reader_timeout_s
+    timeout_s = left_s = engine.limits.reader_timeout_s
 
     def end() -> None:
         run.cancel()
@@ -51,11 +52,13 @@ async def run_prefill(
             spans.take(event)
             if isinstance(event, Failed):
                 raise event.error
-            reader_timeout = loop.call_later(timeout_s, end)
+            clock = loop.time()
+            reader_timeout = loop.call_later(left_s, end)
             try:
                 yield event
             finally:
                 reader_timeout.cancel()
+            left_s = max(0.0, left_s - (loop.time() - clock))
             if isinstance(event, PrefillFinished):
                 return
             if run.cancelled:

@@ -19,8 +19,10 @@ log = structlog.get_logger("griffin.http")
 Answer = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 PATHS = ("/metrics", "/livez", "/readyz", "/healthz")
-"""The paths that exist. A server is live if it answers at all, and ready if it admits calls.
+"""The paths that exist. A server is live unless its engine is stuck, and ready if it admits calls.
 ``/healthz`` is the older name of ``/readyz``."""
+
+OK, UNAVAILABLE = "200 OK", "503 Service Unavailable"
 
 PLAIN = ("Content-Type", "text/plain; charset=utf-8")
 
@@ -80,6 +82,7 @@ class HttpServer:
         sockets: at least one listening socket; ``close`` closes them.
         registry: the metrics.
         serving: returns whether the gRPC server admits calls.
+        live: returns whether the process can still do its work.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class HttpServer:
         sockets: Sequence[socket.socket],
         registry: CollectorRegistry,
         serving: Callable[[], bool],
+        live: Callable[[], bool],
     ) -> None:
         metrics: Answer = make_wsgi_app(registry)
 
@@ -95,13 +99,10 @@ class HttpServer:
                 case "/metrics":
                     return metrics(environ, start_response)
                 case "/livez":
-                    status, body = "200 OK", b"live\n"
+                    status, body = (OK, b"live\n") if live() else (UNAVAILABLE, b"stuck\n")
                 case "/readyz" | "/healthz":
-                    status, body = (
-                        ("200 OK", b"serving\n")
-                        if serving()
-                        else ("503 Service Unavailable", b"not serving\n")
-                    )
+                    ready = serving() and live()
+                    status, body = (OK, b"serving\n") if ready else (UNAVAILABLE, b"not serving\n")
                 case _:
                     status = "404 Not Found"
                     body = f"only {', '.join(PATHS)} exist\n".encode()

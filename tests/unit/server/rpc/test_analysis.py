@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -179,6 +180,28 @@ def test_a_reader_that_stops_is_given_up_and_the_next_has_its_turn(
             metrics.get_sample_value("griffin_rejections_total", {"reason": "READER_TOO_SLOW"}) == 0
         )
         assert metrics.get_sample_value("griffin_prompt_tokens_total") == 3000 + len(PROMPT)
+
+
+def test_a_reader_that_takes_one_now_and_then_holds_its_place_no_longer(
+    tiny: Callable[[str], Model],
+) -> None:
+    """The time that the work waits for its reader is added up."""
+    request = pb.AnalyzePromptRequest(text="x" * 3000, activation_layers=[0, 1, 2])
+    settings = {"reader_timeout_s": 0.5, "prefill_chunk_tokens": 128}
+    with (
+        running(tiny("llama-long"), **settings) as server,
+        grpc.insecure_channel(server.target, options=SMALL_WINDOW) as channel,
+    ):
+        call = generation_pb2_grpc.GenerationServiceStub(channel).AnalyzePrompt(request)
+        clock = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in call:
+                time.sleep(0.2)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        # It reads what had been sent before the end: more than half a second's worth.
+        assert time.monotonic() - clock < 30
+        ended = {"origin": "slow_reader"}
+        assert server.app.metrics.registry.get_sample_value("griffin_aborts_total", ended) == 1
 
 
 def test_a_prompt_larger_than_the_memory_is_refused_before_anything_is_sent(
