@@ -16,6 +16,7 @@ class Limits:
 
     Args:
         max_sessions: sessions in prefill or decode at once.
+        max_owner_sessions: of these, those of one owner; None for as many.
         max_queue: sessions that may wait. In addition, as many prefills for other servers may wait.
         session_bytes: bytes for the KV caches and slim views of all sessions together; None for
             ``memory_fraction`` of what the device has free once the engine is prepared; 0 for an
@@ -33,6 +34,7 @@ class Limits:
     """
 
     max_sessions: int = 64
+    max_owner_sessions: int | None = None
     max_queue: int = 256
     session_bytes: int | None = None
     idle_bytes: int | None = None
@@ -45,6 +47,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, least in (
             ("max_sessions", 1),
+            ("max_owner_sessions", 1),
             ("max_queue", 0),
             ("session_bytes", 0),
             ("idle_bytes", 0),
@@ -59,6 +62,11 @@ class Limits:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}: got {value}; allowed: (0, 1]")
+
+    @property
+    def owner_sessions(self) -> int:
+        """The most sessions of one owner in prefill or decode at once."""
+        return self.max_sessions if self.max_owner_sessions is None else self.max_owner_sessions
 
     def idle_bytes_of(self, session_bytes: int) -> int:
         """Bytes that kept sessions may hold.

@@ -1,4 +1,4 @@
-"""Admission control: a queue in order of arrival, bounded by the number of sessions and by bytes.
+"""Admission control: queues in order of arrival, bounded by the number of sessions and by bytes.
 
 A session reserves the most bytes that it can come to hold when it is admitted, so one that has
 begun never runs out (docs/adr/0007). Kept sessions are evicted for new ones, the longest idle
@@ -16,8 +16,15 @@ from griffin_core.engine.reservation import Reservation, total_bytes
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.session_table import SessionTable
 from griffin_core.engine.snapshot import SchedulerSnapshot
+from griffin_core.engine.waiting import WaitingSessions
 from griffin_core.errors import CapacityExhausted
 from griffin_core.kv.budget import Budget
+
+MOST_TRIED = 8
+"""How many sessions that do not fit are looked at before the queue waits."""
+
+MOST_OVERTAKEN = 16
+"""How often sessions that fit may overtake one that waits for more memory than is free."""
 
 TURN_SMOOTHING = 0.2
 """Weight of the last turn in the smoothed length of a turn."""
@@ -34,8 +41,8 @@ class KeptSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def __contains__(self, session: Session) -> bool:
-        return session.session_id in self._sessions
+    def __contains__(self, session: object) -> bool:
+        return isinstance(session, Session) and session.session_id in self._sessions
 
     @property
     def session_ids(self) -> tuple[str, ...]:
@@ -68,6 +75,8 @@ class Scheduler:
         table: gets every session that is queued.
         budget: says how many bytes there are.
         free: called with each kept session that has been evicted or has expired.
+        refuse: called with a session that waited and must give its place to another owner's, and
+            the error; it drops the session.
     """
 
     def __init__(
@@ -76,12 +85,15 @@ class Scheduler:
         table: SessionTable,
         budget: Budget,
         free: Callable[[Session], None],
+        refuse: Callable[[Session, CapacityExhausted], None],
     ) -> None:
         self._limits = limits
         self._table = table
         self._budget = budget
         self._free = free
-        self._waiting: dict[str, Session] = {}  # in order of arrival
+        self._refuse = refuse
+        self._waiting = WaitingSessions()
+        self._idles = False  # whether nothing that waits could begin when it was last tried
         self._needs: dict[str, Reservation] = {}  # of those that wait
         self._live: dict[str, Session] = {}
         self._idle = KeptSessions()  # the longest idle first
@@ -99,7 +111,7 @@ class Scheduler:
         """Which sessions run, wait and rest now. It takes longer the more sessions there are."""
         return SchedulerSnapshot(
             live=tuple(self._live),
-            waiting=tuple(self._waiting),
+            waiting=tuple(session.session_id for session in self._waiting),
             idle=self._idle.session_ids,
             recalled=self._recalled.session_ids,
             idle_bytes=self._idle.nbytes,
@@ -113,7 +125,9 @@ class Scheduler:
         return list(self._live.values())
 
     def enqueue(self, session: Session, needs: Reservation, deadline: float | None) -> None:
-        """Puts a new session, or an idle one with a new turn, at the end of the queue.
+        """Puts a new session, or an idle one with a new turn, at the end of its owner's queue. If
+        the queues are full, an owner with fewer waiting sessions than another gets the place of the
+        other's youngest.
 
         Args:
             needs: the most it will hold, what it holds now included.
@@ -130,32 +144,52 @@ class Scheduler:
                 "tokens",
                 retry_after_s=None,
             )
-        if self._waiting or not self._fits(session, needs):
-            self._check_queue(deadline)
+        gives_way = None
+        if self._waiting.blocks(session.owner, self._capped()) or not self._fits(session, needs):
+            gives_way = self._check_queue(session.owner, deadline)
         if session in self._idle:
             self._idle.discard(session)
             self._recalled.add(session)
         self._table.add(session)
         self._needs[session.session_id] = needs
         session.state = State.QUEUED
-        self._waiting[session.session_id] = session
+        session.overtaken = 0
+        self._waiting.add(session)
+        self._idles = False
+        if gives_way is not None:
+            message = "queue: it is full, and most of its requests are yours"
+            error = CapacityExhausted(message, retry_after_s=self.retry_after_s)
+            self._refuse(gives_way, error)
 
-    def _check_queue(self, deadline: float | None) -> None:
-        """Raises CapacityExhausted if the queue is full, or too slow for a deadline."""
+    def _capped(self) -> set[str]:
+        """The owners that run as many sessions as they may."""
+        running = Counter(session.owner for session in self._live.values())
+        most = self._limits.owner_sessions
+        return {owner for owner, count in running.items() if count >= most}
+
+    def _check_queue(self, owner: str, deadline: float | None) -> Session | None:
+        """Raises CapacityExhausted if the queue is full, or too slow for a deadline. Returns the
+        session that must give its place, if one must."""
+        gives_way = None
         if len(self._waiting) >= self._limits.max_queue:
-            raise CapacityExhausted(
-                f"queue: {len(self._waiting)} requests wait already, the most this server allows",
-                retry_after_s=self.retry_after_s,
-            )
-        wait_s, now = self.expected_wait_s, time.monotonic()
+            gives_way = self._waiting.gives_way(owner, self._recalled)
+            if gives_way is None:
+                raise CapacityExhausted(
+                    f"queue: {len(self._waiting)} requests wait already, the most this server "
+                    "allows",
+                    retry_after_s=self.retry_after_s,
+                )
+        ahead, now = self._waiting.ahead_of_next(owner, self._capped()), time.monotonic()
+        wait_s = self._wait_s(ahead)
         # A deadline that has passed says nothing about capacity: the caller's own clock ends the
         # call.
         if deadline is not None and now < deadline < now + wait_s:
             raise CapacityExhausted(
-                f"queue: with {len(self._waiting)} requests ahead it would begin in about "
+                f"queue: with {ahead} requests ahead it would begin in about "
                 f"{wait_s:.1f} s, after its deadline",
                 retry_after_s=max(wait_s, self.retry_after_s),
             )
+        return gives_way
 
     @property
     def retry_after_s(self) -> float:
@@ -163,25 +197,26 @@ class Scheduler:
         turn_s = 1.0 if self._turn_s is None else self._turn_s
         return max(0.1, turn_s / max(1, len(self._live)))
 
-    @property
-    def expected_wait_s(self) -> float:
-        """Seconds that the next session in the queue is likely to wait: for each session ahead and
-        for itself the usual length of a turn, divided by the number of sessions that run at once.
-        0 while no turn has shown its length."""
+    def _wait_s(self, ahead: int) -> float:
+        """Seconds that a session is likely to wait: for each session ahead and for itself the usual
+        length of a turn, divided by the number of sessions that run at once. 0 while no turn has
+        shown its length."""
         if self._turn_s is None:
             return 0.0
-        return (len(self._waiting) + 1) * self._turn_s / max(1, len(self._live))
+        return (ahead + 1) * self._turn_s / max(1, len(self._live))
 
     def admit(self) -> list[Session]:
-        """Sessions that may begin now, in order of arrival. None overtakes another, unless nothing
-        runs that the first in the queue could wait for."""
+        """Sessions that may begin now, owner by owner and in order of arrival. One that does not
+        fit is overtaken ``MOST_OVERTAKEN`` times, and more often only if nothing runs that it could
+        wait for."""
         admitted = []
         while session := self._next():
             needs = self._needs[session.session_id]
             room = self._budget.limit - self._total(session, needs)
             while len(self._idle) and self._idle.nbytes > room:
                 self._evict_oldest("it was evicted for requests that needed its memory")
-            del self._waiting[session.session_id], self._needs[session.session_id]
+            self._waiting.take(session)
+            del self._needs[session.session_id]
             self._recalled.discard(session)
             session.reservation = needs
             session.state = State.PREFILL
@@ -191,12 +226,21 @@ class Scheduler:
         return admitted
 
     def _next(self) -> Session | None:
-        may_overtake = not self._live
-        for session in self._waiting.values():
+        if self._idles or len(self._live) >= self._limits.max_sessions:
+            return None
+        passed: list[Session] = []
+        capped = self._capped()
+        for session in self._waiting:
+            if session.owner in capped:
+                continue
             if self._fits(session, self._needs[session.session_id]):
+                for other in passed:
+                    other.overtaken += 1
                 return session
-            if not may_overtake:
-                return None
+            passed.append(session)
+            if self._live and (session.overtaken >= MOST_OVERTAKEN or len(passed) == MOST_TRIED):
+                break
+        self._idles = True  # until something changes
         return None
 
     def deadlocked(self) -> Session | None:
@@ -204,11 +248,12 @@ class Scheduler:
         turn waits: what it holds must go."""
         if self._live or not self._waiting or self._next():
             return None
-        return next((s for s in reversed(self._waiting.values()) if s in self._recalled), None)
+        return next((s for s in reversed(list(self._waiting)) if s in self._recalled), None)
 
     def keep(self, session: Session, held_bytes: int) -> None:
         """A live session's turn is over; it stays for the next, with the bytes it still holds."""
         self._note_turn(session)
+        self._idles = False
         del self._live[session.session_id]
         session.state = State.IDLE
         session.reservation = Reservation(kv=held_bytes)
@@ -218,10 +263,11 @@ class Scheduler:
 
     def drop(self, session: Session, reason: str) -> None:
         """Forgets a session, whatever its state."""
+        self._idles = False
         if session.session_id in self._live and session.clock.prefilled:
             self._note_turn(session)
         self._table.remove(session, reason)
-        self._waiting.pop(session.session_id, None)
+        self._waiting.discard(session)
         self._needs.pop(session.session_id, None)
         self._live.pop(session.session_id, None)
         self._idle.discard(session)
@@ -249,6 +295,9 @@ class Scheduler:
     def _fits(self, session: Session, needs: Reservation) -> bool:
         """Whether there is room for a session once every idle one has been evicted."""
         if len(self._live) >= self._limits.max_sessions:
+            return False
+        own = sum(other.owner == session.owner for other in self._live.values())
+        if own >= self._limits.owner_sessions:
             return False
         return self._total(session, needs) <= self._budget.limit
 

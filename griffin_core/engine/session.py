@@ -110,6 +110,8 @@ class Session:
         self.shares_with = shares_with
         self.number = 0
         """Sessions are numbered from 1 in the order in which they were first queued."""
+        self.overtaken = 0
+        """How often others have begun before it while it waited for memory."""
         self.turn_id = ""
         self.opened = time.monotonic()
         self.state = State.QUEUED

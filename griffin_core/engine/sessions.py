@@ -49,7 +49,7 @@ class Sessions:
         slots: SamplerSlots,
     ) -> None:
         self.table = SessionTable()
-        self.scheduler = Scheduler(limits, self.table, memory.budget, self.free)
+        self.scheduler = Scheduler(limits, self.table, memory.budget, self.free, self.fail)
         self._memory = memory
         self._prefills = prefills
         self._groups = groups

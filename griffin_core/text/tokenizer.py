@@ -37,7 +37,7 @@ class Tokenizer:
         self._added_after = self._count_added_after()
         self._decoder = TokenDecoder(self._backend)
         self._chat = ChatTemplate(tokenizer)
-        self._control = ControlTokens(self._backend, self._decoder.special_texts)
+        self._control = ControlTokens(self._backend)
         self.control_tokens_in_content = False
         """Whether the text of a control token in a message becomes that token, as in transformers,
         so that who writes a message can end its turn. Otherwise it stays text."""
@@ -159,7 +159,8 @@ class Tokenizer:
         if hidden is None:
             return self.encode(text, special_tokens=False, most=most, field="messages")
         text, spans = hidden.shown(text)
-        ids = self._control.without(self._encoding(text, False, most, "messages"), text, spans)
+        encoding = self._encoding(text, False, most, "messages")
+        ids = self._control.without(encoding, text, spans, most=most)
         if most is not None and len(ids) > most:
             raise InvalidRequest(
                 "messages", f"{len(ids)} tokens", f"at most {most}, the context length"

@@ -60,6 +60,12 @@ def _bytes(gib: float | None) -> int | None:
     return None if gib is None else max(1, int(gib * (1 << 30)))
 
 
+def _owner_sessions(settings: Settings) -> int | None:
+    if settings.max_caller_sessions is None and settings.asks_who_calls:
+        return max(1, settings.max_sessions * 3 // 4)
+    return settings.max_caller_sessions
+
+
 def _prefill_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
     if settings.prefill_ca is None and settings.prefill_cert is None:
         return None
@@ -121,6 +127,7 @@ class App:
             model,
             limits=Limits(
                 max_sessions=settings.max_sessions,
+                max_owner_sessions=_owner_sessions(settings),
                 max_queue=settings.max_queue,
                 session_bytes=0 if settings.role == "prefill" else session_bytes,
                 idle_bytes=_bytes(settings.idle_memory_gib),
@@ -181,6 +188,7 @@ class App:
             if settings.role in ("all", "prefill")
             else None,
             tracing=self._tracing,
+            context_length=engine.model.decoder.spec.context_length,
         )
         log.info(
             "serving",

@@ -15,10 +15,20 @@ LEAST_PING_INTERVAL_MS = 5_000
 """How often clients may ping, with or without a call. The shortest interval of grpc-go is 10 s."""
 
 
-def server_options(max_request_bytes: int) -> list[tuple[str, Any]]:
+LARGEST_REQUEST = 4 << 20
+"""Bytes of the largest message that a server receives where the settings say nothing. What it
+parses is far less; see ``default_request_bytes``."""
+
+
+def default_request_bytes(context_length: int) -> int:
+    """Bytes of the largest request that is parsed where the settings say nothing."""
+    return min(LARGEST_REQUEST, max(256 << 10, 8 * context_length))
+
+
+def server_options(max_request_bytes: int | None) -> list[tuple[str, Any]]:
     """The options of a server."""
     return [
-        ("grpc.max_receive_message_length", max_request_bytes),
+        ("grpc.max_receive_message_length", max_request_bytes or LARGEST_REQUEST),
         ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
         ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_INTERVAL_MS),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -85,6 +85,12 @@ class EngineSettings(BaseSettings):
     max_sessions: int = Field(
         64, ge=1, description="The most sessions in prefill or decode at once."
     )
+    max_caller_sessions: int | None = Field(
+        None,
+        ge=1,
+        description="Of these, those of one caller; by default three quarters where callers are "
+        "asked who they are, so that there is room for others.",
+    )
     max_queue: int = Field(
         256, ge=0, description="The most requests that wait; further ones are refused."
     )

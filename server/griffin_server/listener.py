@@ -26,7 +26,7 @@ from griffin_server.address import (
     listen,
     parse_host,
 )
-from griffin_server.connections import server_options
+from griffin_server.connections import default_request_bytes, server_options
 from griffin_server.interceptors.chain import CallInterceptor
 from griffin_server.rpc.reflection import add_reflection
 from griffin_server.security.identity import Identity
@@ -133,14 +133,18 @@ class Listener:
             )
         await self._server.start()
 
-    async def open(self, *, generation: Any, prefill: Any, tracing: Tracing) -> None:
+    async def open(
+        self, *, generation: Any, prefill: Any, tracing: Tracing, context_length: int
+    ) -> None:
         """Admits calls, and reports SERVING.
 
         Args:
             generation, prefill: the servicers; None for one that the role does not have.
+            context_length: of the model; it bounds requests.
         """
         self._generation.servicer, self._prefill.servicer = generation, prefill
-        self.calls.open(tracing)
+        most = self._settings.max_request_bytes or default_request_bytes(context_length)
+        self.calls.open(tracing, most)
         for name in ("", *self._services):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 

@@ -75,7 +75,7 @@ class Settings(EngineSettings):
     tls_cert: FilePath | None = Field(
         None,
         description="PEM file with the server's certificate chain. It is read again when it "
-        "changes, as are the other files of certificates and keys.",
+        "changes, as are tls_key, tls_client_ca, api_keys and the file of jwt_keys.",
     )
     tls_key: FilePath | None = Field(None, description="PEM file with the key of tls_cert.")
     tls_client_ca: FilePath | None = Field(
@@ -165,11 +165,12 @@ class Settings(EngineSettings):
         description="Tokens in a message after the first one. More tokens save CPU time but arrive "
         "later; 0 is 1 for up to 4 streams, and up to 4 for more streams while no prompt runs.",
     )
-    max_request_bytes: int = Field(
-        4 << 20,
+    max_request_bytes: int | None = Field(
+        None,
         ge=1024,
         le=(1 << 31) - 1,
-        description="Bytes of the largest request message; protobuf allows no more than 2 GiB.",
+        description="Bytes of the largest request message, at most 2 GiB; by default 8 for each "
+        "token of the model's context, and at least 256 KiB.",
     )
     metrics_port: int = Field(
         0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -13,9 +14,9 @@ from griffin_server.interceptors.call import Call, Context, Interceptor
 from griffin_server.interceptors.drain import Drain
 from griffin_server.interceptors.errors import to_status
 from griffin_server.interceptors.malformed import (
+    Parser,
     checked,
     checked_stream,
-    parse,
     refuse_malformed,
     tolerant,
 )
@@ -35,7 +36,9 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the methods of package ``griffin.v1``. Calls of health and reflection pass unchanged,
+    """Wraps the methods of package ``griffin.v1``. The frames that an error has passed through are
+    cleared: they hold the request, and the error is part of cycles, so that requests would stay in
+    memory until the garbage collector finds them. Calls of health and reflection pass unchanged,
     except that strangers and malformed requests are refused; health checks are open to strangers.
 
     Args:
@@ -46,20 +49,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.drain = Drain()
         self._identity = identity
         self._telemetry = CallTelemetry(metrics)
+        self._parser = Parser()
         self._order: tuple[Interceptor, ...] = (
             self.drain.count,  # outermost: a call runs until its status has been sent
             self._telemetry.observe,  # observes refusals and errors as well
             to_status,  # turns what is raised further in into a status
             self.drain.admit,
             Authentication(identity).authenticate,  # nothing is parsed for strangers
-            parse,
+            self._parser.parse,
             identify,  # after admit: a call that is refused there has no request id
             refuse_malformed,  # after identify: the client can find the refusal in the log
         )
 
-    def open(self, tracing: Tracing) -> None:
-        """Admits calls from now on, and traces them."""
+    def open(self, tracing: Tracing, max_request_bytes: int | None = None) -> None:
+        """Admits calls from now on, and traces them.
+
+        Args:
+            max_request_bytes: larger requests are refused unparsed; None for as many as gRPC
+                receives.
+        """
         self._telemetry.tracing = tracing
+        self._parser.most = max_request_bytes
         self.drain.open()
 
     async def intercept_service(
@@ -87,17 +97,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, handler: Any, decode: Parse, serializer: dict[str, Any]
     ) -> Handler:
         """A method of health or reflection."""
-        coders = {"request_deserializer": decode, **serializer}
         ask = _ask_nobody if method == HEALTH_CHECK else self._ask
         if handler.request_streaming:  # only reflection's
             return grpc.stream_stream_rpc_method_handler(
-                checked_stream(handler.stream_stream, ask), **coders
+                checked_stream(handler.stream_stream, decode, ask), **serializer
             )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                checked(handler.unary_stream, ask), **coders
+                checked(handler.unary_stream, decode, ask), **serializer
             )
-        return grpc.unary_unary_rpc_method_handler(checked(handler.unary_unary, ask), **coders)
+        return grpc.unary_unary_rpc_method_handler(
+            checked(handler.unary_unary, decode, ask), **serializer
+        )
 
     async def _ask(self, context: Context) -> None:
         await self._identity.principal(context)
@@ -106,10 +117,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]], decode: Parse
     ) -> Any:
         async def call(request: bytes, context: Context) -> Any:
-            async with self._around("unary", method, request, decode, context) as (made, sent):
-                response = await behavior(made.request, context)
-                sent()
-                return response
+            around = self._around("unary", method, request, decode, context)
+            del request
+            try:
+                async with around as (made, sent):
+                    response = await behavior(made.request, context)
+                    sent()
+                    return response
+            except BaseException as error:
+                clear_frames(error.__traceback__)
+                raise
 
         return call
 
@@ -118,12 +135,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         async def call(request: bytes, context: Context) -> AsyncIterator[Any]:
             around = self._around("server_stream", method, request, decode, context)
-            async with around as (made, sent):
-                responses: Any = behavior(made.request, context)
-                async with aclosing(responses):
-                    async for response in responses:
-                        sent()
-                        yield response
+            del request
+            try:
+                async with around as (made, sent):
+                    responses: Any = behavior(made.request, context)
+                    async with aclosing(responses):
+                        async for response in responses:
+                            sent()
+                            yield response
+            except BaseException as error:
+                clear_frames(error.__traceback__)
+                raise
 
         return call
 
@@ -137,7 +159,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             for interceptor in self._order:
                 await stack.enter_async_context(interceptor(call))
             assert call.counts is not None, "telemetry comes before the method"
-            yield call, call.counts.sent
+            try:
+                yield call, call.counts.sent
+            finally:
+                call.request = None
 
 
 async def _ask_nobody(context: Context) -> None:

@@ -24,6 +24,7 @@ async def to_status(call: Call) -> AsyncIterator[None]:
         yield
     except GriffinError as error:
         call.code = code_of(error)[0].name
+        error.__traceback__ = None  # with ``chain``'s clear_frames, nothing holds the request
         await abort(call.context, error)
     except (asyncio.CancelledError, GeneratorExit):
         call.code = code_of_cancel(call.context).name

@@ -12,9 +12,12 @@ from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from griffin_core.errors import GriffinError, InvalidRequest
+from griffin_core.errors import CapacityExhausted, GriffinError, InvalidRequest
 from griffin_server.interceptors.call import Call, Context
 from griffin_server.rpc.status import abort
+
+MOST_OF_OTHERS = 64 << 10
+"""The most bytes of a request of health or reflection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +52,28 @@ def tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
-@asynccontextmanager
-async def parse(call: Call) -> AsyncIterator[None]:
-    """Parses the request."""
-    call.request = call.parse(call.request)
-    yield
+class Parser:
+    """Parses requests of up to ``most`` bytes."""
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        """The most bytes of a request; None for as many as gRPC receives."""
+
+    @asynccontextmanager
+    async def parse(self, call: Call) -> AsyncIterator[None]:
+        """Parses the request.
+
+        Raises:
+            CapacityExhausted: it is too large, and was not parsed.
+        """
+        size = len(call.request)
+        if self.most is not None and size > self.most:
+            raise CapacityExhausted(
+                f"request: got {size} bytes; allowed: at most {self.most} (--max-request-bytes)",
+                retry_after_s=None,
+            )
+        call.request = call.parse(call.request)
+        yield
 
 
 @asynccontextmanager
@@ -68,31 +88,33 @@ Ask: TypeAlias = Callable[[Context], Awaitable[None]]
 """Asks who makes a call of another package, and raises a GriffinError for strangers."""
 
 
-def checked(behavior: Callable[[Any, Context], Any], ask: Ask) -> Any:
+def checked(
+    behavior: Callable[[Any, Context], Any], decode: Callable[[bytes], Any], ask: Ask
+) -> Any:
     """A method of another package with one request, which refuses strangers and malformed
     requests."""
 
-    async def unary(request: Any, context: Context) -> Any:
+    async def unary(request: bytes, context: Context) -> Any:
         await _or_abort(ask, context)
-        if isinstance(request, Malformed):
-            await abort(context, request.error())
-        return await behavior(request, context)
+        return await behavior(await _decoded(request, decode, context), context)
 
     return unary
 
 
-def checked_stream(behavior: Callable[[Any, Context], AsyncIterator[Any]], ask: Ask) -> Any:
+def checked_stream(
+    behavior: Callable[[Any, Context], AsyncIterator[Any]],
+    decode: Callable[[bytes], Any],
+    ask: Ask,
+) -> Any:
     """A method of another package with many requests, which refuses strangers and malformed
     requests."""
 
-    async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         await _or_abort(ask, context)
 
         async def wellformed() -> AsyncIterator[Any]:
             async for request in requests:
-                if isinstance(request, Malformed):
-                    await abort(context, request.error())
-                yield request
+                yield await _decoded(request, decode, context)
 
         async for response in behavior(wellformed(), context):
             yield response
@@ -105,3 +127,14 @@ async def _or_abort(ask: Ask, context: Context) -> None:
         await ask(context)
     except GriffinError as error:
         await abort(context, error)
+
+
+async def _decoded(request: bytes, decode: Callable[[bytes], Any], context: Context) -> Any:
+    """A message of health or reflection, which is never large."""
+    if len(request) > MOST_OF_OTHERS:
+        message = f"request: got {len(request)} bytes; allowed: at most {MOST_OF_OTHERS}"
+        await abort(context, CapacityExhausted(message, retry_after_s=None))
+    decoded = decode(request)
+    if isinstance(decoded, Malformed):
+        await abort(context, decoded.error())
+    return decoded

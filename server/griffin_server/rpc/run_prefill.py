@@ -18,6 +18,10 @@ from griffin_core.forward.events import (
 from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
 from griffin_server.telemetry.tracing import spans_var
 
+EVENT_S = 0.5
+"""Seconds that a reader may take for each event without being taken for one that stops: over a slow
+network an event, which may be a hundred megabytes of KV, takes as long."""
+
 EVENTS_AHEAD = 16
 """The number of unread events at which the prompt joins no further pass."""
 
@@ -26,8 +30,9 @@ async def run_prefill(
     engine: Engine, task: PrefillTask, bridge: LoopBridge
 ) -> AsyncGenerator[PrefillBegun | PrefillEvent | LayerActivations, None]:
     """Runs a prompt to its end, PrefillFinished. The work ends at once when the iterator is closed,
-    or when it has waited for its reader for the limits' reader_timeout_s, all events together: a
-    reader that takes one now and then holds its place no longer than one that takes none.
+    or when it has waited for its reader for the limits' reader_timeout_s, all events together but
+    ``EVENT_S`` for each: a reader that takes one now and then holds its place hardly longer than
+    one that takes none.
 
     Args:
         bridge: delivers the engine's events to this loop.
@@ -58,7 +63,8 @@ async def run_prefill(
                 yield event
             finally:
                 reader_timeout.cancel()
-            left_s = max(0.0, left_s - (loop.time() - clock))
+            took_s = loop.time() - clock - EVENT_S
+            left_s = min(timeout_s, max(0.0, left_s - took_s))
             if isinstance(event, PrefillFinished):
                 return
             if run.cancelled:

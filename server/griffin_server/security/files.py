@@ -53,16 +53,20 @@ class WatchedFiles(Generic[T]):
     def newer(self) -> tuple[T, bool]:
         """What the files say, and whether that has changed since it was last asked for."""
         with self._lock:
+            missing: OSError | None = None
             try:
                 stamp = self._now()
-                if stamp == self._stamp:
-                    return self._value, False
-                self._stamp = stamp
+            except OSError as error:
+                stamp, missing = (), error
+            if stamp == self._stamp:
+                return self._value, False
+            self._stamp = stamp
+            try:
+                if missing is not None:
+                    raise missing
                 self._value = self._read()
             except (OSError, ValueError) as error:
-                if self._stamp:
-                    log.error(str(BadSecurityFile(self._setting, self._names, error)))
-                self._stamp = ()
+                log.error(str(BadSecurityFile(self._setting, self._names, error)))
                 return self._value, False
             log.info("security files read again", setting=self._setting)
             return self._value, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,26 +49,37 @@ class KeyFile:
 
 class KeyUrl:
     """The keys behind a URL, fetched when one is first asked for and then now and again. While they
-    cannot be fetched, those of the last time hold."""
+    cannot be fetched, those of the last time hold.
+
+    Keys that are known are found at once, and those that are old are fetched behind the back of the
+    call. Only a call with an unknown key waits, and if it ends the fetch goes on.
+    """
 
     def __init__(self, url: str) -> None:
         self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=FETCH_S)
         self._url = url
         self._keys: Keys = {}
-        self._asked = -FRESH_S
-        self._lock = asyncio.Lock()
+        self._asked: float | None = None
+        self._fetch: asyncio.Task[None] | None = None
 
     async def find(self, key_id: str | None) -> jwt.PyJWK | None:
-        async with self._lock:
-            age_s = time.monotonic() - self._asked
-            known = key_id in self._keys
-            if age_s >= FRESH_S or (not known and age_s >= LEAST_INTERVAL_S):
-                self._asked = time.monotonic()
-                try:
-                    self._keys = _keys(await asyncio.to_thread(self._client.fetch_data))
-                except (jwt.PyJWTError, ValueError) as error:
-                    log.error(str(BadSecurityFile("jwt_keys", self._url, error)))
+        known = key_id in self._keys
+        age_s = math.inf if self._asked is None else time.monotonic() - self._asked
+        if self._fetch is None and age_s >= (FRESH_S if known else LEAST_INTERVAL_S):
+            self._asked = time.monotonic()
+            self._fetch = asyncio.create_task(self._fetched())
+        if not known and self._fetch is not None:
+            await asyncio.shield(self._fetch)
         return self._keys.get(key_id)
+
+    async def _fetched(self) -> None:
+        try:
+            async with asyncio.timeout(2 * FETCH_S):  # FETCH_S holds for each read
+                self._keys = _keys(await asyncio.to_thread(self._client.fetch_data))
+        except (jwt.PyJWTError, ValueError, TimeoutError) as error:
+            log.error(str(BadSecurityFile("jwt_keys", self._url, error)))
+        finally:
+            self._fetch = None
 
 
 class Tokens:

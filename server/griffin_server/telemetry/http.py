@@ -7,6 +7,7 @@ import socketserver
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -31,6 +32,10 @@ SILENT_S = 30.0
 holds a thread."""
 
 
+MOST_CONNECTIONS = 32
+"""The most clients at once, on each address. The one that came first gives way to one more."""
+
+
 class QuietHandler(WSGIRequestHandler):
     timeout = SILENT_S
 
@@ -49,8 +54,26 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.socket.close()
         self.socket = listening
         self.server_name, self.server_port = host, port
+        self._lock = threading.Lock()
+        self._clients: dict[Any, None] = {}  # their sockets, in order of arrival
         self.setup_environ()
         self.set_app(answer)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._clients[request] = None
+            first = next(iter(self._clients)) if len(self._clients) > MOST_CONNECTIONS else None
+            if first is not None:
+                del self._clients[first]
+        if first is not None:
+            with suppress(OSError):  # it has ended by itself
+                first.shutdown(socket.SHUT_RDWR)  # its thread then ends
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._clients.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Logs errors, but not clients that disconnect or fall silent, as load balancers' checks

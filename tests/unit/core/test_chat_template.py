@@ -152,9 +152,9 @@ def test_a_template_for_other_roles_than_the_usual_ones_can_be_used(
 def test_whatever_a_template_raises_is_a_refusal_in_few_words(fails: str, words: str) -> None:
     template = (
         "{% for m in messages %}{{ m.content }}"
-        f"{{% if m.role.startswith('x') %}}{{{{ {fails} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if m.role == 'xxx' %}}{{{{ {fails} }}}}{{% endif %}}{{% endfor %}}"
     )
-    refused = refusal(with_template(template), ("user", "a"), ("x" * 5000, "漢" * 5000))
+    refused = refusal(with_template(template), ("user", "a"), ("xxx", "漢" * 5000))
     assert refused.field == "messages"
     assert words in refused.allowed
 

@@ -234,12 +234,16 @@ def many_kept(count: int, live: int = 4) -> tuple[Scheduler, SessionTable, Budge
     budget = Budget(limit=11 * 10**6, idle_limit=10 * count)
     limits = Limits(session_ttl_s=1e9)
     table = SessionTable()
-    scheduler = Scheduler(limits, table, budget, lambda session: None)
+    scheduler = Scheduler(limits, table, budget, lambda session: None, _never)
     for number in range(count + live):
         begin(scheduler, Session(f"session {number}"))
         if number < count:
             scheduler.keep(scheduler.live[0], 10)
     return scheduler, table, budget
+
+
+def _never(session: Session, error: CapacityExhausted) -> None:
+    raise AssertionError(f"{session.session_id} was refused: {error}")
 
 
 def begin(scheduler: Scheduler, session: Session) -> None:
@@ -291,7 +295,7 @@ def test_running_sums_are_the_sums_after_anything() -> None:
     budget = Budget(limit=1000, idle_limit=400)
     freed: list[Session] = []
     table = SessionTable()
-    scheduler = Scheduler(Limits(max_sessions=4, max_queue=6), table, budget, freed.append)
+    scheduler = Scheduler(Limits(max_sessions=4, max_queue=6), table, budget, freed.append, _never)
     for number in range(3000):
         everyone = list(table)
         done = draw.random()

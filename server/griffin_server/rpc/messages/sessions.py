@@ -5,6 +5,9 @@ from __future__ import annotations
 import secrets
 from base64 import b64decode, urlsafe_b64encode
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.session import SessionInfo
 from griffin_core.errors import InvalidRequest
@@ -29,20 +32,27 @@ def session_to_pb(info: SessionInfo) -> pb.Session:
     )
 
 
-class PageTokens:
-    """Page tokens of ListSessions. They are opaque to clients, and other servers refuse them.
+NONCE_BYTES = 12
 
-    A token holds random bytes that this server made at its start, and the last position of a page.
+
+class PageTokens:
+    """Page tokens of ListSessions. Other servers refuse them.
+
+    A token holds the last position of a page. It is encrypted, because positions count everybody's
+    sessions, by a key that this server made at its start.
     """
 
     def __init__(self) -> None:
-        self._server = secrets.token_bytes(8)
+        self._cipher = AESGCM(AESGCM.generate_key(128))
 
     def write(self, last: int | None) -> str:
         """The token of the page that follows position ``last``; empty if None."""
         if last is None:
             return ""
-        return urlsafe_b64encode(self._server + last.to_bytes(8)).decode()
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        return urlsafe_b64encode(
+            nonce + self._cipher.encrypt(nonce, last.to_bytes(8), None)
+        ).decode()
 
     def read(self, token: str) -> int:
         """The position that the token's page follows; 0 for the empty token.
@@ -54,13 +64,12 @@ class PageTokens:
             return 0
         try:
             raw = b64decode(token, altchars=b"-_", validate=True)
-        except ValueError:
-            raw = b""
-        if len(raw) != 16 or raw[:8] != self._server:
+            last = self._cipher.decrypt(raw[:NONCE_BYTES], raw[NONCE_BYTES:], None)
+        except (ValueError, InvalidTag):
             raise InvalidRequest(
                 "page_token", token, "empty, or the next_page_token of the page before"
-            )
-        return int.from_bytes(raw[8:])
+            ) from None
+        return int.from_bytes(last)
 
 
 def page_size(request: pb.ListSessionsRequest) -> int:

@@ -196,10 +196,9 @@ def test_a_reader_that_takes_one_now_and_then_holds_its_place_no_longer(
         clock = time.monotonic()
         with pytest.raises(grpc.RpcError) as caught:
             for _ in call:
-                time.sleep(0.2)
+                time.sleep(1.0)
         assert caught.value.code() is grpc.StatusCode.ABORTED
-        # It reads what had been sent before the end: more than half a second's worth.
-        assert time.monotonic() - clock < 30
+        assert time.monotonic() - clock < 60  # it reads what had been sent before the end
         ended = {"origin": "slow_reader"}
         assert server.app.metrics.registry.get_sample_value("griffin_aborts_total", ended) == 1
 

@@ -286,6 +286,17 @@ def test_a_chat_needs_a_template(tiny: Callable[[str], Model]) -> None:
         serves(client)
 
 
+def test_a_request_larger_than_any_that_fits_is_not_parsed(client: GriffinClient) -> None:
+    """The default is 8 bytes a token of the context and at least 256 KiB."""
+    for request in ({"prompt": "a" * 300_000}, {"token_ids": [1] * 300_000}):
+        with pytest.raises(
+            ResourceExhausted, match=r"at most 262144 \(--max-request-bytes\)"
+        ) as no:
+            client.complete(**request)
+        assert no.value.retry_after_s is None
+    client.complete("a", max_tokens=1)
+
+
 def test_an_oversized_message_is_refused_by_grpc(client: GriffinClient) -> None:
     with pytest.raises(ResourceExhausted, match="larger than max"):
         client.complete("x" * (5 << 20))

@@ -51,7 +51,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
 @pytest.fixture(scope="module")
 def llama2(models: Callable[..., Model]) -> Iterator[tuple[Model, Stub]]:
     model = models("llama2", THINKING)
-    with running(model) as server, grpc.insecure_channel(server.target) as channel:
+    with (
+        running(model, max_request_bytes=4 << 20) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
         yield model, Stub(channel)
 
 
@@ -296,18 +299,18 @@ def test_whether_chats_can_be_had_is_told_before_and_at_the_call(
 
 def test_long_words_of_a_template_stay_an_invalid_argument(models: Callable[..., Model]) -> None:
     template = (
-        "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}"
-        "{{ raise_exception('Unexpected role: ' + m.role) }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{{ raise_exception('Unexpected: ' + m.content) }}{% endif %}{% endfor %}"
     )
     with (
         running(models("gemma", template)) as server,
         grpc.insecure_channel(server.target) as channel,
     ):
         stub = Stub(channel)
-        for role in ("x" * 100, "x" * 5000, "漢" * 5000, "😀\n" * 2000):
-            messages = [pb.ChatMessage(role=role, content="a")]
+        for content in ("x" * 100, "x" * 5000, "漢" * 5000, "😀\n" * 2000):
+            messages = [pb.ChatMessage(role="other", content=content)]
             words = refused(lambda m=messages: stub.Generate(pb.GenerateRequest(messages=m)))  # type: ignore[misc]
-            assert "Unexpected role: " in words
+            assert "Unexpected: " in words
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -245,7 +245,9 @@ def test_the_client_sends_no_key_in_plain_text() -> None:
         assert ALICE not in str(caught.value)
 
 
-def test_a_key_whose_line_is_gone_is_refused(tiny: Callable[[str], Model], tmp_path: Path) -> None:
+def test_a_key_whose_line_is_gone_is_refused(
+    tiny: Callable[[str], Model], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """At once, and others are not disturbed; a file that cannot be read changes nothing."""
     keys = tmp_path / "keys"
     keys.write_text(f"{line_of(ALICE, 'alice')}\n{line_of(OPERATOR, 'oncall')}\n")
@@ -259,8 +261,11 @@ def test_a_key_whose_line_is_gone_is_refused(tiny: Callable[[str], Model], tmp_p
         with pytest.raises(Unauthenticated):
             alice.model_info()
         other.model_info()
+        capfd.readouterr()
         keys.write_text("oncall not-a-hash\n")
-        other.model_info()
+        for _ in range(3):
+            other.model_info()
+        assert capfd.readouterr().out.count("line 1: after the name") == 1  # said once
         keys.unlink()
         other.model_info()
         keys.write_text(f"{line_of(ALICE, 'alice')}\n")

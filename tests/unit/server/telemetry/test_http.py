@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from itertools import product
 
@@ -14,6 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from griffin_server.address import TcpAddress, listen
 from griffin_server.telemetry import http as ops_http
 from griffin_server.telemetry.http import PATHS, HttpServer
+from tests.servers import eventually
 
 RESET = struct.pack("ii", 1, 0)
 """For SO_LINGER: closing sends RST, as the checks of some load balancers do."""
@@ -57,6 +60,26 @@ def test_a_client_that_falls_silent_is_hung_up_on(
         client.sendall(begun)
         assert client.recv(100) == b""
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_clients_that_hang_on_give_way(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither threads nor descriptors pile up, and probes are answered meanwhile."""
+    monkeypatch.setattr(ops_http.QuietHandler, "timeout", 60.0)
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    clients = []
+    for number in range(4 * ops_http.MOST_CONNECTIONS):
+        clients.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+        if number % 16 == 0:
+            assert asked(port, "GET", "/readyz")[0] == 200
+    assert asked(port, "GET", "/livez")[0] == 200
+    most = ops_http.MOST_CONNECTIONS + 2
+    eventually(lambda: threading.active_count() - threads <= most)
+    # Each client's own end is a descriptor of this process too.
+    eventually(lambda: len(os.listdir("/proc/self/fd")) - descriptors <= len(clients) + most)
+    for client in clients[: -ops_http.MOST_CONNECTIONS]:
+        assert client.recv(1) == b""
+    for client in clients:
+        client.close()
 
 
 def asked(port: int, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
