@@ -144,7 +144,7 @@ class Listener:
         """
         self._generation.servicer, self._prefill.servicer = generation, prefill
         most = self._settings.max_request_bytes or default_request_bytes(context_length)
-        self.calls.open(tracing, most)
+        self.calls.open(tracing, most, context_length)
         for name in ("", *self._services):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 

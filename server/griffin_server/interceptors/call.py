@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,6 +27,7 @@ class Call:
         method: "/package.Service/Method".
         request: the request's bytes; once parsed, the message or a ``Malformed`` in its place.
         parse: makes the message of the bytes.
+        number_fields: see ``wire.number_fields``.
         counts: counts the call's messages; set by telemetry.
         spans: the call's trace; set by telemetry, None while the server is loading.
         code: the name of the status that ends the call; set by ``errors``.
@@ -37,6 +38,7 @@ class Call:
     method: str
     request: Any
     parse: Callable[[bytes], Any]
+    number_fields: Mapping[int, str]
     context: Context
     principal: Principal | None = None
     counts: GrpcCall | None = None

@@ -22,6 +22,7 @@ from griffin_server.interceptors.malformed import (
 )
 from griffin_server.interceptors.request_id import identify
 from griffin_server.interceptors.telemetry import CallTelemetry
+from griffin_server.interceptors.wire import number_fields
 from griffin_server.security.identity import Identity
 from griffin_server.telemetry.metrics import Metrics
 
@@ -50,6 +51,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._identity = identity
         self._telemetry = CallTelemetry(metrics)
         self._parser = Parser()
+        self._number_fields: dict[str, dict[int, str]] = {}
         self._order: tuple[Interceptor, ...] = (
             self.drain.count,  # outermost: a call runs until its status has been sent
             self._telemetry.observe,  # observes refusals and errors as well
@@ -61,15 +63,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             refuse_malformed,  # after identify: the client can find the refusal in the log
         )
 
-    def open(self, tracing: Tracing, max_request_bytes: int | None = None) -> None:
+    def open(
+        self,
+        tracing: Tracing,
+        max_request_bytes: int | None = None,
+        context_length: int | None = None,
+    ) -> None:
         """Admits calls from now on, and traces them.
 
         Args:
             max_request_bytes: larger requests are refused unparsed; None for as many as gRPC
                 receives.
+            context_length: requests with more token ids are refused unparsed; None for any.
         """
         self._telemetry.tracing = tracing
-        self._parser.most = max_request_bytes
+        self._parser.most, self._parser.most_numbers = max_request_bytes, context_length
         self.drain.open()
 
     async def intercept_service(
@@ -82,6 +90,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         method = handler_call_details.method
         decode = tolerant(handler.request_deserializer)
+        if method not in self._number_fields:
+            # FromString is a method of the message's class.
+            self._number_fields[method] = number_fields(handler.request_deserializer.__self__)
         serializer = {"response_serializer": handler.response_serializer}
         if not method.startswith("/griffin.v1."):
             return self._of_others(method, handler, decode, serializer)
@@ -154,7 +165,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, kind: str, method: str, request: bytes, decode: Parse, context: Context
     ) -> AsyncIterator[tuple[Call, Callable[[], None]]]:
         """Enters all interceptors. Yields the call, and the function that counts a response."""
-        call = Call(kind=kind, method=method, request=request, parse=decode, context=context)
+        call = Call(
+            kind=kind,
+            method=method,
+            request=request,
+            parse=decode,
+            number_fields=self._number_fields[method],
+            context=context,
+        )
         async with AsyncExitStack() as stack:
             for interceptor in self._order:
                 await stack.enter_async_context(interceptor(call))

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from griffin_core.errors import CapacityExhausted, GriffinError, InvalidRequest
 from griffin_server.interceptors.call import Call, Context
+from griffin_server.interceptors.wire import MOST_VARINT_BYTES, least_counts
 from griffin_server.rpc.status import abort
 
 MOST_OF_OTHERS = 64 << 10
@@ -58,6 +59,8 @@ class Parser:
     def __init__(self) -> None:
         self.most: int | None = None
         """The most bytes of a request; None for as many as gRPC receives."""
+        self.most_numbers: int | None = None
+        """The most numbers of a list of token ids; None for any."""
 
     @asynccontextmanager
     async def parse(self, call: Call) -> AsyncIterator[None]:
@@ -65,6 +68,7 @@ class Parser:
 
         Raises:
             CapacityExhausted: it is too large, and was not parsed.
+            InvalidRequest: it has more token ids than the model's context, and was not parsed.
         """
         size = len(call.request)
         if self.most is not None and size > self.most:
@@ -72,6 +76,14 @@ class Parser:
                 f"request: got {size} bytes; allowed: at most {self.most} (--max-request-bytes)",
                 retry_after_s=None,
             )
+        if self.most_numbers is not None and size > self.most_numbers * MOST_VARINT_BYTES:
+            for number, least in least_counts(call.request):
+                if least > self.most_numbers and number in call.number_fields:
+                    raise InvalidRequest(
+                        call.number_fields[number],
+                        f"more than {least} tokens",
+                        f"at most {self.most_numbers}, the context length",
+                    )
         call.request = call.parse(call.request)
         yield
 
