@@ -322,7 +322,8 @@ class Session:
         age_s: since the session was opened.
         idle_s: since its last token or turn; 0 unless it is idle.
         reserved_bytes: the most memory that it can come to hold.
-        owner: the name of the caller that opened it; empty on a server that asks nobody.
+        owner: the name of the caller that opened it; empty on a server that does
+            not ask callers who they are.
     """
 
     session_id: str

@@ -162,9 +162,7 @@ class Tokenizer:
         encoding = self._encoding(text, False, most, "messages")
         ids = self._control.without(encoding, text, spans, most=most)
         if most is not None and len(ids) > most:
-            raise InvalidRequest(
-                "messages", f"{len(ids)} tokens", f"at most {most}, the context length"
-            )
+            raise _too_many("messages", len(ids), most)
         return ids
 
     def ordinary_tokens_from(self, first: int) -> list[str]:
@@ -219,9 +217,7 @@ class Tokenizer:
             size *= 4
         encoding = self._encoded(text, special_tokens)
         if len(encoding) > most:
-            raise InvalidRequest(
-                field, f"{len(encoding)} tokens", f"at most {most}, the context length"
-            )
+            raise _too_many(field, len(encoding), most)
         return encoding
 
     def _encoded(self, text: str, special_tokens: bool) -> Any:
@@ -235,6 +231,10 @@ class Tokenizer:
         one_token = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token="")).encode("a")
         added: list[int] = self._backend.post_process(one_token).special_tokens_mask
         return len(added) - 1 - added.index(0)
+
+
+def _too_many(field: str, count: int, most: int) -> InvalidRequest:
+    return InvalidRequest(field, f"{count} tokens", f"at most {most}, the context length")
 
 
 def load_tokenizer(where: str) -> Tokenizer:

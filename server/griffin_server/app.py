@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
 import structlog
 import torch
 
@@ -26,7 +25,7 @@ from griffin_server.rpc.generation import GenerationServicer
 from griffin_server.rpc.messages.model_info import sampling_defaults_to_pb
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.prefill import PrefillServicer
-from griffin_server.security.tls import TlsFiles, channel_credentials
+from griffin_server.security.tls import prefill_credentials
 from griffin_server.settings import Settings
 from griffin_server.telemetry.tracing import Tracing
 from griffin_server.transfer.shared_memory import remove_stale_segments
@@ -64,19 +63,6 @@ def _owner_sessions(settings: Settings) -> int | None:
     if settings.max_caller_sessions is None and settings.asks_who_calls:
         return max(1, settings.max_sessions * 3 // 4)
     return settings.max_caller_sessions
-
-
-def _prefill_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
-    if settings.prefill_ca is None and settings.prefill_cert is None:
-        return None
-    return channel_credentials(
-        TlsFiles(
-            setting="prefill_cert, prefill_key, prefill_ca",
-            cert=settings.prefill_cert,
-            key=settings.prefill_key,
-            ca=settings.prefill_ca,
-        )
-    )
 
 
 def _sampling_defaults(settings: Settings, model: Model) -> SamplingDefaults:
@@ -204,6 +190,7 @@ class App:
         settings, engine = self._settings, self.engine
         if settings.prefill_target:
             remove_stale_segments()
+            credentials = prefill_credentials(settings)
             self._prefill = PrefillRouter(
                 [
                     PrefillClient(
@@ -212,7 +199,7 @@ class App:
                         self.metrics,
                         settings.handoff,
                         settings.handoff_timeout_s,
-                        _prefill_credentials(settings),
+                        credentials,
                     )
                     for target in settings.prefill_target
                 ]

@@ -30,7 +30,7 @@ from griffin_server.connections import default_request_bytes, server_options
 from griffin_server.interceptors.chain import CallInterceptor
 from griffin_server.rpc.reflection import add_reflection
 from griffin_server.security.identity import Identity
-from griffin_server.security.tls import TlsFiles, server_credentials
+from griffin_server.security.tls import server_credentials
 from griffin_server.settings import Settings
 from griffin_server.telemetry.http import HttpServer
 from griffin_server.telemetry.metrics import Metrics
@@ -93,7 +93,7 @@ class Listener:
         """
         self.started = True
         settings = self._settings
-        credentials = _credentials(settings)
+        credentials = server_credentials(settings)
         self._server = grpc.aio.server(
             interceptors=(self.calls,), options=server_options(settings.max_request_bytes)
         )
@@ -207,19 +207,6 @@ class Listener:
         if credentials is None:
             return int(self._server.add_insecure_port(address))
         return int(self._server.add_secure_port(address, credentials))
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert is None:
-        return None
-    return server_credentials(
-        TlsFiles(
-            setting="tls_cert, tls_key, tls_client_ca",
-            cert=settings.tls_cert,
-            key=settings.tls_key,
-            ca=settings.tls_client_ca,
-        )
-    )
 
 
 def _metrics_address(settings: Settings) -> TcpAddress:

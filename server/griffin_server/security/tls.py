@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from griffin_server.security.files import WatchedFiles
+from griffin_server.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,22 @@ class TlsFiles:
         return cert, key, ca
 
 
-def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """The credentials of a server. Connections that begin after a file has changed use the new one;
-    others are not disturbed. With ``ca`` only clients with a certificate are let in.
+def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """The credentials of this server; None without TLS. Connections that begin after a file has
+    changed use the new one; others are not disturbed. With ``tls_client_ca`` only clients with a
+    certificate are let in.
 
     Raises:
         BadSecurityFile: see ``TlsFiles.watched``.
     """
-    watched = files.watched()
+    if settings.tls_cert is None:
+        return None
+    watched = TlsFiles(
+        setting="tls_cert, tls_key, tls_client_ca",
+        cert=settings.tls_cert,
+        key=settings.tls_key,
+        ca=settings.tls_client_ca,
+    ).watched()
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
         found, is_new = watched.newer()
@@ -64,17 +73,28 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(
         _configuration(*watched.value),
         changed,  # type: ignore[arg-type]  # None stands for no change; the stubs lack it
-        require_client_authentication=files.ca is not None,
+        require_client_authentication=settings.tls_client_ca is not None,
     )
 
 
-def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
-    """The credentials of a channel.
+def prefill_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
+    """The credentials of the channels to prefill servers; None without TLS.
 
     Raises:
         BadSecurityFile: see ``TlsFiles.watched``.
     """
-    cert, key, ca = files.watched().value
+    if settings.prefill_ca is None and settings.prefill_cert is None:
+        return None
+    cert, key, ca = (
+        TlsFiles(
+            setting="prefill_cert, prefill_key, prefill_ca",
+            cert=settings.prefill_cert,
+            key=settings.prefill_key,
+            ca=settings.prefill_ca,
+        )
+        .watched()
+        .value
+    )
     return grpc.ssl_channel_credentials(ca, key, cert)
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model
 from griffin_core.text.tokenizer import Tokenizer
+from tests.unit.core.pieces import llama2_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
@@ -34,27 +35,11 @@ def tokenizer_of(kind: str, **added: Any) -> Tokenizer:
         backend = Backend(BPE({letter: i for i, letter in enumerate(letters)}, []))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-    else:  # as sentencepiece's: a blank becomes a letter, and one comes before a text
-        letters = [f"<0x{byte:02X}>" for byte in range(256)]
-        letters += ["▁", *map(chr, range(33, 127))]
-        backend = Backend(
-            BPE({letter: i for i, letter in enumerate(letters)}, [], byte_fallback=True)
-        )
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        backend.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
-    backend.add_special_tokens(
-        [AddedToken(text, special=True, **added) for text in ("<|im_start|>", "<|im_end|>")]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+        fast = PreTrainedTokenizerFast(tokenizer_object=backend)
+    else:
+        fast = llama2_tokenizer(())
+    tokens = (AddedToken(text, special=True, **added) for text in ("<|im_start|>", "<|im_end|>"))
+    fast.add_special_tokens({"additional_special_tokens": list(tokens)})
     fast.chat_template = TEMPLATE
     return Tokenizer(fast)
 
