@@ -23,7 +23,6 @@ from griffin_core.model.load import Model
 from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server.app import App
 from griffin_server.settings import Settings
-from griffin_server.transfer.shared_memory import DIRECTORY
 
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0)]
 """Options of a channel; with them a server notices soon that its client does not read."""
@@ -129,10 +128,14 @@ class Process:
         self._process.stderr.close()
 
 
-def segments(*pids: int) -> set[Path]:
-    """The shared-memory segments that these processes have made; by default those of this one.
-    Other tests may run beside this one, and make segments of their own."""
-    return {path for pid in pids or (os.getpid(),) for path in DIRECTORY.glob(f"griffin-{pid}-*")}
+def segments() -> int:
+    """How many segments of shared memory this process holds."""
+    inodes = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the directory's own descriptor
+            if os.readlink(path).startswith("/memfd:griffin-kv"):
+                inodes.add(path.stat().st_ino)
+    return len(inodes)
 
 
 def eventually(holds: Callable[[], bool], *, within_s: float = 10) -> None:

@@ -28,7 +28,7 @@ from griffin_server.rpc.prefill import PrefillServicer
 from griffin_server.security.tls import prefill_credentials
 from griffin_server.settings import Settings
 from griffin_server.telemetry.tracing import Tracing
-from griffin_server.transfer.shared_memory import remove_stale_segments
+from griffin_server.transfer.descriptors import DescriptorSocket
 
 log = structlog.get_logger("griffin.app")
 
@@ -139,6 +139,7 @@ class App:
         self.metrics.watch(self.engine)
         self._tracing = Tracing(settings.role)
         self._prefill: PrefillRouter | None = None
+        self._descriptors: DescriptorSocket | None = None
         self._watch: asyncio.Task[None] | None = None
         self.stuck = False
         """Whether the engine's thread did not end at ``stop``; then the process has to."""
@@ -170,7 +171,7 @@ class App:
         self._watch = asyncio.create_task(self._watch_engine())
         await self.listener.open(
             generation=self._generation(bridge) if settings.role in ("all", "decode") else None,
-            prefill=PrefillServicer(engine, bridge)
+            prefill=PrefillServicer(engine, bridge, self.listener.handoff_directory)
             if settings.role in ("all", "prefill")
             else None,
             tracing=self._tracing,
@@ -189,7 +190,8 @@ class App:
     def _generation(self, bridge: LoopBridge) -> GenerationServicer:
         settings, engine = self._settings, self.engine
         if settings.prefill_target:
-            remove_stale_segments()
+            directory = self.listener.handoff_directory
+            self._descriptors = DescriptorSocket(directory) if directory else None
             credentials = prefill_credentials(settings)
             self._prefill = PrefillRouter(
                 [
@@ -199,6 +201,7 @@ class App:
                         self.metrics,
                         settings.handoff,
                         settings.handoff_timeout_s,
+                        self._descriptors,
                         credentials,
                     )
                     for target in settings.prefill_target
@@ -232,6 +235,8 @@ class App:
         await self._source.close()
         if self._prefill is not None:
             await self._prefill.close()
+        if self._descriptors is not None:
+            await asyncio.to_thread(self._descriptors.close)
         await asyncio.to_thread(self._tracing.close)
         log.info("stopped")
 

@@ -9,6 +9,7 @@ import asyncio
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -34,6 +35,7 @@ from griffin_server.security.tls import server_credentials
 from griffin_server.settings import Settings
 from griffin_server.telemetry.http import HttpServer
 from griffin_server.telemetry.metrics import Metrics
+from griffin_server.transfer.descriptors import handoff_directory
 
 if TYPE_CHECKING:
     from griffin_server.telemetry.tracing import Tracing
@@ -78,6 +80,8 @@ class Listener:
         self.started = False
         self.stuck = False
         """Whether the engine is stuck; see ``set_stuck``."""
+        self.handoff_directory: Path | None = None
+        """The directory of the sockets over which shared memory comes; None for no such memory."""
         self._inode: tuple[int, int] | None = None  # of the Unix socket's file
         self._generation, self._prefill = Later(), Later()
         self._health = health.HealthServicer()
@@ -89,11 +93,12 @@ class Listener:
 
         Raises:
             ListenError: an address is in use or does not belong to this machine.
-            BadSecurityFile: a file with certificates cannot be used.
+            BadSecurityFile: a file with certificates, or handoff_dir, cannot be used.
         """
         self.started = True
         settings = self._settings
         credentials = server_credentials(settings)
+        self.handoff_directory = handoff_directory(settings)
         self._server = grpc.aio.server(
             interceptors=(self.calls,), options=server_options(settings.max_request_bytes)
         )

@@ -159,6 +159,13 @@ class Settings(EngineSettings):
         "memory or shared memory, else in messages; shared_memory: as auto, but never through GPU "
         "memory; messages: only in messages.",
     )
+    handoff_dir: Path | None = Field(
+        None,
+        description="Directory of the Unix sockets through which decode servers give prefill "
+        "servers of this host shared memory. Both need the same one, of one user, with mode 0700; "
+        "it is made if it does not exist. By default griffin-UID in the directory for temporary "
+        "files.",
+    )
     stream_interval: int = Field(
         0,
         ge=0,

@@ -220,17 +220,22 @@ def test_a_second_signal_ends_what_the_first_lets_run(
         assert server.wait() == 0
 
 
-def test_a_server_that_has_shut_down_leaves_no_segments(
-    tiny_directory: Callable[[str], Path],
+def test_servers_that_have_ended_leave_no_socket_and_no_memory(
+    tiny_directory: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    directory = tmp_path / "handoff"
     model = ("--model", str(tiny_directory("llama")), "--dtype", "float32")
+    model += ("--handoff-dir", str(directory), "--local-prefill-max-tokens", "0")
+    before = set(os.listdir("/dev/shm"))
     with (
         Process(*model, "--role", "prefill") as prefill,
         Process(*model, "--role", "decode", "--prefill-target", prefill.target()) as decode,
         GriffinClient(decode.target(), max_retries=0) as client,
     ):
         client.complete("a", **FEW)
+        assert len(list(directory.iterdir())) == 1
         for process in (decode, prefill):
             process.terminate()
             assert process.wait() == 0
-    assert segments(decode.pid, prefill.pid) == set()
+    assert list(directory.iterdir()) == []
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if "griffin" in name]

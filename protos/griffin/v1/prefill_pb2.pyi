@@ -209,30 +209,32 @@ Global___ExpertSelection: _TypeAlias = ExpertSelection  # noqa: Y015
 
 @_typing.final
 class SharedMemoryOffer(_message.Message):
-    """A POSIX shared-memory segment, made and owned by the caller."""
+    """A segment of memory without a name (memfd), made and owned by the caller."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """Its name in the shared-memory file system, without a slash."""
+    SOCKET_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     nonce: _builtins.bytes
     """16 random bytes that stand at the start of the segment. A server that reads them there has
     proved that it sees the same memory; it then writes 16 bytes of its own over them.
     """
+    socket: _builtins.str
+    """The name of the Unix socket (SOCK_SEQPACKET) in the directory that both sides know, which
+    answers to the nonce with one byte and the descriptor of the memory, once.
+    """
     def __init__(
         self,
         *,
-        name: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         nonce: _builtins.bytes = ...,
+        socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "nonce", b"nonce", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "size_bytes", b"size_bytes", "socket", b"socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,6 +30,7 @@ from griffin_server.telemetry.metrics import Metrics
 from griffin_server.telemetry.tracing import Metadata, spans_var
 from griffin_server.transfer.base import MemoryNotShared
 from griffin_server.transfer.codec import HandoffReader
+from griffin_server.transfer.descriptors import DescriptorSocket
 from griffin_server.transfer.negotiation import TransportOffers
 from griffin_server.transfer.protocol import NEWEST, OLDEST
 from griffin_server.transfer.shape import HandoffShape, handoff_shape
@@ -50,6 +51,7 @@ class PrefillClient:
         metrics: counts the handoffs.
         handoff: the transports that the KV may use; see ``Settings``.
         handoff_timeout_s: the longest between two messages; see ``Settings``.
+        descriptors: gives shared memory to the server; None does without it.
         credentials: of the channel; None does without TLS.
     """
 
@@ -60,6 +62,7 @@ class PrefillClient:
         metrics: Metrics,
         handoff: HandoffTransports = "auto",
         handoff_timeout_s: float = 120.0,
+        descriptors: DescriptorSocket | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.target = target
@@ -75,7 +78,7 @@ class PrefillClient:
         self._stub = prefill_pb2_grpc.PrefillServiceStub(self._channel)
         self.health = ServerHealth(target, self._channel)
         self._handoff_timeout_s = handoff_timeout_s
-        self._offers = TransportOffers(model.decoder.device, handoff)
+        self._offers = TransportOffers(model.decoder.device, handoff, descriptors)
 
     async def stream(
         self, task: PrefillTask, timeout_s: float | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -37,11 +38,17 @@ HOLD_TIME_S = 10.0
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    """One stream is one handoff: when the stream ends, for any reason, so does the work."""
+    """One stream is one handoff: when the stream ends, for any reason, so does the work.
 
-    def __init__(self, engine: Engine, bridge: LoopBridge) -> None:
+    Args:
+        bridge: delivers the engine's events to the loop that serves calls.
+        handoff_directory: see ``exporter_for``.
+    """
+
+    def __init__(self, engine: Engine, bridge: LoopBridge, handoff_directory: Path | None) -> None:
         self._engine = engine
         self._bridge = bridge
+        self._handoff_directory = handoff_directory
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
 
     async def Prefill(
@@ -56,7 +63,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             )
         task = prefill_task(request, model.decoder.spec)
         shape = handoff_shape(model, task)
-        exporter = exporter_for(request, shape, model.decoder.device)
+        exporter = await asyncio.to_thread(
+            exporter_for, request, shape, model.decoder.device, self._handoff_directory
+        )
         writer = HandoffWriter(shape, exporter, version)
         yield writer.header()
         async with self._exports if exporter.exports_memory else nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from griffin_server.transfer.cuda_ipc import (
     boot_id,
     can_share,
 )
+from griffin_server.transfer.descriptors import DescriptorSocket
 from griffin_server.transfer.messages import MessagesExporter, MessagesImporter
 from griffin_server.transfer.shape import HandoffShape
 from griffin_server.transfer.shared_memory import (
@@ -31,9 +33,17 @@ from griffin_server.transfer.shared_memory import (
 
 
 def exporter_for(
-    request: pb.PrefillRequest, shape: HandoffShape, device: torch.device
+    request: pb.PrefillRequest,
+    shape: HandoffShape,
+    device: torch.device,
+    directory: Path | None,
 ) -> KvExporter:
-    """The fastest transport that a request offers and that works here; messages always work."""
+    """The fastest transport that a request offers and that works here; messages always work. It
+    may wait for the decode server for some seconds.
+
+    Args:
+        directory: of the sockets over which shared memory comes; None for no such memory.
+    """
     if request.HasField("cuda_memory"):
         same_host = can_share(device) and request.cuda_memory.boot_id == boot_id()
         if same_host and shape.dtype.itemsize in INTEGER_TYPES:
@@ -42,8 +52,8 @@ def exporter_for(
             except IpcError:
                 pass
     offer = request.shared_memory
-    if offer.name and offer.size_bytes >= DATA_START + shape.kv_bytes:
-        segment = attach_segment(offer.name, offer.size_bytes, offer.nonce)
+    if directory is not None and offer.size_bytes >= DATA_START + shape.kv_bytes:
+        segment = attach_segment(directory, offer)
         if segment is not None:
             return SharedMemoryExporter(shape, segment, device)
     return MessagesExporter(shape, device)
@@ -55,14 +65,21 @@ class TransportOffers:
     Args:
         device: the device of the decode server's model.
         allowed: the setting ``handoff``.
+        descriptors: gives shared memory to prefill servers; None does without it.
     """
 
-    def __init__(self, device: torch.device, allowed: HandoffTransports) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        allowed: HandoffTransports,
+        descriptors: DescriptorSocket | None,
+    ) -> None:
         self._device = device
+        self._descriptors = descriptors
         self._pool = SegmentPool()
         self._abandoned: set[asyncio.Future[Segment | None]] = set()
         self._offered: set[pb.Transport.ValueType] = set()
-        if allowed != "messages":
+        if allowed != "messages" and descriptors is not None:
             self._offered.add(pb.TRANSPORT_SHARED_MEMORY)
         if allowed == "auto" and can_share(device):
             self._offered.add(pb.TRANSPORT_CUDA_MEMORY)
@@ -71,10 +88,12 @@ class TransportOffers:
         """The fastest transport that has not been withdrawn, for one handoff."""
         if pb.TRANSPORT_CUDA_MEMORY in self._offered:
             return CudaIpcImporter(shape, self._device)
-        if pb.TRANSPORT_SHARED_MEMORY in self._offered:
+        if pb.TRANSPORT_SHARED_MEMORY in self._offered and self._descriptors is not None:
             segment = await self._segment(DATA_START + shape.kv_bytes)
             if segment is not None:
-                return SharedMemoryImporter(shape, self._device, segment, self._pool)
+                return SharedMemoryImporter(
+                    shape, self._device, segment, self._pool, self._descriptors
+                )
         return self.fallback(shape)
 
     def fallback(self, shape: HandoffShape) -> MessagesImporter:
@@ -86,7 +105,7 @@ class TransportOffers:
         self._offered.discard(transport)
 
     async def close(self) -> None:
-        """Removes all shared-memory segments."""
+        """Frees all shared memory."""
         await asyncio.gather(*self._abandoned)
         self._pool.close()
 

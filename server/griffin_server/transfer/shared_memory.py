@@ -1,12 +1,13 @@
 """The transport through memory that two processes of one host share.
 
-The decode server creates a segment and owns it; the prefill server maps it during one call. Both
-verify that they see the same bytes before they use it: the prefill server compares the nonce, and
-the decode server reads the nonce that the prefill server wrote in its place. A segment that is
-missing or too small is no error: the KV goes in messages then.
+The decode server makes a segment, memory without a name, and owns it. The prefill server gets its
+descriptor over a Unix socket and maps it during one call. Both verify that they see the same bytes
+before they use it: the prefill server compares the nonce, and the decode server reads the nonce
+that the prefill server wrote in its place. A segment that cannot be had is no error: the KV goes in
+messages then. The kernel frees it when both have let it go, also if they are killed.
 
-The segments are files in /dev/shm and not multiprocessing.shared_memory, because before Python 3.13
-its resource tracker removes a segment when a process that only attached to it ends.
+Segments are sealed, so that neither end can shrink one under the other: touching memory that is no
+longer there would end a process by SIGBUS.
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import re
 import secrets
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,33 +27,39 @@ import torch
 from torch import Tensor
 
 from griffin.v1 import prefill_pb2 as pb
+from griffin_core.engine.device_memory import available_bytes
 from griffin_core.forward.events import (
     LayerKv,
 )
 from griffin_server.transfer.base import Bytes, HostExporter, HostImporter
+from griffin_server.transfer.descriptors import NONCE_BYTES, DescriptorSocket, fetch
 from griffin_server.transfer.shape import HandoffShape
 
-DIRECTORY = Path("/dev/shm")
-NONCE_BYTES = 16
 DATA_START = 64  # after the nonce, on a cache line of its own
-_NAME = re.compile(r"griffin-\d+-[0-9a-f]{32}")
+
+MOST_OF_AVAILABLE = 0.5
+"""The most of the memory that is available that a new segment takes."""
 
 
 class Segment:
     """A mapped segment.
 
     Args:
-        name: the name of its file in ``DIRECTORY``.
-        mapping: the mapped file.
+        descriptor: of its memory; the segment closes it.
+        size_bytes: how much of the memory to map.
+
+    Raises:
+        OSError, ValueError: it cannot be mapped.
     """
 
-    def __init__(self, name: str, mapping: mmap.mmap) -> None:
-        self.name = name
-        self._mapping = mapping
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self._mapping)
+    def __init__(self, descriptor: int, size_bytes: int) -> None:
+        self.descriptor = descriptor
+        self.size_bytes = size_bytes
+        try:
+            self._mapping = mmap.mmap(descriptor, size_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def write_nonce(self) -> bytes:
         """Writes new random bytes at the start and returns them."""
@@ -90,58 +95,65 @@ class Segment:
             raise ValueError(f"bytes {offset}..{end} are outside a segment of {self.size_bytes}")
         return bytearray(memoryview(self._mapping)[offset:end])
 
-    def unlink(self) -> None:
-        """Removes the file; the kernel frees the memory with its last mapping."""
-        (DIRECTORY / self.name).unlink(missing_ok=True)
+    def close(self) -> None:
+        """Lets the memory go, once nothing refers to what ``write`` returned."""
+        if hasattr(self, "_mapping"):
+            del self._mapping
+            os.close(self.descriptor)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def create_segment(size_bytes: int) -> Segment | None:
-    """Creates a segment; None if /dev/shm does not exist or has no room for it.
+    """Makes a segment; None if this system has none or too little memory is available.
 
-    All of its memory is allocated here, because a write to a page that /dev/shm cannot back kills
-    the process.
+    All of its memory is allocated here, so that a lack of it shows here and nowhere later.
     """
-    name = f"griffin-{os.getpid()}-{secrets.token_hex(16)}"
+    if not hasattr(os, "memfd_create") or size_bytes > MOST_OF_AVAILABLE * available_bytes():
+        return None
     try:
-        descriptor = os.open(DIRECTORY / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.memfd_create("griffin-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError:
         return None
     try:
-        # The lock lasts as long as the mapping, which keeps a duplicate of the descriptor. It tells
-        # whether the owner is alive. A process id would not, since containers reuse the same ids.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(descriptor).st_nlink:  # another process took it for a stale one
-            return None
         os.posix_fallocate(descriptor, 0, size_bytes)
-        return Segment(name, mmap.mmap(descriptor, size_bytes))
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except OSError:
-        (DIRECTORY / name).unlink(missing_ok=True)
-        return None
-    finally:
         os.close(descriptor)
-
-
-def attach_segment(name: str, size_bytes: int, nonce: bytes) -> Segment | None:
-    """Maps a segment that another process offers; None unless it exists, belongs to this user and
-    starts with ``nonce``."""
-    if not _NAME.fullmatch(name):  # also refuses paths
         return None
     try:
-        descriptor = os.open(DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW)
+        return Segment(descriptor, size_bytes)
     except OSError:
+        return None
+
+
+def attach_segment(directory: Path, offer: pb.SharedMemoryOffer) -> Segment | None:
+    """Maps a segment that another process offers; None unless it can be had, cannot be shrunk and
+    starts with the offer's nonce. It may wait for the other process for some seconds.
+
+    Args:
+        directory: of the sockets over which descriptors come.
+    """
+    descriptor = fetch(directory, offer.socket, offer.nonce)
+    if descriptor is None:
         return None
     try:
         found = os.fstat(descriptor)
-        mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
-        if not mine or found.st_size < max(size_bytes, DATA_START):
-            return None
-        os.posix_fallocate(descriptor, 0, size_bytes)  # a write to a hole may kill
-        segment = Segment(name, mmap.mmap(descriptor, size_bytes))
+        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        fits = max(offer.size_bytes, DATA_START) <= found.st_size
+        if not (stat.S_ISREG(found.st_mode) and sealed and fits):
+            raise ValueError("no segment")
+        os.posix_fallocate(descriptor, 0, offer.size_bytes)  # a write to a hole may find no memory
+    except (OSError, ValueError):  # without seals, as of a file, they cannot be asked for
+        os.close(descriptor)
+        return None
+    try:
+        segment = Segment(descriptor, offer.size_bytes)
     except (OSError, ValueError):
         return None
-    finally:
-        os.close(descriptor)
-    return segment if segment.read_nonce() == nonce else None
+    return segment if segment.read_nonce() == offer.nonce else None
 
 
 class SegmentPool:
@@ -156,7 +168,7 @@ class SegmentPool:
         self._lock = threading.Lock()
 
     def acquire(self, size_bytes: int) -> Segment | None:
-        """A segment of at least that size; None if none can be created."""
+        """A segment of at least that size; None if none can be made."""
         with self._lock:
             for segment in self._free:
                 if segment.size_bytes >= size_bytes:
@@ -170,27 +182,14 @@ class SegmentPool:
             self._free.append(segment)
             self._free.sort(key=lambda s: s.size_bytes)
             while len(self._free) > (0 if self._closed else self.KEEP):
-                self._free.pop(0).unlink()
+                self._free.pop(0).close()
 
     def close(self) -> None:
-        """Removes all idle segments, and from now on each one that is released."""
+        """Lets all idle segments go, and from now on each one that is released."""
         with self._lock:
             self._closed = True
             while self._free:
-                self._free.pop().unlink()
-
-
-def remove_stale_segments() -> None:
-    """Removes the segments of this host's Griffin processes that died without removing them."""
-    for path in DIRECTORY.glob("griffin-*"):
-        if _NAME.fullmatch(path.name):
-            with suppress(OSError):  # the owner is alive, another user, or has just removed it
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-                finally:
-                    os.close(descriptor)
+                self._free.pop().close()
 
 
 class SharedMemoryExporter(HostExporter):
@@ -219,20 +218,28 @@ class SharedMemoryImporter(HostImporter):
 
     Args:
         segment: acquired from ``pool``, to which ``close`` releases it.
+        descriptors: gives the segment's descriptor to the exporter.
     """
 
     transport: ClassVar = pb.TRANSPORT_SHARED_MEMORY
 
     def __init__(
-        self, shape: HandoffShape, device: torch.device, segment: Segment, pool: SegmentPool
+        self,
+        shape: HandoffShape,
+        device: torch.device,
+        segment: Segment,
+        pool: SegmentPool,
+        descriptors: DescriptorSocket,
     ) -> None:
         super().__init__(shape, device)
         self._segment = segment
         self._pool = pool
+        self._descriptors = descriptors
         self._nonce = segment.write_nonce()
+        descriptors.offer(self._nonce, segment.descriptor)
 
     def offer(self, request: pb.PrefillRequest) -> None:
-        request.shared_memory.name = self._segment.name
+        request.shared_memory.socket = self._descriptors.name
         request.shared_memory.size_bytes = self._segment.size_bytes
         request.shared_memory.nonce = self._nonce
 
@@ -246,7 +253,8 @@ class SharedMemoryImporter(HostImporter):
         return self._event(chunk, data), data
 
     def close(self, *, complete: bool) -> None:
+        self._descriptors.withdraw(self._nonce)
         if complete:
             self._pool.release(self._segment)
         else:  # the exporter may still be writing
-            self._segment.unlink()
+            self._segment.close()

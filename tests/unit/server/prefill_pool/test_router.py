@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from griffin_server.rpc.prefill import PrefillServicer
 from griffin_server.telemetry.metrics import Metrics
 from griffin_server.transfer import negotiation, shared_memory
 from griffin_server.transfer.base import KvImporter, MemoryNotShared
+from griffin_server.transfer.descriptors import DescriptorSocket
 from griffin_server.transfer.messages import MessagesImporter
 from griffin_server.transfer.shape import HandoffShape
 from griffin_server.transfer.shared_memory import Segment, SegmentPool
@@ -30,8 +32,18 @@ from tests.servers import Running, running, segments
 TASK = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
 
 
-async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
-    tiny: Callable[[str], Model], tiny_server: Running, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def giver(tmp_path: Path) -> Iterator[DescriptorSocket]:
+    made = DescriptorSocket(tmp_path / "handoff")
+    yield made
+    made.close()
+
+
+async def test_a_pull_cancelled_while_its_segment_is_made_leaves_none(
+    tiny: Callable[[str], Model],
+    tiny_server: Running,
+    giver: DescriptorSocket,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = segments()
     begun, go_on = threading.Event(), threading.Event()
@@ -43,7 +55,7 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_no_file(
         return create(size_bytes)
 
     monkeypatch.setattr(shared_memory, "create_segment", slow)
-    source = PrefillClient(tiny_server.target, tiny("llama"), Metrics())
+    source = PrefillClient(tiny_server.target, tiny("llama"), Metrics(), descriptors=giver)
     pull = asyncio.create_task(anext(source.stream(TASK, None)))
     await asyncio.to_thread(begun.wait, 10)
     pull.cancel()
@@ -87,18 +99,25 @@ class Unreadable(MessagesImporter):
 
 @pytest.mark.parametrize("at", ["proof", "KV"])
 async def test_a_transport_that_does_not_work_is_withdrawn_and_the_prefill_restarts(
-    at: str, tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+    at: str,
+    tiny: Callable[[str], Model],
+    giver: DescriptorSocket,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny("llama")
     with running(model, role="prefill") as prefill:
-        server = PrefillClient(prefill.target, model, Metrics())
+        server = PrefillClient(prefill.target, model, Metrics(), descriptors=giver)
         usual, offered = negotiation.SharedMemoryImporter, []
 
         def first_unreadable(
-            shape: HandoffShape, device: torch.device, segment: Segment, pool: SegmentPool
+            shape: HandoffShape,
+            device: torch.device,
+            segment: Segment,
+            pool: SegmentPool,
+            descriptors: DescriptorSocket,
         ) -> KvImporter:
             if offered:
-                offered.append(usual(shape, device, segment, pool))
+                offered.append(usual(shape, device, segment, pool, descriptors))
             else:
                 pool.release(segment)
                 offered.append(Unreadable(at, shape, device))

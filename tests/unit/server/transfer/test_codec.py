@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from griffin_server.transfer import base
 from griffin_server.transfer.base import KvImporter
 from griffin_server.transfer.codec import HandoffReader, HandoffWriter
 from griffin_server.transfer.cuda_ipc import boot_id
+from griffin_server.transfer.descriptors import DescriptorSocket
 from griffin_server.transfer.messages import MessagesExporter, MessagesImporter
 from griffin_server.transfer.negotiation import exporter_for
 from griffin_server.transfer.protocol import NEWEST, OLDEST, negotiate
@@ -73,22 +75,43 @@ def segment(shape: HandoffShape) -> Iterator[Segment]:
     made = create_segment(DATA_START + shape.kv_bytes)
     assert made is not None
     yield made
-    made.unlink()
+    made.close()
 
 
-def segment_reader(shape: HandoffShape, segment: Segment) -> tuple[KvImporter, HandoffReader]:
-    importer = SharedMemoryImporter(shape, CPU, segment, SegmentPool())
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Of the sockets."""
+    return tmp_path / "handoff"
+
+
+@pytest.fixture
+def giver(directory: Path) -> Iterator[DescriptorSocket]:
+    made = DescriptorSocket(directory)
+    yield made
+    made.close()
+
+
+def segment_reader(
+    shape: HandoffShape, segment: Segment, giver: DescriptorSocket
+) -> tuple[KvImporter, HandoffReader]:
+    importer = SharedMemoryImporter(shape, CPU, segment, SegmentPool(), giver)
     return importer, HandoffReader(shape, importer, MessagesImporter(shape, CPU))
 
 
 @pytest.fixture(params=["messages", "shared memory"])
-def ends(request: pytest.FixtureRequest, shape: HandoffShape, segment: Segment) -> Ends:
+def ends(
+    request: pytest.FixtureRequest,
+    shape: HandoffShape,
+    segment: Segment,
+    giver: DescriptorSocket,
+    directory: Path,
+) -> Ends:
     if request.param == "messages":
         return messages_writer(shape), messages_reader(shape)
-    importer, reader = segment_reader(shape, segment)
+    importer, reader = segment_reader(shape, segment, giver)
     asked = pb.PrefillRequest()
     importer.offer(asked)
-    return HandoffWriter(shape, exporter_for(asked, shape, CPU)), reader
+    return HandoffWriter(shape, exporter_for(asked, shape, CPU, directory)), reader
 
 
 def messages(writer: HandoffWriter, events: list[PrefillEvent]) -> Iterator[pb.PrefillResponse]:
@@ -237,9 +260,9 @@ def test_a_layer_with_other_experts_than_the_header_says_is_refused(
 
 
 def test_a_segment_that_the_other_end_did_not_prove_is_not_read(
-    shape: HandoffShape, segment: Segment
+    shape: HandoffShape, segment: Segment, giver: DescriptorSocket
 ) -> None:
-    importer, reader = segment_reader(shape, segment)
+    importer, reader = segment_reader(shape, segment, giver)
     asked = pb.PrefillRequest()
     importer.offer(asked)
     header = messages_writer(shape).header()
@@ -264,9 +287,9 @@ def test_a_transport_that_was_not_offered_is_refused(
 
 
 def test_a_declined_offer_falls_back_to_messages(
-    shape: HandoffShape, events: list[PrefillEvent], segment: Segment
+    shape: HandoffShape, events: list[PrefillEvent], segment: Segment, giver: DescriptorSocket
 ) -> None:
-    _, reader = segment_reader(shape, segment)
+    _, reader = segment_reader(shape, segment, giver)
     for message in messages(messages_writer(shape), events):
         reader.read(over_the_wire(message))
     assert reader.finished and reader.declined
@@ -275,7 +298,7 @@ def test_a_declined_offer_falls_back_to_messages(
 def test_a_cpu_exports_no_gpu_memory(shape: HandoffShape) -> None:
     asked = pb.PrefillRequest()
     asked.cuda_memory.boot_id = boot_id()
-    assert isinstance(exporter_for(asked, shape, CPU), MessagesExporter)
+    assert isinstance(exporter_for(asked, shape, CPU, None), MessagesExporter)
 
 
 def test_messages_out_of_order_are_refused(shape: HandoffShape, events: list[PrefillEvent]) -> None:
