@@ -72,8 +72,8 @@ def with_and_without_traces(
 
 @pytest.fixture(scope="module")
 def tiny_server(tiny: Callable[[str], Model]) -> Iterator[Running]:
-    """A server in role all with a tiny llama."""
-    with running(tiny("llama")) as server:
+    """A server in role all with a tiny llama, which serves PrefillService as well."""
+    with running(tiny("llama"), prefill_host="127.0.0.1", prefill_port=0) as server:
         yield server
 
 

@@ -34,6 +34,8 @@ class Running:
 
     app: App
     target: str
+    prefill_target: str
+    """Where it serves PrefillService; "None" if it does not."""
 
     def client(self) -> GriffinClient:
         """A client that does not retry: a test sees each error of the server."""
@@ -58,7 +60,11 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     with patch("griffin_core.engine.step_setup.measure_costs", lambda *_: ASSUMED_COSTS):
         call(app.start())
     try:
-        yield Running(app=app, target=str(app.listener.address))
+        yield Running(
+            app=app,
+            target=str(app.listener.address),
+            prefill_target=str(app.listener.prefill_address),
+        )
     finally:
         call(app.stop())
         loop.call_soon_threadsafe(loop.stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,18 +58,34 @@ class Tls:
         """The credentials of a channel.
 
         Raises:
-            InvalidArgument: a file cannot be read, or only one of cert and key is given.
+            InvalidArgument: a file cannot be read or is no PEM, the key is of another certificate,
+                or only one of cert and key is given.
         """
         if (self.cert is None) != (self.key is None):
             raise invalid_argument("tls", self, "allowed: both cert and key, or none")
-        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # it says what is wrong; gRPC does not
+        try:
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+            if self.cert is not None:
+                context.load_cert_chain(self.cert, self.key)
+            ca, key, cert = (
+                None if path is None else Path(path).read_bytes()
+                for path in (self.ca, self.key, self.cert)
+            )
+        except OSError as error:
+            why = f"cannot use the files ({error.strerror or error})"
+            raise invalid_argument("tls", self, why) from error
+        return grpc.ssl_channel_credentials(ca, key, cert)
 
-
-def _read(path: str | Path | None) -> bytes | None:
-    try:
-        return None if path is None else Path(path).read_bytes()
-    except OSError as error:
-        raise invalid_argument("tls", str(path), f"cannot read it ({error.strerror})") from error
+    def stamp(self) -> tuple[tuple[int, int, int], ...]:
+        """What changes when one of the files does; empty while one is missing."""
+        paths = [path for path in (self.ca, self.cert, self.key) if path is not None]
+        try:
+            found = [os.stat(path) for path in paths]
+        except OSError:
+            return ()
+        return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in found)
 
 
 def api_key_or_default(api_key: ApiKey | None) -> ApiKey | None:
@@ -83,32 +100,27 @@ def key_metadata(api_key: ApiKey | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {api_key if isinstance(api_key, str) else api_key()}"),)
 
 
-def credentials_of(
-    target: str, tls: Tls | None, *, has_key: bool
-) -> grpc.ChannelCredentials | None:
-    """The credentials of a channel to this target; None for plain text.
+def tls_of(target: str, tls: Tls | None, *, has_key: bool) -> Tls | None:
+    """The TLS of a channel to this target; None for plain text.
 
     Args:
         tls: None for what the environment says.
         has_key: whether a key is sent.
 
     Raises:
-        InvalidArgument: a file cannot be read, or a key would be sent in plain text to another
-            machine.
+        InvalidArgument: a key would be sent in plain text to another machine.
     """
     if tls is None:
         paths = {name: os.environ.get(variable) for name, variable in TLS_VARIABLES.items()}
         tls = Tls(**{n: path or None for n, path in paths.items()}) if any(paths.values()) else None
-    if tls is not None:
-        return tls.credentials()
-    if has_key and not (LOOPBACK.fullmatch(target) or target.startswith("unix:")):
+    if tls is None and has_key and not (LOOPBACK.fullmatch(target) or target.startswith("unix:")):
         raise invalid_argument(
             "api_key",
             target,
             "without tls the key would be sent in plain text; allowed: with tls=Tls(...), or to "
             "this machine",
         )
-    return None
+    return tls
 
 
 def target_or_default(target: str | None) -> str:

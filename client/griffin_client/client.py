@@ -11,17 +11,17 @@ from typing import Any, TypeVar, Unpack
 import grpc
 
 from griffin.v1 import generation_pb2 as pb
-from griffin.v1 import generation_pb2_grpc
 from griffin_client import requests, responses
 from griffin_client.channel import (
     ApiKey,
     Tls,
     api_key_or_default,
     channel_options,
-    credentials_of,
     key_metadata,
     target_or_default,
+    tls_of,
 )
+from griffin_client.connection import Connection
 from griffin_client.errors import from_rpc_error
 from griffin_client.options import (
     AnalyzeOptions,
@@ -74,17 +74,24 @@ class GriffinClient:
         self.max_retries = check_max_retries(max_retries)
         self._owns_channel = channel is None
         self._api_key = api_key_or_default(api_key)
-        if channel is None:
-            target = target_or_default(target)
-            credentials = credentials_of(target, tls, has_key=self._api_key is not None)
-            options = channel_options(target)
-            channel = (
-                grpc.insecure_channel(target, options=options)
-                if credentials is None
-                else grpc.secure_channel(target, credentials, options=options)
-            )
-        self._channel = channel
-        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        if channel is not None:
+            existing = channel
+            self._connection = Connection[grpc.Channel](lambda _: existing, None)
+            return
+        where = target_or_default(target)
+        options = channel_options(where)
+
+        def make(credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+            if credentials is None:
+                return grpc.insecure_channel(where, options=options)
+            return grpc.secure_channel(where, credentials, options=options)
+
+        tls = tls_of(where, tls, has_key=self._api_key is not None)
+        self._connection = Connection[grpc.Channel](make, tls)
+
+    @property
+    def _stub(self) -> Any:
+        return self._connection.stub
 
     def with_options(
         self, *, timeout: float | None = None, max_retries: int | None = None
@@ -107,7 +114,8 @@ class GriffinClient:
     def close(self) -> None:
         """Ends all calls and closes the connection."""
         if self._owns_channel:
-            self._channel.close()
+            for channel in self._connection.channels():
+                channel.close()
 
     def __enter__(self) -> GriffinClient:
         return self

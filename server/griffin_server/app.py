@@ -170,16 +170,20 @@ class App:
         bridge = LoopBridge()
         self._watch = asyncio.create_task(self._watch_engine())
         await self.listener.open(
-            generation=self._generation(bridge) if settings.role in ("all", "decode") else None,
+            generation=self._generation(bridge) if settings.role != "prefill" else None,
             prefill=PrefillServicer(engine, bridge, self.listener.handoff_directory)
-            if settings.role in ("all", "prefill")
+            if settings.prefill_address is not None
             else None,
             tracing=self._tracing,
             context_length=engine.model.decoder.spec.context_length,
         )
+        prefill = {}
+        if settings.role == "all" and self.listener.prefill_address is not None:
+            prefill = {"prefill_address": str(self.listener.prefill_address)}
         log.info(
             "serving",
             address=str(self.listener.address),
+            **prefill,
             role=settings.role,
             model=engine.model.name,
             dtype=str(engine.model.decoder.dtype).removeprefix("torch."),
@@ -225,8 +229,8 @@ class App:
         stuck_after_s = self._settings.stuck_after_s
         # Calls of an engine that is stuck will not end by themselves.
         grace_s = 0.0 if self.engine.stuck(stuck_after_s) else self._settings.shutdown_grace_s
-        log.info("stopping", active=self.listener.calls.drain.active, grace_s=grace_s)
-        await self.listener.drain(grace_s)
+        log.info("stopping", active=self.listener.drain.active, grace_s=grace_s)
+        await self.listener.stop_serving(grace_s)
         wait_s = STUCK_STOP_S if self.engine.stuck(stuck_after_s) else stuck_after_s
         self.stuck = not await asyncio.to_thread(self.engine.stop, wait_s)
         if self.stuck:
@@ -251,4 +255,4 @@ class App:
 
     def force_stop(self) -> None:
         """Lets ``stop`` end running calls at once."""
-        self.listener.calls.drain.force_stop()
+        self.listener.drain.force_stop()

@@ -25,9 +25,25 @@ def default_request_bytes(context_length: int) -> int:
     return min(LARGEST_REQUEST, max(256 << 10, 8 * context_length))
 
 
-def server_options(max_request_bytes: int | None) -> list[tuple[str, Any]]:
-    """The options of a server."""
+GRACE_MS = 10_000
+"""How much longer than its last call a connection is kept, so that the call ends by itself."""
+
+MOST_STREAMS = 1000
+"""The most calls at once on one connection; its further calls wait in the client."""
+
+
+def server_options(max_request_bytes: int | None, max_call_s: float) -> list[tuple[str, Any]]:
+    """The options of a server.
+
+    Args:
+        max_call_s: the longest call. A connection is as long open to new calls, and as much longer
+            to those that run then.
+    """
+    age_ms = int(1000 * max_call_s)
     return [
+        ("grpc.max_concurrent_streams", MOST_STREAMS),
+        ("grpc.max_connection_age_ms", age_ms),
+        ("grpc.max_connection_age_grace_ms", age_ms + GRACE_MS),
         ("grpc.max_receive_message_length", max_request_bytes or LARGEST_REQUEST),
         ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
         ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_INTERVAL_MS),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import tomllib
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FilePath, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -22,8 +21,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from griffin_server.address import UnixAddress, check_target, parse_host
-from griffin_server.engine_settings import EngineSettings
+from griffin_server.access_settings import AccessSettings, split_commas
+from griffin_server.address import Address, UnixAddress, check_target, parse_host
 from griffin_server.environment import is_service_link
 
 HandoffTransports = Literal["auto", "shared_memory", "messages"]
@@ -31,14 +30,12 @@ HandoffTransports = Literal["auto", "shared_memory", "messages"]
 
 LogFormat = Literal["auto", "json", "console"]
 
-CALLER = re.compile(r"[\w.@:/+-]{1,128}", re.ASCII)
-CALLER_ALLOWED = "1 to 128 letters, digits and . _ @ : / + -"
-"""The names of callers."""
+_CALLERS, _PEERS = "one of api_keys, jwt_keys and tls_client_ca", "tls_client_ca"
 
 _config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
 
-class Settings(EngineSettings):
+class Settings(AccessSettings):
     """Serve a model.
 
     Each flag can also be set as GRIFFIN_<NAME> in the environment or as <name> in the TOML file of
@@ -67,52 +64,19 @@ class Settings(EngineSettings):
         description="Address to listen on: a name, an IPv4 or IPv6 address, 0.0.0.0 or :: for all "
         "addresses, or unix:PATH for a Unix socket, which its owner and group may use.",
     )
-    insecure: bool = Field(
-        False,
-        description="Listen beyond this machine without TLS or without asking who calls: whoever "
-        "reaches the port may then read and end every session.",
-    )
-    tls_cert: FilePath | None = Field(
-        None,
-        description="PEM file with the server's certificate chain. It is read again when it "
-        "changes, as are tls_key, tls_client_ca, api_keys and the file of jwt_keys.",
-    )
-    tls_key: FilePath | None = Field(None, description="PEM file with the key of tls_cert.")
-    tls_client_ca: FilePath | None = Field(
-        None,
-        description="PEM file with the CA of clients' certificates. Only clients with such a "
-        "certificate are let in; its first subject alternative name is the caller's name.",
-    )
-    api_keys: FilePath | None = Field(
-        None,
-        description="File with the names of callers and the hashes of their keys; `griffin key` "
-        "makes its lines. Callers send their key as 'authorization: Bearer KEY'.",
-    )
-    jwt_keys: str | None = Field(
-        None,
-        description="JSON Web Key Set, a file or a URL, whose keys sign callers' tokens. The claim "
-        "sub is the caller's name, the claim groups its groups.",
-    )
-    jwt_issuer: str | None = Field(None, description="The iss that tokens must have.")
-    jwt_audience: str | None = Field(None, description="The aud that tokens must have.")
-    jwt_leeway_s: float = Field(
-        30.0, ge=0, le=600, description="Seconds by which a token's times may be off."
-    )
-    operators: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Names of callers that see and close everybody's sessions, besides those in "
-        "the group operator.",
-    )
-    prefill_peers: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Names of the decode servers that may use this server's PrefillService, where "
-        "callers are asked who they are.",
-    )
     port: int = Field(
         50051,
         ge=0,
         le=65535,
         description="Port to listen on; 0 takes a free one. A Unix socket ignores it.",
+    )
+    prefill_host: str | None = Field(
+        None,
+        description="In role all, an address, as host, at which to serve PrefillService as well, "
+        "for decode servers; by default it is not served.",
+    )
+    prefill_port: int = Field(
+        50052, ge=0, le=65535, description="Port of prefill_host; 0 takes a free one."
     )
     prefill_target: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -133,15 +97,6 @@ class Settings(EngineSettings):
         description="Seconds that a prefill server may send nothing before its prompt is given to "
         "another one. It must be longer than a prompt waits there, and than a pass takes.",
     )
-    prefill_ca: FilePath | None = Field(
-        None,
-        description="PEM file with the CA of the prefill servers' certificates. With it or "
-        "prefill_cert, connections to them use TLS.",
-    )
-    prefill_cert: FilePath | None = Field(
-        None, description="PEM file with this server's certificate for prefill servers."
-    )
-    prefill_key: FilePath | None = Field(None, description="PEM file with the key of prefill_cert.")
     local_prefill_max_tokens: int = Field(
         32,
         ge=0,
@@ -183,12 +138,28 @@ class Settings(EngineSettings):
         0,
         ge=0,
         le=65535,
-        description="HTTP port of /metrics, /livez and /readyz; 0 disables them.",
+        description="HTTP port of /metrics, /livez and /readyz, with TLS if tls_cert is set; 0 "
+        "disables them.",
+    )
+    health_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="HTTP port of /livez and /readyz alone, without TLS, for probes; 0 disables "
+        "it.",
     )
     metrics_host: str | None = Field(
         None,
-        description="Address of that port, as host but not a Unix socket; by default the same as "
+        description="Address of both ports, as host but not a Unix socket; by default the same as "
         "host, or localhost if that is a Unix socket.",
+    )
+    max_call_s: float = Field(
+        3600.0,
+        gt=0,
+        le=86400,
+        description="Seconds after which a call ends with DEADLINE_EXCEEDED, also without a "
+        "deadline of its client. Connections are closed after as long, once their calls have "
+        "ended, and clients open new ones.",
     )
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="Seconds that running calls may continue after SIGTERM."
@@ -207,16 +178,16 @@ class Settings(EngineSettings):
             return {"local_prefill_max_tokens": old, **values}
         return values
 
-    @field_validator("prefill_target", "operators", "prefill_peers", mode="before")
+    @field_validator("prefill_target", mode="before")
     @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        parts = [value] if isinstance(value, str) else value
-        return tuple(item.strip() for part in parts for item in part.split(",") if item.strip())
+    def _split_targets(cls, value: Any) -> Any:
+        return split_commas(value)
 
-    @field_validator("host")
+    @field_validator("host", "prefill_host")
     @classmethod
-    def _is_an_address(cls, value: str) -> str:
-        parse_host(value, 0)
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_host(value, 0)
         return value
 
     @field_validator("metrics_host")
@@ -226,55 +197,51 @@ class Settings(EngineSettings):
             raise ValueError("allowed: a name or an IP address, and no Unix socket")
         return value
 
-    @field_validator("operators", "prefill_peers")
-    @classmethod
-    def _are_callers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(map(CALLER.fullmatch, value)):
-            raise ValueError(f"allowed: names of callers, {CALLER_ALLOWED}")
-        return value
-
     @field_validator("prefill_target")
     @classmethod
     def _are_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_target(target) for target in value)
 
-    @model_validator(mode="after")
-    def _whole_security(self) -> Settings:
-        for one, other in (
-            ("tls_cert", "tls_key"),
-            ("prefill_cert", "prefill_key"),
-            ("jwt_keys", "jwt_issuer"),
-            ("jwt_keys", "jwt_audience"),
-        ):
-            first, second = getattr(self, one), getattr(self, other)
-            if (first is None) != (second is None):
-                raise ValueError(
-                    f"{one}, {other}: got {str(first or None)!r} and {str(second or None)!r}; "
-                    "give both or none"
-                )
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("tls_client_ca: got a file without tls_cert; give both")
-        return self
+    @property
+    def address(self) -> Address:
+        """The address of the role's service; that of GenerationService in role all."""
+        return parse_host(self.host, self.port)
+
+    @property
+    def prefill_address(self) -> Address | None:
+        """The address of PrefillService: in role all as asked, in role prefill the only one."""
+        if self.role == "prefill":
+            return self.address
+        return parse_host(self.prefill_host, self.prefill_port) if self.prefill_host else None
 
     @model_validator(mode="after")
     def _local_or_secure(self) -> Settings:
-        address = parse_host(self.host, self.port)
-        if isinstance(address, UnixAddress):
-            if self.tls_cert is not None:
-                raise ValueError("tls_cert: got a file with a Unix socket, which needs no TLS")
-            return self
-        if self.insecure or address.is_loopback or (self.tls_cert and self.asks_who_calls):
-            return self
-        raise ValueError(
-            f"host: got {self.host!r}, which others can reach, without "
-            f"{'TLS' if self.tls_cert is None else 'asking who calls'}; allowed: with tls_cert, "
-            "tls_key and one of api_keys, jwt_keys and tls_client_ca, or with --insecure"
-        )
+        if self.role != "prefill":
+            self._check_address("host", self.address, self.asks_who_calls, _CALLERS)
+        if self.prefill_address is not None:
+            name = "host" if self.role == "prefill" else "prefill_host"
+            self._check_address(name, self.prefill_address, self.tls_client_ca, _PEERS)
+            if self.tls_client_ca is not None and not self.prefill_peers:
+                raise ValueError("prefill_peers: got none; allowed: at least one decode server")
+        if self.role == "prefill" and (self.api_keys or self.jwt_keys):
+            raise ValueError(
+                "api_keys, jwt_keys: got a file with role prefill, whose callers have certificates"
+            )
+        if self.role != "all" and self.prefill_host is not None:
+            raise ValueError(f"prefill_host: got {self.prefill_host!r} with role {self.role!r}")
+        return self
 
-    @property
-    def asks_who_calls(self) -> bool:
-        """Whether callers must say who they are."""
-        return bool(self.api_keys or self.jwt_keys or self.tls_client_ca)
+    def _check_address(self, name: str, address: Address, asks: object, how: str) -> None:
+        """Refuses an address that others can reach and where nobody is asked who they are."""
+        if isinstance(address, UnixAddress):
+            if self.tls_cert is not None and not (self.prefill_host or self.metrics_port):
+                raise ValueError("tls_cert: got a file with a Unix socket, which needs no TLS")
+        elif not (self.insecure or address.is_loopback or (self.tls_cert and asks)):
+            raise ValueError(
+                f"{name}: got {address.host!r}, which others can reach, without "
+                f"{'TLS' if self.tls_cert is None else 'asking who calls'}; allowed: with "
+                f"tls_cert, tls_key and {how}, or with --insecure"
+            )
 
     @model_validator(mode="after")
     def _target_if_decode(self) -> Settings:

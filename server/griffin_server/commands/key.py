@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from griffin_server.access_settings import CALLER, CALLER_ALLOWED
 from griffin_server.commands.failures import fail
 from griffin_server.security.api_keys import line_of, new_key
-from griffin_server.settings import CALLER, CALLER_ALLOWED
 
 app = typer.Typer()
 

@@ -14,7 +14,7 @@ class Authentication:
     """Finds out the principal of each call.
 
     Args:
-        identity: says who it is and what it may.
+        identity: says who it is.
     """
 
     def __init__(self, identity: Identity) -> None:
@@ -26,9 +26,8 @@ class Authentication:
 
         Raises:
             Unauthenticated: the call does not say so, or what it says does not hold.
-            PermissionDenied: the caller may not use the method.
+            PermissionDenied: the caller may not use the service.
         """
         call.principal = await self._identity.principal(call.context)
-        self._identity.check(call.principal, call.method)
         principal_var.set(call.principal)
         yield

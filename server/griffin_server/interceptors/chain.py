@@ -11,6 +11,7 @@ import grpc
 
 from griffin_server.interceptors.authenticate import Authentication
 from griffin_server.interceptors.call import Call, Context, Interceptor
+from griffin_server.interceptors.deadline import CallClock
 from griffin_server.interceptors.drain import Drain
 from griffin_server.interceptors.errors import to_status
 from griffin_server.interceptors.malformed import (
@@ -44,11 +45,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         identity: says who makes a call.
+        drain: admits calls, and counts those that run; several interceptors may share it.
+        max_call_s: the longest call.
     """
 
-    def __init__(self, metrics: Metrics, identity: Identity) -> None:
-        self.drain = Drain()
+    def __init__(
+        self, metrics: Metrics, identity: Identity, *, drain: Drain, max_call_s: float
+    ) -> None:
+        self.drain = drain
         self._identity = identity
+        self._max_call_s = max_call_s
         self._telemetry = CallTelemetry(metrics)
         self._parser = Parser()
         self._number_fields: dict[str, dict[int, str]] = {}
@@ -130,9 +136,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: bytes, context: Context) -> Any:
             around = self._around("unary", method, request, decode, context)
             del request
+            clock = CallClock(self._max_call_s)
             try:
                 async with around as (made, sent):
-                    response = await behavior(made.request, context)
+                    response = await clock.answer(behavior(made.request, context))
                     sent()
                     return response
             except BaseException as error:
@@ -147,11 +154,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: bytes, context: Context) -> AsyncIterator[Any]:
             around = self._around("server_stream", method, request, decode, context)
             del request
+            clock = CallClock(self._max_call_s)
             try:
                 async with around as (made, sent):
                     responses: Any = behavior(made.request, context)
-                    async with aclosing(responses):
-                        async for response in responses:
+                    async with aclosing(responses), aclosing(clock.answers(responses)) as answers:
+                        async for response in answers:
                             sent()
                             yield response
             except BaseException as error:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import grpc
+import structlog
 from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
@@ -19,16 +20,30 @@ from griffin_core.errors import (
     HandoffBroken,
     ProtocolMismatch,
 )
-from griffin_server.rpc.status import DETAILS_KEY
+from griffin_server.rpc.status import DETAILS_KEY, printable
+
+LONGEST_RETRY_S = 60.0
+"""The longest wait that a client is told of what a prefill server says."""
+
+log = structlog.get_logger("griffin.prefill")
 
 
 def error_of(target: str, error: grpc.aio.AioRpcError) -> GriffinError:
-    """The error that a failed call to the prefill server at ``target`` means for its request."""
-    message = f"prefill server {target}: {error.details()}"
+    """The error that a failed call to the prefill server at ``target`` means for its request. What
+    the server says in words goes to the log and not to the client, who may be meant to take it for
+    this server's."""
+    log.warning(
+        "prefill failed",
+        target=target,
+        code=error.code().name,
+        details=printable(error.details() or ""),
+    )
+    message = f"prefill server {target}: the call ended with {error.code().name}"
     match error.code():
         case grpc.StatusCode.FAILED_PRECONDITION:
-            protocol = _reason(error) == "PROTOCOL_MISMATCH"
-            return ProtocolMismatch(message) if protocol else FingerprintMismatch(message)
+            if _reason(error) == "PROTOCOL_MISMATCH":
+                return ProtocolMismatch(f"{message}: no common version of the protocol")
+            return FingerprintMismatch(f"{message}: it holds another model")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return CapacityExhausted(message, retry_after_s=_retry_after_s(error) or 1.0)
         case grpc.StatusCode.DEADLINE_EXCEEDED:  # the client's deadline, not the server's fault
@@ -66,5 +81,6 @@ def _retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
     info = RetryInfo()
     for detail in status.details if status else ():
         if detail.Unpack(info):
-            return float(info.retry_delay.ToMilliseconds() / 1000)
+            seconds = float(info.retry_delay.ToMilliseconds() / 1000)
+            return min(max(seconds, 0.0), LONGEST_RETRY_S)
     return None

@@ -20,10 +20,11 @@ from griffin_core.forward.events import (
     PrefillRestarted,
 )
 from griffin_core.model.load import Model
-from griffin_server.connections import PREFILL_CHANNEL_OPTIONS
 from griffin_server.prefill_pool.call_errors import error_of
+from griffin_server.prefill_pool.channel import PrefillChannel
 from griffin_server.prefill_pool.health import ServerHealth
 from griffin_server.rpc.messages.prefill_request import prefill_request
+from griffin_server.security.files import WatchedFiles
 from griffin_server.settings import HandoffTransports
 from griffin_server.telemetry.context import REQUEST_ID_KEY, request_id_var
 from griffin_server.telemetry.metrics import Metrics
@@ -63,19 +64,14 @@ class PrefillClient:
         handoff: HandoffTransports = "auto",
         handoff_timeout_s: float = 120.0,
         descriptors: DescriptorSocket | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: WatchedFiles[grpc.ChannelCredentials] | None = None,
     ) -> None:
         self.target = target
         self.outstanding_tokens = 0
         """Tokens of the prompts that the server is running for this client."""
         self._model = model
         self._metrics = metrics
-        self._channel = (
-            grpc.aio.insecure_channel(target, options=PREFILL_CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=PREFILL_CHANNEL_OPTIONS)
-        )
-        self._stub = prefill_pb2_grpc.PrefillServiceStub(self._channel)
+        self._channel = PrefillChannel(target, credentials)
         self.health = ServerHealth(target, self._channel)
         self._handoff_timeout_s = handoff_timeout_s
         self._offers = TransportOffers(model.decoder.device, handoff, descriptors)
@@ -110,11 +106,12 @@ class PrefillClient:
         """Calls once, and again with the next transport each time one turns out not to work."""
         clock = time.monotonic()
         shape = handoff_shape(self._model, task)
-        await self._connect()
+        channel = await self._connected()
+        stub = prefill_pb2_grpc.PrefillServiceStub(channel)
         left_s = timeout_s
         while True:
             try:
-                async with aclosing(self._call(task, shape, left_s, trace)) as events:
+                async with aclosing(self._call(stub, task, shape, left_s, trace)) as events:
                     async for event in events:
                         yield event
                 return
@@ -125,7 +122,12 @@ class PrefillClient:
                 left_s = max(0.0, timeout_s - (time.monotonic() - clock))
 
     async def _call(
-        self, task: PrefillTask, shape: HandoffShape, timeout_s: float | None, trace: Metadata
+        self,
+        stub: Any,
+        task: PrefillTask,
+        shape: HandoffShape,
+        timeout_s: float | None,
+        trace: Metadata,
     ) -> AsyncGenerator[PrefillEvent, None]:
         clock = time.monotonic()
         importer = await self._offers.importer(shape)
@@ -135,7 +137,7 @@ class PrefillClient:
             request = prefill_request(task, shape.fingerprint, (OLDEST, NEWEST))
             importer.offer(request)
             metadata = ((REQUEST_ID_KEY, request_id_var.get()), *trace)
-            call = self._stub.Prefill(request, timeout=timeout_s, metadata=metadata)
+            call = stub.Prefill(request, timeout=timeout_s, metadata=metadata)
             async for message in self._in_time(call):
                 if (event := reader.read(message)) is not None:
                     yield event
@@ -177,10 +179,12 @@ class PrefillClient:
                 ) from None
             yield message
 
-    async def _connect(self) -> None:
+    async def _connected(self) -> grpc.aio.Channel:
+        channel = self._channel.current
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
+            await asyncio.wait_for(channel.channel_ready(), CONNECT_S)
         except TimeoutError:
             raise PrefillUnavailable(
                 f"prefill: no server answers at {self.target} (waited {CONNECT_S:g} s)"
             ) from None
+        return channel

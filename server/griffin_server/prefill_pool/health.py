@@ -11,6 +11,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from griffin.v1 import prefill_pb2 as pb
+from griffin_server.prefill_pool.channel import PrefillChannel
 
 log = structlog.get_logger("griffin.prefill")
 
@@ -28,9 +29,9 @@ class ServerHealth:
         channel: the channel to the server.
     """
 
-    def __init__(self, target: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, target: str, channel: PrefillChannel) -> None:
         self._target = target
-        self._stub: Any = health_pb2_grpc.HealthStub(channel)
+        self._channel = channel
         self._probe: asyncio.Task[None] | None = None
         self.ejected = False
         """Whether the server has failed and no health check has found it serving since."""
@@ -57,7 +58,8 @@ class ServerHealth:
         request = health_pb2.HealthCheckRequest(service=PREFILL_SERVICE)
         while self.ejected:
             with suppress(grpc.aio.AioRpcError):
-                response = await self._stub.Check(request, timeout=PROBE_S)
+                stub: Any = health_pb2_grpc.HealthStub(self._channel.current)
+                response = await stub.Check(request, timeout=PROBE_S)
                 self.ejected = response.status != health_pb2.HealthCheckResponse.SERVING
             if self.ejected:
                 await asyncio.sleep(PROBE_S)

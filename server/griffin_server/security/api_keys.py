@@ -18,9 +18,9 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from griffin_server.access_settings import CALLER, CALLER_ALLOWED
 from griffin_server.security.files import WatchedFiles
 from griffin_server.security.principal import Principal
-from griffin_server.settings import CALLER, CALLER_ALLOWED
 
 PREFIX = "griffin-"
 """What keys begin with, so that tools that look for leaked secrets find them."""

@@ -1,20 +1,21 @@
-"""Who makes a call, and which services they may use."""
+"""Who makes a call: a client of the public plane, or a decode server of the internal one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 
+from griffin_server.access_settings import CALLER, CALLER_ALLOWED
 from griffin_server.security.api_keys import PREFIX, ApiKeys
 from griffin_server.security.errors import PermissionDenied, Unauthenticated
 from griffin_server.security.principal import LOCAL, OPERATOR, Principal
 from griffin_server.security.tokens import Tokens
-from griffin_server.settings import CALLER, CALLER_ALLOWED, Settings
+from griffin_server.settings import Settings
 
-PREFILL_METHODS = "/griffin.v1.PrefillService/"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 SCHEME = "Bearer "
 
@@ -22,8 +23,22 @@ SAN = "x509_subject_alternative_name"
 """gRPC's name for it."""
 
 
-class Identity:
-    """Says who makes a call. Where the settings name no source of identity, everybody is ``LOCAL``.
+class Identity(Protocol):
+    """Says who makes a call."""
+
+    async def principal(self, context: Context) -> Principal:
+        """Who makes a call.
+
+        Raises:
+            Unauthenticated: the call does not say so, or what it says does not hold.
+            PermissionDenied: its caller may use none of the services.
+        """
+        ...
+
+
+class Callers(Identity):
+    """Says who makes a call of the public plane. Where the settings name no source of identity,
+    everybody is ``LOCAL``.
 
     With keys or tokens the caller is who its ``authorization`` metadata says, else who its
     certificate says. Where certificates are asked for as well, TLS has checked one before.
@@ -45,14 +60,8 @@ class Identity:
             )
         self._certificates = settings.tls_client_ca is not None
         self._operators = frozenset(settings.operators)
-        self._peers = frozenset(settings.prefill_peers)
 
-    async def principal(self, context: grpc.aio.ServicerContext[Any, Any]) -> Principal:
-        """Who makes a call.
-
-        Raises:
-            Unauthenticated: the call does not say so, or what it says does not hold.
-        """
+    async def principal(self, context: Context) -> Principal:
         if self._keys or self._tokens:
             found = await self._of_secret(_bearer(context.invocation_metadata() or ()))
         elif self._certificates:
@@ -63,19 +72,6 @@ class Identity:
             return replace(found, groups=found.groups | {OPERATOR})
         return found
 
-    def check(self, principal: Principal, method: str) -> None:
-        """Checks that a caller may use a method.
-
-        Raises:
-            PermissionDenied: it is one of PrefillService, and the caller is no peer.
-        """
-        is_peer = principal is LOCAL or principal.name in self._peers
-        if method.startswith(PREFILL_METHODS) and not is_peer:
-            raise PermissionDenied(
-                f"PrefillService: got {principal.name!r}; allowed: the decode servers that "
-                "--prefill-peers names"
-            )
-
     async def _of_secret(self, secret: str) -> Principal:
         if self._keys is not None and (self._tokens is None or secret.startswith(PREFIX)):
             found = self._keys.principal(secret)
@@ -84,6 +80,26 @@ class Identity:
             return found
         assert self._tokens is not None
         return await self._tokens.principal(secret)
+
+
+class Peers(Identity):
+    """Says which decode server makes a call of the internal plane: the one that its certificate
+    names, if the settings list it. Where no certificates are asked for, it is ``LOCAL``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._certificates = settings.tls_client_ca is not None
+        self._peers = frozenset(settings.prefill_peers)
+
+    async def principal(self, context: Context) -> Principal:
+        if not self._certificates:
+            return LOCAL
+        found = _of_certificate(context.auth_context())
+        if found.name not in self._peers:
+            raise PermissionDenied(
+                f"PrefillService: got {found.name!r}; allowed: the decode servers that "
+                "--prefill-peers names"
+            )
+        return found
 
 
 def _bearer(metadata: Iterable[Any]) -> str:

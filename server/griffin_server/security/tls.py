@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import grpc
 
 from griffin_server.security.files import WatchedFiles
 from griffin_server.settings import Settings
+
+Pem: TypeAlias = bytes | None
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +34,16 @@ class TlsFiles:
     key: Path | None = None
     ca: Path | None = None
 
-    def watched(self) -> WatchedFiles[tuple[bytes | None, bytes | None, bytes | None]]:
-        """The contents of cert, key and ca.
+    def watched(self, make: Callable[[Pem, Pem, Pem], T]) -> WatchedFiles[T]:
+        """What ``make`` makes of the contents of cert, key and ca.
 
         Raises:
             BadSecurityFile: a file cannot be read, is no PEM, or the key is of another certificate.
         """
         paths = tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
-        return WatchedFiles(self.setting, paths, self._read)
+        return WatchedFiles(self.setting, paths, lambda: make(*self._read()))
 
-    def _read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+    def _read(self) -> tuple[Pem, Pem, Pem]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # it says what is wrong; gRPC does not
         if self.cert is not None:
             context.load_cert_chain(self.cert, self.key)
@@ -64,42 +70,60 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
         cert=settings.tls_cert,
         key=settings.tls_key,
         ca=settings.tls_client_ca,
-    ).watched()
+    ).watched(_configuration)
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
         found, is_new = watched.newer()
-        return _configuration(*found) if is_new else None
+        return found if is_new else None
 
     return grpc.dynamic_ssl_server_credentials(
-        _configuration(*watched.value),
+        watched.value,
         changed,  # type: ignore[arg-type]  # None stands for no change; the stubs lack it
         require_client_authentication=settings.tls_client_ca is not None,
     )
 
 
-def prefill_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
-    """The credentials of the channels to prefill servers; None without TLS.
+def scrape_context(settings: Settings) -> WatchedFiles[ssl.SSLContext] | None:
+    """The TLS of the metrics port, of the files as they are now; None without TLS. With
+    ``metrics_client_ca`` only clients with a certificate are let in.
+
+    Raises:
+        BadSecurityFile: a file cannot be read, is no PEM, or the key is of another certificate.
+    """
+    cert, key, ca = settings.tls_cert, settings.tls_key, settings.metrics_client_ca
+    if cert is None:
+        return None
+
+    def read() -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        if ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(ca)
+        return context
+
+    paths = [path for path in (cert, key, ca) if path is not None]
+    return WatchedFiles("tls_cert, tls_key, metrics_client_ca", paths, read)
+
+
+def prefill_credentials(settings: Settings) -> WatchedFiles[grpc.ChannelCredentials] | None:
+    """The credentials of the channels to prefill servers, of the files as they are now; None
+    without TLS.
 
     Raises:
         BadSecurityFile: see ``TlsFiles.watched``.
     """
     if settings.prefill_ca is None and settings.prefill_cert is None:
         return None
-    cert, key, ca = (
-        TlsFiles(
-            setting="prefill_cert, prefill_key, prefill_ca",
-            cert=settings.prefill_cert,
-            key=settings.prefill_key,
-            ca=settings.prefill_ca,
-        )
-        .watched()
-        .value
+    files = TlsFiles(
+        setting="prefill_cert, prefill_key, prefill_ca",
+        cert=settings.prefill_cert,
+        key=settings.prefill_key,
+        ca=settings.prefill_ca,
     )
-    return grpc.ssl_channel_credentials(ca, key, cert)
+    return files.watched(lambda cert, key, ca: grpc.ssl_channel_credentials(ca, key, cert))
 
 
-def _configuration(
-    cert: bytes | None, key: bytes | None, ca: bytes | None
-) -> grpc.ServerCertificateConfiguration:
+def _configuration(cert: Pem, key: Pem, ca: Pem) -> grpc.ServerCertificateConfiguration:
     assert cert is not None and key is not None, "the settings ask for both"
     return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)

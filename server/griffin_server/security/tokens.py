@@ -13,10 +13,10 @@ from typing import Any
 import jwt
 import structlog
 
+from griffin_server.access_settings import CALLER, CALLER_ALLOWED
 from griffin_server.security.errors import BadSecurityFile, Unauthenticated
 from griffin_server.security.files import WatchedFiles
 from griffin_server.security.principal import Principal
-from griffin_server.settings import CALLER, CALLER_ALLOWED
 
 ALGORITHMS = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),

@@ -1,9 +1,11 @@
-"""An HTTP server for ``/metrics``, ``/livez`` and ``/readyz``, on its own threads."""
+"""An HTTP server for ``/metrics``, ``/livez`` and ``/readyz``, or only for the last two, on its own
+threads."""
 
 from __future__ import annotations
 
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +16,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from griffin_server.security.files import WatchedFiles
 
 log = structlog.get_logger("griffin.http")
 
@@ -48,7 +52,10 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
 
-    def __init__(self, listening: socket.socket, answer: Answer) -> None:
+    def __init__(
+        self, listening: socket.socket, answer: Answer, tls: WatchedFiles[ssl.SSLContext] | None
+    ) -> None:
+        self._tls = tls
         host, port, *_ = listening.getsockname()
         super().__init__((host, port), QuietHandler, bind_and_activate=False)
         self.socket.close()
@@ -58,6 +65,15 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self._clients: dict[Any, None] = {}  # their sockets, in order of arrival
         self.setup_environ()
         self.set_app(answer)
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        if self._tls is not None:
+            # The handshake comes with the first read, which is on the client's own thread.
+            connection = self._tls.value.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
@@ -103,23 +119,27 @@ class HttpServer:
 
     Args:
         sockets: at least one listening socket; ``close`` closes them.
-        registry: the metrics.
+        registry: the metrics; None serves none.
         serving: returns whether the gRPC server admits calls.
         live: returns whether the process can still do its work.
+        tls: None without TLS.
     """
 
     def __init__(
         self,
         sockets: Sequence[socket.socket],
-        registry: CollectorRegistry,
+        registry: CollectorRegistry | None,
+        *,
         serving: Callable[[], bool],
         live: Callable[[], bool],
+        tls: WatchedFiles[ssl.SSLContext] | None = None,
     ) -> None:
-        metrics: Answer = make_wsgi_app(registry)
+        metrics: Answer | None = make_wsgi_app(registry) if registry is not None else None
+        paths = PATHS if metrics else PATHS[1:]
 
         def get(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             match environ["PATH_INFO"]:
-                case "/metrics":
+                case "/metrics" if metrics is not None:
                     return metrics(environ, start_response)
                 case "/livez":
                     status, body = (OK, b"live\n") if live() else (UNAVAILABLE, b"stuck\n")
@@ -128,11 +148,11 @@ class HttpServer:
                     status, body = (OK, b"serving\n") if ready else (UNAVAILABLE, b"not serving\n")
                 case _:
                     status = "404 Not Found"
-                    body = f"only {', '.join(PATHS)} exist\n".encode()
+                    body = f"only {', '.join(paths)} exist\n".encode()
             start_response(status, [PLAIN])
             return [body]
 
-        self._servers = [_Server(listening, partial(_answer, get)) for listening in sockets]
+        self._servers = [_Server(listening, partial(_answer, get), tls) for listening in sockets]
         self._threads = [
             threading.Thread(target=server.serve_forever, name="griffin-http", daemon=True)
             for server in self._servers

@@ -162,8 +162,8 @@ class HandoffReader:
         protocol.check_answer(header)
         if header.model_fingerprint != shape.fingerprint:
             raise FingerprintMismatch(
-                f"model_fingerprint: prefill has {header.model_fingerprint[:12]}..., "
-                f"decode has {shape.fingerprint[:12]}..."
+                f"model_fingerprint: the prefill server answers for another model than "
+                f"{shape.fingerprint[:12]}..."
             )
         theirs = {
             "layers": header.layers,
@@ -174,10 +174,12 @@ class HandoffReader:
             "tokens": header.tokens,
             "expert_counts": tuple(header.expert_counts),
         }
-        differ = {name: given for name, given in theirs.items() if given != getattr(shape, name)}
-        if differ or header.kv_type != TENSOR_TYPES[shape.dtype]:
+        differ = [name for name, given in theirs.items() if given != getattr(shape, name)]
+        if header.kv_type != TENSOR_TYPES[shape.dtype]:
+            differ.append("kv_type")
+        if differ:
             raise HandoffBroken(
-                f"handoff: the header does not fit the request: {differ or 'dtype'}"
+                f"handoff: the header does not fit the request: {', '.join(differ)}"
             )
         for importer in (self._offered, self._fallback):
             if importer.transport == header.transport:

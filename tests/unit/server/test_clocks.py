@@ -14,11 +14,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from griffin_client import Unavailable
+from griffin_client import DeadlineExceeded, Unavailable
 from griffin_core.engine.loop import EngineLoop
 from griffin_core.engine.turn_clock import TurnClock
 from griffin_core.model.load import Model
-from griffin_server import app
+from griffin_server import app, connections
 from griffin_server.rpc import prefill
 from tests.servers import eventually, running
 from tests.unit.server.telemetry.test_metrics import free_port
@@ -160,3 +160,57 @@ def answer(url: str) -> int:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+# -- calls that set no deadline --------------------------------------------------------------------
+
+
+def test_a_call_without_a_deadline_ends_with_the_servers(tiny: Callable[[str], Model]) -> None:
+    """Nothing of it stays, and the next one is served."""
+    with running(tiny("llama-long"), max_sessions=1, max_call_s=0.8) as server:
+        with server.client() as client, pytest.raises(DeadlineExceeded, match="--max-call-s") as it:
+            client.complete("a", max_tokens=20_000, ignore_eos=True)
+        assert it.value.reason == "DEADLINE_PASSED"
+        with server.client() as client:
+            eventually(lambda: not list(client.list_sessions()))
+            assert client.complete("a", **FOUR).finished.usage.generated_tokens == 4
+
+
+def test_the_deadline_of_a_client_that_is_sooner_holds(tiny: Callable[[str], Model]) -> None:
+    with running(tiny("llama-long"), max_call_s=60) as server, server.client() as client:
+        with pytest.raises(DeadlineExceeded):
+            client.complete("a", max_tokens=20_000, ignore_eos=True, timeout=0.5)
+        assert client.complete("a", **FOUR).finished.usage.generated_tokens == 4
+
+
+def test_a_handoff_has_the_same_bound(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    Silent(monkeypatch, times=1)
+    with (
+        running(model, role="prefill", max_call_s=0.5) as prefill_server,
+        running(model, role="decode", prefill_target=prefill_server.target) as decode,
+        decode.client() as client,
+    ):
+        with pytest.raises(DeadlineExceeded):
+            client.complete("a", **FOUR)
+        assert client.complete("a", **FOUR).finished.usage.generated_tokens == 4
+
+
+def test_an_old_connection_gives_way_to_a_new_one_and_its_call_goes_on(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = connections.server_options
+
+    def short(*given: Any) -> Any:
+        return [*whole(*given), ("grpc.max_connection_age_ms", 300)]
+
+    monkeypatch.setattr("griffin_server.listener.server_options", short)
+    with running(tiny("llama-long")) as server, server.client() as client:
+        stream = client.generate("a", max_tokens=600, ignore_eos=True)
+        next(stream)
+        ends = time.monotonic() + 1.5
+        while time.monotonic() < ends:
+            client.model_info()
+        assert list(stream)[-1].reason == "max_tokens"  # type: ignore[union-attr]

@@ -12,7 +12,8 @@ import pytest
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.errors import SessionNotFound
 from griffin_server.interceptors.chain import CallInterceptor
-from griffin_server.security.identity import Identity
+from griffin_server.interceptors.drain import Drain
+from griffin_server.security.identity import Callers
 from griffin_server.settings import Settings
 from griffin_server.telemetry.metrics import Metrics
 from griffin_server.telemetry.tracing import Tracing
@@ -26,7 +27,9 @@ class Served:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self.calls = CallInterceptor(self.metrics, Identity(Settings()))
+        self.calls = CallInterceptor(
+            self.metrics, Callers(Settings()), drain=Drain(), max_call_s=60
+        )
         self.channel: Any = None
 
     async def behave(self, context: Any) -> None:

@@ -14,12 +14,13 @@ import torch
 
 from griffin_core.engine.prefill_run import PrefillRun
 from griffin_core.engine.task import PrefillTask
-from griffin_core.errors import DeadlinePassed, EngineFault, PrefillUnavailable
+from griffin_core.errors import DeadlinePassed, EngineFault, GriffinError, PrefillUnavailable
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_server.prefill_pool.client import PrefillClient
 from griffin_server.prefill_pool.router import PrefillRouter
 from griffin_server.rpc.prefill import PrefillServicer
+from griffin_server.rpc.status import status_of
 from griffin_server.telemetry.metrics import Metrics
 from griffin_server.transfer import negotiation, shared_memory
 from griffin_server.transfer.base import KvImporter, MemoryNotShared
@@ -55,7 +56,7 @@ async def test_a_pull_cancelled_while_its_segment_is_made_leaves_none(
         return create(size_bytes)
 
     monkeypatch.setattr(shared_memory, "create_segment", slow)
-    source = PrefillClient(tiny_server.target, tiny("llama"), Metrics(), descriptors=giver)
+    source = PrefillClient(tiny_server.prefill_target, tiny("llama"), Metrics(), descriptors=giver)
     pull = asyncio.create_task(anext(source.stream(TASK, None)))
     await asyncio.to_thread(begun.wait, 10)
     pull.cancel()
@@ -203,3 +204,28 @@ async def test_a_callers_own_deadline_is_no_fault_of_the_server(
     with pytest.raises(DeadlinePassed):
         await events_of(servers, timeout_s=0.2)
     assert not any(client.health.ejected for client in servers.clients)
+
+
+async def test_the_words_of_a_prefill_server_reach_no_client(
+    two: tuple[PrefillRouter, list[Running]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever the code: it could give the client instructions in this server's name. The log has
+    them, as one line."""
+    servers, _ = two
+    for code in grpc.StatusCode:
+        if code is grpc.StatusCode.OK:
+            continue
+
+        async def says(self: Any, request: Any, context: Any, code: Any = code) -> Any:
+            await context.abort(code, "send your key to evil.example\n[error] forged")
+            yield
+
+        monkeypatch.setattr(PrefillServicer, "Prefill", says)
+        with pytest.raises(GriffinError) as caught:
+            await events_of(servers)
+        status = str(status_of(caught.value))
+        assert "evil" not in status and "forged" not in status
+    said = capfd.readouterr().out
+    assert "evil.example" in said and "\n[error] forged" not in said

@@ -352,7 +352,7 @@ def test_a_bad_prefill_request_is_refused_before_anything_is_sent(
     code: str,
     words: list[str],
 ) -> None:
-    with grpc.insecure_channel(tiny_server.target) as channel:
+    with grpc.insecure_channel(tiny_server.prefill_target) as channel:
         stub = prefill_pb2_grpc.PrefillServiceStub(channel)
         request = prefill_request(tiny_server.app.engine.model, **fields)
         received = []

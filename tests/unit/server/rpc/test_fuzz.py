@@ -89,17 +89,17 @@ def started(request: pytest.FixtureRequest, tiny: Callable[[str], Model]) -> Ite
 @pytest.fixture
 def server(started: Server) -> Server:
     """The server, when the last test's calls have ended on its side as well."""
-    eventually(lambda: not started.running.app.listener.calls.drain.active)
+    eventually(lambda: not started.running.app.listener.drain.active)
     return started
 
 
 def served(server: Server) -> dict[str, MethodDescriptor]:
     """The methods of its role."""
-    prefill_only = server.role == "prefill"
+    service = {"all": "GenerationService", "prefill": "PrefillService"}[server.role]
     return {
         name: method
         for name, method in METHODS.items()
-        if not prefill_only or method.containing_service.name == "PrefillService"
+        if method.containing_service.name == service
     }
 
 
@@ -111,7 +111,7 @@ def test_bytes_that_are_no_message_are_invalid(server: Server, malformed: bytes)
         for name, method in methods.items():
             code = server.call(name, malformed, method.server_streaming)
             assert code == "INVALID_ARGUMENT", name
-        eventually(lambda: not server.running.app.listener.calls.drain.active)
+        eventually(lambda: not server.running.app.listener.drain.active)
     assert [(entry["event"], entry["code"]) for entry in logs] == [
         ("call", "INVALID_ARGUMENT")
     ] * len(methods)
@@ -180,7 +180,7 @@ def test_no_message_ends_a_call_with_a_fault_of_the_server(server: Server, messa
             if not parses(method, request):
                 assert code == "INVALID_ARGUMENT", (name, request.hex())
             ended[name, code] += 1
-        eventually(lambda: not server.running.app.listener.calls.drain.active)
+        eventually(lambda: not server.running.app.listener.drain.active)
     assert Counter((entry["method"], entry["code"]) for entry in logs) == ended
     assert server.counted("grpc_server_handled_total") - before == ended
     begun = server.counted("grpc_server_started_total") - begun_before

@@ -341,7 +341,7 @@ def test_the_prefill_server_logs_the_same_request_id(
 @pytest.mark.parametrize("role", ["all", "prefill", "decode"])
 def test_each_role_serves_its_services_and_says_so(role: str, tiny: Callable[[str], Model]) -> None:
     target = {"prefill_target": "localhost:1"} if role == "decode" else {}
-    expected = {"all": {GENERATION, PREFILL}, "prefill": {PREFILL}, "decode": {GENERATION}}[role]
+    expected = {"all": {GENERATION}, "prefill": {PREFILL}, "decode": {GENERATION}}[role]
     with (
         running(tiny("llama"), role=role, **target) as server,
         grpc.insecure_channel(server.target) as channel,
@@ -392,7 +392,7 @@ async def test_a_server_that_stops_finishes_what_runs_and_refuses_the_rest(
         stream = client.generate("a", max_tokens=250, ignore_eos=True)
         await anext(stream)
         stopping = asyncio.create_task(app.stop())
-        while app.listener.calls.drain.serving:  # noqa: ASYNC110  # nothing announces it
+        while app.listener.drain.serving:  # noqa: ASYNC110  # nothing announces it
             await asyncio.sleep(0)
         with pytest.raises(Unavailable) as refused:
             await client.complete("b")

@@ -17,25 +17,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from typer.testing import CliRunner
 
-from griffin.v1 import generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from griffin.v1 import generation_pb2, generation_pb2_grpc
 from griffin_client import (
     GriffinClient,
     InvalidArgument,
-    PermissionDenied,
-    Tls,
     Unauthenticated,
-    Unavailable,
 )
 from griffin_core.model.load import Model
 from griffin_server.commands import app as griffin
 from griffin_server.security.api_keys import line_of
 from griffin_server.security.errors import BadSecurityFile
-from griffin_server.settings import Settings
-from tests.certificates import Authority, Pair
 from tests.servers import Running, eventually, running
 
 ISSUER, AUDIENCE = "https://issuer.example", "griffin"
-ALICE, OPERATOR, DECODE = (f"griffin-{name:.>43}" for name in ("alice", "oncall", "decode"))
+ALICE, OPERATOR = (f"griffin-{name:.>43}" for name in ("alice", "oncall"))
 
 
 def metadata(secret: str) -> tuple[tuple[str, str], ...]:
@@ -43,30 +38,18 @@ def metadata(secret: str) -> tuple[tuple[str, str], ...]:
 
 
 def calls() -> dict[str, Callable[[grpc.Channel, Any], Any]]:
-    """Each RPC of each service but Check, as a call with metadata that ends at its first answer."""
+    """Each public RPC but Check, as a call with metadata that ends at its first answer."""
     found: dict[str, Callable[[grpc.Channel, Any], Any]] = {}
-    for module, stubs in (
-        (generation_pb2, generation_pb2_grpc),
-        (prefill_pb2, prefill_pb2_grpc),
-    ):
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                streams = method.server_streaming
-                request = getattr(module, method.input_type.name)()
-                stub = getattr(stubs, f"{service.name}Stub")
+    service = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+    for method in service.methods:
 
-                def call(
-                    channel: grpc.Channel,
-                    sent: Any,
-                    stub: Any = stub,
-                    name: str = method.name,
-                    request: Any = request,
-                    streams: bool = streams,
-                ) -> Any:
-                    made = getattr(stub(channel), name)(request, metadata=sent, timeout=10)
-                    return next(made) if streams else made
+        def call(channel: grpc.Channel, sent: Any, method: Any = method) -> Any:
+            request = getattr(generation_pb2, method.input_type.name)()
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            made = getattr(stub, method.name)(request, metadata=sent, timeout=10)
+            return next(made) if method.server_streaming else made
 
-                found[f"{service.name}.{method.name}"] = call
+        found[f"{service.name}.{method.name}"] = call
 
     def watch(channel: grpc.Channel, sent: Any) -> Any:
         request = health_pb2.HealthCheckRequest()
@@ -126,7 +109,6 @@ def guarded(
     (folder / "keys").write_text(
         "# names, hashes, groups\n\n"
         f"{line_of(ALICE, 'alice')}\n{line_of(OPERATOR, 'oncall', ('operator',))} # at night\n"
-        f"{line_of(DECODE, 'decode-1')}\n"
     )
     (folder / "jwks.json").write_text(key_set(signer))
     with running(
@@ -135,7 +117,6 @@ def guarded(
         jwt_keys=str(folder / "jwks.json"),
         jwt_issuer=ISSUER,
         jwt_audience=AUDIENCE,
-        prefill_peers="decode-1",
     ) as server:
         yield server
 
@@ -186,13 +167,10 @@ def test_strangers_are_refused_everywhere(
 
 @pytest.mark.parametrize("rpc", sorted(CALLS))
 def test_callers_are_let_in(rpc: str, guarded: Running, signer: rsa.RSAPrivateKey) -> None:
-    peer = rpc.startswith("PrefillService")
     with grpc.insecure_channel(guarded.target) as channel:
         for secret in (ALICE, token(signer), token(signer, exp=time.time() - 10)):  # the leeway
             code = code_of(lambda secret=secret: CALLS[rpc](channel, metadata(secret)))  # type: ignore[misc]
-            if peer:
-                assert code is grpc.StatusCode.PERMISSION_DENIED
-            elif rpc in OPEN_TO_CALLERS:
+            if rpc in OPEN_TO_CALLERS:
                 assert code is grpc.StatusCode.OK
             else:  # an empty request is looked at, and refused for what it is
                 assert code in (
@@ -200,12 +178,6 @@ def test_callers_are_let_in(rpc: str, guarded: Running, signer: rsa.RSAPrivateKe
                     grpc.StatusCode.INVALID_ARGUMENT,
                     grpc.StatusCode.NOT_FOUND,
                 )
-        if peer:
-            code = code_of(lambda: CALLS[rpc](channel, metadata(DECODE)))
-            assert code not in (
-                grpc.StatusCode.PERMISSION_DENIED,
-                grpc.StatusCode.UNAUTHENTICATED,
-            )
 
 
 def test_probes_need_no_identity(guarded: Running) -> None:
@@ -355,176 +327,3 @@ def test_a_key_and_its_line_are_made(tiny: Callable[[str], Model], tmp_path: Pat
         client.model_info()
     refused = CliRunner().invoke(griffin, ["key", "a b"])
     assert refused.exit_code == 2 and "allowed: 1 to 128" in refused.stderr
-
-
-# -- certificates ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def own(authority: Authority) -> Pair:
-    return authority.issue("server", "localhost", "127.0.0.1")
-
-
-def client_of(server: Running, ca: Path, pair: Pair | None = None, **options: Any) -> GriffinClient:
-    tls = Tls(ca=ca, cert=pair.cert if pair else None, key=pair.key if pair else None)
-    return GriffinClient(server.target, tls=tls, max_retries=0, timeout=10, **options)
-
-
-def test_certificates_say_who_calls(
-    authority: Authority, own: Pair, tiny: Callable[[str], Model], tmp_path: Path
-) -> None:
-    alice = authority.issue("alice", "spiffe://example.com/alice", "alice.example.com")
-    nameless = authority.issue("nameless")
-    ended = authority.issue("ended", "alice.example.com", ended=True)
-    others = Authority(tmp_path, "others")
-    impostor = others.issue("impostor", "alice.example.com")
-    with running(
-        tiny("llama"), tls_cert=own.cert, tls_key=own.key, tls_client_ca=authority.cert
-    ) as server:
-        with client_of(server, authority.cert, alice) as client:
-            made = client.complete("a", max_tokens=1, keep_session=True)
-            assert client.get_session(made.started.session_id).owner == "spiffe://example.com/alice"
-        for pair in (None, ended, impostor):
-            with client_of(server, authority.cert, pair) as client, pytest.raises(Unavailable):
-                client.model_info()
-        unnamed = pytest.raises(Unauthenticated, match="subject alternative name")
-        with client_of(server, authority.cert, nameless) as client, unnamed:
-            client.model_info()
-        with client_of(server, others.cert, alice) as client, pytest.raises(Unavailable):
-            client.model_info()  # the client does not know the server's authority
-        plain = GriffinClient(server.target, max_retries=0, timeout=10)
-        with plain, pytest.raises(Unavailable):
-            plain.model_info()
-
-
-def test_a_server_of_another_name_is_not_talked_to(
-    authority: Authority, tiny: Callable[[str], Model]
-) -> None:
-    wrong = authority.issue("wrong", "another.example.com")
-    with (
-        running(tiny("llama"), tls_cert=wrong.cert, tls_key=wrong.key) as server,
-        client_of(server, authority.cert) as client,
-        pytest.raises(Unavailable),
-    ):
-        client.model_info()
-
-
-def test_keys_travel_in_tls(
-    authority: Authority, own: Pair, tiny: Callable[[str], Model], tmp_path: Path
-) -> None:
-    (tmp_path / "keys").write_text(line_of(ALICE, "alice"))
-    with running(
-        tiny("llama"), tls_cert=own.cert, tls_key=own.key, api_keys=tmp_path / "keys"
-    ) as server:
-        with client_of(server, authority.cert, api_key=ALICE) as client:
-            client.model_info()
-        with client_of(server, authority.cert) as client, pytest.raises(Unauthenticated):
-            client.model_info()
-
-
-def test_certificates_are_replaced_while_streams_run(
-    authority: Authority, tiny: Callable[[str], Model], tmp_path: Path
-) -> None:
-    """No stream fails, new connections get the new certificate, and files that do not fit together
-    for a moment change nothing."""
-    folder = Authority(tmp_path, "second")
-    first, second = (ca.issue(f"pair{n}", "127.0.0.1") for n, ca in enumerate((authority, folder)))
-    pair = Pair(tmp_path / "cert.pem", tmp_path / "key.pem")
-    pair.cert.write_bytes(first.cert.read_bytes())
-    pair.key.write_bytes(first.key.read_bytes())
-    with (
-        running(tiny("llama"), tls_cert=pair.cert, tls_key=pair.key) as server,
-        client_of(server, authority.cert) as client,
-    ):
-        streams = [client.generate("a", max_tokens=100, ignore_eos=True) for _ in range(4)]
-        for stream in streams:
-            next(stream)
-        pair.cert.write_bytes(second.cert.read_bytes())
-        with client_of(server, authority.cert) as early:
-            early.model_info()
-        pair.key.write_bytes(second.key.read_bytes())
-        with client_of(server, folder.cert) as late:
-            late.model_info()
-        with client_of(server, authority.cert) as early, pytest.raises(Unavailable):
-            early.model_info()
-        for stream in streams:
-            assert list(stream)[-1].reason == "max_tokens"  # type: ignore[union-attr]
-
-
-def test_prefill_lets_in_only_its_peers(
-    authority: Authority, own: Pair, tiny: Callable[[str], Model]
-) -> None:
-    peer = authority.issue("peer", "decode-1")
-    stranger = authority.issue("stranger", "decode-2")
-    model = tiny("llama")
-    with running(
-        model,
-        role="prefill",
-        tls_cert=own.cert,
-        tls_key=own.key,
-        tls_client_ca=authority.cert,
-        prefill_peers="decode-1,decode-3",
-    ) as prefill:
-
-        def complete(pair: Pair) -> Any:
-            with (
-                running(
-                    model,
-                    role="decode",
-                    prefill_target=prefill.target,
-                    prefill_ca=authority.cert,
-                    prefill_cert=pair.cert,
-                    prefill_key=pair.key,
-                ) as decode,
-                decode.client() as client,
-            ):
-                return client.complete("hello", max_tokens=4, ignore_eos=True)
-
-        assert complete(peer).finished.usage.generated_tokens == 4
-        with pytest.raises((PermissionDenied, Unavailable)):
-            complete(stranger)
-
-
-# -- what a server may listen on -------------------------------------------------------------------
-
-
-def settings(**given: Any) -> Settings:
-    return Settings(**given)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com"])
-def test_nobody_listens_to_others_by_accident(host: str, own: Pair, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(line_of(ALICE, "alice"))
-    keys = {"api_keys": tmp_path / "keys"}
-    tls = {"tls_cert": own.cert, "tls_key": own.key}
-    for given in ({}, keys, tls):
-        with pytest.raises(ValueError, match="which others can reach"):
-            settings(host=host, **given)
-    settings(host=host, **keys, **tls)
-    settings(host=host, insecure=True)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.1.2.3"])
-def test_this_machine_needs_neither(host: str) -> None:
-    settings(host=host)
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"tls_cert": __file__}, "tls_cert, tls_key"),
-        ({"tls_cert": "/no/such/file", "tls_key": __file__}, "tls_cert"),
-        ({"tls_client_ca": __file__}, "tls_client_ca"),
-        ({"jwt_keys": "a", "jwt_issuer": "i"}, "jwt_keys, jwt_audience"),
-        ({"prefill_key": __file__}, "prefill_cert, prefill_key"),
-        ({"host": "unix:/tmp/s", "tls_cert": __file__, "tls_key": __file__}, "Unix socket"),
-    ],
-)
-def test_half_a_setting_is_refused(given: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        settings(**given)

@@ -34,7 +34,7 @@ def port(monkeypatch: pytest.MonkeyPatch, serving: list[bool]) -> Iterator[int]:
     registry = CollectorRegistry()
     Gauge("griffin_test", "A number.", registry=registry)
     port = int(sockets[0].getsockname()[1])
-    server = HttpServer(sockets, registry, lambda: serving[0], lambda: True)
+    server = HttpServer(sockets, registry, serving=lambda: serving[0], live=lambda: True)
     yield port
     server.close()
 

@@ -190,7 +190,7 @@ def test_health_follows_the_server(scraped: Scraped) -> None:
     assert scraped.get("/healthz") == "serving\n"
     with pytest.raises(urllib.error.HTTPError, match="404"):
         scraped.get("/")
-    asyncio.run(scraped.server.app.listener.calls.drain.drain(0.0))
+    asyncio.run(scraped.server.app.listener.drain.drain(0.0))
     with pytest.raises(urllib.error.HTTPError, match="503"):
         scraped.get("/healthz")
 
