@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from griffin_core.errors import InvalidRequest, shortened
+from griffin_core.text.renderers import RENDERERS, RenderFailed, TooSlow
 
 MOST_WORDS = 200
 """The most characters of a template's error that a message repeats, since a gRPC status must fit 8
 KiB."""
-
-RENDER_S = 5.0
-"""The most seconds that a template may run. Ordinary templates take a millisecond for tens of
-messages."""
 
 _PROBE = "probe7content"
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG"
@@ -45,10 +38,6 @@ class _Use:
     unusable: str = ""
 
 
-class TooSlow(TemplateError):
-    """A template ran for longer than ``RENDER_S``."""
-
-
 class ChatTemplate:
     """Renders chats with the template of a tokenizer.
 
@@ -61,6 +50,11 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # As transformers gives them to a template.
+        self._special_tokens = {
+            name: token if isinstance(token, list) else str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+        }
         self._uses: dict[str, _Use] = {}
         self._reserved = (
             {"messages"}
@@ -101,8 +95,8 @@ class ChatTemplate:
             text = self._rendered(
                 template, messages, use.as_parts, continue_final_message, variables
             )
-        except Exception as error:  # a template is foreign code and may raise anything
-            if isinstance(error, ValueError) and str(error).startswith("continue_final_message"):
+        except RenderFailed as error:
+            if error.kind == "ValueError" and error.words.startswith("continue_final_message"):
                 raise InvalidRequest(
                     "continue_final_message", True, f"false here: {_words(error)}"
                 ) from error
@@ -155,9 +149,9 @@ class ChatTemplate:
             for as_parts in (False, True):
                 try:
                     text = self._rendered(template, [(role, _PROBE)], as_parts, False, {})
-                except Exception as error:
+                except RenderFailed as error:
                     # Raised by raise_exception(): the template refuses this chat, not every chat.
-                    refused |= type(error) is TemplateError
+                    refused |= error.kind == "TemplateError"
                     if not as_parts:
                         why = f"the chat template fails: {_words(error)}"
                     if isinstance(error, TooSlow):
@@ -180,50 +174,16 @@ class ChatTemplate:
             for role, text in messages
         ]
 
-        def render() -> str:
-            text: str = self._tokenizer.apply_chat_template(
-                chat,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=not continue_final_message,
-                continue_final_message=continue_final_message,
-                **variables,
-            )
-            return text
-
-        return _within(RENDER_S, render)
+        return RENDERERS.render(
+            conversations=[chat],
+            chat_template=template,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            **{**self._special_tokens, **variables},
+        )
 
 
-def _within(seconds: float, render: Callable[[], str]) -> str:
-    """Runs a template on its own thread, which can be stopped in an endless loop without affecting
-    other code.
-
-    Raises:
-        TooSlow: it took longer. The thread is stopped, unless it is inside a single operation.
-    """
-    rendered: Future[str] = Future()
-
-    def work() -> None:
-        try:
-            rendered.set_result(render())
-        except BaseException as error:  # raised again for the caller
-            rendered.set_exception(error)
-
-    thread = threading.Thread(target=work, name="griffin-template", daemon=True)
-    thread.start()
-    try:
-        return rendered.result(seconds)
-    except TimeoutError:
-        if rendered.done():  # its own
-            raise
-        ident = ctypes.c_ulong(thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(TooSlow))
-        raise TooSlow(f"it takes longer than {seconds:g} s") from None
-
-
-def _words(error: Exception) -> str:
-    """Returns an error's message in one short line."""
-    words = " ".join(str(error).split())
-    if not isinstance(error, TemplateError):
-        words = f"{type(error).__name__}: {words}"
-    return shortened(words, MOST_WORDS)
+def _words(error: RenderFailed) -> str:
+    """Returns what a template raised in one short line."""
+    words = " ".join(error.words.split())
+    return shortened(words if error.of_template else f"{error.kind}: {words}", MOST_WORDS)

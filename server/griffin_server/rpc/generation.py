@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from griffin.v1 import generation_pb2 as pb
 from griffin.v1 import generation_pb2_grpc
@@ -39,6 +39,7 @@ from griffin_server.rpc.messages.responses import finished_to_pb, started_to_pb,
 from griffin_server.rpc.messages.scoring import score_task, scored_to_pb
 from griffin_server.rpc.messages.sessions import PageTokens, page_size, session_to_pb
 from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
+from griffin_server.rpc.text_work import TextWork
 from griffin_server.security.principal import principal_var
 from griffin_server.telemetry.context import request_id_var
 from griffin_server.telemetry.metrics import Metrics
@@ -47,12 +48,9 @@ from griffin_server.telemetry.tracing import spans_var
 EVENTS_AHEAD = 64
 """The number of unread events at which a session is paused, because its client does not read."""
 
-TOKENIZER_THREADS = 2
-"""The number of prompts that are tokenized at once."""
-
 Context = grpc.aio.ServicerContext[Any, Any]
 
-R = TypeVar("R")
+R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 
 
@@ -82,8 +80,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._bridge = bridge
         self._metrics = metrics
         self._sampling_defaults = sampling_defaults
-        # Threads of its own, so that other users of the loop's threads do not wait for long texts.
-        self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "griffin-tokenize")
+        self._text_work = TextWork(engine.limits.max_queue)
         self._page_tokens = PageTokens()
 
     async def Generate(
@@ -144,16 +141,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """The task of a request, which is to be submitted at once: it was announced to the engine.
         It is made off the loop, because a long text takes the tokenizer tens of milliseconds."""
         model, arrivals = self._engine.model, self._engine.arrivals
-        loop = asyncio.get_running_loop()
         arrivals.announce()
         try:
-            task = await loop.run_in_executor(
-                self._tokenizing,
-                make,
-                request,
-                model.tokenizer,
-                model.decoder.spec,
-                context.time_remaining(),
+            task = await self._text_work.run(
+                partial(
+                    make, request, model.tokenizer, model.decoder.spec, context.time_remaining()
+                ),
+                request.ByteSize(),
+                principal_var.get().name,
             )
         except BaseException:
             arrivals.settle()

@@ -4,14 +4,21 @@ refused in few words."""
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.text import chat_template
+from griffin_core.text import renderers
 from griffin_core.text.chat_template import MOST_WORDS
 from griffin_core.text.tokenizer import Tokenizer, load_tokenizer
 from tests.servers import eventually
@@ -43,6 +50,25 @@ def with_template(template: Any) -> Tokenizer:
 
 def chat(tokenizer: Tokenizer, *messages: tuple[str, str], **settings: Any) -> str:
     return tokenizer.decode(tokenizer.encode_chat(messages or [("user", "hi")], **settings))
+
+
+def renderers_of(parent: int) -> list[int]:
+    """The processes of this one that render."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            after_name = path.read_text().rpartition(")")[2].split()
+            command = path.with_name("cmdline").read_bytes()
+            if int(after_name[1]) == parent and b"render_worker" in command:
+                found.append(int(path.parent.name))
+    return found
+
+
+def busy(process: int) -> bool:
+    """Whether it runs on a CPU and does not wait."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "R"
+    return False
 
 
 def refusal(tokenizer: Tokenizer, *messages: tuple[str, str], **settings: Any) -> InvalidRequest:
@@ -105,7 +131,7 @@ def test_a_template_that_cannot_be_used_is_none(template: Any, why: str) -> None
     ids=["for one chat", "for each"],
 )
 def test_a_template_without_end_is_stopped(condition: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "RENDER_S", 0.5)
+    monkeypatch.setattr(renderers, "RENDER_S", 0.5)
     loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd")
     tokenizer = with_template(
         "{{ messages[0].content }}{% if "
@@ -117,7 +143,7 @@ def test_a_template_without_end_is_stopped(condition: str, monkeypatch: pytest.M
     )
     assert "longer than 0.5 s" in refusal(tokenizer).allowed
     assert tokenizer.has_chat_template == (condition != "true")
-    eventually(lambda: all(t.name != "griffin-template" for t in threading.enumerate()))
+    eventually(lambda: not [process for process in renderers_of(os.getpid()) if busy(process)])
     if condition != "true":
         assert chat(tokenizer, ("user", "you")) == "you"
 
@@ -255,3 +281,83 @@ def test_templates_in_a_models_files_are_read(tmp_path: Path) -> None:
     named = loaded(rag="R", tool_use="T")
     assert not named.has_chat_template
     assert "there are rag, tool_use" in refusal(named).allowed
+
+
+# -- the processes that render ---------------------------------------------------------------------
+
+GROWS = (
+    "{% if messages[0].content == 'hi' %}{% set ns = namespace(x='a' * 1000000) %}"
+    "{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{% endif %}"
+    "{{ messages[0].content }}"
+)
+LARGE = (
+    "{{ messages[0].content }}{% if messages[0].content == 'hi' %}{{ 'a' * 20000000 }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "words"), [(GROWS, "Memory"), (LARGE, "characters")])
+def test_a_template_that_takes_more_and_more_memory_is_stopped(template: str, words: str) -> None:
+    tokenizer = with_template(template)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert words in refusal(tokenizer).allowed
+    grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kb < 200 << 10
+    assert chat(tokenizer, ("user", "you")) == "you"
+
+
+def test_a_template_in_a_process_that_is_killed_is_refused_and_the_next_is_rendered() -> None:
+    tokenizer = with_template(CHAT_TEMPLATE)
+    for process in renderers_of(os.getpid()):
+        os.kill(process, signal.SIGKILL)
+        eventually(lambda process=process: not alive(process))  # type: ignore[misc]
+    assert chat(tokenizer) == "<user>hi\n<assistant>"  # nobody was using it
+    slow = "".join(f"{{% for {name} in range(99999) %}}" for name in "ab") + "{% endfor %}" * 2
+    slow_one = with_template(
+        "{% if messages[0].content == 'hi' %}" + slow + "{% endif %}{{ messages[0].content }}"
+    )
+    (process,) = renderers_of(os.getpid())
+
+    def kill() -> None:
+        eventually(lambda: busy(process))
+        os.kill(process, signal.SIGKILL)
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    assert "its process has ended" in refusal(slow_one).allowed
+    killing.join()
+    assert chat(tokenizer) == "<user>hi\n<assistant>"
+
+
+def test_many_threads_render_in_few_processes() -> None:
+    tokenizer = with_template(CHAT_TEMPLATE)
+    with ThreadPoolExecutor(8) as threads:
+        texts = [("user", f"number {number}") for number in range(40)]
+        made = list(threads.map(lambda message: chat(tokenizer, message), texts))
+    assert made == [f"<user>number {number}\n<assistant>" for number in range(40)]
+    assert 1 <= len(renderers_of(os.getpid())) <= renderers.MOST_PROCESSES
+
+
+def test_a_process_that_renders_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRIFFIN_API_KEY", "secret")
+    renderers.RENDERERS.close()
+    chat(with_template(CHAT_TEMPLATE))
+    (process,) = renderers_of(os.getpid())
+    assert b"secret" not in Path(f"/proc/{process}/environ").read_bytes()
+
+
+def test_they_end_with_the_process_that_began_them() -> None:
+    code = (
+        "import os, sys; from tests.unit.core.test_chat_template import *; "
+        "chat(with_template(CHAT_TEMPLATE)); print(*renderers_of(os.getpid()), flush=True); "
+        "os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    (process,) = map(int, done.stdout.split())
+    eventually(lambda: not Path(f"/proc/{process}/environ").exists() or not alive(process))
+
+
+def alive(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

@@ -67,6 +67,10 @@ def prompt_ids(
         raise InvalidRequest(
             "messages", "messages with session_id", "text or token_ids in a later turn"
         )
+    if len(request.messages) > most:  # each is at least a token
+        raise InvalidRequest(
+            "messages", f"{len(request.messages)} messages", f"at most {most}, the context length"
+        )
     return chat_ids(
         [(m.role, m.content) for m in request.messages],
         tokenizer,
