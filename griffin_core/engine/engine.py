@@ -264,6 +264,7 @@ class Engine:
             tokens=len(task.token_ids),
             admitted=False,
             max_concurrent=task.max_concurrent,
+            owner=task.owner,
         )
         if not self._commands.post(Prefill(run)):
             sink.put(Failed(error=EngineStopped(_STOPPING)))

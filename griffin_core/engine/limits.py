@@ -17,6 +17,9 @@ class Limits:
     Args:
         max_sessions: sessions in prefill or decode at once.
         max_owner_sessions: of these, those of one owner; None for as many.
+        owner_share: share of the bytes that the running sessions of one owner may reserve, in
+            (0, 1]; None for all.
+        max_owner_queue: sessions of one owner that may wait; None for as many as of all.
         max_queue: sessions that may wait. In addition, as many prefills for other servers may wait.
         session_bytes: bytes for the KV caches and slim views of all sessions together; None for
             ``memory_fraction`` of what the device has free once the engine is prepared; 0 for an
@@ -35,6 +38,8 @@ class Limits:
 
     max_sessions: int = 64
     max_owner_sessions: int | None = None
+    owner_share: float | None = None
+    max_owner_queue: int | None = None
     max_queue: int = 256
     session_bytes: int | None = None
     idle_bytes: int | None = None
@@ -48,6 +53,7 @@ class Limits:
         for name, least in (
             ("max_sessions", 1),
             ("max_owner_sessions", 1),
+            ("max_owner_queue", 0),
             ("max_queue", 0),
             ("session_bytes", 0),
             ("idle_bytes", 0),
@@ -58,7 +64,7 @@ class Limits:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name}: got {value}; allowed: >= {least}")
-        for name in ("prefill_share", "memory_fraction"):
+        for name in ("prefill_share", "memory_fraction", "owner_share"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}: got {value}; allowed: (0, 1]")
@@ -67,6 +73,14 @@ class Limits:
     def owner_sessions(self) -> int:
         """The most sessions of one owner in prefill or decode at once."""
         return self.max_sessions if self.max_owner_sessions is None else self.max_owner_sessions
+
+    def owner_bytes_of(self, session_bytes: int) -> int:
+        """Bytes that the running sessions of one owner may reserve.
+
+        Args:
+            session_bytes: bytes for all sessions.
+        """
+        return session_bytes if self.owner_share is None else int(self.owner_share * session_bytes)
 
     def idle_bytes_of(self, session_bytes: int) -> int:
         """Bytes that kept sessions may hold.

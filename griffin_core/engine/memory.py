@@ -24,6 +24,10 @@ from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
+OBJECT_BYTES, TOKEN_BYTES = 16 << 10, 40
+"""What a session takes on the host beside its tensors: its objects and the rounding of its tensors
+to pages, and each of its tokens in a list of Python integers."""
+
 LARGEST_STRIDE = (1 << 31) - 1
 """Values from one head of a layer's keys to the next, at most: torch's attention kernels count them
 in 32 bits. Only a very small model on a large device has room for more."""
@@ -104,10 +108,12 @@ class SessionMemory:
         return kv_bytes(self._decoder.spec, self._decoder.dtype, tokens)
 
     def kept_bytes(self, tokens: int) -> int:
-        """Bytes of a session that is kept: a cache for that many tokens, and the statistic [L, F]
-        float32 that its next turn adds to. Of a session with few tokens the statistic is most."""
+        """Bytes of a session that is kept: a cache for that many tokens, the statistic [L, F]
+        float32 that its next turn adds to, and the host's objects. Of a session with few tokens the
+        statistic is most."""
         spec = self._decoder.spec
-        return self.kv_bytes(tokens) + 4 * len(spec.layers) * spec.intermediate_size
+        statistic = 4 * len(spec.layers) * spec.intermediate_size
+        return self.kv_bytes(tokens) + statistic + OBJECT_BYTES + TOKEN_BYTES * tokens
 
     def max_bytes(self, tokens: int, *, resized: bool) -> int:
         """The most that a cache for that many tokens comes to hold. To resize it takes a copy of

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, zip_longest
 
 from griffin_core.engine.events import Failed
 from griffin_core.engine.ports import Observer
@@ -30,10 +31,11 @@ of arrival, and prompts that together are shorter than half a chunk never wait f
 
 
 class PrefillQueue:
-    """All prefills of an engine, in order of arrival. Owned by the engine's thread.
+    """All prefills of an engine, in order of arrival, their owners by turns. Owned by the engine's
+    thread.
 
     A pass takes up to ``chunk_tokens`` tokens of the prompts whose readers keep up. The prompt that
-    came first may take ``OLDEST_SHARE`` of them. Then the prompt with the fewest tokens left comes
+    is first may take ``OLDEST_SHARE`` of them. Then the prompt with the fewest tokens left comes
     first; of two with equally many, the earlier one. So short prompts overtake long ones, and none
     waits for ever: in time each becomes the first, and from then on has half of every pass. A pass
     runs to its end once it has begun, so a reader that stops during it gets at most one more
@@ -66,6 +68,8 @@ class PrefillQueue:
         self._alone = alone
         self._oldest_next = True  # with ``alone``
         self._runs: list[PrefillRun] = []
+        self._numbers = count(1)
+        self._turns: dict[str, int] = {}  # when each owner's last run began; 0 for one without any
         self.added = 0
         """The number of prefills that were queued since the engine began."""
         self.launch: Launch = launch
@@ -77,9 +81,13 @@ class PrefillQueue:
         Args:
             retry_after_s: seconds until the caller of a refused prefill may try again.
         """
-        waiting = sum(not other.cancelled for other in self._runs)
-        if not run.admitted and waiting > self._max_waiting:
-            message = f"queue: {waiting} prefills wait already, the most this server allows"
+        waiting = [other for other in self._runs if not other.cancelled]
+        own = sum(other.owner == run.owner for other in waiting)
+        full = len(waiting) > self._max_waiting
+        others = any(other.owner != run.owner for other in waiting)
+        if not run.admitted and (full or (others and own > self._max_waiting // 2)):
+            message = f"queue: {len(waiting)} prefills wait already"
+            message += ", the most this server allows" if full else f", {own} of them yours"
             run.sink.put(Failed(error=CapacityExhausted(message, retry_after_s=retry_after_s)))
         else:
             self._runs.append(run)
@@ -147,10 +155,11 @@ class PrefillQueue:
         self._runs.clear()
 
     def _able(self) -> list[PrefillRun]:
-        """The runs that could be in the next pass, in order of arrival."""
+        """The runs that could be in the next pass. Those of one owner are in order of arrival, and
+        the owners take turns."""
         concurrent = sum(run.owns_cache for run in self._runs)
         able = []
-        for run in self._runs:
+        for run in self._in_turn():
             begins = not (run.admitted or run.owns_cache)
             full = begins and concurrent >= run.max_concurrent
             if run.cancelled or full or not run.sink.ready():
@@ -158,6 +167,17 @@ class PrefillQueue:
             concurrent += begins
             able.append(run)
         return able
+
+    def _in_turn(self) -> Iterator[PrefillRun]:
+        """All runs: the first one of each owner, then the second ones, the owner first whose last
+        turn is the longest ago."""
+        by_owner: dict[str, list[PrefillRun]] = {}
+        for run in self._runs:
+            by_owner.setdefault(run.owner, []).append(run)
+        self._turns = {owner: self._turns.get(owner, 0) for owner in by_owner}
+        queues = sorted(by_owner, key=self._turns.__getitem__)
+        for row in zip_longest(*map(by_owner.__getitem__, queues)):
+            yield from (run for run in row if run is not None)
 
     def _next_pass(self) -> list[tuple[PrefillRun, int]]:
         """The runs of the next pass, each with its number of tokens."""
@@ -182,6 +202,8 @@ class PrefillQueue:
         """The runs' parts of the pass, without runs for which there is no memory."""
         taken = []
         for run, tokens in chosen:
+            if run.prompt is None:
+                self._turns[run.owner] = next(self._numbers)
             try:
                 taken.append((run, Part(prompt=run.begin(), tokens=tokens)))
             except Exception as error:

@@ -24,7 +24,7 @@ class PrefillRun:
             layer, on the CPU), then PrefillFinished or Failed.
         tokens: T of the prompt.
         admitted: whether it writes the cache of a session that this engine has admitted.
-        max_concurrent: as in PrefillTask.
+        max_concurrent, owner: as in PrefillTask.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class PrefillRun:
         tokens: int,
         admitted: bool,
         max_concurrent: int = MAX_CONCURRENT_PREFILLS,
+        owner: str = "",
     ) -> None:
         self._make = make
         self._tokens = tokens
@@ -43,6 +44,7 @@ class PrefillRun:
         self.sink = sink
         self.admitted = admitted
         self.max_concurrent = max_concurrent
+        self.owner = owner
         self.cancelled = False
 
     @property

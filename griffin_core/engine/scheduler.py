@@ -1,16 +1,17 @@
 """Admission control: queues in order of arrival, bounded by the number of sessions and by bytes.
 
 A session reserves the most bytes that it can come to hold when it is admitted, so one that has
-begun never runs out (docs/adr/0007). Kept sessions are evicted for new ones, the longest idle
-first.
+begun never runs out (docs/adr/0007). Kept sessions are evicted for new ones: the longest idle of
+the owner that holds the most.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
+from griffin_core.engine.kept_sessions import KeptSessions
 from griffin_core.engine.limits import Limits
 from griffin_core.engine.reservation import Reservation, total_bytes
 from griffin_core.engine.session import Session, State
@@ -28,41 +29,6 @@ MOST_OVERTAKEN = 16
 
 TURN_SMOOTHING = 0.2
 """Weight of the last turn in the smoothed length of a turn."""
-
-
-class KeptSessions:
-    """Sessions that are kept, in the order in which they were added, and the sum of their bytes: an
-    engine may keep tens of thousands."""
-
-    def __init__(self) -> None:
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self.nbytes = 0
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def __contains__(self, session: object) -> bool:
-        return isinstance(session, Session) and session.session_id in self._sessions
-
-    @property
-    def session_ids(self) -> tuple[str, ...]:
-        """The ids of all of them, in order."""
-        return tuple(self._sessions)
-
-    @property
-    def oldest(self) -> Session | None:
-        """The session that was added first; None if there is none."""
-        return next(iter(self._sessions.values()), None)
-
-    def add(self, session: Session) -> None:
-        """Adds a session, whose reservation is now for its cache alone."""
-        self._sessions[session.session_id] = session
-        self.nbytes += session.reservation.kv
-
-    def discard(self, session: Session) -> None:
-        """Removes a session. Without effect if it is not there."""
-        if self._sessions.pop(session.session_id, None) is not None:
-            self.nbytes -= session.reservation.kv
 
 
 class Scheduler:
@@ -137,11 +103,10 @@ class Scheduler:
             CapacityExhausted: the queue is full or too slow, or the session alone is over the
                 limit.
         """
-        if needs.alone > self._budget.limit:
+        if needs.alone > (most := self._limits.owner_bytes_of(self._budget.limit)):
             raise CapacityExhausted(
                 f"memory: the request needs {needs.alone} bytes of KV cache and slim "
-                f"view; the server allows {self._budget.limit} in all. Ask for fewer "
-                "tokens",
+                f"view; the server allows a caller {most} in all. Ask for fewer tokens",
                 retry_after_s=None,
             )
         gives_way = None
@@ -171,6 +136,12 @@ class Scheduler:
         """Raises CapacityExhausted if the queue is full, or too slow for a deadline. Returns the
         session that must give its place, if one must."""
         gives_way = None
+        own, most = self._waiting.count(owner), self._limits.max_owner_queue
+        if most is not None and own >= most:
+            raise CapacityExhausted(
+                f"queue: {own} of your requests wait already, the most this server allows a caller",
+                retry_after_s=self.retry_after_s,
+            )
         if len(self._waiting) >= self._limits.max_queue:
             gives_way = self._waiting.gives_way(owner, self._recalled)
             if gives_way is None:
@@ -180,7 +151,9 @@ class Scheduler:
                     retry_after_s=self.retry_after_s,
                 )
         ahead, now = self._waiting.ahead_of_next(owner, self._capped()), time.monotonic()
-        wait_s = self._wait_s(ahead)
+        # For each session ahead and for itself the usual length of a turn, divided by the number of
+        # sessions that run at once; 0 while no turn has shown its length.
+        wait_s = (ahead + 1) * (self._turn_s or 0.0) / max(1, len(self._live))
         # A deadline that has passed says nothing about capacity: the caller's own clock ends the
         # call.
         if deadline is not None and now < deadline < now + wait_s:
@@ -197,14 +170,6 @@ class Scheduler:
         turn_s = 1.0 if self._turn_s is None else self._turn_s
         return max(0.1, turn_s / max(1, len(self._live)))
 
-    def _wait_s(self, ahead: int) -> float:
-        """Seconds that a session is likely to wait: for each session ahead and for itself the usual
-        length of a turn, divided by the number of sessions that run at once. 0 while no turn has
-        shown its length."""
-        if self._turn_s is None:
-            return 0.0
-        return (ahead + 1) * self._turn_s / max(1, len(self._live))
-
     def admit(self) -> list[Session]:
         """Sessions that may begin now, owner by owner and in order of arrival. One that does not
         fit is overtaken ``MOST_OVERTAKEN`` times, and more often only if nothing runs that it could
@@ -214,7 +179,7 @@ class Scheduler:
             needs = self._needs[session.session_id]
             room = self._budget.limit - self._total(session, needs)
             while len(self._idle) and self._idle.nbytes > room:
-                self._evict_oldest("it was evicted for requests that needed its memory")
+                self._evict(self._idle.spared_least, "it was evicted: others needed its memory")
             self._waiting.take(session)
             del self._needs[session.session_id]
             self._recalled.discard(session)
@@ -231,9 +196,10 @@ class Scheduler:
         passed: list[Session] = []
         capped = self._capped()
         for session in self._waiting:
-            if session.owner in capped:
-                continue
-            if self._fits(session, self._needs[session.session_id]):
+            needs = self._needs[session.session_id]
+            if session.owner in capped or self._over_share(session, needs):
+                continue  # it waits for its owner's own sessions, and others do not wait for it
+            if self._fits(session, needs):
                 for other in passed:
                     other.overtaken += 1
                 return session
@@ -259,7 +225,8 @@ class Scheduler:
         session.reservation = Reservation(kv=held_bytes)
         self._idle.add(session)
         while len(self._idle) > 1 and self._idle.nbytes > self._budget.idle_limit:
-            self._evict_oldest("it was evicted for sessions kept later (--idle-memory-gib)")
+            why = "it was evicted: others were kept later (--idle-memory-gib)"
+            self._evict(self._idle.spared_least, why)
 
     def drop(self, session: Session, reason: str) -> None:
         """Forgets a session, whatever its state."""
@@ -276,7 +243,7 @@ class Scheduler:
     def expire(self) -> None:
         """Drops kept sessions that have been idle for too long."""
         while self.next_expiry_s() == 0:
-            self._evict_oldest(f"it was idle for {self._limits.session_ttl_s:g} s")
+            self._evict(self._idle.oldest, f"it was idle for {self._limits.session_ttl_s:g} s")
 
     def next_expiry_s(self) -> float | None:
         """Seconds until ``expire`` has something to do; None if never. All sessions may be idle
@@ -286,8 +253,7 @@ class Scheduler:
             return None
         return max(0.0, oldest.clock.last_token + self._limits.session_ttl_s - time.monotonic())
 
-    def _evict_oldest(self, reason: str) -> None:
-        session = self._idle.oldest
+    def _evict(self, session: Session | None, reason: str) -> None:
         assert session is not None
         self.drop(session, reason)
         self._free(session)
@@ -297,9 +263,16 @@ class Scheduler:
         if len(self._live) >= self._limits.max_sessions:
             return False
         own = sum(other.owner == session.owner for other in self._live.values())
-        if own >= self._limits.owner_sessions:
+        if own >= self._limits.owner_sessions or self._over_share(session, needs):
             return False
         return self._total(session, needs) <= self._budget.limit
+
+    def _over_share(self, session: Session, needs: Reservation) -> bool:
+        """Whether its owner's running sessions and this one need more than one owner may have."""
+        if self._limits.owner_share is None:
+            return False
+        own = [s.reservation for s in self._live.values() if s.owner == session.owner]
+        return total_bytes([*own, needs]) > self._limits.owner_bytes_of(self._budget.limit)
 
     def _total(self, session: Session, needs: Reservation) -> int:
         """Bytes that the live sessions and those whose next turn waits can come to hold, with one

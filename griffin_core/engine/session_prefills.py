@@ -94,7 +94,9 @@ class SessionPrefills:
             s2=session.s2,
         )
         sink = _TurnSink(session.turn_id, deliver)
-        run = PrefillRun(prompt, sink, tokens=session.prompt_tokens, admitted=True)
+        run = PrefillRun(
+            prompt, sink, tokens=session.prompt_tokens, admitted=True, owner=session.owner
+        )
         self._runs[session.turn_id] = run
         self._queue.add(run, 0.0)
 

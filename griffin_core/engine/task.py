@@ -228,6 +228,7 @@ class PrefillTask:
         watch: layers whose activations are wanted.
         max_concurrent: it begins only while at most that many prefills that own their KV cache
             run, this one included.
+        owner: whose it is; owners take turns.
     """
 
     token_ids: tuple[int, ...]
@@ -235,3 +236,4 @@ class PrefillTask:
     wants_kv: bool = True
     watch: frozenset[int] = frozenset()
     max_concurrent: int = MAX_CONCURRENT_PREFILLS
+    owner: str = ""

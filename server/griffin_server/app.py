@@ -25,6 +25,7 @@ from griffin_server.rpc.generation import GenerationServicer
 from griffin_server.rpc.messages.model_info import sampling_defaults_to_pb
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.prefill import PrefillServicer
+from griffin_server.rpc.token_rate import TokenRate
 from griffin_server.security.tls import prefill_credentials
 from griffin_server.settings import Settings
 from griffin_server.telemetry.tracing import Tracing
@@ -114,6 +115,8 @@ class App:
             limits=Limits(
                 max_sessions=settings.max_sessions,
                 max_owner_sessions=_owner_sessions(settings),
+                owner_share=settings.max_caller_memory,
+                max_owner_queue=settings.max_caller_queue,
                 max_queue=settings.max_queue,
                 session_bytes=0 if settings.role == "prefill" else session_bytes,
                 idle_bytes=_bytes(settings.idle_memory_gib),
@@ -219,6 +222,7 @@ class App:
             bridge,
             self.metrics,
             sampling_defaults=self._sampling_defaults,
+            rate=TokenRate(settings.max_caller_tokens, settings.limits_storage),
         )
 
     async def stop(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, Sharing
@@ -91,6 +91,28 @@ class EngineSettings(BaseSettings):
         description="Of these, those of one caller; by default three quarters where callers are "
         "asked who they are, so that there is room for others.",
     )
+    max_caller_memory: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Fraction of the sessions' memory that one caller's running sessions may "
+        "reserve; its further ones wait.",
+    )
+    max_caller_queue: int | None = Field(
+        None, ge=0, description="The most requests of one caller that wait; further are refused."
+    )
+    max_caller_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens a minute, of prompts and completions, above which a caller's requests "
+        "are refused.",
+    )
+    limits_storage: str = Field(
+        "async+memory://",
+        description="Where callers' tokens are counted, as the library limits names it: "
+        "async+memory:// for this server alone, or async+redis://HOST:PORT for several servers "
+        "together, which needs the package coredis.",
+    )
     max_queue: int = Field(
         256, ge=0, description="The most requests that wait; further ones are refused."
     )
@@ -134,6 +156,21 @@ class EngineSettings(BaseSettings):
         description="Fraction of the time given to prompts while sessions decode; 1 means one "
         "decode step between two passes. By default 0.5 on a CPU and 1 on a GPU.",
     )
+
+    @field_validator("limits_storage")
+    @classmethod
+    def _is_a_storage(cls, value: str) -> str:
+        if value != cls.model_fields["limits_storage"].default:
+            from limits.errors import ConfigurationError  # noqa: PLC0415  # few ever need it
+            from limits.storage import storage_from_string  # noqa: PLC0415
+
+            if not value.startswith("async+"):
+                raise ValueError("allowed: a storage of limits that begins with async+")
+            try:
+                storage_from_string(value)
+            except (ConfigurationError, ImportError, ValueError) as error:
+                raise ValueError(f"cannot be used ({error})") from error
+        return value
 
     @model_validator(mode="after")
     def _one_size_of_memory(self) -> EngineSettings:

@@ -25,9 +25,9 @@ from griffin_core.engine.events import (
     Started,
     TokensMade,
 )
-from griffin_core.engine.task import GenerateTask, ScoreTask
+from griffin_core.engine.task import GenerateTask, PrefillTask, ScoreTask
 from griffin_core.errors import EngineFault
-from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
+from griffin_core.model.generation_config import SamplingDefaults
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.prefill_pool.source import TurnContexts
@@ -40,6 +40,7 @@ from griffin_server.rpc.messages.scoring import score_task, scored_to_pb
 from griffin_server.rpc.messages.sessions import PageTokens, page_size, session_to_pb
 from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
 from griffin_server.rpc.text_work import TextWork
+from griffin_server.rpc.token_rate import TokenRate
 from griffin_server.security.principal import principal_var
 from griffin_server.telemetry.context import request_id_var
 from griffin_server.telemetry.metrics import Metrics
@@ -51,7 +52,7 @@ EVENTS_AHEAD = 64
 Context = grpc.aio.ServicerContext[Any, Any]
 
 R = TypeVar("R", bound=Message)
-T = TypeVar("T")
+T = TypeVar("T", GenerateTask, ScoreTask, PrefillTask)
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -63,6 +64,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         bridge: delivers the engine's events to the loop that serves calls.
         metrics: counts requests.
         sampling_defaults: values of the sampling fields that a request does not set.
+        rate: the tokens that callers may have.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         role: str,
         bridge: LoopBridge,
         metrics: Metrics,
-        sampling_defaults: SamplingDefaults = NO_SAMPLING_DEFAULTS,
+        sampling_defaults: SamplingDefaults,
+        rate: TokenRate,
     ) -> None:
         self._engine = engine
         self._contexts = contexts
@@ -80,6 +83,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._bridge = bridge
         self._metrics = metrics
         self._sampling_defaults = sampling_defaults
+        self._rate = rate
         self._text_work = TextWork(engine.limits.max_queue)
         self._page_tokens = PageTokens()
 
@@ -88,25 +92,28 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         with self._metrics.request(time.monotonic(), context) as counts:
             make = partial(generate_task, sampling_defaults=self._sampling_defaults)
-            task = replace(await self._task(make, request, context), owner=principal_var.get().name)
-            async with aclosing(self._events(task)) as events:
-                async for event in events:
-                    match event:
-                        case Started():
-                            counts.read(event.prompt_tokens)
-                            yield started_to_pb(event, request_id_var.get())
-                        case TokensMade():
-                            counts.made(event)
-                            yield tokens_to_pb(event, self._engine.model.tokenizer)
-                        case Finished():
-                            counts.completed(event)
-                            yield finished_to_pb(event)
+            task = await self._task(make, request, context)
+            made = 0
+            try:
+                async with aclosing(self._events(task)) as events:
+                    async for event in events:
+                        match event:
+                            case Started():
+                                counts.read(event.prompt_tokens)
+                                yield started_to_pb(event, request_id_var.get())
+                            case TokensMade():
+                                made += len(event.ids)
+                                counts.made(event)
+                                yield tokens_to_pb(event, self._engine.model.tokenizer)
+                            case Finished():
+                                counts.completed(event)
+                                yield finished_to_pb(event)
+            finally:
+                self._rate.made(task.owner, made)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         with self._metrics.request(time.monotonic(), context) as counts:
-            task = replace(
-                await self._task(score_task, request, context), owner=principal_var.get().name
-            )
+            task = await self._task(score_task, request, context)
             async with aclosing(self._events(task)) as events:
                 async for event in events:
                     if isinstance(event, Started):
@@ -141,6 +148,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """The task of a request, which is to be submitted at once: it was announced to the engine.
         It is made off the loop, because a long text takes the tokenizer tens of milliseconds."""
         model, arrivals = self._engine.model, self._engine.arrivals
+        owner = principal_var.get().name
         arrivals.announce()
         try:
             task = await self._text_work.run(
@@ -148,14 +156,15 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     make, request, model.tokenizer, model.decoder.spec, context.time_remaining()
                 ),
                 request.ByteSize(),
-                principal_var.get().name,
+                owner,
             )
+            await self._rate.admit(owner, _prompt_tokens(task))
         except BaseException:
             arrivals.settle()
             self._engine.wake()  # it may be waiting for this request
             raise
         arrivals.settle()  # nothing runs on the loop between this and the submission
-        return task
+        return replace(task, owner=owner)
 
     async def _events(self, task: GenerateTask | ScoreTask) -> AsyncGenerator[Event, None]:
         """Runs a task to its end. Closing the iterator ends the task at once, in any phase."""
@@ -205,6 +214,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> pb.CloseSessionResponse:
         await asyncio.wrap_future(self._engine.close(request.session_id, owner=_sees()))
         return pb.CloseSessionResponse()
+
+
+def _prompt_tokens(task: GenerateTask | ScoreTask | PrefillTask) -> int:
+    """How many tokens of a task are read."""
+    if isinstance(task, PrefillTask):
+        return len(task.token_ids)
+    return task.run_tokens if isinstance(task, ScoreTask) else len(task.prompt)
 
 
 def _sees() -> str | None:

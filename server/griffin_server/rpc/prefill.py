@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from griffin_core.forward.events import (
 from griffin_server.rpc.messages.prefill_request import prefill_task
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.run_prefill import run_prefill
+from griffin_server.security.principal import principal_var
 from griffin_server.transfer.codec import HandoffWriter
 from griffin_server.transfer.negotiation import exporter_for
 from griffin_server.transfer.protocol import negotiate
@@ -61,7 +63,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 f"model_fingerprint: got {request.model_fingerprint[:80]!r}; this server holds "
                 f"{model.name} with fingerprint {model.fingerprint}"
             )
-        task = prefill_task(request, model.decoder.spec)
+        task = replace(prefill_task(request, model.decoder.spec), owner=principal_var.get().name)
         shape = handoff_shape(model, task)
         exporter = await asyncio.to_thread(
             exporter_for, request, shape, model.decoder.device, self._handoff_directory

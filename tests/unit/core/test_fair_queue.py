@@ -16,7 +16,7 @@ from griffin_core.engine.session import Clock, Session
 from griffin_core.engine.session_table import SessionTable
 from griffin_core.engine.task import GenerateTask
 from griffin_core.engine.waiting import WaitingSessions
-from griffin_core.errors import CapacityExhausted
+from griffin_core.errors import CapacityExhausted, SessionNotFound
 from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
@@ -52,7 +52,7 @@ class Counted(Budget):
 class Desk:
     """A scheduler, and what it refuses."""
 
-    def __init__(self, *, budget: int = 1000, **limits: int) -> None:
+    def __init__(self, *, budget: int = 1000, **limits: float) -> None:
         self.table = SessionTable()
         self.refused: dict[str, CapacityExhausted] = {}
         self.budget = Counted(limit=budget, idle_limit=budget)
@@ -76,6 +76,9 @@ class Desk:
         """Ends a turn so that its length counts."""
         self.table.find(name).clock.prefilled = 1.0
         self.end(name)
+
+    def kept(self, owner: str) -> int:
+        return sum(name[0] == owner for name in self.scheduler.snapshot().idle)
 
     def begin(self) -> list[str]:
         return names(self.scheduler.admit())
@@ -252,6 +255,53 @@ def test_a_full_server_looks_at_its_queue_once() -> None:
     assert desk.budget.read <= MOST_TRIED
     desk.end("a0")
     assert desk.begin() == ["b0"]
+
+
+def test_an_owner_over_its_share_of_memory_waits_for_itself_and_nobody_for_it() -> None:
+    desk = Desk(budget=100, max_sessions=100, max_queue=1000, owner_share=0.5)
+    desk.ask("a0", "a1", kv=25)
+    desk.ask("a2", kv=25)
+    assert desk.begin() == ["a0", "a1"]
+    for number in range(3 * MOST_OVERTAKEN):
+        desk.ask(f"b{number}", kv=10)
+        assert desk.begin() == [f"b{number}"]
+        desk.end(f"b{number}")
+    with pytest.raises(CapacityExhausted, match="allows a caller 50 in all"):
+        desk.ask("b", kv=51)
+    desk.end("a0")
+    assert desk.begin() == ["a2"]
+
+
+def test_an_owner_has_so_many_waiting_and_no_more() -> None:
+    desk = Desk(max_sessions=1, max_queue=100, max_owner_queue=2)
+    desk.ask("a0")
+    desk.begin()
+    desk.ask("a1", "a2")
+    with pytest.raises(CapacityExhausted, match="2 of your requests wait already") as refused:
+        desk.ask("a3")
+    assert refused.value.retry_after_s
+    desk.ask("b0", "b1")
+
+
+def test_the_owner_that_keeps_the_most_loses_its_oldest_session() -> None:
+    desk = Desk(budget=1000, max_sessions=10, max_queue=100)
+    desk.budget.idle_limit = 100
+    desk.ask("b0", *(f"a{number}" for number in range(8)), kv=10)
+    desk.begin()
+    for name in ("b0", *(f"a{number}" for number in range(8))):
+        desk.table.find(name).clock.last_token = time.monotonic()
+        desk.scheduler.keep(desk.table.find(name), 10)
+    assert [desk.kept("a"), desk.kept("b")] == [8, 1]
+    desk.ask("c0", "c1", "c2", kv=10)
+    desk.begin()
+    for name in ("c0", "c1", "c2"):
+        desk.scheduler.keep(desk.table.find(name), 10)
+    assert [desk.kept("a"), desk.kept("b"), desk.kept("c")] == [6, 1, 3]  # b0 was there first
+    with pytest.raises(SessionNotFound, match="others were kept later"):
+        desk.table.find("a0")
+    desk.ask("d0", kv=950)
+    assert desk.begin() == ["d0"]
+    assert [desk.kept("a"), desk.kept("b"), desk.kept("c")] == [2, 1, 2]
 
 
 def task(owner: str, tokens: int) -> GenerateTask:

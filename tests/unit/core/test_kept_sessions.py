@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
+from griffin_core.engine import memory
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.task import GenerateTask, PruningParams
+from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import FinishReason, StoppingParams
@@ -157,3 +160,20 @@ def test_a_prefill_server_s_session_is_cut_as_well(model: Model) -> None:
         assert tokens == drawn[: len(tokens)] != drawn
         after = complete(running, turn(MORE, GREEDY_20, continues=first.turn_id))[0]
         assert after == complete(running, turn((*tokens, *MORE), GREEDY_20))[0]
+
+
+def test_the_hosts_objects_of_a_kept_session_are_counted(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a session with few tokens they are much of what it holds."""
+    monkeypatch.setattr(memory, "OBJECT_BYTES", 10_000)
+    monkeypatch.setattr(memory, "TOKEN_BYTES", 7)
+    with engine(model, prefill_source=None) as running:
+        asked = GenerateTask(
+            prompt=(1, 2, 3), stopping=StoppingParams(max_tokens=2, ignore_eos=True), keep=True
+        )
+        complete(running, asked)
+        (info,) = running.sessions().result(10)
+    spec = model.decoder.spec
+    tensors = kv_bytes(spec, torch.float32, 4) + 4 * len(spec.layers) * spec.intermediate_size
+    assert info.reserved_bytes == tensors + 10_000 + 7 * 4

@@ -242,6 +242,38 @@ def test_a_short_prompt_is_in_the_first_pass_after_it_came(passes: Make) -> None
     assert isinstance(events(short)[-1], PrefillFinished)
 
 
+def test_owners_take_turns_at_the_places_for_prompts_of_others(passes: Make) -> None:
+    """One that sends many prompts has all places only while nobody else wants one."""
+    queue = passes(32)
+    many = {"admitted": False, "max_concurrent": 2}
+    for n in range(4):
+        queue.add(f"a{n}", 100, owner="a", **many)
+    queue.run_pass()
+    queue.add("b0", 100, owner="b", **many)
+    queue.add("c0", 100, owner="c", **many)
+    begun = list(dict.fromkeys(name for read in queue.all() for name in read))
+    assert begun == ["a0", "b0", "c0", "a1", "a2", "a3"]
+
+
+def test_an_owner_leaves_room_in_the_queue_for_others(tiny: Callable[[str], Model]) -> None:
+    def refused(*names: str) -> list[str]:
+        queue = Passes(tiny("llama-long"), 32)
+        queue.queue = PrefillQueue(
+            queue.decoder, max_waiting=4, chunk_tokens=32, observer=Observer()
+        )
+        added = {name: queue.add(name, 10, admitted=False, owner=name[0]) for name in names}
+        return [
+            name
+            for name, inbox in added.items()
+            if any(isinstance(event, Failed) for event in events(inbox))
+        ]
+
+    alone = ["a0", "a1", "a2", "a3", "a4", "a5"]
+    assert refused(*alone) == ["a5"]
+    assert refused("b0", *alone) == ["a3", "a4", "a5"]
+    assert refused("b0", "a0", "a1", "a2", "b1", "b2") == ["b2"]
+
+
 def test_short_prompts_that_keep_coming_leave_a_long_one_half_of_every_pass(
     passes: Make,
 ) -> None:

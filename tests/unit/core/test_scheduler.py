@@ -91,7 +91,7 @@ def test_kept_sessions_beyond_the_idle_budget_go_the_longest_idle_first(model: M
         assert left == [each.turn_id for each in kept[1:]]
         again = submit(running, task(continues=kept[0].turn_id))[1].until(Finished)
         assert isinstance(again.error, SessionNotFound)
-        assert "evicted for sessions kept later" in str(again.error)
+        assert "evicted: others were kept later" in str(again.error)
 
 
 def test_a_session_that_is_larger_than_the_idle_budget_is_not_kept(model: Model) -> None:

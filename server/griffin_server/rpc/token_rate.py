@@ -1,0 +1,79 @@
+"""How many tokens a minute each caller may have read and made."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import structlog
+from limits import RateLimitItemPerMinute
+from limits.aio.strategies import FixedWindowRateLimiter
+from limits.storage import storage_from_string
+
+from griffin_core.errors import CapacityExhausted
+
+log = structlog.get_logger("griffin.limits")
+
+
+class TokenRate:
+    """Counts the tokens of callers, anew in each minute.
+
+    A prompt is counted before it is read, and refused if it would be too much. What is made of it
+    is counted when it has been made, so that a caller may be over for once. If the storage does not
+    answer, requests are let through, and the log says so.
+
+    Args:
+        most: tokens a minute of each caller; None for any.
+        storage: where they are counted; see ``EngineSettings.limits_storage``.
+    """
+
+    def __init__(self, most: int | None, storage: str) -> None:
+        self._most = most
+        self._charges: set[asyncio.Task[None]] = set()
+        if most is not None:
+            self._limit = RateLimitItemPerMinute(most, namespace="griffin")
+            counted: Any = storage_from_string(storage)  # its type may be of another kind
+            self._counter = FixedWindowRateLimiter(counted)
+
+    async def admit(self, owner: str, tokens: int) -> None:
+        """Counts a prompt.
+
+        Raises:
+            CapacityExhausted: with it, the caller would have more tokens in this minute than it
+                may. It is not counted then.
+        """
+        if self._most is None:
+            return
+        if tokens > self._most:
+            raise CapacityExhausted(
+                f"tokens: got a prompt of {tokens}; the server allows a caller {self._most} a "
+                "minute (--max-caller-tokens)",
+                retry_after_s=None,
+            )
+        try:
+            if await self._counter.test(self._limit, owner, cost=tokens):
+                await self._counter.hit(self._limit, owner, cost=tokens)
+                return
+            stats = await self._counter.get_window_stats(self._limit, owner)
+        except Exception:  # of a storage's own client
+            log.exception("tokens could not be counted")
+            return
+        raise CapacityExhausted(
+            f"tokens: this prompt of {tokens} with what you have had in this minute is more than "
+            f"the {self._most} that the server allows a caller (--max-caller-tokens)",
+            retry_after_s=min(60.0, max(0.1, stats.reset_time - time.time())),
+        )
+
+    def made(self, owner: str, tokens: int) -> None:
+        """Counts tokens that were made. It does not wait for that."""
+        if self._most is not None and tokens:
+            charge = asyncio.create_task(self._charge(owner, tokens))
+            self._charges.add(charge)
+            charge.add_done_callback(self._charges.discard)
+
+    async def _charge(self, owner: str, tokens: int) -> None:
+        try:
+            await self._counter.hit(self._limit, owner, cost=tokens)
+        except Exception:
+            log.exception("tokens could not be counted")
