@@ -140,7 +140,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 async with around as (made, sent):
                     response = await clock.answer(behavior(made.request, context))
-                    sent()
+                    sent(response.ByteSize())
                     return response
             except BaseException as error:
                 clear_frames(error.__traceback__)
@@ -160,7 +160,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     responses: Any = behavior(made.request, context)
                     async with aclosing(responses), aclosing(clock.answers(responses)) as answers:
                         async for response in answers:
-                            sent()
+                            sent(response.ByteSize())
                             yield response
             except BaseException as error:
                 clear_frames(error.__traceback__)
@@ -171,7 +171,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _around(
         self, kind: str, method: str, request: bytes, decode: Parse, context: Context
-    ) -> AsyncIterator[tuple[Call, Callable[[], None]]]:
+    ) -> AsyncIterator[tuple[Call, Callable[[int], None]]]:
         """Enters all interceptors. Yields the call, and the function that counts a response."""
         call = Call(
             kind=kind,

@@ -10,6 +10,8 @@ import structlog
 
 from griffin_core.errors import InvalidRequest
 from griffin_server.interceptors.call import Call
+from griffin_server.rpc.status import printable
+from griffin_server.telemetry.audit import audit
 from griffin_server.telemetry.context import REQUEST_ID_KEY, request_id_var
 
 MAX_REQUEST_ID = 128
@@ -28,6 +30,7 @@ async def identify(call: Call) -> AsyncIterator[None]:
     structlog.contextvars.bind_contextvars(request_id=request_id)
     if call.spans is not None:
         call.spans.note(request_id=request_id)
+    audit().session = printable(getattr(call.request, "session_id", ""), MAX_REQUEST_ID)
     await call.context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
     yield
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from griffin_server.interceptors.call import Call
+from griffin_server.telemetry.audit import Audit, audit_var
 from griffin_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:  # it brings torch, and the server listens before that is imported
@@ -35,6 +36,8 @@ class CallTelemetry:
         """Observes a call from its arrival until its status is sent."""
         clock = time.perf_counter()
         peer = call.context.peer()  # gRPC crashes if it is asked once the call is over
+        audited = Audit(request_bytes=len(call.request))
+        audit_var.set(audited)
         call.counts = self._metrics.grpc_call(call.kind, call.method)
         if self.tracing is not None:
             call.spans = self.tracing.call(call.method, call.context.invocation_metadata())
@@ -52,4 +55,5 @@ class CallTelemetry:
                 seconds=round(seconds, 6),
                 principal=(call.principal and call.principal.name) or None,
                 peer=peer,
+                **audited.known(),
             )

@@ -42,6 +42,7 @@ from griffin_server.rpc.output_queue import LoopBridge, OutputQueue
 from griffin_server.rpc.text_work import TextWork
 from griffin_server.rpc.token_rate import TokenRate
 from griffin_server.security.principal import principal_var
+from griffin_server.telemetry.audit import audit
 from griffin_server.telemetry.context import request_id_var
 from griffin_server.telemetry.metrics import Metrics
 from griffin_server.telemetry.tracing import spans_var
@@ -99,6 +100,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     async for event in events:
                         match event:
                             case Started():
+                                audit().session = event.session_id
                                 counts.read(event.prompt_tokens)
                                 yield started_to_pb(event, request_id_var.get())
                             case TokensMade():

@@ -26,6 +26,7 @@ from griffin_server.rpc.messages.prefill_request import prefill_task
 from griffin_server.rpc.output_queue import LoopBridge
 from griffin_server.rpc.run_prefill import run_prefill
 from griffin_server.security.principal import principal_var
+from griffin_server.telemetry.audit import audit
 from griffin_server.transfer.codec import HandoffWriter
 from griffin_server.transfer.negotiation import exporter_for
 from griffin_server.transfer.protocol import negotiate
@@ -64,6 +65,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 f"{model.name} with fingerprint {model.fingerprint}"
             )
         task = replace(prefill_task(request, model.decoder.spec), owner=principal_var.get().name)
+        audit().prompt_tokens = len(task.token_ids)
         shape = handoff_shape(model, task)
         exporter = await asyncio.to_thread(
             exporter_for, request, shape, model.decoder.device, self._handoff_directory

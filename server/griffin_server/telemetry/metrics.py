@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from griffin_core.engine.ports import Observer
 from griffin_core.errors import GriffinError
 from griffin_server.rpc.status import CODES, code_of, code_of_cancel
+from griffin_server.telemetry.audit import audit
 from griffin_server.telemetry.engine_gauges import EngineGauges
 
 if TYPE_CHECKING:  # they bring torch, and a server answers before that is imported
@@ -256,6 +257,7 @@ class Request:
         self._metrics = metrics
         self._arrived = arrived
         self._last = 0.0
+        self._audit = audit()
         self.started = False
         """Whether its prompt has been processed, or has begun to be."""
         self.finish_reason = ""
@@ -263,6 +265,7 @@ class Request:
     def read(self, prompt_tokens: int) -> None:
         """Counts its prompt."""
         self.started = True
+        self._audit.prompt_tokens += prompt_tokens
         self._metrics.prompt_tokens.inc(prompt_tokens)
 
     def made(self, event: TokensMade) -> None:
@@ -275,6 +278,7 @@ class Request:
         else:
             self._metrics.time_to_first_token.observe(now - self._arrived)
         self._last = now
+        self._audit.generated_tokens += tokens
         self._metrics.generated_tokens.inc(tokens)
 
     def completed(self, event: Finished) -> None:
@@ -300,12 +304,14 @@ class GrpcCall:
         self._metrics = metrics
         self._labels = labels
         self._sent = metrics.grpc_sent.labels(*labels)
+        self._audit = audit()
         metrics.grpc_started.labels(*labels).inc()
         metrics.grpc_received.labels(*labels).inc()
 
-    def sent(self) -> None:
-        """Counts a response message."""
+    def sent(self, size: int) -> None:
+        """Counts a response message of so many bytes."""
         self._sent.inc()
+        self._audit.response_bytes += size
 
     def handled(self, code: str, seconds: float) -> None:
         """Counts the end of the call, by the name of its status code."""
