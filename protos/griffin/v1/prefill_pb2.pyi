@@ -213,9 +213,24 @@ class SharedMemoryOffer(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     SOCKET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def name(self) -> _builtins.str:
+        """Of a file in the shared-memory file system; servers after Griffin 0.2 neither offer nor take
+        one.
+        """
+
+    @name.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def name(self, value: _builtins.str) -> None:
+        """Of a file in the shared-memory file system; servers after Griffin 0.2 neither offer nor take
+        one.
+        """
+
     size_bytes: _builtins.int
     nonce: _builtins.bytes
     """16 random bytes that stand at the start of the segment. A server that reads them there has
@@ -228,13 +243,14 @@ class SharedMemoryOffer(_message.Message):
     def __init__(
         self,
         *,
+        name: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         nonce: _builtins.bytes = ...,
         socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "size_bytes", b"size_bytes", "socket", b"socket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "nonce", b"nonce", "size_bytes", b"size_bytes", "socket", b"socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
