@@ -22,7 +22,7 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-e2e test-slow test-gpu lint type client protos reference bench bench-served bench-cuda bench-peers eval study clean
+.PHONY: help install demo serve test test-e2e test-slow faults test-gpu lint type client protos reference bench bench-served bench-cuda bench-peers eval study clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -82,7 +82,14 @@ test-e2e: $(STAMP) $(VENV)/prometheus  ## run the end-to-end tests: servers unde
 	@$(PYTEST) -m 'e2e and not slow and alone' $(ARGS) $(MAY_BE_EMPTY)
 
 test-slow: $(STAMP) $(VENV)/.gemma3  ## run the tests that take minutes
-	@$(PYTEST) -m slow $(ARGS)
+	@$(PYTEST) -m slow --ignore tests/nemesis $(ARGS) $(MAY_BE_EMPTY)
+	@$(MAKE) --no-print-directory faults
+
+# Four worlds at once: they wait more than they work.
+faults: $(STAMP)  ## let each fault happen a hundred times, and write docs/reference/faults.md
+	@results=$$(mktemp -d) && trap 'rm -rf $$results' EXIT \
+	  && NEMESIS_RESULTS=$$results $(PYTEST) -n 4 --dist load -m slow tests/nemesis $(ARGS); \
+	  status=$$?; $(BIN)/python -m tests.nemesis.table $$results; exit $$status
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(ARGS)

@@ -127,6 +127,7 @@ class HostImporter:
             raise ValueError(f"a chunk of {len(data)} bytes; expected {size}")
         kv = torch.frombuffer(data, dtype=shape.dtype)
         kv = kv.view(2, chunk.tokens, shape.kv_heads, shape.head_dim)
+        check_finite(kv, "KV")
         ready = None
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
@@ -135,6 +136,20 @@ class HostImporter:
         return LayerKv(
             layer=chunk.layer, first_token=chunk.first_token, kv=kv.transpose(1, 2), ready=ready
         )
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuses NaN and infinite values of a tensor on the CPU, which is not empty.
+
+    Args:
+        what: its name in the error.
+
+    Raises:
+        ValueError: there is one.
+    """
+    low, high = torch.aminmax(values)  # NaN if a value is
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError(f"got NaN or an infinite value; allowed: finite {what}")
 
 
 @cache

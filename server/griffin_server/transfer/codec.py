@@ -18,8 +18,9 @@ from griffin_core.forward.events import (
 )
 from griffin_server.rpc.messages.tensors import pack_floats, unpack_floats
 from griffin_server.transfer import protocol
-from griffin_server.transfer.base import KvExporter, KvImporter
+from griffin_server.transfer.base import KvExporter, KvImporter, check_finite
 from griffin_server.transfer.messages import MessagesImporter
+from griffin_server.transfer.progress import Progress
 from griffin_server.transfer.shape import HandoffShape
 
 TENSOR_TYPES = {
@@ -112,6 +113,7 @@ class HandoffReader:
         self._fallback = fallback
         self._importer: KvImporter | None = None
         self._crc = 0
+        self._progress = Progress(shape)
         self.finished = False
         """Whether the handoff is complete and verified."""
 
@@ -196,6 +198,7 @@ class HandoffReader:
             )
         event, covered = self._importer.read(chunk)
         self._crc = zlib.crc32(covered, self._crc)
+        self._progress.kv(event)
         return event
 
     def _experts(self, message: pb.LayerExperts) -> LayerExperts:
@@ -203,14 +206,11 @@ class HandoffReader:
         experts = unpack_indices(
             message.experts, self._shape.ff_width, f"experts of layer {message.layer}"
         )
-        layer, counts = message.layer, self._shape.expert_counts
-        if layer < len(counts) and len(experts) != counts[layer]:
-            raise HandoffBroken(
-                f"handoff: layer {layer} has {len(experts)} experts; the header says "
-                f"{counts[layer]}"
-            )
         s2 = unpack_floats(message.s).square()
-        return LayerExperts(layer=layer, s2=s2, experts=experts)
+        event = LayerExperts(layer=message.layer, s2=s2, experts=experts)
+        self._progress.experts(event)
+        check_finite(s2, "s")
+        return event
 
     def _finished(self, message: pb.PrefillFinished) -> PrefillFinished:
         self._crc = zlib.crc32(message.last_hidden, self._crc)
@@ -221,8 +221,8 @@ class HandoffReader:
         last_hidden = unpack_floats(message.last_hidden)
         if last_hidden.numel() != self._shape.width:
             raise HandoffBroken(f"handoff: a hidden state of {last_hidden.numel()} values")
-        if not last_hidden.isfinite().all():
-            raise HandoffBroken("handoff: a hidden state with NaN or an infinite value")
+        check_finite(last_hidden, "hidden state")
+        self._progress.finish()
         self.finished = True
         return PrefillFinished(
             last_hidden=last_hidden,

@@ -256,7 +256,7 @@ def test_a_layer_with_other_experts_than_the_header_says_is_refused(
     reader.read(writer.header())
     (event, *_) = [each for each in events if isinstance(each, LayerExperts)]
     message = writer.experts(replace(event, experts=event.experts[:-1]))
-    with pytest.raises(HandoffBroken, match="layer 0 has 43 experts; the header says 44"):
+    with pytest.raises(HandoffBroken, match=r"layer 0 has 43 experts of .*; expected 44 of"):
         reader.read(message)
 
 

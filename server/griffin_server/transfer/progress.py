@@ -1,0 +1,68 @@
+"""How far a handoff has come, and whether a message is the one that comes next."""
+
+from __future__ import annotations
+
+from griffin_core.errors import HandoffBroken
+from griffin_core.forward.events import LayerExperts, LayerKv
+from griffin_server.transfer.shape import HandoffShape
+
+
+class Progress:
+    """What has come of a handoff of this shape. A handoff that breaks here, before the engine has
+    it, is tried on another prefill server."""
+
+    def __init__(self, shape: HandoffShape) -> None:
+        self._shape = shape
+        self._tokens = [0] * shape.layers
+        self._chosen = [False] * shape.layers
+
+    def kv(self, event: LayerKv) -> None:
+        """Takes note of KV.
+
+        Raises:
+            HandoffBroken: it is not that of the layer's next tokens.
+        """
+        layer, tokens = self._layer(event.layer), event.kv.shape[2]
+        if event.first_token != self._tokens[layer]:
+            raise HandoffBroken(
+                f"handoff: layer {layer} goes on at token {event.first_token}; expected "
+                f"{self._tokens[layer]}"
+            )
+        self._tokens[layer] += tokens
+        if self._tokens[layer] > self._shape.tokens:
+            raise HandoffBroken(f"handoff: layer {layer} has over {self._shape.tokens} tokens")
+
+    def experts(self, event: LayerExperts) -> None:
+        """Takes note of a layer's statistic and experts.
+
+        Raises:
+            HandoffBroken: they came before, or are not as many as they should be.
+        """
+        layer, shape = self._layer(event.layer), self._shape
+        k = shape.expert_counts[layer]
+        if event.experts.numel() != k or event.s2.numel() != shape.ff_width:
+            raise HandoffBroken(
+                f"handoff: layer {layer} has {event.experts.numel()} experts of "
+                f"{event.s2.numel()} neurons; expected {k} of {shape.ff_width}"
+            )
+        if self._chosen[layer]:
+            raise HandoffBroken(f"handoff: the experts of layer {layer} came twice")
+        self._chosen[layer] = True
+
+    def finish(self) -> None:
+        """Takes note of the end.
+
+        Raises:
+            HandoffBroken: something has not come.
+        """
+        if not all(self._chosen) or min(self._tokens) < self._shape.tokens:
+            raise HandoffBroken(
+                f"handoff: finished with the experts of {sum(self._chosen)} of "
+                f"{self._shape.layers} layers and {min(self._tokens)} of {self._shape.tokens} "
+                "tokens"
+            )
+
+    def _layer(self, layer: int) -> int:
+        if not 0 <= layer < self._shape.layers:
+            raise HandoffBroken(f"handoff: got layer {layer} of {self._shape.layers}")
+        return layer
