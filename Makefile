@@ -85,10 +85,9 @@ test-slow: $(STAMP) $(VENV)/.gemma3  ## run the tests that take minutes
 	@$(PYTEST) -m slow --ignore tests/nemesis $(ARGS) $(MAY_BE_EMPTY)
 	@$(MAKE) --no-print-directory faults
 
-# Four worlds at once: they wait more than they work.
 faults: $(STAMP)  ## let each fault happen a hundred times, and write docs/reference/faults.md
 	@results=$$(mktemp -d) && trap 'rm -rf $$results' EXIT \
-	  && NEMESIS_RESULTS=$$results $(PYTEST) -n 4 --dist load -m slow tests/nemesis $(ARGS); \
+	  && NEMESIS_RESULTS=$$results $(PYTEST) -n $(WORKERS) --dist load -m slow tests/nemesis $(ARGS); \
 	  status=$$?; $(BIN)/python -m tests.nemesis.table $$results; exit $$status
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device

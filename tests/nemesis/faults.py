@@ -24,8 +24,8 @@ Inject = Callable[[World, random.Random], "Heal"]
 """Lets a fault happen, and returns what ends it."""
 Heal = Callable[[], None]
 
-LONG_S = 1.6
-"""Longer than the time-outs that notice a silent peer, of which each is 0.6 or 0.8 s."""
+LONG_S = 2.0
+"""Longer than the time-outs that notice a silent peer, of which the longest is 1 s."""
 
 NONE: frozenset[str] = frozenset()
 LOST = frozenset({"UNAVAILABLE"})
@@ -338,9 +338,10 @@ FAULTS = (
     Fault(name="decode server killed (SIGKILL)", promise=ENDS, inject=decode_killed, codes=LOST),
     Fault(
         name="decode server told to end (SIGTERM)",
-        promise="calls go on for --shutdown-grace-s and end well, or with UNAVAILABLE",
+        promise="calls go on for --shutdown-grace-s and end well, or with UNAVAILABLE; gRPC ends "
+        "those that come in the last moment with CANCELLED",
         inject=decode_ended,
-        codes=LOST,
+        codes=LOST | {"CANCELLED"},
     ),
     Fault(
         name="decode server stopped (SIGSTOP)",

@@ -21,8 +21,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "faults.md"
 FIRST = (
     "What Griffin promises when something goes wrong, and how often that was tried.",
     "`make test-slow` writes this page: it runs two prefill servers, one that spoils what it",
-    "sends, and a decode server as processes, with a TCP proxy on each wire, and lets four clients",
-    "call while the fault happens. Time-outs are scaled to a second or less there;",
+    "sends, and a decode server as processes, with a TCP proxy on each wire, and lets three",
+    "clients call while the fault happens. Time-outs are scaled to a second or less there;",
     "[tests/nemesis](../../tests/nemesis) has all of it. `make test-e2e` lets each fault happen",
     "once, and draws sequences of faults.",
 )

@@ -63,8 +63,14 @@ def test_a_fault_ends_as_promised(fault: Fault, runs: int, worlds: Worlds) -> No
             run(worlds.get(), fault, seed, tally)
         except BaseException as error:
             worlds.end()
+            note(fault, "failed", {"seed": seed, "why": str(error)[:2000]})
             raise AssertionError(f"{fault.name}, seed {seed}: {error}") from error
+    row = {"runs": tally.runs, "retried": tally.retried, "calls": dict(tally.calls)}
+    note(fault, "json", row)
+
+
+def note(fault: Fault, kind: str, row: dict[str, object]) -> None:
+    """Writes what came of a fault, if that is wanted."""
     if folder := os.environ.get(RESULTS):
-        row = {"runs": tally.runs, "retried": tally.retried, "calls": dict(tally.calls)}
-        path = Path(folder) / f"{FAULTS.index(fault):02}.json"
+        path = Path(folder) / f"{FAULTS.index(fault):02}.{kind}"
         path.write_text(json.dumps(row), "utf-8")

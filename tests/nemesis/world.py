@@ -25,7 +25,7 @@ from tests.nemesis.spoiler import Spoiler
 from tests.servers import eventually
 
 SCALED = (
-    "--handoff-timeout-s=0.8",
+    "--handoff-timeout-s=1",
     "--reader-timeout-s=0.8",
     "--stuck-after-s=0.8",
     "--shutdown-grace-s=1",
@@ -34,6 +34,7 @@ SCALED = (
 """Each time-out is a second or less; a call's longest time is longer than a whole run."""
 
 USUAL = (
+    "--device=cpu",
     "--threads=1",
     "--dtype=float32",
     "--sharing=private",
@@ -55,7 +56,11 @@ class Nursery:
         self._folder = folder
         command = [sys.executable, "-m", "tests.nemesis.nursery", *(["scaled"] if scaled else [])]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
         self._count = 0
         self._lock = threading.Lock()
@@ -183,7 +188,8 @@ class Call:
 
 def options_of(fast: bool) -> list[tuple[str, int]]:
     """The options of a client's channel."""
-    pings = {**FAST_PINGS, "grpc.keepalive_permit_without_calls": 1} if fast else {}
+    clocks = {"grpc.keepalive_permit_without_calls": 1, "grpc.min_reconnect_backoff_ms": 600}
+    pings = {**FAST_PINGS, **clocks} if fast else {}
     return [*pings.items(), ("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -208,7 +214,7 @@ class World:
         draw = random.Random(1)
         self.requests = [
             {
-                "token_ids": [draw.randrange(3, 250) for _ in range(draw.randrange(100, 2500))],
+                "token_ids": [draw.randrange(3, 250) for _ in range(draw.randrange(100, 1000))],
                 "max_tokens": draw.randrange(3, 25),
                 "density": draw.choice((1.0, 0.5)),
                 "ignore_eos": True,

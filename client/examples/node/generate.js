@@ -2,8 +2,12 @@
 //
 //   node generate.js localhost:50051 "Why is the sky blue?" --deadline-s 30 --cancel-after 20
 //
-// Both options may be left out. To use this in another project, copy protos/ there and set PROTOS.
+// Both options may be left out. GRIFFIN_CA_CERT in the environment names the file of the authority
+// that the server's certificate comes from, GRIFFIN_CLIENT_CERT and GRIFFIN_CLIENT_KEY the client's
+// own; GRIFFIN_API_KEY is a key or a token that says who calls, and is sent over TLS only. To use
+// this in another project, copy protos/ there and set PROTOS.
 
+import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import grpc from "@grpc/grpc-js";
@@ -35,7 +39,7 @@ const { griffin } = grpc.loadPackageDefinition(
     longs: Number,
   }),
 );
-const client = new griffin.v1.GenerationService(target, grpc.credentials.createInsecure());
+const client = new griffin.v1.GenerationService(target, credentials());
 
 // A field that is left out takes the server's default: greedy decoding on the dense model. To
 // sample, add sampling: { temperature: 0.7, top_p: 0.9 }; to prune, pruning: { density: 0.75 }.
@@ -47,6 +51,26 @@ const call = client.generate(
   // The server knows the deadline and stops by itself. Without one a call has no time limit.
   { deadline: Date.now() + 1000 * deadlineS },
 );
+
+// How the connection is encrypted, and who calls.
+function credentials() {
+  const {
+    GRIFFIN_CA_CERT: ca,
+    GRIFFIN_CLIENT_CERT: cert,
+    GRIFFIN_CLIENT_KEY: key,
+    GRIFFIN_API_KEY: secret,
+  } = process.env;
+  if (!ca && !cert && !secret) return grpc.credentials.createInsecure();
+  const read = (path) => (path ? readFileSync(path) : null);
+  const tls = grpc.credentials.createSsl(read(ca), read(key), read(cert));
+  if (!secret) return tls;
+  const caller = grpc.credentials.createFromMetadataGenerator((_, done) => {
+    const metadata = new grpc.Metadata();
+    metadata.set("authorization", `Bearer ${secret}`);
+    done(null, metadata);
+  });
+  return grpc.credentials.combineChannelCredentials(tls, caller);
+}
 
 let received = 0;
 try {
