@@ -104,10 +104,8 @@ def main() -> None:
             sys.stdin.close()
             try:
                 serve(json.loads(line))
-            except SystemExit as end:
-                os._exit(int(end.code or 0))
-            finally:
-                os._exit(70)
+            finally:  # nothing of the parent's may run here
+                os.kill(os.getpid(), signal.SIGKILL)
         children.append(child)
         sys.stdout.write(f"{child}\n")
         sys.stdout.flush()
