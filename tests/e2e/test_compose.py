@@ -169,6 +169,7 @@ def griffin(host: Host, name: str, where: Path) -> Iterator[Container]:
             **settings,
             "GRIFFIN_PORT": str(host.port(name, "50051")),
             "GRIFFIN_METRICS_PORT": str(host.port(name, metrics_port)),
+            "GRIFFIN_HANDOFF_DIR": str(where / "handoff"),
         },
     ) as running:
         running.wait_healthy(within_s=90)
@@ -249,9 +250,24 @@ def test_on_a_gpu_it_is_the_same_service_under_the_same_name(role: str) -> None:
     if role == "decode":  # on the same card as prefill, which has no sessions to claim memory for
         only_here["GRIFFIN_MEMORY_FRACTION"] = "0.7"
     assert gpu["environment"] == {**cpu["environment"], **only_here}
-    assert gpu["networks"]["default"]["aliases"] == [role]
+    assert gpu["networks"]["servers"]["aliases"] == [role]
+    assert set(gpu["networks"]) == set(cpu["networks"])
     assert gpu["volumes"] == cpu["volumes"]
     assert gpu.get("ports") == cpu.get("ports")
+
+
+def test_containers_have_no_more_than_they_need() -> None:
+    for name, service in SERVICES.items():
+        assert service["cap_drop"] == ["ALL"] and service["read_only"], name
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["pids_limit"] and service["mem_limit"] and service["tmpfs"]
+    networks = {name: set(service["networks"]) for name, service in SERVICES.items()}
+    assert "clients" not in networks["prefill"] | networks["prometheus"] | networks["grafana"]
+    assert not networks["grafana"] & networks["decode"]
+    shared = [v for v in SERVICES["decode"]["volumes"] if isinstance(v, dict)]
+    assert [volume["target"] for volume in shared] == [
+        SERVICES["decode"]["environment"]["GRIFFIN_HANDOFF_DIR"]
+    ]
 
 
 def test_grafana_finds_its_dashboards_and_its_prometheus() -> None:
