@@ -101,6 +101,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
     try:
         eventually(ready, within_s=120)
+        # The prefill servers may still load their models.
+        eventually(lambda: made.run(made.blocks[5]).returncode == 0, within_s=120)
         yield made
     finally:
         for process in begun:

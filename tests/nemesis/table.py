@@ -23,8 +23,8 @@ FIRST = (
     "`make test-slow` writes this page: it runs two prefill servers, one that spoils what it",
     "sends, and a decode server as processes, with a TCP proxy on each wire, and lets three",
     "clients call while the fault happens. Time-outs are scaled to a second or less there;",
-    "[tests/nemesis](../../tests/nemesis) has all of it. `make test-e2e` lets each fault happen",
-    "once, and draws sequences of faults.",
+    "[tests/nemesis](../../tests/nemesis) has all of it. `make test-e2e` lets nearly each fault",
+    "happen once.",
 )
 THEN = (
     f"After each run a judge looks at every call. It must have ended once, at most {LATE_S:g} s",

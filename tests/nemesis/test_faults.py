@@ -16,6 +16,8 @@ from tests.nemesis.world import World
 RUNS, ALL_RUNS = 1, 100
 """How often each fault happens in ``make test-e2e`` and in ``make test-slow``."""
 
+ONLY_SLOW = ("decode server's engine stuck", "a client does not read")
+
 RESULTS = "NEMESIS_RESULTS"
 """The environment variable with the directory for the numbers of each row; see ``table``."""
 
@@ -50,13 +52,15 @@ def worlds(
 @pytest.mark.parametrize(
     "runs",
     [
-        pytest.param(RUNS, marks=pytest.mark.e2e),
+        pytest.param(RUNS, marks=[pytest.mark.e2e, pytest.mark.alone]),
         pytest.param(ALL_RUNS, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 @pytest.mark.timeout(1200)
 def test_a_fault_ends_as_promised(fault: Fault, runs: int, worlds: Worlds) -> None:
+    if runs == RUNS and fault.name in ONLY_SLOW:
+        pytest.skip("its clocks are too fast for a machine with other work")
     tally = Tally()
     for seed in range(runs):
         try:

@@ -22,7 +22,7 @@ from tests.nemesis.faults import FAULTS, Heal
 from tests.nemesis.judge import Traffic, check_call
 from tests.nemesis.world import World
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 DRAWS = 20
 
