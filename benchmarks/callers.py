@@ -3,10 +3,10 @@
     python -m benchmarks.callers                         on a CPU, with the default model
     python -m benchmarks.callers --device cuda --shape llama-3-8b --model-dir /tmp/random
 
-The ceiling is the same server in plain text that asks nobody. Rounds of both are taken in turn, and
-medians of their ratios reported: tokens a second of 16 streams, and the time to the first token of
-one more stream on a kept connection. Then 16 callers with a stream each at density 0.5 with `auto`
-are compared with 16 dense streams of one caller. Prints one line of JSON last.
+The ceiling is the same server without TLS, which does not ask who calls. Both are measured in turn,
+and the medians of their ratios are reported: tokens a second of 16 streams, and the time to the
+first token of one more stream on a kept connection. Then 16 callers with a stream each at density
+0.5 with `auto` are compared with 16 dense streams of one caller. Prints one line of JSON last.
 """
 
 from __future__ import annotations

@@ -144,6 +144,19 @@ def segments() -> int:
     return len(inodes)
 
 
+def process_state(pid: int) -> str:
+    """The letter that the kernel has for a process's state (proc(5)); "" if there is none."""
+    with contextlib.suppress(OSError):
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+        return after_name.split()[0]
+    return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    return process_state(pid) not in ("", "Z", "X")
+
+
 def eventually(holds: Callable[[], bool], *, within_s: float = 10) -> None:
     """Waits until something holds that no event announces."""
     deadline = time.monotonic() + within_s

@@ -42,10 +42,6 @@ class KeptSessions:
         owner = max(self._bytes_of, key=self._bytes_of.__getitem__)
         return next(iter(self._by_owner[owner].values()))
 
-    def bytes_of(self, owner: str) -> int:
-        """The bytes of an owner's sessions."""
-        return self._bytes_of.get(owner, 0)
-
     def add(self, session: Session) -> None:
         """Adds a session, whose reservation is now for its cache alone."""
         self._sessions[_key(session)] = session

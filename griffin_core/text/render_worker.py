@@ -40,7 +40,7 @@ def main(descriptor: int, seconds: float, memory_bytes: int) -> None:
             request = pipe.recv_bytes()
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # also if nobody waits any more
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # ends it even if the caller is gone
         pipe.send_bytes(json.dumps(answer(pickle.loads(request))).encode())
         signal.setitimer(signal.ITIMER_REAL, 0)
 

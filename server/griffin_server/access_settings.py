@@ -62,8 +62,8 @@ class AccessSettings(EngineSettings):
     )
     prefill_peers: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Names of the decode servers that may use this server's PrefillService, where "
-        "callers are asked who they are.",
+        description="Names, in their certificates, of the decode servers that may use this "
+        "server's PrefillService.",
     )
     metrics_client_ca: FilePath | None = Field(
         None,

@@ -113,16 +113,9 @@ class UnixAddress:
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
                 raise OSError(errno.EEXIST, "the file exists and is no socket")
-            with socket.socket(socket.AF_UNIX) as caller:
-                caller.settimeout(LIVE_S)
-                try:
-                    caller.connect(self.path)
-                except ConnectionRefusedError:  # its server has ended
-                    os.unlink(self.path)
-                except TimeoutError:  # its server is alive and busy
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
-                else:
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            if not server_has_ended(self.path):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            os.unlink(self.path)
         with socket.socket(socket.AF_UNIX) as probe:  # its errors say why; gRPC's do not
             probe.bind(self.path)
         os.unlink(self.path)
@@ -192,6 +185,27 @@ def check_target(target: str) -> str:
         if not (is_host and port.isdecimal() and port.isascii() and 0 < int(port) <= 65535):
             raise ValueError(f"allowed: {TARGET_ALLOWED}")
     return target
+
+
+def server_has_ended(path: str, kind: int = socket.SOCK_STREAM) -> bool:
+    """Whether a Unix socket's file is left of a server that has ended. One that does not accept in
+    time is alive and busy.
+
+    Args:
+        kind: of the socket.
+
+    Raises:
+        OSError: the file does not exist, is no such socket, or may not be opened.
+    """
+    with socket.socket(socket.AF_UNIX, kind) as caller:
+        caller.settimeout(LIVE_S)
+        try:
+            caller.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except TimeoutError:
+            pass
+        return False
 
 
 def listen(address: TcpAddress) -> list[socket.socket]:

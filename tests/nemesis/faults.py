@@ -40,8 +40,6 @@ class Fault:
         promise: in the words of the page.
         inject: lets it happen, while calls run.
         codes: with which calls may end besides OK.
-        recovers_s: within which a call is answered again once the fault is over, or where the fault
-            is no matter for others even while it lasts.
         lasts_s: how long it lasts at most: where it is noticed by a clock, longer than that.
     """
 
@@ -49,7 +47,6 @@ class Fault:
     promise: str
     inject: Inject
     codes: frozenset[str] = NONE
-    recovers_s: float = 5.0
     lasts_s: float = 0.5
 
 

@@ -22,7 +22,7 @@ from griffin_client import Event, Finished, GriffinClient, GriffinClientError, S
 from tests.nemesis.nursery import FAST_PINGS
 from tests.nemesis.proxy import Mode, Proxy, Wires
 from tests.nemesis.spoiler import Spoiler
-from tests.servers import eventually
+from tests.servers import eventually, is_alive
 
 SCALED = (
     "--handoff-timeout-s=1",
@@ -117,10 +117,7 @@ class Server:
     @property
     def alive(self) -> bool:
         """Whether the process exists and is no zombie."""
-        with contextlib.suppress(OSError):
-            after_name = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2]
-            return after_name.split()[0] not in "ZX"
-        return False
+        return is_alive(self.pid)
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal, to a process that may have ended."""
@@ -160,15 +157,13 @@ class Call:
     words: str = ""
     finished: bool = False
 
-    def run(self, client: GriffinClient, pause_s: float = 0.0) -> None:
+    def run(self, client: GriffinClient) -> None:
         """Makes the call."""
         self.began = time.monotonic()
         try:
             stream = client.generate(**self.request, timeout=self.deadline_s)
             for event in stream:
                 self._take(event)
-                if pause_s:
-                    time.sleep(pause_s)
             self.code = "OK"
         except GriffinClientError as error:
             self.code, self.reason, self.words = error.code.name, error.reason, error.message
@@ -186,11 +181,13 @@ class Call:
                 self.finished = True
 
 
-def options_of(fast: bool) -> list[tuple[str, int]]:
-    """The options of a client's channel."""
-    clocks = {"grpc.keepalive_permit_without_calls": 1, "grpc.min_reconnect_backoff_ms": 600}
-    pings = {**FAST_PINGS, **clocks} if fast else {}
-    return [*pings.items(), ("grpc.use_local_subchannel_pool", 1)]
+CLIENT_OPTIONS = [
+    *FAST_PINGS.items(),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.min_reconnect_backoff_ms", 600),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+"""Of a client's channel."""
 
 
 class World:
@@ -270,10 +267,10 @@ class World:
             self.wires.set(proxy, mode)
 
     @contextlib.contextmanager
-    def client(self, *, direct: bool = False, fast: bool = True) -> Any:
+    def client(self, *, direct: bool = False) -> Any:
         """A client that does not retry, on a connection of its own."""
         target = self.decode.address if direct else self.to_decode.address
-        with grpc.insecure_channel(target, options=options_of(fast)) as channel:
+        with grpc.insecure_channel(target, options=CLIENT_OPTIONS) as channel:
             yield GriffinClient(channel=channel, max_retries=0)
 
     # -- its state -------------------------------------------------------------------------------

@@ -40,15 +40,31 @@ class TlsFiles:
         Raises:
             BadSecurityFile: a file cannot be read, is no PEM, or the key is of another certificate.
         """
-        paths = tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
-        return WatchedFiles(self.setting, paths, lambda: make(*self._read()))
+        return self._watched(lambda: make(*self._contents()))
 
-    def _read(self) -> tuple[Pem, Pem, Pem]:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # it says what is wrong; gRPC does not
+    def watched_context(self) -> WatchedFiles[ssl.SSLContext]:
+        """A server's context. With ``ca`` only clients with a certificate are let in.
+
+        Raises:
+            BadSecurityFile: see ``watched``.
+        """
+        return self._watched(self._context)
+
+    def _watched(self, read: Callable[[], T]) -> WatchedFiles[T]:
+        paths = tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
+        return WatchedFiles(self.setting, paths, read)
+
+    def _context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self.cert is not None:
             context.load_cert_chain(self.cert, self.key)
         if self.ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(self.ca)
+        return context
+
+    def _contents(self) -> tuple[Pem, Pem, Pem]:
+        self._context()  # it says what is wrong with the files; gRPC does not
         cert, key, ca = (
             None if path is None else path.read_bytes() for path in (self.cert, self.key, self.ca)
         )
@@ -88,22 +104,16 @@ def scrape_context(settings: Settings) -> WatchedFiles[ssl.SSLContext] | None:
     ``metrics_client_ca`` only clients with a certificate are let in.
 
     Raises:
-        BadSecurityFile: a file cannot be read, is no PEM, or the key is of another certificate.
+        BadSecurityFile: see ``TlsFiles.watched``.
     """
-    cert, key, ca = settings.tls_cert, settings.tls_key, settings.metrics_client_ca
-    if cert is None:
+    if settings.tls_cert is None:
         return None
-
-    def read() -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(cert, key)
-        if ca is not None:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(ca)
-        return context
-
-    paths = [path for path in (cert, key, ca) if path is not None]
-    return WatchedFiles("tls_cert, tls_key, metrics_client_ca", paths, read)
+    return TlsFiles(
+        setting="tls_cert, tls_key, metrics_client_ca",
+        cert=settings.tls_cert,
+        key=settings.tls_key,
+        ca=settings.metrics_client_ca,
+    ).watched_context()
 
 
 def prefill_credentials(settings: Settings) -> WatchedFiles[grpc.ChannelCredentials] | None:

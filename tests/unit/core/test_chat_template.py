@@ -21,7 +21,7 @@ from griffin_core.errors import InvalidRequest
 from griffin_core.text import renderers
 from griffin_core.text.chat_template import MOST_WORDS
 from griffin_core.text.tokenizer import Tokenizer, load_tokenizer
-from tests.servers import eventually
+from tests.servers import eventually, is_alive, process_state
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 PARTS = (
@@ -62,13 +62,6 @@ def renderers_of(parent: int) -> list[int]:
             if int(after_name[1]) == parent and b"render_worker" in command:
                 found.append(int(path.parent.name))
     return found
-
-
-def busy(process: int) -> bool:
-    """Whether it runs on a CPU and does not wait."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "R"
-    return False
 
 
 def refusal(tokenizer: Tokenizer, *messages: tuple[str, str], **settings: Any) -> InvalidRequest:
@@ -143,7 +136,11 @@ def test_a_template_without_end_is_stopped(condition: str, monkeypatch: pytest.M
     )
     assert "longer than 0.5 s" in refusal(tokenizer).allowed
     assert tokenizer.has_chat_template == (condition != "true")
-    eventually(lambda: not [process for process in renderers_of(os.getpid()) if busy(process)])
+    eventually(
+        lambda: (
+            not [process for process in renderers_of(os.getpid()) if process_state(process) == "R"]
+        )
+    )
     if condition != "true":
         assert chat(tokenizer, ("user", "you")) == "you"
 
@@ -309,7 +306,7 @@ def test_a_template_in_a_process_that_is_killed_is_refused_and_the_next_is_rende
     tokenizer = with_template(CHAT_TEMPLATE)
     for process in renderers_of(os.getpid()):
         os.kill(process, signal.SIGKILL)
-        eventually(lambda process=process: not alive(process))  # type: ignore[misc]
+        eventually(lambda process=process: not is_alive(process))  # type: ignore[misc]
     assert chat(tokenizer) == "<user>hi\n<assistant>"  # nobody was using it
     slow = "".join(f"{{% for {name} in range(99999) %}}" for name in "ab") + "{% endfor %}" * 2
     slow_one = with_template(
@@ -318,7 +315,7 @@ def test_a_template_in_a_process_that_is_killed_is_refused_and_the_next_is_rende
     (process,) = renderers_of(os.getpid())
 
     def kill() -> None:
-        eventually(lambda: busy(process))
+        eventually(lambda: process_state(process) == "R")
         os.kill(process, signal.SIGKILL)
 
     killing = threading.Thread(target=kill)
@@ -354,10 +351,4 @@ def test_they_end_with_the_process_that_began_them() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     (process,) = map(int, done.stdout.split())
-    eventually(lambda: not Path(f"/proc/{process}/environ").exists() or not alive(process))
-
-
-def alive(process: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+    eventually(lambda: not is_alive(process))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -31,13 +30,6 @@ from griffin_server.transfer.shared_memory import Segment, SegmentPool
 from tests.servers import Running, running, segments
 
 TASK = PrefillTask(token_ids=tuple(range(20)), selection=Selection(density=0.5))
-
-
-@pytest.fixture
-def giver(tmp_path: Path) -> Iterator[DescriptorSocket]:
-    made = DescriptorSocket(tmp_path / "handoff")
-    yield made
-    made.close()
 
 
 async def test_a_pull_cancelled_while_its_segment_is_made_leaves_none(

@@ -19,16 +19,6 @@ ALICE = f"griffin-{'alice':.>43}"
 STREAMS = 16
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def own(authority: Authority) -> Pair:
-    return authority.issue("server", "localhost", "127.0.0.1")
-
-
 def client_of(server: Running, ca: Path, pair: Pair | None = None, **options: Any) -> GriffinClient:
     tls = Tls(ca=ca, cert=pair.cert if pair else None, key=pair.key if pair else None)
     return GriffinClient(server.target, tls=tls, max_retries=0, timeout=10, **options)

@@ -28,16 +28,6 @@ KEY = f"griffin-{'alice':.>43}"
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def own(authority: Authority) -> Pair:
-    return authority.issue("server", "localhost", "127.0.0.1")
-
-
-@pytest.fixture(scope="module")
 def internal(authority: Authority, own: Pair, tiny: Callable[[str], Model]) -> Iterator[Running]:
     """A prefill server that asks for certificates."""
     with running(

@@ -78,19 +78,6 @@ def segment(shape: HandoffShape) -> Iterator[Segment]:
     made.close()
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """Of the sockets."""
-    return tmp_path / "handoff"
-
-
-@pytest.fixture
-def giver(directory: Path) -> Iterator[DescriptorSocket]:
-    made = DescriptorSocket(directory)
-    yield made
-    made.close()
-
-
 def segment_reader(
     shape: HandoffShape, segment: Segment, giver: DescriptorSocket
 ) -> tuple[KvImporter, HandoffReader]:

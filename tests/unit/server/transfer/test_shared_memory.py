@@ -40,19 +40,6 @@ NONCE = b"n" * 16
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path / "handoff"
-
-
-@pytest.fixture
-def giver(directory: Path) -> Iterator[DescriptorSocket]:
-    made = DescriptorSocket(directory)
-    yield made
-    made.close()
-    assert list(directory.iterdir()) == []
-
-
-@pytest.fixture
 def segment() -> Iterator[Segment]:
     made = create_segment(SIZE)
     assert made is not None
