@@ -306,7 +306,7 @@ def test_kept_sessions_that_block_one_another_give_way(model: Model) -> None:
         kept = [task(20, keep=True) for _ in range(2)]  # 40 of 100 tokens each
         for each in kept:
             complete(running, each)
-        submit(running, task(1, prompt=(1, 2)))
+        submit(running, task(12, prompt=(1, 2)))
         # 75 each, and a third of it to grow by.
         turns = [task(34, prompt=(1,), continues=each.turn_id) for each in kept]
         inboxes = [submit(running, each)[1] for each in turns]
