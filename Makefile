@@ -87,7 +87,7 @@ test-slow: $(STAMP) $(VENV)/.gemma3  ## run the tests that take minutes
 
 faults: $(STAMP)  ## let each fault happen a hundred times, and write docs/reference/faults.md
 	@results=$$(mktemp -d) && trap 'rm -rf $$results' EXIT \
-	  && NEMESIS_RESULTS=$$results $(PYTEST) -n $(WORKERS) --dist load -m slow tests/nemesis $(ARGS); \
+	  && NEMESIS_RESULTS=$$results $(PYTEST) -n $(WORKERS) --dist load --maxschedchunk 1 -m slow tests/nemesis $(ARGS); \
 	  status=$$?; $(BIN)/python -m tests.nemesis.table $$results; exit $$status
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device

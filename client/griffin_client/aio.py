@@ -22,7 +22,7 @@ from griffin_client.channel import (
     tls_of,
 )
 from griffin_client.connection import Connection
-from griffin_client.errors import from_rpc_error
+from griffin_client.errors import from_rpc_error, parsed
 from griffin_client.options import (
     AnalyzeOptions,
     CallOptions,
@@ -270,9 +270,10 @@ class AsyncGriffinClient:
         retries = Retries(self.max_retries, options.get("timeout", self.timeout))
         while True:
             try:
-                return await method(
+                response = await method(
                     request, timeout=retries.time_left_s(), metadata=self._metadata()
                 )
+                return parsed(response)
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
                 if (wait_s := retries.wait_s(failure)) is None:
@@ -291,7 +292,7 @@ class AsyncGriffinClient:
             try:
                 async for response in call:
                     begun = True
-                    yield read(response)
+                    yield read(parsed(response))
                 return
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)

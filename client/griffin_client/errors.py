@@ -24,10 +24,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import grpc
 
 from griffin_client.status_details import StatusDetails, parse_details
+
+R = TypeVar("R")
 
 
 class GriffinClientError(Exception):
@@ -134,6 +137,19 @@ def invalid_argument(field: str, value: object, problem: str) -> InvalidArgument
     description = f"got {reprlib.repr(value)}; {problem}"
     details = StatusDetails(violations={field: description}, reason="INVALID_REQUEST")
     return InvalidArgument(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {description}", details)
+
+
+def parsed(response: R | None) -> R:
+    """A response as it came.
+
+    Raises:
+        ServerFault: its bytes are no message. gRPC's asynchronous calls give None for those, where
+            its synchronous ones fail with INTERNAL.
+    """
+    if response is None:
+        message = "the server's answer is no message of this service"
+        raise ServerFault(grpc.StatusCode.INTERNAL, message, parse_details(()))
+    return response
 
 
 def from_rpc_error(error: grpc.RpcError) -> GriffinClientError:

@@ -1,11 +1,11 @@
 """Starts servers quickly: a process that has imported everything, and forks a server when told.
 
-    python -m tests.nemesis.nursery scaled
+    python -m tests.nemesis.nursery PACE
 
 Each line of its input is a JSON object: ``arguments`` of `griffin serve`, ``log`` for the file of
 its output, ``descriptors`` for the most files that it may have open, ``file_bytes`` for the largest
-file that it may write. It answers with the process's id. With ``scaled`` the clocks that are no
-settings, those of connections above all, run some twenty times as fast.
+file that it may write. It answers with the process's id. With a pace (see ``clocks``) the clocks
+that are no settings, those of connections above all, run up to twenty times as fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,35 +27,28 @@ from griffin_core.slim.costs import ASSUMED_COSTS
 from griffin_server import app, connections, listener
 from griffin_server.commands import app as griffin
 from griffin_server.prefill_pool import client, health
-
-FAST_PINGS = {
-    "grpc.keepalive_time_ms": 400,
-    "grpc.keepalive_timeout_ms": 600,
-    "grpc.http2.ping_timeout_ms": 600,
-    "grpc.http2.min_ping_interval_without_data_ms": 10,
-    "grpc.http2.max_ping_strikes": 0,
-}
+from tests.nemesis.clocks import pings
 
 JAM = "NEMESIS_JAM"
 """The environment variable with the path of a file. While it exists, the engine's thread stands
 still in its next step."""
 
 
-def fast(options: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The options of a server or a channel, with faster clocks."""
-    return [(name, FAST_PINGS.get(name, value)) for name, value in options]
-
-
-def scale_clocks() -> None:
+def set_pace(pace: float) -> None:
     """Lets the clocks that are no settings run faster."""
+    faster = pings(pace)
+
+    def fast(options: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        return [(name, faster.get(name, value)) for name, value in options]
+
     whole = connections.server_options
     listener.server_options = lambda *given: fast(whole(*given))  # type: ignore[attr-defined]
     connections.PREFILL_CHANNEL_OPTIONS[:] = fast(connections.PREFILL_CHANNEL_OPTIONS)
-    client.CONNECT_S = 0.5
-    health.PROBE_S = 0.1
-    app.WATCH_S = 0.05
-    app.STUCK_STOP_S = 0.2
-    listener.STATUSES_S, listener.WATCHERS_S = 0.5, 0.2
+    client.CONNECT_S = 0.5 * pace
+    health.PROBE_S = 0.1 * pace
+    app.WATCH_S = 0.05 * pace
+    app.STUCK_STOP_S = 0.2 * pace
+    listener.STATUSES_S, listener.WATCHERS_S = 0.5 * pace, 0.2 * pace
 
 
 def allow_jams() -> None:
@@ -74,7 +66,6 @@ def allow_jams() -> None:
 
 def serve(order: dict[str, Any]) -> None:
     """In the forked process: serves until it is told to stop."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -92,12 +83,11 @@ def serve(order: dict[str, Any]) -> None:
 
 def main() -> None:
     """Forks a server for each line, until its input ends; then all servers are killed."""
-    if sys.argv[1:] == ["scaled"]:
-        scale_clocks()
+    if sys.argv[1:]:
+        set_pace(float(sys.argv[1]))
     allow_jams()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     assert threading.active_count() == 1, "a fork takes one thread along"
-    children = []
+    children = []  # none is waited for before the end, so that none's id is given to another
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -110,8 +100,8 @@ def main() -> None:
         sys.stdout.write(f"{child}\n")
         sys.stdout.flush()
     for child in children:
-        if Path(f"/proc/{child}").exists():
-            os.kill(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

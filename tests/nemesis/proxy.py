@@ -14,7 +14,7 @@ class Mode(Enum):
     PASS = "they pass"
     DELAY = "each piece comes 50 ms late"
     HOLD = "none pass, and nobody is told"
-    SWALLOW = "they are taken, and go nowhere"
+    SWALLOW = "they are taken and go nowhere, now and later: TCP passes nothing after a gap"
     CUT = "connections are reset, and new ones refused"
 
 
@@ -73,6 +73,7 @@ class Proxy:
         self._passes = asyncio.Event()
         self._passes.set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._deaf: set[asyncio.StreamWriter] = set()
 
     @property
     def address(self) -> str:
@@ -94,6 +95,8 @@ class Proxy:
             self._passes.clear()
         else:
             self._passes.set()
+        if mode is Mode.SWALLOW:
+            self._deaf |= self._writers
         if mode is Mode.CUT:
             for writer in tuple(self._writers):
                 writer.transport.abort()
@@ -109,6 +112,8 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, back}
+        if self._mode is Mode.SWALLOW:
+            self._deaf |= {writer, back}
         pumps = [
             asyncio.ensure_future(self._pump(reader, back)),
             asyncio.ensure_future(self._pump(there, writer)),
@@ -120,6 +125,7 @@ class Proxy:
                 pump.cancel()
             for each in (writer, back):
                 self._writers.discard(each)
+                self._deaf.discard(each)
                 each.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,6 +134,6 @@ class Proxy:
                 if self._mode is Mode.DELAY:
                     await asyncio.sleep(0.05)
                 await self._passes.wait()
-                if self._mode is not Mode.SWALLOW:
+                if writer not in self._deaf:
                     writer.write(data)
                     await writer.drain()

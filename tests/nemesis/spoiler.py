@@ -142,7 +142,7 @@ class Spoiler(prefill_pb2_grpc.PrefillServiceServicer):
         """How many handoffs it has spoiled."""
         self._draw = random.Random(0)
         self._server = grpc.server(ThreadPoolExecutor(16))
-        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(_Healthy(), self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
@@ -164,7 +164,7 @@ class Spoiler(prefill_pb2_grpc.PrefillServiceServicer):
         if spoil is not None:  # it can spoil only what it sees
             request.ClearField("shared_memory")
         with grpc.insecure_channel(self.target) as channel:
-            call = prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(request, timeout=20)
+            call = prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(request, timeout=300)
             context.add_callback(call.cancel)
             if spoil is None:
                 yield from call
@@ -177,7 +177,7 @@ class Spoiler(prefill_pb2_grpc.PrefillServiceServicer):
             yield from messages[: after.args[0]]
             ended = threading.Event()
             context.add_callback(ended.set)
-            ended.wait(30)
+            ended.wait(300)
         except Rude as error:
             context.abort(error.args[0], WORDS)
 

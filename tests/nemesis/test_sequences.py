@@ -18,11 +18,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.nemesis.clocks import hurried
 from tests.nemesis.faults import FAULTS, Heal
 from tests.nemesis.judge import Traffic, check_call
 from tests.nemesis.world import World
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 DRAWS = 20
 
@@ -79,7 +80,7 @@ class Sequence(RuleBasedStateMachine):
 def test_any_sequence_of_faults_leaves_calls_typed_and_nothing_behind(
     tmp_path: Path, tiny_directory: Callable[[str], Path]
 ) -> None:
-    world = World(tmp_path, str(tiny_directory("llama-long")))
+    world = World(tmp_path, str(tiny_directory("llama-long")), hurried(2))
 
     class InThisWorld(Sequence):
         pass

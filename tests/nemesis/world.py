@@ -19,19 +19,10 @@ from typing import Any
 import grpc
 
 from griffin_client import Event, Finished, GriffinClient, GriffinClientError, Started, Tokens
-from tests.nemesis.nursery import FAST_PINGS
+from tests.nemesis.clocks import Clocks, pings
 from tests.nemesis.proxy import Mode, Proxy, Wires
 from tests.nemesis.spoiler import Spoiler
 from tests.servers import eventually, is_alive
-
-SCALED = (
-    "--handoff-timeout-s=1",
-    "--reader-timeout-s=0.8",
-    "--stuck-after-s=0.8",
-    "--shutdown-grace-s=1",
-    "--max-call-s=15",
-)
-"""Each time-out is a second or less; a call's longest time is longer than a whole run."""
 
 USUAL = (
     "--device=cpu",
@@ -45,16 +36,13 @@ USUAL = (
     "--session-memory-gib=0.1",
 )
 
-DEADLINE_S = 8.0
-"""The deadline of each call."""
-
 
 class Nursery:
     """Forks servers; see ``nursery``."""
 
-    def __init__(self, folder: Path, *, scaled: bool = True) -> None:
+    def __init__(self, folder: Path, pace: float | None) -> None:
         self._folder = folder
-        command = [sys.executable, "-m", "tests.nemesis.nursery", *(["scaled"] if scaled else [])]
+        command = [sys.executable, "-m", "tests.nemesis.nursery", *([str(pace)] if pace else [])]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -110,7 +98,7 @@ class Server:
     @property
     def address(self) -> str:
         """Where it serves, once it does."""
-        eventually(lambda: self.events("serving") or not self.alive, within_s=60)
+        eventually(lambda: bool(self.events("serving")) or not self.alive, within_s=60)
         assert self.alive, self.log.read_text("utf-8")
         return str(self.events("serving")[-1]["address"])
 
@@ -145,7 +133,7 @@ class Call:
     """One call, and what came of it. The judge reads these."""
 
     request: dict[str, Any]
-    deadline_s: float = DEADLINE_S
+    deadline_s: float
     began: float = 0.0
     ended: float = 0.0
     ends: int = 0
@@ -181,26 +169,18 @@ class Call:
                 self.finished = True
 
 
-CLIENT_OPTIONS = [
-    *FAST_PINGS.items(),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.min_reconnect_backoff_ms", 600),
-    ("grpc.use_local_subchannel_pool", 1),
-]
-"""Of a client's channel."""
-
-
 class World:
     """The servers, wired through proxies, and the answers that they give in quiet times."""
 
     KINDS = 12
     """How many different requests there are."""
 
-    def __init__(self, folder: Path, model: str) -> None:
+    def __init__(self, folder: Path, model: str, clocks: Clocks) -> None:
         self.folder = folder
         self.last_error = ""
         self.model = model
-        self.nursery = Nursery(folder)
+        self.clocks = clocks
+        self.nursery = Nursery(folder, clocks.pace)
         self.wires = Wires()
         self.sockets = folder / "handoff"
         self.prefill = [self.start_prefill(), self.start_prefill()]
@@ -226,7 +206,8 @@ class World:
     # -- its servers -----------------------------------------------------------------------------
 
     def _common(self) -> tuple[str, ...]:
-        return ("--model", self.model, "--port=0", *USUAL, *SCALED, f"--handoff-dir={self.sockets}")
+        own = ("--model", self.model, "--port=0", f"--handoff-dir={self.sockets}")
+        return (*own, *USUAL, *self.clocks.settings)
 
     def start_prefill(self, **order: Any) -> Server:
         """A prefill server."""
@@ -261,7 +242,7 @@ class World:
     def servers(self) -> list[Server]:
         return [self.decode, *self.prefill]
 
-    def set(self, proxies: Sequence[Proxy], mode: Mode) -> None:
+    def switch(self, proxies: Sequence[Proxy], mode: Mode) -> None:
         """Changes what proxies do."""
         for proxy in proxies:
             self.wires.set(proxy, mode)
@@ -270,7 +251,17 @@ class World:
     def client(self, *, direct: bool = False) -> Any:
         """A client that does not retry, on a connection of its own."""
         target = self.decode.address if direct else self.to_decode.address
-        with grpc.insecure_channel(target, options=CLIENT_OPTIONS) as channel:
+        if self.clocks.pace is None:
+            with GriffinClient(target, max_retries=0) as client:
+                yield client
+            return
+        options = [
+            *pings(self.clocks.pace).items(),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.min_reconnect_backoff_ms", int(600 * self.clocks.pace)),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        with grpc.insecure_channel(target, options=options) as channel:
             yield GriffinClient(channel=channel, max_retries=0)
 
     # -- its state -------------------------------------------------------------------------------
@@ -286,16 +277,16 @@ class World:
         self.last_error = ""
         return bool(done.token_ids == self.quiet[0])
 
-    def sessions(self) -> int:
-        """How many sessions the decode server has."""
+    def sessions(self) -> set[str]:
+        """The ids of the decode server's sessions."""
         with self.client(direct=True) as client:
-            return len(list(client.list_sessions(timeout=5)))
+            return {session.session_id for session in client.list_sessions(timeout=5)}
 
     def settle(self) -> None:
         """Waits until everything is served again and nothing is left of earlier calls."""
         try:
-            eventually(self.answers, within_s=10)
-            eventually(lambda: self.sessions() == 0, within_s=5)
+            eventually(self.answers, within_s=self.clocks.recovers_s)
+            eventually(lambda: not self.sessions(), within_s=5)
         except AssertionError as error:
             said = {
                 server.log.name: server.log.read_text("utf-8")[-2000:] for server in self.servers

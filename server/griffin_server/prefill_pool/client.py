@@ -164,7 +164,7 @@ class PrefillClient:
         """The messages of a call.
 
         Raises:
-            HandoffBroken: one of them does not come in time.
+            HandoffBroken: one of them does not come in time, or is none.
         """
         messages = aiter(call)
         while True:
@@ -177,6 +177,8 @@ class PrefillClient:
                 raise HandoffBroken(
                     f"handoff: {self.target} has sent nothing for {self._handoff_timeout_s:g} s"
                 ) from None
+            if message is None:  # what gRPC gives for bytes that it cannot parse
+                raise HandoffBroken(f"handoff: {self.target} sent bytes that are no message")
             yield message
 
     async def _connected(self) -> grpc.aio.Channel:

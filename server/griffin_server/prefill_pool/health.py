@@ -60,7 +60,9 @@ class ServerHealth:
             with suppress(grpc.aio.AioRpcError):
                 stub: Any = health_pb2_grpc.HealthStub(self._channel.current)
                 response = await stub.Check(request, timeout=PROBE_S)
-                self.ejected = response.status != health_pb2.HealthCheckResponse.SERVING
+                # gRPC gives None for bytes that it cannot parse.
+                serving = health_pb2.HealthCheckResponse.SERVING
+                self.ejected = response is None or response.status != serving
             if self.ejected:
                 await asyncio.sleep(PROBE_S)
         log.info("prefill server is serving again", target=self._target)

@@ -14,6 +14,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from structlog.testing import capture_logs
 
 from griffin.v1 import generation_pb2 as pb
@@ -21,10 +22,11 @@ from griffin.v1 import prefill_pb2
 from griffin_client.status_details import parse_details
 from griffin_core.model.load import Model
 from griffin_server.rpc.reflection import SERVICES as REFLECTION
+from tests.fuzzing import fill, mutated
 from tests.servers import Running, eventually, running
 
-MESSAGES = 150
-"""Of a fuzz; the slow one sends 3,000."""
+MESSAGES = [150, pytest.param(10_000, marks=pytest.mark.slow)]
+"""Of a fuzz."""
 
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method
@@ -162,12 +164,13 @@ def test_a_method_that_is_not_there_is_unimplemented(server: Server) -> None:
         assert server.call(name, b"", streams=False) == "UNIMPLEMENTED"
 
 
-@pytest.mark.parametrize("messages", [MESSAGES, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("messages", MESSAGES)
 @pytest.mark.timeout(1200)
 def test_no_message_ends_a_call_with_a_fault_of_the_server(server: Server, messages: int) -> None:
     rng = random.Random(messages)
     methods = sorted(served(server).items())
     fingerprint = server.running.app.engine.model.fingerprint
+    good = good_call(server.role, fingerprint)
     before = server.counted("grpc_server_handled_total")
     begun_before = server.counted("grpc_server_started_total")
     ended: Counter[tuple[str, str]] = Counter()
@@ -180,12 +183,70 @@ def test_no_message_ends_a_call_with_a_fault_of_the_server(server: Server, messa
             if not parses(method, request):
                 assert code == "INVALID_ARGUMENT", (name, request.hex())
             ended[name, code] += 1
+            assert server.call(*good) == "OK", (name, request.hex())
+            ended[good[0], "OK"] += 1
         eventually(lambda: not server.running.app.listener.drain.active)
     assert Counter((entry["method"], entry["code"]) for entry in logs) == ended
     assert server.counted("grpc_server_handled_total") - before == ended
     begun = server.counted("grpc_server_started_total") - begun_before
-    assert begun.total() == messages
+    assert begun.total() == 2 * messages
     assert {"OK", "INVALID_ARGUMENT"} <= {code for _, code in ended}
+
+
+@pytest.mark.parametrize("messages", MESSAGES)
+@pytest.mark.timeout(1200)
+def test_no_message_harms_health_or_reflection(server: Server, messages: int) -> None:
+    rng = random.Random(messages)
+    check, watch = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+    known = health_pb2.HealthCheckRequest(service="griffin.v1.GenerationService")
+    seeds = {
+        check: (health_pb2.HealthCheckRequest(), known),
+        watch: (health_pb2.HealthCheckRequest(), known),
+        **dict.fromkeys(
+            (f"/{service}/ServerReflectionInfo" for service in REFLECTION),
+            (
+                reflection_pb2.ServerReflectionRequest(list_services=""),
+                reflection_pb2.ServerReflectionRequest(file_by_filename="griffin/v1/prefill.proto"),
+                reflection_pb2.ServerReflectionRequest(file_containing_symbol="griffin.v1.Token"),
+            ),
+        ),
+    }
+    for _ in range(messages):
+        name = rng.choice(sorted(seeds))
+        request = mutated(rng, rng.choice(seeds[name]).SerializeToString(), times=rng.randint(0, 3))
+        code = first_of(server.channel, name, request)
+        assert code not in ("UNKNOWN", "INTERNAL", "UNIMPLEMENTED"), (name, request.hex())
+        assert server.call(check, b"", streams=False) == "OK"
+
+
+def first_of(channel: grpc.Channel, name: str, request: bytes) -> str:
+    """How a call ends, or that it has an answer: those that watch do not end."""
+    if name.endswith("/Check"):
+        call = channel.unary_stream(name)(request, timeout=60)
+    else:
+        call = channel.stream_stream(name)(iter([request]), timeout=60)
+    try:
+        next(call, None)
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    finally:
+        call.cancel()
+    return "OK"
+
+
+def good_call(role: str, fingerprint: str) -> tuple[str, bytes, bool]:
+    """A method, a request that nothing is wrong with, and whether its answer is a stream."""
+    if role == "prefill":
+        asked: Message = prefill_pb2.PrefillRequest(
+            model_fingerprint=fingerprint,
+            token_ids=[5, 6, 7],
+            selection=prefill_pb2.ExpertSelection(density=0.5),
+            oldest_protocol_version=2,
+            newest_protocol_version=2,
+        )
+        return "/griffin.v1.PrefillService/Prefill", asked.SerializeToString(), True
+    asked = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=2))
+    return "/griffin.v1.GenerationService/Generate", asked.SerializeToString(), True
 
 
 def made(rng: random.Random, method: MethodDescriptor, fingerprint: str) -> bytes:
@@ -199,83 +260,7 @@ def made(rng: random.Random, method: MethodDescriptor, fingerprint: str) -> byte
         message.model_fingerprint = fingerprint
         message.density = rng.choice([0.25, 0.5, 1.0])
         message.token_ids.append(7)
-    data = bytearray(message.SerializeToString())
-    for _ in range(rng.choice([0, 0, 0, 1, 3])):
-        at = rng.randrange(len(data) + 1)
-        match rng.randrange(3):
-            case 0:
-                data[at:at] = rng.randbytes(rng.randint(1, 4))
-            case 1:
-                del data[at : at + rng.randint(1, 4)]
-            case _:
-                data[at : at + 1] = rng.randbytes(1)
-    return bytes(data)
-
-
-def fill(rng: random.Random, message: Message, *, share: float, odd: float) -> None:
-    """Sets a share of the fields, and some of those to odd values."""
-    for field in message.DESCRIPTOR.fields:
-        if rng.random() > share:
-            continue
-        if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            key, value = field.message_type.fields_by_name.values()
-            if value.message_type is None:
-                getattr(message, field.name)[_value(rng, key, odd)] = _value(rng, value, odd)
-        elif field.is_repeated:
-            for _ in range(rng.choice([1, 2, 5])):
-                if field.message_type is not None:
-                    fill(rng, getattr(message, field.name).add(), share=share, odd=odd)
-                else:
-                    getattr(message, field.name).append(_value(rng, field, odd))
-        elif field.message_type is not None:
-            getattr(message, field.name).SetInParent()
-            fill(rng, getattr(message, field.name), share=share, odd=odd)
-        else:
-            setattr(message, field.name, _value(rng, field, odd))
-
-
-TEXTS = ["", "a", "user", "assistant", "x" * 3000, "Zürich 🌍", "\x00\x1b[0m", "{{ 1/0 }}", "<s>"]
-INTEGERS = [0, 1, 2, 5, 200, 256, 259, 2**31 - 1]
-FLOATS = [0.0, 0.5, 1.0, 1e-9, -1.0, 1e300, float("inf"), float("nan")]
-
-
-def _value(rng: random.Random, field: FieldDescriptor, odd: float) -> Any:
-    if rng.random() >= odd:
-        return _usual_value(rng, field)
-    match field.cpp_type:
-        case FieldDescriptor.CPPTYPE_STRING:
-            if field.type == FieldDescriptor.TYPE_BYTES:
-                return rng.randbytes(rng.choice([0, 1, 16, 32, 1000]))
-            return rng.choice(TEXTS)
-        case FieldDescriptor.CPPTYPE_BOOL:
-            return rng.random() < 0.5
-        case FieldDescriptor.CPPTYPE_DOUBLE:
-            return rng.choice(FLOATS)
-        case FieldDescriptor.CPPTYPE_FLOAT:
-            return rng.choice([value for value in FLOATS if value != 1e300])
-        case FieldDescriptor.CPPTYPE_ENUM:
-            return rng.choice([*(value.number for value in field.enum_type.values), 99])
-        case FieldDescriptor.CPPTYPE_UINT64:
-            return rng.choice([*INTEGERS, 2**64 - 1])
-        case FieldDescriptor.CPPTYPE_UINT32:
-            return rng.choice([*INTEGERS, 2**32 - 1])
-        case _:
-            return rng.choice([*INTEGERS, -1, -(2**31)])
-
-
-def _usual_value(rng: random.Random, field: FieldDescriptor) -> Any:
-    match field.cpp_type:
-        case FieldDescriptor.CPPTYPE_STRING:
-            text = rng.choice(["user", "assistant", "abc"])
-            return text if field.type == FieldDescriptor.TYPE_STRING else text.encode()
-        case FieldDescriptor.CPPTYPE_BOOL:
-            return rng.random() < 0.5
-        case FieldDescriptor.CPPTYPE_DOUBLE | FieldDescriptor.CPPTYPE_FLOAT:
-            return rng.choice([0.5, 1.0])
-        case FieldDescriptor.CPPTYPE_ENUM:
-            return rng.choice(field.enum_type.values).number
-        case _:
-            return rng.choice([1, 2, 5])
+    return mutated(rng, message.SerializeToString(), times=rng.choice([0, 0, 0, 1, 3]))
 
 
 def parses(method: MethodDescriptor, data: bytes) -> bool:

@@ -1,0 +1,93 @@
+"""How fast the clocks of a world run: as shipped, or so fast that a hundred runs take minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clocks:
+    """The time-outs of a world, and how long its faults last.
+
+    Args:
+        pace: of the clocks that are no settings; 1 is a second or less for each, 2 is twice as
+            long, and None leaves them as they are.
+        settings: the time-outs of all servers, as flags of `griffin serve`.
+        deadline_s: of each call.
+        short_s: how long a fault lasts at most that is noticed at once.
+        pings_s: how long one lasts at most that unanswered pings tell of.
+        handoff_s: how long one lasts at most that ``--handoff-timeout-s`` tells of.
+        least: how long a fault lasts at least, as a share of the most.
+        reader_s: within which a client that does not read is ended.
+        stuck_s: within which a stuck engine is noticed.
+        ends_s: within which a server that is told to end has ended.
+        stuck_ends_s: the same of a stuck one.
+        recovers_s: within which a call is answered again once a fault is over.
+    """
+
+    pace: float | None
+    settings: tuple[str, ...]
+    deadline_s: float
+    short_s: float
+    pings_s: float
+    handoff_s: float
+    least: float
+    reader_s: float
+    stuck_s: float
+    ends_s: float
+    stuck_ends_s: float
+    recovers_s: float
+
+
+def hurried(pace: float) -> Clocks:
+    """Clocks of a second or less at pace 1, and of more on a machine that has other work."""
+    return Clocks(
+        pace=pace,
+        settings=(
+            f"--handoff-timeout-s={pace}",
+            f"--reader-timeout-s={0.8 * pace}",
+            f"--stuck-after-s={0.8 * pace}",
+            f"--shutdown-grace-s={pace}",
+            f"--max-call-s={60 * pace}",  # longer than a whole run
+        ),
+        deadline_s=8 * pace,
+        short_s=0.5,
+        pings_s=2.5 * pace,
+        handoff_s=2 * pace,
+        least=0.1,
+        reader_s=20 * pace,
+        stuck_s=10 * pace,
+        ends_s=10 * pace,
+        stuck_ends_s=5 * pace,
+        recovers_s=10 * pace,
+    )
+
+
+AS_SHIPPED = Clocks(
+    pace=None,
+    settings=(),
+    deadline_s=240,
+    short_s=1,
+    pings_s=40,
+    handoff_s=130,
+    least=0.9,
+    reader_s=120,
+    stuck_s=90,
+    ends_s=40,
+    stuck_ends_s=10,
+    recovers_s=40,
+)
+"""What users have who set nothing: prefill servers are pinged for 15 s, clients' and servers'
+connections for 30 s, a handoff may be silent for 120 s, and a reader for 60 s."""
+
+
+def pings(pace: float) -> dict[str, Any]:
+    """The gRPC options of a connection whose pings run so fast."""
+    return {
+        "grpc.keepalive_time_ms": int(400 * pace),
+        "grpc.keepalive_timeout_ms": int(1000 * pace),
+        "grpc.http2.ping_timeout_ms": int(1000 * pace),
+        "grpc.http2.min_ping_interval_without_data_ms": 10,
+        "grpc.http2.max_ping_strikes": 0,
+    }
