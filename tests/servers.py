@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -150,6 +151,13 @@ def process_state(pid: int) -> str:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
         return after_name.split()[0]
     return ""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def is_alive(pid: int) -> bool:

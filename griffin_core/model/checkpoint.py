@@ -63,16 +63,27 @@ class StoredTensor:
     file: str
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def stored_tensors(directory: Path, *, allow_pickle: bool = False) -> dict[str, StoredTensor]:
     """Lists the tensors, by name, of the checkpoint that transformers would load from a directory.
 
+    Args:
+        allow_pickle: whether the files may be pickles, which are programs. torch runs only the few
+            instructions that make tensors (``weights_only``), but errors in that were exploitable.
+
     Raises:
-        BadModelFile: there is no checkpoint, one of its files is missing or damaged, or a tensor is
-            stored twice or in a type that is not in ``STORED_DTYPES``.
+        BadModelFile: there is no checkpoint, one of its files is missing, damaged or a pickle
+            though those are not allowed, or a tensor is stored twice or in a type that is not in
+            ``STORED_DTYPES``.
     """
     tensors: dict[str, StoredTensor] = {}
     bare: dict[str, str] = {}
-    for path in _files(directory):
+    files = _files(directory)
+    if files[0].suffix == ".bin" and not allow_pickle:
+        raise BadModelFile(
+            f"{files[0].name}: is a pickle, which is a program; allowed: safetensors, or pickles "
+            "with --allow-pickle (in Python allow_pickle=True) if you trust where it comes from"
+        )
+    for path in files:
         for name, tensor in _tensors_of(path).items():
             other = bare.setdefault(_bare(name), name)
             if other in tensors:
@@ -155,8 +166,8 @@ def _files(directory: Path) -> list[Path]:
             raise BadModelFile(f"{index.name}: files are missing: {listed(lacking)}")
         return [directory / name for name in names]
     raise BadModelFile(
-        f"cannot read the weights: got none; allowed: {' or '.join(_SINGLE)}, or their "
-        "shards with an index"
+        f"cannot read the weights: got none; allowed: {_SINGLE[0]} or, with --allow-pickle, "
+        f"{_SINGLE[1]}, or their shards with an index"
     )
 
 

@@ -36,12 +36,13 @@ REFUSED_FILES: Mapping[str, str] = MappingProxyType(
 _HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
-def local_directory(model: str, where: str) -> Path:
+def local_directory(model: str, where: str, *, allow_pickle: bool = False) -> Path:
     """Returns the directory of a model's files, which are fetched from the hub if necessary.
 
     Args:
         model: the name that the caller used, for messages.
         where: a directory or a hub id.
+        allow_pickle: whether pickles are fetched if there are no safetensors.
 
     Raises:
         ModelNotFound: the hub id cannot be fetched, or is not a transformers model.
@@ -52,7 +53,7 @@ def local_directory(model: str, where: str) -> Path:
 
     try:
         found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "model*.safetensors"])
-        if not any(Path(found).glob("*.safetensors")):
+        if allow_pickle and not any(Path(found).glob("*.safetensors")):
             found = snapshot_download(where, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"])
     except Exception as error:  # errors of the hub, of the network, and of the disk
         raise ModelNotFound(

@@ -78,6 +78,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
     progress: Progress = lambda _: None,
 ) -> Model:
     """Loads config, tokenizer and weights.
@@ -89,6 +90,7 @@ def load_model(
         model: a directory, a path to a .gguf file, a hub id, or ``source.DEFAULT_MODEL``.
         dtype: the type of weights, activations and KV; ``default_dtype`` if None.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
+        allow_pickle: whether weights may come from ``pytorch_model.bin``; see ``stored_tensors``.
         progress: called with a sentence about each slow part.
 
     Raises:
@@ -99,7 +101,7 @@ def load_model(
     there = _device(device)
     with ThreadPoolExecutor(1, "griffin-load") as loader:
         try:
-            return loader.submit(_load, model, dtype, there, progress).result()
+            return loader.submit(_load, model, dtype, there, allow_pickle, progress).result()
         except ModelError as error:  # the libraries write several lines
             if len(str(error).splitlines()) == 1:
                 raise
@@ -118,20 +120,27 @@ def _device(given: torch.device | str) -> torch.device:
     return torch.device(given)
 
 
-def _load(model: str, dtype: torch.dtype | None, device: torch.device, progress: Progress) -> Model:
+def _load(
+    model: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    allow_pickle: bool,
+    progress: Progress,
+) -> Model:
     if not sys.stderr.isatty():  # progress bars are for terminals only
         transformers_logging.disable_progress_bar()
     dtype = dtype or default_dtype(device)
     with quiet():
-        directory = local_directory(model, resolve(model, dtype, progress))
+        where = resolve(model, dtype, progress)
+        directory = local_directory(model, where, allow_pickle=allow_pickle)
         config, spec = read_config(directory)
         check_files(directory)
-        check_weights(directory, config)
+        check_weights(directory, config, allow_pickle=allow_pickle)
         generation = load_generation_config(str(directory))
         tokenizer = load_tokenizer(str(directory))
         check_tokenizer(tokenizer, spec.vocab_size)
         progress(f"loading {Path(model).name} as {str(dtype).removeprefix('torch.')} on {device}")
-        state = _state(directory, dtype)
+        state = _state(directory, dtype, allow_pickle=allow_pickle)
     decoder, on_device = decoder_on_device(spec, state, device)
     try_token(decoder, config.bos_token_id)
     return Model(
@@ -192,18 +201,21 @@ def decoder_of(spec: ModelSpec, state: Mapping[str, torch.Tensor]) -> Decoder:
     return Decoder(spec, weights_from_state(spec, state, backend), backend)
 
 
-def check_weights(directory: Path, config: PreTrainedConfig) -> None:
+def check_weights(directory: Path, config: PreTrainedConfig, *, allow_pickle: bool = False) -> None:
     """Checks the checkpoint of a directory against the model that its config describes. It reads
     only the metadata of tensors.
 
     Raises:
         BadModelFile: the tensors are not exactly those of the model.
     """
-    stored = stored_tensors(directory)
+    stored = stored_tensors(directory, allow_pickle=allow_pickle)
     try:
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager"
+                config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=False,
             )
     except Exception as error:  # each module raises errors of its own
         raise BadModelFile(
@@ -226,7 +238,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _state(directory: Path, dtype: torch.dtype, *, allow_pickle: bool) -> dict[str, torch.Tensor]:
     """Loads the tensors of a checkpoint that ``check_weights`` has checked."""
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
@@ -235,6 +247,8 @@ def _state(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             attn_implementation="eager",  # never run; others may not be installed
             output_loading_info=True,
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=None if allow_pickle else True,
         )
     except Exception as error:  # safetensors, torch and json each raise errors of their own
         raise BadModelFile(f"cannot read the weights: {one_line(error)}") from error

@@ -251,7 +251,7 @@ def load_tokenizer(where: str) -> Tokenizer:
             "install it, or put a tokenizer.json beside it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # each tokenizer class raises errors of its own
         if needs_sentencepiece:
             raise BadModelFile(

@@ -48,6 +48,7 @@ def load(settings: Settings, progress: Progress) -> Model:
         settings.model,
         dtype=DTYPES.get(settings.dtype),
         device=settings.device,
+        allow_pickle=settings.allow_pickle,
         progress=progress,
     )
 
@@ -109,6 +110,7 @@ class App:
         self.metrics = self.listener.metrics
         self._contexts = TurnContexts()
         self._source = PoolSource(self._contexts)
+        self._rate = TokenRate(settings.max_caller_tokens, settings.limits_storage)
         session_bytes = _bytes(settings.session_memory_gib)
         self.engine = Engine(
             model,
@@ -222,7 +224,7 @@ class App:
             bridge,
             self.metrics,
             sampling_defaults=self._sampling_defaults,
-            rate=TokenRate(settings.max_caller_tokens, settings.limits_storage),
+            rate=self._rate,
         )
 
     async def stop(self) -> None:
@@ -241,6 +243,7 @@ class App:
             log.error("the engine is stuck and does not stop", waited_s=wait_s)
         await self.listener.close()
         await self._source.close()
+        await self._rate.close()
         if self._prefill is not None:
             await self._prefill.close()
         if self._descriptors is not None:

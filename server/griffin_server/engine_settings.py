@@ -20,6 +20,11 @@ class EngineSettings(BaseSettings):
         DEFAULT_MODEL,
         description="The model: a directory, a .gguf file, a hub id, or the packaged default.",
     )
+    allow_pickle: bool = Field(
+        False,
+        description="Accept weights in pytorch_model.bin. It is a pickle, which is a program: "
+        "allow it only where you trust its author. Safetensors and GGUF files need no trust.",
+    )
     device: str = Field(
         "auto", description="cpu, cuda or cuda:N; auto takes cuda if it is available."
     )
@@ -111,7 +116,7 @@ class EngineSettings(BaseSettings):
         "async+memory://",
         description="Where callers' tokens are counted, as the library limits names it: "
         "async+memory:// for this server alone, or async+redis://HOST:PORT for several servers "
-        "together, which needs the package coredis.",
+        "together, which needs the package redis (the extra redis).",
     )
     max_queue: int = Field(
         256, ge=0, description="The most requests that wait; further ones are refused."
@@ -162,12 +167,13 @@ class EngineSettings(BaseSettings):
     def _is_a_storage(cls, value: str) -> str:
         if value != cls.model_fields["limits_storage"].default:
             from limits.errors import ConfigurationError  # noqa: PLC0415  # few ever need it
-            from limits.storage import storage_from_string  # noqa: PLC0415
+
+            from griffin_server.rpc.token_rate import storage_of  # noqa: PLC0415
 
             if not value.startswith("async+"):
                 raise ValueError("allowed: a storage of limits that begins with async+")
             try:
-                storage_from_string(value)
+                storage_of(value)
             except (ConfigurationError, ImportError, ValueError) as error:
                 raise ValueError(f"cannot be used ({error})") from error
         return value

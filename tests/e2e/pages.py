@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,6 @@ from tests.pages import arguments
 
 TYPED = {"griffin chat": "What does a compiler do?\n\n"}
 """Command -> what its user types."""
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def run(command: list[str], directory: Path, target: str, typed: str = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.parse
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.servers import eventually
+from tests.servers import eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/rules"
@@ -24,13 +23,6 @@ _UNPACKED = Path(sys.prefix) / "prometheus/usr/bin"
 def program(name: str) -> str | None:
     """Where ``prometheus`` or ``promtool`` is."""
     return shutil.which(name, path=str(_UNPACKED)) or shutil.which(name)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Prometheus:

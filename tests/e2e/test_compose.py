@@ -25,9 +25,9 @@ import pytest
 import yaml
 
 from griffin_client import Finished, GriffinClient, Tokens
-from tests.e2e.prometheus import ROOT, Prometheus, free_port, program
+from tests.e2e.prometheus import ROOT, Prometheus, program
 from tests.e2e.texts import ARTICLE
-from tests.servers import eventually
+from tests.servers import eventually, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]  # servers that start one after the other
 
@@ -261,6 +261,12 @@ def test_containers_have_no_more_than_they_need() -> None:
         assert service["cap_drop"] == ["ALL"] and service["read_only"], name
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["pids_limit"] and service["mem_limit"] and service["tmpfs"]
+    assert SERVICES["decode"]["secrets"] == SERVICES["prefill"]["secrets"] == ["hf_token"]
+    for service in SERVICES.values():  # a secret is a file, and no value of the environment
+        words = ("TOKEN", "PASSWORD", "SECRET", "KEY")
+        given = service.get("environment", {})
+        named = [name for name in given if any(word in name for word in words)]
+        assert all(given[name].startswith("/run/secrets/") for name in named)
     networks = {name: set(service["networks"]) for name, service in SERVICES.items()}
     assert "clients" not in networks["prefill"] | networks["prometheus"] | networks["grafana"]
     assert not networks["grafana"] & networks["decode"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from griffin_client import GriffinClient
-from tests.e2e.pages import free_port, run_griffin
+from tests.e2e.pages import run_griffin
 from tests.pages import arguments, code_blocks, commands, read_page, sections
-from tests.servers import Process
+from tests.servers import Process, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -32,7 +32,7 @@ def model(tiny_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 
 
 def test_prefill_and_decode_run_as_separate_processes(tmp_path: Path) -> None:
-    ports = {port: free_port() for port in ("50052", "50053")}
+    ports = {port: str(free_port()) for port in ("50052", "50053")}
     with ExitStack() as servers:
         started = [
             servers.enter_context(
@@ -52,7 +52,7 @@ def test_a_server_takes_its_settings_from_the_file(tmp_path: Path) -> None:
     ((flag, name),) = serve_arguments("Settings")
     (file,) = code_blocks(PAGE["Settings"], "toml")
     assert "port = 50060\n" in file
-    port = free_port()
+    port = str(free_port())
     (tmp_path / name).write_text(file.replace("50060", port), encoding="utf-8")
     with Process(flag, str(tmp_path / name), GRIFFIN_PORT="") as server:
         assert server.target() == f"127.0.0.1:{port}"

@@ -22,9 +22,8 @@ from griffin_core.model.hub import resolve
 from griffin_core.spec.choices import DEFAULT_MODEL
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
-from tests.servers import Process, eventually
+from tests.servers import Process, eventually, free_port
 from tests.unit.evals.requests import scoring
-from tests.unit.server.telemetry.test_metrics import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

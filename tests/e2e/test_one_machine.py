@@ -18,9 +18,9 @@ import grpc
 import pytest
 
 from griffin_client import GriffinClient, Tls, Unauthenticated, Unavailable
-from tests.e2e.prometheus import Prometheus, free_port, program
+from tests.e2e.prometheus import Prometheus, program
 from tests.e2e.texts import ROOT
-from tests.servers import eventually
+from tests.servers import eventually, free_port
 from tests.unit.server.security.test_planes import code_of, credentials, prefill
 
 PAGE = ROOT / "docs/guide/one-machine.md"

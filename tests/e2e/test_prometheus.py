@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.prometheus import ROOT, RULES, Prometheus, free_port, program, prometheus
-from tests.servers import Process, eventually
+from tests.e2e.prometheus import ROOT, RULES, Prometheus, program, prometheus
+from tests.servers import Process, eventually, free_port
 
 pytestmark = [
     pytest.mark.e2e,

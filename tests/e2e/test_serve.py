@@ -18,8 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from griffin_client import GriffinClient, Unavailable
-from tests.servers import Process, eventually
-from tests.unit.server.telemetry.test_metrics import free_port
+from tests.servers import Process, eventually, free_port
 from tests.unit.server.test_environment import KUBERNETES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]

@@ -17,9 +17,8 @@ import pytest
 
 from griffin_client import AsyncGriffinClient, GriffinClient, Tokens
 from griffin_core.model.load import Model
-from tests.e2e.prometheus import free_port
 from tests.e2e.test_load import PROMPT, prefill_command, several
-from tests.servers import Process, eventually, running
+from tests.servers import Process, eventually, free_port, running
 from tests.unit.core.engines import at_baseline
 
 pytestmark = pytest.mark.slow

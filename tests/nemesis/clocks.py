@@ -75,7 +75,7 @@ AS_SHIPPED = Clocks(
     reader_s=120,
     stuck_s=90,
     ends_s=40,
-    stuck_ends_s=10,
+    stuck_ends_s=20,
     recovers_s=40,
 )
 """What users have who set nothing: prefill servers are pinged for 15 s, clients' and servers'

@@ -74,7 +74,7 @@ def _parsed_config(directory: Path, said: Mapping[str, Any]) -> PreTrainedConfig
         BadModelFile: the message names the field at fault if it can be found.
     """
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except StrictDataclassFieldValidationError as error:
         if (field := re.search(r"field '(\w+)'", str(error))) is None:
             raise BadModelFile(one_line(error)) from error

@@ -44,7 +44,9 @@ def wanted_tensors(file: GgufFile, config: PreTrainedConfig) -> Mapping[str, Wan
     """
     try:
         with torch.device("meta"):
-            state = AutoModelForCausalLM.from_config(config).state_dict()
+            state = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            ).state_dict()
     except Exception as error:  # for example, sizes that no tensor can have
         raise file.bad(f"its keys make no model ({type(error).__name__}: {error})") from error
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}

@@ -37,6 +37,9 @@ def check(
         str, typer.Option(help="Type that both run in: float32, bfloat16 or float16.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Accept weights in pytorch_model.bin.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Report what is understood of a model, and compare its logits with those of transformers.
@@ -46,17 +49,15 @@ def check(
     """
     try:
         with ended_by_signals():
-            status = _check_and_print(model, dtype, device, as_json=as_json)
+            report = _check(model, dtype, device, allow_pickle=allow_pickle)
+            status = _show(report, as_json=as_json)
     except GriffinError as error:
         fail(str(error))
     raise typer.Exit(status)
 
 
-def _check_and_print(name: str, dtype: str, device: str, *, as_json: bool) -> int:
-    """Checks a model and prints the result.
-
-    Returns:
-        The exit status.
+def _check(name: str, dtype: str, device: str, *, allow_pickle: bool) -> Report:
+    """Checks a model.
 
     Raises:
         ModelError, DeviceMemoryExhausted, InvalidRequest: the model or an option is refused.
@@ -67,7 +68,21 @@ def _check_and_print(name: str, dtype: str, device: str, *, as_json: bool) -> in
 
     if dtype not in DTYPES:
         raise InvalidRequest("dtype", dtype, ", ".join(DTYPES))
-    report = check_model(name, dtype=DTYPES[dtype], device=device, progress=err.print)
+    return check_model(
+        name,
+        dtype=DTYPES[dtype],
+        device=device,
+        allow_pickle=allow_pickle,
+        progress=err.print,
+    )
+
+
+def _show(report: Report, *, as_json: bool) -> int:
+    """Prints what came of a check.
+
+    Returns:
+        The exit status.
+    """
     status, result = _result(report)
     values = {**_values(report), "result": result}
     if as_json:

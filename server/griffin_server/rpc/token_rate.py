@@ -16,6 +16,19 @@ from griffin_core.errors import CapacityExhausted
 log = structlog.get_logger("griffin.limits")
 
 
+ANSWER_S = 0.5
+"""How long a call waits for the storage; one that does not answer lets requests through."""
+
+
+def storage_of(uri: str) -> Any:
+    """A storage of limits; Redis through the package redis.
+
+    Raises:
+        ConfigurationError, ImportError, ValueError: it is none.
+    """
+    return storage_from_string(uri, implementation="redispy")
+
+
 class TokenRate:
     """Counts the tokens of callers, anew in each minute.
 
@@ -31,10 +44,11 @@ class TokenRate:
     def __init__(self, most: int | None, storage: str) -> None:
         self._most = most
         self._charges: set[asyncio.Task[None]] = set()
+        self._storage: Any = None
         if most is not None:
+            self._storage = storage_of(storage)
             self._limit = RateLimitItemPerMinute(most, namespace="griffin")
-            counted: Any = storage_from_string(storage)  # its type may be of another kind
-            self._counter = FixedWindowRateLimiter(counted)
+            self._counter = FixedWindowRateLimiter(self._storage)
 
     async def admit(self, owner: str, tokens: int) -> None:
         """Counts a prompt.
@@ -52,12 +66,13 @@ class TokenRate:
                 retry_after_s=None,
             )
         try:
-            if await self._counter.test(self._limit, owner, cost=tokens):
-                await self._counter.hit(self._limit, owner, cost=tokens)
-                return
-            stats = await self._counter.get_window_stats(self._limit, owner)
-        except Exception:  # of a storage's own client
-            log.exception("tokens could not be counted")
+            async with asyncio.timeout(ANSWER_S):
+                if await self._counter.test(self._limit, owner, cost=tokens):
+                    await self._counter.hit(self._limit, owner, cost=tokens)
+                    return
+                stats = await self._counter.get_window_stats(self._limit, owner)
+        except Exception as error:  # of a storage's own client
+            self._lost(error)
             return
         raise CapacityExhausted(
             f"tokens: this prompt of {tokens} with what you have had in this minute is more than "
@@ -72,8 +87,17 @@ class TokenRate:
             self._charges.add(charge)
             charge.add_done_callback(self._charges.discard)
 
+    async def close(self) -> None:
+        """Closes the connections to the storage; one in memory has none."""
+        if (redis := getattr(self._storage, "bridge", None)) is not None:
+            await redis.storage.aclose()
+
     async def _charge(self, owner: str, tokens: int) -> None:
         try:
-            await self._counter.hit(self._limit, owner, cost=tokens)
-        except Exception:
-            log.exception("tokens could not be counted")
+            async with asyncio.timeout(ANSWER_S):
+                await self._counter.hit(self._limit, owner, cost=tokens)
+        except Exception as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        log.error("tokens could not be counted", error=f"{type(error).__name__}: {error}")

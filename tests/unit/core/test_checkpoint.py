@@ -42,9 +42,9 @@ def edit_config(directory: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def refusal(directory: Path) -> str:
+def refusal(directory: Path, *, allow_pickle: bool = False) -> str:
     with pytest.raises(BadModelFile) as caught:
-        load_model(str(directory), dtype=torch.float32)
+        load_model(str(directory), dtype=torch.float32, allow_pickle=allow_pickle)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -299,7 +299,7 @@ def test_a_pointer_of_git_lfs_is_told(name: str, copy: Path) -> None:
     (copy / FILE).unlink()
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (copy / name).write_text(pointer)
-    assert refusal(copy) == (
+    assert refusal(copy, allow_pickle=True) == (
         f"{name}: is a Git LFS pointer, not the file; `git lfs pull` fetches the file"
     )
 
@@ -308,4 +308,25 @@ def test_a_pointer_of_git_lfs_is_told(name: str, copy: Path) -> None:
 def test_a_pickle_of_something_else_is_named(content: object, copy: Path) -> None:
     (copy / FILE).unlink()
     torch.save(content, copy / "pytorch_model.bin")
-    assert refusal(copy) == "pytorch_model.bin: does not hold tensors by name"
+    said = refusal(copy, allow_pickle=True)
+    assert said == "pytorch_model.bin: does not hold tensors by name"
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_pickle_is_not_opened_unless_it_is_allowed(
+    shards: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = read(copy)
+    (copy / FILE).unlink()
+    name = "pytorch_model-00001-of-00001.bin" if shards else "pytorch_model.bin"
+    torch.save(state, copy / name)
+    if shards:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(state, name)}
+        (copy / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", None)
+        assert refusal(copy) == (
+            f"{name}: is a pickle, which is a program; allowed: safetensors, or pickles with "
+            "--allow-pickle (in Python allow_pickle=True) if you trust where it comes from"
+        )
+    assert load_model(str(copy), dtype=torch.float32, allow_pickle=True).decoder is not None

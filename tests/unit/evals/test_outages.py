@@ -18,9 +18,8 @@ from griffin_evals import remote
 from griffin_evals.errors import OtherModel, RequestRefused, ServerGone
 from griffin_evals.journal import Journal
 from griffin_evals.lm import GriffinLM
-from tests.servers import eventually, running
+from tests.servers import eventually, free_port, running
 from tests.unit.evals.requests import assert_close, completing, scoring
-from tests.unit.server.telemetry.test_metrics import free_port
 
 COUNT = 60
 PAIRS = scoring(*((f"The council met on day {n}", " to talk about bridges") for n in range(COUNT)))

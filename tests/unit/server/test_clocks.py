@@ -20,8 +20,7 @@ from griffin_core.engine.turn_clock import TurnClock
 from griffin_core.model.load import Model
 from griffin_server import app, connections
 from griffin_server.rpc import prefill
-from tests.servers import eventually, running
-from tests.unit.server.telemetry.test_metrics import free_port
+from tests.servers import eventually, free_port, running
 
 FOUR = {"max_tokens": 4, "ignore_eos": True}
 

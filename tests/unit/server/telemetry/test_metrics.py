@@ -17,8 +17,7 @@ from griffin_client import GriffinClientError, Started
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.load import Model
 from griffin_server.telemetry.metrics import FINE, Metrics
-from tests.e2e.prometheus import free_port
-from tests.servers import Running, eventually, running
+from tests.servers import Running, eventually, free_port, running
 
 STATED = [
     "griffin_time_to_first_token_seconds",
