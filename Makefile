@@ -16,8 +16,9 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Where ARGS chooses among the tests of two runs, one of them may have none, which pytest ends with 5.
 MAY_BE_EMPTY = $(if $(ARGS),|| [ $$? -eq 5 ])
 
-# Installs just what a lock names, as the files of these hashes.
-LOCKED := $(BIN)/python -m pip install --quiet --require-hashes --no-deps
+# Installs just what a lock names, as the files of these hashes. Three packages of evaluations come as
+# sources, and are built with the setuptools of the lock.
+LOCKED := $(BIN)/python -m pip install --quiet --require-hashes --no-deps --no-build-isolation
 LOCK := $(TOOLS)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate \
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 # PyTorch is in no lock, since its index differs by platform: requirements/torch.txt pins it.
@@ -55,7 +56,7 @@ $(STAMP): $(SERVER_STAMP) requirements/dev.lock
 	@touch $@
 
 # What keeps the locks, in an environment of its own.
-$(TOOLS)/.installed: $(SERVER_STAMP) requirements/tools.lock
+$(TOOLS)/.installed: requirements/tools.lock
 	@$(PYTHON) -m venv $(TOOLS)
 	@$(TOOLS)/bin/python -m pip install --quiet --require-hashes -r requirements/tools.lock
 	@touch $@
@@ -174,7 +175,8 @@ lock: $(TOOLS)/.installed  ## resolve the locks in requirements/ anew; ARGS="--u
 	@$(LOCK) --allow-unsafe --output-file requirements/tools.lock requirements/tools.in $(ARGS)
 	@$(LOCK) --extra server,inspect,eval,dev --output-file requirements/dev.lock $(OF_GRIFFIN) $(ARGS)
 	@$(LOCK) --extra server --constraint requirements/dev.lock --output-file requirements/server.lock $(OF_GRIFFIN)
-	@sed -i '/^$$/,$$d' requirements/dev.lock requirements/server.lock  # its warning that torch is in neither
+	@sed -i.all '/^$$/,$$d' requirements/dev.lock requirements/server.lock  # its warning that torch is in neither
+	@rm requirements/*.all
 
 audit: $(TOOLS)/.installed  ## look each pinned package up in the database of known vulnerabilities
 	@for pins in dev.lock tools.lock torch.txt; do \

@@ -56,6 +56,7 @@ class LLM:
         dtype: of weights, activations and KV: "float32", "bfloat16", "float16" or a torch.dtype;
             None for the fastest of the device.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
+        allow_pickle: whether weights may come from ``pytorch_model.bin``, which is a program.
         density, policy, sharing: defaults for calls that set none. "private" always runs on the
             prompt's own experts. "auto", a server's default, runs dense where pruning gains no
             time, whatever the density; ``Completion.pruning`` says what ran.
@@ -78,6 +79,7 @@ class LLM:
         *,
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
+        allow_pickle: bool = False,
         density: float = 1.0,
         policy: PolicyName = "topk",
         sharing: Sharing = "private",
@@ -91,6 +93,7 @@ class LLM:
             model,
             dtype=dtype,
             device=device,
+            allow_pickle=allow_pickle,
             density=density,
             policy=policy,
             sharing=sharing,

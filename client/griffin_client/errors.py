@@ -140,7 +140,7 @@ def invalid_argument(field: str, value: object, problem: str) -> InvalidArgument
 
 
 def parsed(response: R | None) -> R:
-    """A response as it came.
+    """The response, unless it is None.
 
     Raises:
         ServerFault: its bytes are no message. gRPC's asynchronous calls give None for those, where

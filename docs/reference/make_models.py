@@ -92,7 +92,7 @@ def _forms() -> list[str]:
             "tests/unit/core/test_checkpoint.py::test_every_form_of_a_checkpoint_loads",
         ),
         (
-            "the same with `pytorch_model.bin`",
+            "the same with `pytorch_model.bin`, with `--allow-pickle`",
             "tests/unit/core/test_checkpoint.py::test_every_form_of_a_checkpoint_loads",
         ),
         (

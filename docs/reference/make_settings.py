@@ -31,7 +31,10 @@ OTHER_VARIABLES = (
         "`GOMP_SPINCOUNT` to 10000",
     ),
     ("`OTEL_*`", "[traces](../operations/monitoring.md#traces)"),
-    ("`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`", "models from a hub, as huggingface_hub reads them"),
+    (
+        "`HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HOME`, `HF_HUB_OFFLINE`",
+        "models from a hub, as huggingface_hub reads them",
+    ),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, zip_longest
 
 from griffin_core.engine.events import Failed
@@ -75,11 +75,11 @@ class PrefillQueue:
         self.launch: Launch = launch
         """What runs a pass; the engine sets one with graphs where the device has them."""
 
-    def add(self, run: PrefillRun, retry_after_s: float) -> None:
+    def add(self, run: PrefillRun, retry_after_s: Callable[[str], float]) -> None:
         """Queues a prefill, or tells its sink that there is no room.
 
         Args:
-            retry_after_s: seconds until the caller of a refused prefill may try again.
+            retry_after_s: gives the seconds until a refused prefill of an owner may come again.
         """
         waiting = [other for other in self._runs if not other.cancelled]
         own = sum(other.owner == run.owner for other in waiting)
@@ -88,7 +88,8 @@ class PrefillQueue:
         if not run.admitted and (full or (others and own > self._max_waiting // 2)):
             message = f"queue: {len(waiting)} prefills wait already"
             message += ", the most this server allows" if full else f", {own} of them yours"
-            run.sink.put(Failed(error=CapacityExhausted(message, retry_after_s=retry_after_s)))
+            error = CapacityExhausted(message, retry_after_s=retry_after_s(run.owner))
+            run.sink.put(Failed(error=error))
         else:
             self._runs.append(run)
             self.added += 1

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from griffin_core.engine.kept_sessions import KeptSessions
 from griffin_core.engine.limits import Limits
 from griffin_core.engine.reservation import Reservation, total_bytes
+from griffin_core.engine.retry_times import RetryTimes
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.session_table import SessionTable
 from griffin_core.engine.snapshot import SchedulerSnapshot
@@ -64,6 +65,7 @@ class Scheduler:
         self._live: dict[str, Session] = {}
         self._idle = KeptSessions()  # the longest idle first
         self._recalled = KeptSessions()  # their next turn waits, so they are not evicted
+        self._retry_times = RetryTimes()
         self._turn_s: float | None = None  # smoothed length of the turns that ended well
 
     def states(self) -> Counter[State]:
@@ -123,7 +125,7 @@ class Scheduler:
         self._idles = False
         if gives_way is not None:
             message = "queue: it is full, and most of its requests are yours"
-            error = CapacityExhausted(message, retry_after_s=self.retry_after_s)
+            error = CapacityExhausted(message, retry_after_s=self.retry_after_s(gives_way.owner))
             self._refuse(gives_way, error)
 
     def _capped(self) -> set[str]:
@@ -140,7 +142,7 @@ class Scheduler:
         if most is not None and own >= most:
             raise CapacityExhausted(
                 f"queue: {own} of your requests wait already, the most this server allows a caller",
-                retry_after_s=self.retry_after_s,
+                retry_after_s=self.retry_after_s(owner),
             )
         if len(self._waiting) >= self._limits.max_queue:
             gives_way = self._waiting.gives_way(owner, self._recalled)
@@ -148,7 +150,7 @@ class Scheduler:
                 raise CapacityExhausted(
                     f"queue: {len(self._waiting)} requests wait already, the most this server "
                     "allows",
-                    retry_after_s=self.retry_after_s,
+                    retry_after_s=self.retry_after_s(owner),
                 )
         ahead, now = self._waiting.ahead_of_next(owner, self._capped()), time.monotonic()
         # For each session ahead and for itself the usual length of a turn, divided by the number of
@@ -160,15 +162,15 @@ class Scheduler:
             raise CapacityExhausted(
                 f"queue: with {ahead} requests ahead it would begin in about "
                 f"{wait_s:.1f} s, after its deadline",
-                retry_after_s=max(wait_s, self.retry_after_s),
+                retry_after_s=max(0.1, wait_s),
             )
         return gives_way
 
-    @property
-    def retry_after_s(self) -> float:
-        """Seconds until a place is likely to be free."""
+    def retry_after_s(self, owner: str) -> float:
+        """Seconds until a place is likely to be free for a request of an owner that is refused now.
+        Each gets a later one."""
         turn_s = 1.0 if self._turn_s is None else self._turn_s
-        return max(0.1, turn_s / max(1, len(self._live)))
+        return max(0.1, self._retry_times.wait_s(owner, turn_s / max(1, len(self._live))))
 
     def admit(self) -> list[Session]:
         """Sessions that may begin now, owner by owner and in order of arrival. One that does not

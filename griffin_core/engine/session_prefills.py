@@ -98,7 +98,7 @@ class SessionPrefills:
             prompt, sink, tokens=session.prompt_tokens, admitted=True, owner=session.owner
         )
         self._runs[session.turn_id] = run
-        self._queue.add(run, 0.0)
+        self._queue.add(run, lambda _: 0.0)  # it is admitted, so it is not refused
 
     def restart(self, session: Session) -> None:
         """Forgets what has come of a prompt: it comes anew."""

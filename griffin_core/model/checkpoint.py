@@ -78,10 +78,12 @@ def stored_tensors(directory: Path, *, allow_pickle: bool = False) -> dict[str, 
     tensors: dict[str, StoredTensor] = {}
     bare: dict[str, str] = {}
     files = _files(directory)
-    if files[0].suffix == ".bin" and not allow_pickle:
+    pickles = [path.name for path in files if path.suffix != ".safetensors"]
+    if pickles and not allow_pickle:
         raise BadModelFile(
-            f"{files[0].name}: is a pickle, which is a program; allowed: safetensors, or pickles "
-            "with --allow-pickle (in Python allow_pickle=True) if you trust where it comes from"
+            f"{pickles[0]}: is a pickle, which is a program; allowed: safetensors. If you "
+            "trust its author: `griffin serve` and `griffin check` with --allow-pickle, and LLM "
+            "and load_model with allow_pickle=True"
         )
     for path in files:
         for name, tensor in _tensors_of(path).items():

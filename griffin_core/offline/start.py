@@ -23,6 +23,7 @@ def make_engine(
     *,
     dtype: str | torch.dtype | None,
     device: str,
+    allow_pickle: bool,
     density: float,
     policy: PolicyName,
     sharing: Sharing,
@@ -48,7 +49,13 @@ def make_engine(
         check("device", device, device == "auto", "auto with a model that is loaded")
     else:
         progress = progress or (lambda _: None)
-        model = load_model(model, dtype=_dtype(dtype), device=device, progress=progress)
+        model = load_model(
+            model,
+            dtype=_dtype(dtype),
+            device=device,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
     return Engine(
         model,
         limits=Limits(

@@ -28,20 +28,25 @@ def default_request_bytes(context_length: int) -> int:
 GRACE_MS = 10_000
 """How much longer than its last call a connection is kept, so that the call ends by itself."""
 
-MOST_STREAMS = 1000
-"""The most calls at once on one connection; its further calls wait in the client."""
+LEAST_STREAMS = 100
+"""Calls at once that every connection may have, as HTTP/2 recommends (RFC 9113, 6.5.2)."""
 
 
-def server_options(max_request_bytes: int | None, max_call_s: float) -> list[tuple[str, Any]]:
+def server_options(
+    max_request_bytes: int | None, max_call_s: float, most_calls: int
+) -> list[tuple[str, Any]]:
     """The options of a server.
 
     Args:
+        most_calls: how many calls the server can run and let wait. One connection has no more at
+            once, and at least ``LEAST_STREAMS``; its further calls wait in the client. gRPC drops
+            calls of all clients with CANCELLED once 1000 have come and not begun.
         max_call_s: the longest call. A connection is as long open to new calls, and as much longer
             to those that run then.
     """
     age_ms = int(1000 * max_call_s)
     return [
-        ("grpc.max_concurrent_streams", MOST_STREAMS),
+        ("grpc.max_concurrent_streams", max(LEAST_STREAMS, most_calls)),
         ("grpc.max_connection_age_ms", age_ms),
         ("grpc.max_connection_age_grace_ms", age_ms + GRACE_MS),
         ("grpc.max_receive_message_length", max_request_bytes or LARGEST_REQUEST),

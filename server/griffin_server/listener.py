@@ -123,10 +123,10 @@ class Listener:
         if settings.prefill_target or settings.prefill_address is not None:
             self.handoff_directory = handoff_directory(settings)
         self._start_http()
-        options = server_options(settings.max_request_bytes, settings.max_call_s)
-        most_calls = settings.max_sessions + settings.max_queue + MORE_CALLS
+        calls = settings.max_sessions + settings.max_queue
+        options = server_options(settings.max_request_bytes, settings.max_call_s, calls)
         for plane in self._planes:
-            await plane.start(credentials, options, most_calls)
+            await plane.start(credentials, options, calls + MORE_CALLS)
         if settings.insecure:
             log.warning(
                 "insecure: whoever reaches the port may use it",

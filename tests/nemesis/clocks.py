@@ -11,19 +11,19 @@ class Clocks:
     """The time-outs of a world, and how long its faults last.
 
     Args:
-        pace: of the clocks that are no settings; 1 is a second or less for each, 2 is twice as
-            long, and None leaves them as they are.
-        settings: the time-outs of all servers, as flags of `griffin serve`.
-        deadline_s: of each call.
-        short_s: how long a fault lasts at most that is noticed at once.
-        pings_s: how long one lasts at most that unanswered pings tell of.
-        handoff_s: how long one lasts at most that ``--handoff-timeout-s`` tells of.
-        least: how long a fault lasts at least, as a share of the most.
-        reader_s: within which a client that does not read is ended.
-        stuck_s: within which a stuck engine is noticed.
-        ends_s: within which a server that is told to end has ended.
-        stuck_ends_s: the same of a stuck one.
-        recovers_s: within which a call is answered again once a fault is over.
+        pace: how slow the clocks are that are no settings. At 1 each is a second or less, at 2 it
+            is twice as long, and None leaves them as they are.
+        settings: flags of `griffin serve` that set the time-outs of all servers.
+        deadline_s: the deadline of each call.
+        short_s: the longest time of a fault that is noticed at once.
+        pings_s: the longest time of a fault that is noticed because pings are not answered.
+        handoff_s: the longest time of a fault that is noticed by ``--handoff-timeout-s``.
+        least: the shortest time of a fault, as a share of the longest.
+        reader_s: the time within which a client that does not read must be ended.
+        stuck_s: the time within which a stuck engine must be noticed.
+        ends_s: the time within which a server that is told to end must have ended.
+        stuck_ends_s: the same for a server whose engine is stuck.
+        recovers_s: the time within which a call must be answered again once a fault is over.
     """
 
     pace: float | None
@@ -70,7 +70,7 @@ AS_SHIPPED = Clocks(
     deadline_s=240,
     short_s=1,
     pings_s=40,
-    handoff_s=130,
+    handoff_s=140,
     least=0.9,
     reader_s=120,
     stuck_s=90,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from griffin_client import GriffinClient, GriffinClientError, Started
 from tests.nemesis import spoiler
@@ -151,6 +152,7 @@ def decode_jammed(world: World, draw: random.Random) -> Heal:
     def heal() -> None:
         noticed = lambda: bool(world.decode.events("the engine is stuck"))  # noqa: E731
         eventually(noticed, within_s=world.clocks.stuck_s)
+        assert world.health() == health_pb2.HealthCheckResponse.NOT_SERVING
         world.decode.send(signal.SIGTERM)
         eventually(lambda: not world.decode.alive, within_s=world.clocks.stuck_ends_s)
         world.replace_decode()
@@ -229,7 +231,7 @@ def malformed(world: World, draw: random.Random) -> Heal:
 
 
 def flood(world: World, draw: random.Random) -> Heal:
-    """One client sends hundreds of calls at once. Some are refused; others' wait."""
+    """One client sends 150 calls at once. Some are refused; others' wait."""
     connection = contextlib.ExitStack()
     client = connection.enter_context(world.client(direct=True))
     seconds = world.clocks.deadline_s
@@ -367,8 +369,7 @@ FAULTS = (
     ),
     Fault(
         name="decode server stopped (SIGSTOP)",
-        promise="clients' pings are not answered: calls end with UNAVAILABLE; prefill servers free "
-        "what they hold",
+        promise="clients' pings are not answered: calls end with UNAVAILABLE",
         inject=decode_stopped,
         lasts="pings",
         codes=LOST,

@@ -77,6 +77,7 @@ def check_call(call: Call, quiet: Sequence[int], codes: frozenset[str]) -> None:
     assert call.ended - call.began <= call.deadline_s + LATE_S, f"late: {said}"
     assert call.code == "OK" or call.code in codes, said
     assert "evil" not in call.words, said
+    assert call.code != "RESOURCE_EXHAUSTED" or call.retry_after_s, f"no retry hint: {said}"
     if call.code == "OK":
         assert call.finished and call.ids == list(quiet), f"other tokens: {said}"
     else:

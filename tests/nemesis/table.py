@@ -1,4 +1,4 @@
-"""Writes docs/reference/faults.md from the results of ``make test-slow``.
+"""Writes docs/reference/faults.md from the results of ``make faults``.
 
     python -m tests.nemesis.table RESULTS
 
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "faults.md"
 
 FIRST = (
     "What Griffin promises when something goes wrong, and how often that was tried.",
-    "`make test-slow` writes this page: it runs two prefill servers, one that spoils what it",
+    "`make faults` writes this page: it runs two prefill servers, one that spoils what it",
     "sends, and a decode server as processes, with a TCP proxy on each wire, and lets three",
     "clients call while the fault happens. Its time-outs are scaled to a second or less, so that a",
     "hundred runs take minutes; three more runs of each fault have those that Griffin ships with.",
@@ -33,7 +33,7 @@ THEN = (
     "after its deadline, with OK or a status that the row allows, and its tokens must",
     "be those of a quiet run, or the beginning of those if it failed. Then a call must be answered",
     "again, no session and no file may be left, and the servers must hold hardly more descriptors,",
-    "threads and memory than after their first run.",
+    "threads and memory than after the first of each 25 runs.",
 )
 
 HEADS = (
@@ -52,10 +52,18 @@ def rows_of(results: Path) -> dict[str, tuple[str, ...]]:
             sample: dict[str, Any] = json.loads(path.read_text("utf-8"))
             runs["as-shipped" in path.stem] += sample["runs"]
             calls.update(sample["calls"], retried=sample["retried"])
+        failed_parts = len(list(results.glob(f"{number:02}-*.failed")))
         if samples:
             well, retried = calls.pop("OK", 0), calls.pop("retried")
             failed = ", ".join(f"{count:,} {code}" for code, count in sorted(calls.items()))
-            counts = (str(runs[False]), str(runs[True]), f"{well:,}", failed, str(retried or ""))
+            lost = f", and {failed_parts} failed" if failed_parts else ""
+            counts = (
+                f"{runs[False]}{lost}",
+                str(runs[True]),
+                f"{well:,}",
+                failed,
+                str(retried or ""),
+            )
             found[fault.name] = counts
     return found
 

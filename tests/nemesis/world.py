@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from griffin_client import Event, Finished, GriffinClient, GriffinClientError, Started, Tokens
 from tests.nemesis.clocks import Clocks, pings
@@ -143,6 +144,7 @@ class Call:
     code: str = ""
     reason: str | None = None
     words: str = ""
+    retry_after_s: float | None = None
     finished: bool = False
 
     def run(self, client: GriffinClient) -> None:
@@ -155,6 +157,7 @@ class Call:
             self.code = "OK"
         except GriffinClientError as error:
             self.code, self.reason, self.words = error.code.name, error.reason, error.message
+            self.retry_after_s = getattr(error, "retry_after_s", None)
         self.ended = time.monotonic()
         self.ends += 1
 
@@ -249,7 +252,7 @@ class World:
 
     @contextlib.contextmanager
     def client(self, *, direct: bool = False) -> Any:
-        """A client that does not retry, on a connection of its own."""
+        """A client that does not retry; with hurried clocks on a connection of its own."""
         target = self.decode.address if direct else self.to_decode.address
         if self.clocks.pace is None:
             with GriffinClient(target, max_retries=0) as client:
@@ -276,6 +279,12 @@ class World:
             return False
         self.last_error = ""
         return bool(done.token_ids == self.quiet[0])
+
+    def health(self) -> int:
+        """What the decode server answers to a health check."""
+        with grpc.insecure_channel(self.decode.address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            return int(stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status)
 
     def sessions(self) -> set[str]:
         """The ids of the decode server's sessions."""

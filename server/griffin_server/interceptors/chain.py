@@ -14,6 +14,7 @@ from griffin_server.interceptors.call import Call, Context, Interceptor
 from griffin_server.interceptors.deadline import CallClock
 from griffin_server.interceptors.drain import Drain
 from griffin_server.interceptors.errors import to_status
+from griffin_server.interceptors.give_back import MemoryRelease
 from griffin_server.interceptors.malformed import (
     Parser,
     checked,
@@ -60,6 +61,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._number_fields: dict[str, dict[int, str]] = {}
         self._order: tuple[Interceptor, ...] = (
             self.drain.count,  # outermost: a call runs until its status has been sent
+            MemoryRelease().after_large,
             self._telemetry.observe,  # observes refusals and errors as well
             to_status,  # turns what is raised further in into a status
             self.drain.admit,

@@ -8,7 +8,9 @@ from typing import Any
 
 import structlog
 from limits import RateLimitItemPerMinute
+from limits.aio.storage import RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
+from limits.errors import ConfigurationError
 from limits.storage import storage_from_string
 
 from griffin_core.errors import CapacityExhausted
@@ -16,17 +18,24 @@ from griffin_core.errors import CapacityExhausted
 log = structlog.get_logger("griffin.limits")
 
 
+SCHEMES = ("async+memory://", "async+redis://", "async+rediss://")
+
 ANSWER_S = 0.5
 """How long a call waits for the storage; one that does not answer lets requests through."""
 
 
 def storage_of(uri: str) -> Any:
-    """A storage of limits; Redis through the package redis.
+    """A storage in memory or in Redis.
 
     Raises:
-        ConfigurationError, ImportError, ValueError: it is none.
+        ValueError: the scheme is another one, or the rest of the address is wrong.
     """
-    return storage_from_string(uri, implementation="redispy")
+    if not uri.startswith(SCHEMES):
+        raise ValueError(f"allowed: {', '.join(SCHEMES)}")
+    try:
+        return storage_from_string(uri, implementation="redispy")
+    except ConfigurationError as error:
+        raise ValueError(f"cannot be used ({error})") from error
 
 
 class TokenRate:
@@ -67,8 +76,10 @@ class TokenRate:
             )
         try:
             async with asyncio.timeout(ANSWER_S):
-                if await self._counter.test(self._limit, owner, cost=tokens):
-                    await self._counter.hit(self._limit, owner, cost=tokens)
+                # Between the two another request may have been counted, here or elsewhere.
+                if await self._counter.test(
+                    self._limit, owner, cost=tokens
+                ) and await self._counter.hit(self._limit, owner, cost=tokens):
                     return
                 stats = await self._counter.get_window_stats(self._limit, owner)
         except Exception as error:  # of a storage's own client
@@ -88,9 +99,11 @@ class TokenRate:
             charge.add_done_callback(self._charges.discard)
 
     async def close(self) -> None:
-        """Closes the connections to the storage; one in memory has none."""
-        if (redis := getattr(self._storage, "bridge", None)) is not None:
-            await redis.storage.aclose()
+        """Waits until all tokens are counted, and closes the connections to Redis."""
+        await asyncio.gather(*self._charges)
+        if isinstance(self._storage, RedisStorage):
+            bridge: Any = self._storage.bridge
+            await bridge.storage.aclose()
 
     async def _charge(self, owner: str, tokens: int) -> None:
         try:

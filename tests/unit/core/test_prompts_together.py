@@ -184,7 +184,7 @@ class Passes:
             return prompt
 
         inbox.run = PrefillRun(make or usual, inbox, tokens=tokens, admitted=admitted, **more)
-        self.queue.add(inbox.run, 0.0)
+        self.queue.add(inbox.run, lambda owner: 0.0)
         return inbox
 
     def all(self) -> list[dict[str, int]]:

@@ -104,8 +104,10 @@ def test_an_idle_client_of_grpc_go_stays(tiny: Callable[[str], Model]) -> None:
 
 
 def test_nobody_of_ours_pings_more_often_than_a_server_allows() -> None:
-    assert dict(server_options(1024, 60))["grpc.keepalive_permit_without_calls"] == 1
-    assert dict(server_options(1024, 60))["grpc.http2.min_ping_interval_without_data_ms"] == 5_000
+    assert dict(server_options(1024, 60, 8))["grpc.keepalive_permit_without_calls"] == 1
+    assert (
+        dict(server_options(1024, 60, 8))["grpc.http2.min_ping_interval_without_data_ms"] == 5_000
+    )
     for options in (PREFILL_CHANNEL_OPTIONS, CHANNEL_OPTIONS):
         mine = dict(options)
         assert mine["grpc.keepalive_time_ms"] >= 2 * LEAST_PING_INTERVAL_MS

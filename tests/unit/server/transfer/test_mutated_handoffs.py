@@ -159,3 +159,18 @@ def test_no_mutated_handoff_is_seen_by_a_client(
             mutator.mutate = None
             check(f"after {number}: {mutation.__name__}")
         assert list(client.list_sessions()) == []
+
+
+def test_a_message_that_cannot_be_parsed_fails_its_handoff(
+    servers: tuple[Running, Mutator],
+) -> None:
+    decode, mutator = servers
+
+    def nonsense(messages: list[bytes]) -> None:
+        messages[0] = b"\xff"
+
+    with decode.client() as client:
+        quiet = client.complete(**REQUEST).token_ids
+        mutator.mutate = nonsense
+        assert client.complete(**REQUEST).token_ids == quiet
+        assert mutator.mutated == 1
