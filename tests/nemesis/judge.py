@@ -91,12 +91,15 @@ def run(world: World, fault: Fault, seed: int, tally: Tally) -> None:
     retried = len(world.decode.events("prefill retried"))
     traffic, decode = Traffic(world, draw), world.decode
     time.sleep(draw.uniform(0.05, 0.25))
-    heal = fault.inject(world, draw)
     try:
-        time.sleep(fault.seconds(world.clocks, draw))
+        heal = fault.inject(world, draw)
+        try:
+            time.sleep(fault.seconds(world.clocks, draw))
+        finally:
+            heal()
     finally:
-        heal()
-    for call, quiet in traffic.end():
+        calls = traffic.end()
+    for call, quiet in calls:
         check_call(call, quiet, fault.codes)
         tally.calls[call.code] += 1
     tally.retried += len(decode.events("prefill retried")) - retried

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from griffin_client import Event, Finished, GriffinClient, GriffinClientError, Started, Tokens
 from tests.nemesis.clocks import Clocks, pings
 from tests.nemesis.proxy import Mode, Proxy, Wires
@@ -279,12 +277,6 @@ class World:
             return False
         self.last_error = ""
         return bool(done.token_ids == self.quiet[0])
-
-    def health(self) -> int:
-        """What the decode server answers to a health check."""
-        with grpc.insecure_channel(self.decode.address) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            return int(stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status)
 
     def sessions(self) -> set[str]:
         """The ids of the decode server's sessions."""
