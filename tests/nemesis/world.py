@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
 from griffin_client import Event, Finished, GriffinClient, GriffinClientError, Started, Tokens
 from tests.nemesis.clocks import Clocks, pings
 from tests.nemesis.proxy import Mode, Proxy, Wires
