@@ -145,12 +145,13 @@ def decode_stopped(world: World, draw: random.Random) -> Heal:
 
 
 def decode_jammed(world: World, draw: random.Random) -> Heal:
-    """The engine stands still for good; the server is told to end."""
+    """The engine stands still for good; the server is told to end. It is a new one, since a turn
+    that a SIGSTOP made long would keep the next one from counting as stuck."""
+    world.replace_decode()
     world.decode.jam.touch()
 
     def heal() -> None:
-        noticed = lambda: bool(world.decode.events("the engine is stuck"))  # noqa: E731
-        eventually(noticed, within_s=world.clocks.stuck_s)
+        eventually(world.decode_says_not_serving, within_s=world.clocks.stuck_s)
         world.decode.send(signal.SIGTERM)
         eventually(lambda: not world.decode.alive, within_s=world.clocks.stuck_ends_s)
         world.replace_decode()
@@ -374,7 +375,7 @@ FAULTS = (
     ),
     Fault(
         name="decode server's engine stuck",
-        promise="it is noticed after --stuck-after-s; when it is told to end, calls end with "
+        promise="health says so after --stuck-after-s; when it is told to end, calls end with "
         "UNAVAILABLE, and it ends",
         inject=decode_jammed,
         codes=LOST,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from griffin_client import Event, Finished, GriffinClient, GriffinClientError, Started, Tokens
 from tests.nemesis.clocks import Clocks, pings
@@ -278,6 +279,13 @@ class World:
             return False
         self.last_error = ""
         return bool(done.token_ids == self.quiet[0])
+
+    def decode_says_not_serving(self) -> bool:
+        """What the decode server answers to a health check."""
+        with grpc.insecure_channel(self.decode.address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        return bool(answer.status == health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def sessions(self) -> set[str]:
         """The ids of the decode server's sessions."""
