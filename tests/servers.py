@@ -13,12 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from griffin.v1 import prefill_pb2
 from griffin_client import GriffinClient
 from griffin_core.model.load import Model
 from griffin_core.slim.costs import ASSUMED_COSTS
@@ -153,8 +154,19 @@ def process_state(pid: int) -> str:
     return ""
 
 
+def prefill_request(fingerprint: str, token_ids: Sequence[int]) -> bytes:
+    """A request to PrefillService that nothing is wrong with, as it travels."""
+    return prefill_pb2.PrefillRequest(
+        model_fingerprint=fingerprint,
+        token_ids=token_ids,
+        selection=prefill_pb2.ExpertSelection(density=0.5),
+        oldest_protocol_version=2,
+        newest_protocol_version=2,
+    ).SerializeToString()
+
+
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """A free port of 127.0.0.1."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

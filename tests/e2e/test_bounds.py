@@ -25,12 +25,13 @@ from griffin_client import GriffinClient, Tls, Tokens
 from griffin_core.model.load import load_model
 from griffin_server.security.api_keys import line_of
 from tests.certificates import Authority
-from tests.servers import SMALL_WINDOW, Process, eventually, free_port
+from tests.servers import SMALL_WINDOW, Process, eventually, free_port, prefill_request
 from tests.tiny import make_tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(300)]
 
 GENERATE = "/griffin.v1.GenerationService/Generate"
+PROMPT = [5 + n % 200 for n in range(4000)]
 PREFILL = "/griffin.v1.PrefillService/Prefill"
 
 LONG = "hello wor " * 419_000
@@ -175,7 +176,7 @@ def test_slow_readers_of_prefill_do_not_hold_its_places(tiny: str) -> None:
             def read_slowly() -> None:
                 call = channel.unary_stream(
                     PREFILL, response_deserializer=prefill_pb2.PrefillResponse.FromString
-                )(prefill_request(fingerprint, 4000))
+                )(prefill_request(fingerprint, PROMPT))
                 try:
                     for _ in call:
                         time.sleep(2)
@@ -188,21 +189,15 @@ def test_slow_readers_of_prefill_do_not_hold_its_places(tiny: str) -> None:
             time.sleep(1)
             clock = time.monotonic()
             with grpc.insecure_channel(target) as other:
-                list(other.unary_stream(PREFILL)(prefill_request(fingerprint, 16), timeout=60))
+                list(
+                    other.unary_stream(PREFILL)(
+                        prefill_request(fingerprint, PROMPT[:16]), timeout=60
+                    )
+                )
             assert time.monotonic() - clock < 10
             for reader in readers:
                 reader.join()
             assert ended == [grpc.StatusCode.ABORTED] * 4
-
-
-def prefill_request(fingerprint: str, tokens: int) -> bytes:
-    return prefill_pb2.PrefillRequest(
-        model_fingerprint=fingerprint,
-        token_ids=[5 + n % 200 for n in range(tokens)],
-        selection=prefill_pb2.ExpertSelection(density=0.5),
-        oldest_protocol_version=2,
-        newest_protocol_version=2,
-    ).SerializeToString()
 
 
 @pytest.mark.slow

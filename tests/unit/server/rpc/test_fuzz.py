@@ -12,7 +12,7 @@ import grpc
 import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from structlog.testing import capture_logs
@@ -23,7 +23,7 @@ from griffin_client.status_details import parse_details
 from griffin_core.model.load import Model
 from griffin_server.rpc.reflection import SERVICES as REFLECTION
 from tests.fuzzing import fill, mutated
-from tests.servers import Running, eventually, running
+from tests.servers import Running, eventually, prefill_request, running
 
 MESSAGES = [150, pytest.param(10_000, marks=pytest.mark.slow)]
 """Of a fuzz."""
@@ -237,14 +237,7 @@ def first_of(channel: grpc.Channel, name: str, request: bytes) -> str:
 def good_call(role: str, fingerprint: str) -> tuple[str, bytes, bool]:
     """A method, a request that nothing is wrong with, and whether its answer is a stream."""
     if role == "prefill":
-        asked: Message = prefill_pb2.PrefillRequest(
-            model_fingerprint=fingerprint,
-            token_ids=[5, 6, 7],
-            selection=prefill_pb2.ExpertSelection(density=0.5),
-            oldest_protocol_version=2,
-            newest_protocol_version=2,
-        )
-        return "/griffin.v1.PrefillService/Prefill", asked.SerializeToString(), True
+        return "/griffin.v1.PrefillService/Prefill", prefill_request(fingerprint, [5, 6, 7]), True
     asked = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=2))
     return "/griffin.v1.GenerationService/Generate", asked.SerializeToString(), True
 
