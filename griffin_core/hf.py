@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from typing import Any
 from weakref import WeakSet
@@ -19,13 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from griffin_core.errors import InvalidRequest, UnknownFamily
+from griffin_core.errors import InvalidRequest
+from griffin_core.experts.correction import NO_CORRECTION, CorrectionParams, correction_params
 from griffin_core.experts.policies import POLICIES, PolicyName
-from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
-from griffin_core.hf_blocks import Block, find_blocks, sizes
+from griffin_core.hf_blocks import find_blocks
+from griffin_core.hf_correction import AddCorrection, fit_layer, prior_means, rows_of_down
+from griffin_core.hf_experts import batch_score, choose, statistics
+from griffin_core.spec.calibration import Calibration
+from griffin_core.spec.choices import CorrectionKind
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()
 """The down projections whose input a ``sparsify`` is changing now."""
@@ -59,6 +62,9 @@ def sparsify(
     policy: PolicyName = "topk",
     seed: int = 0,
     attention_mask: Tensor | None = None,
+    correction: CorrectionKind = "none",
+    correction_rank: int | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[Sparsified]:
     """Prunes a model's feedforward (FF) blocks by the activations of a prompt, for this prompt's
     completion::
@@ -89,6 +95,12 @@ def sparsify(
         policy: how the experts are chosen, see ``griffin_core.experts.selection``.
         seed: for policies that draw at random, in [0, 2**64).
         attention_mask: [N, P], 0 for padding, on whichever side; None if there is none.
+        correction: what is added to the output of the experts: "none", as in the paper; "bias", the
+            mean output of the other neurons; or "residual", a linear map of the FF's input as well.
+            Prompts of fewer than 48 tokens get none, and several prompts or fewer than 128 tokens a
+            bias.
+        correction_rank: of a residual, in [1, 256]; None for 64.
+        calibration: of the model, for the policies "sensitive" and "topk_budgets".
 
     Raises:
         UnknownFamily: the model has another structure, such as a mixture of experts.
@@ -96,15 +108,18 @@ def sparsify(
             another ``sparsify``. Inside the block the model raises it too, if it is called with
             other prompts than these, or without their ids.
     """
-    selection = _selection(density, policy, seed)
+    params = correction_params(NO_CORRECTION, correction, correction_rank)
+    selection = _selection(density, policy, seed, params)
+    selection.check(calibration)
     blocks = find_blocks(model)
     prompts, layout = _prompts(model, input_ids, attention_mask)
     if any(block.down in _PRUNED for block in blocks):
         raise InvalidRequest("model", "one inside another sparsify", "one sparsify at a time")
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
-        s = _statistics(model, blocks, prompts)
-        slim = _choose(batch_score(s), blocks, selection)
+        seen = statistics(model, blocks, prompts)
+        s = torch.stack([torch.stack([each.s for each in own]) for own in seen], dim=1)
+        slim = choose(batch_score(s), blocks, selection, seen, calibration)
         rows = _Rows(model, prompts, layout)
         for hook in (
             model.register_forward_pre_hook(rows.tell, with_kwargs=True),
@@ -116,17 +131,33 @@ def sparsify(
             undo.callback(hook.remove)
             undo.callback(_PRUNED.discard, block.down)
             _PRUNED.add(block.down)
+        for layer, (block, kept) in enumerate(zip(blocks, slim.layers, strict=True)):
+            layer_map = fit_layer(
+                seen[layer],
+                rows_of_down(block) if params.kind != "none" else s.new_zeros(s.shape[2], 0),
+                kept,
+                params,
+                prior_means(calibration, layer),
+                prior_counts=policy == "sensitive",
+            )
+            if layer_map is not None:
+                corrector = AddCorrection(layer_map, rows.required)
+                hook = block.inner[0].register_forward_pre_hook(corrector.see)
+                undo.callback(hook.remove)
+                undo.callback(block.down.register_forward_hook(corrector.add).remove)
         yield Sparsified(s=s, experts=slim)
 
 
-def _selection(density: float, policy: PolicyName, seed: int) -> Selection:
+def _selection(
+    density: float, policy: PolicyName, seed: int, correction: CorrectionParams
+) -> Selection:
     if not 0 < density <= 1:
         raise InvalidRequest("density", density, "(0, 1]")
     if policy not in POLICIES:
         raise InvalidRequest("policy", policy, ", ".join(POLICIES))
     if not 0 <= seed < 1 << 64:
         raise InvalidRequest("seed", seed, "[0, 2^64)")
-    return Selection(density=density, policy=policy, seed=seed)
+    return Selection(density=density, policy=policy, seed=seed, correction=correction)
 
 
 def _prompts(
@@ -152,90 +183,6 @@ def _prompts(
         if not 0 <= token < vocabulary:
             raise InvalidRequest("input_ids", int(token), f"[0, {vocabulary}), the vocabulary")
     return prompts, layout
-
-
-# -- which neurons are experts --------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _statistics(
-    model: PreTrainedModel, blocks: Sequence[Block], prompts: Sequence[Tensor]
-) -> Tensor:
-    """Runs each prompt by itself. Returns s [N, L, F], on the CPU."""
-    seen: list[list[tuple[int, Tensor]]] = [[] for _ in blocks]
-
-    def collect(layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        z = args[0].flatten(0, -2)
-        seen[layer].append((len(z), _s(z).cpu()))
-
-    with contextlib.ExitStack() as undo:
-        for layer, block in enumerate(blocks):
-            hook = block.down.register_forward_pre_hook(partial(collect, layer))
-            undo.callback(hook.remove)
-        for ids in prompts:
-            model.base_model(input_ids=ids[None], use_cache=False)
-    lengths = [len(ids) for ids in prompts]
-    for block, runs in zip(blocks, seen, strict=True):
-        tokens = [length for length, _ in runs]
-        if tokens != lengths:  # the block is shared between layers, or was skipped
-            raise UnknownFamily(
-                f"{block.name}: its down projection ran on {tokens[:8]} tokens; allowed: each "
-                f"token of the prompts once, {lengths[:8]}"
-            )
-        if not all(s.isfinite().all() for _, s in runs):
-            given = f"NaN or infinite activations in {block.name}"
-            raise InvalidRequest("model", given, "weights and a data type that suit the prompt")
-    return torch.stack([torch.stack([s for _, s in runs]) for runs in seen], dim=1)
-
-
-def _s(z: Tensor) -> Tensor:
-    """Computes the statistic s [F] of activations [T, F] (section 4.2)."""
-    z = z.to(_exact(z.device))
-    norms = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    unit = z / norms.where(norms > 0, 1.0)  # a row of zeros stays zero
-    s: Tensor = torch.linalg.vector_norm(unit, dim=0)
-    return s
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def batch_score(s: Tensor) -> Tensor:
-    """Computes Σ_i s_i/√S_i [L, F] from s [N, L, F]. Each token that counted has added 1 to Σ_f
-    s_f², so this sum is S_i."""
-    tokens = s.square().sum(dim=2, keepdim=True).clamp(min=1)
-    return (s / tokens.sqrt()).sum(dim=0)
-
-
-def _choose(score: Tensor, blocks: Sequence[Block], selection: Selection) -> SlimSpec:
-    """Chooses the experts of each layer by its score [L, F]. Ties go to the lower index."""
-    match selection.policy:
-        case "topk":
-            strength = score
-        case "magnitude":
-            strength = torch.stack([_magnitude(block) for block in blocks])
-        case _:
-            return select_experts(score.square(), selection, magnitude=lambda: score)
-    order = strength.sort(dim=1, descending=True, stable=True).indices
-    counts = selection.expert_counts(*score.shape)
-    layers = [row[:k].sort().values.int() for row, k in zip(order, counts, strict=True)]
-    return SlimSpec.of_layers(score.shape[1], layers)
-
-
-def _magnitude(block: Block) -> Tensor:
-    """Returns the l2 norm of each neuron's row of W_1, or the product of the norms for W_gate and
-    W_up, [F]."""
-    norms = []
-    for linear in block.inner:
-        weight: Tensor = linear.weight.detach()  # type: ignore[operator]
-        rows = weight.t() if isinstance(linear, Conv1D) else weight
-        if not rows.is_floating_point() or tuple(rows.shape[::-1]) != sizes(linear):
-            given = f"magnitude, with quantized weights in {block.name}"
-            raise InvalidRequest("policy", given, "another policy")
-        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=_exact(rows.device)))
-    intermediate_size, _ = sizes(block.down) or (0, 0)
-    return torch.cat(norms).view(-1, intermediate_size).prod(dim=0).cpu()
 
 
 # -- which tokens run on them ---------------------------------------------------------------------
@@ -285,6 +232,16 @@ class _Rows:
             raise InvalidRequest("input_ids", "other prompts", allowed)
         self.pruned = ~of_prompt
 
+    def required(self) -> Tensor:
+        """Returns ``pruned`` while the model runs.
+
+        Raises:
+            InvalidRequest: only a part of it runs.
+        """
+        if self.pruned is None:
+            raise InvalidRequest("model", "a part of it", "calls of the whole inside sparsify")
+        return self.pruned
+
     def forget(self, *_: object) -> None:
         """Resets the rows at the end of a forward pass."""
         self.pruned = None
@@ -326,8 +283,7 @@ class _Prune:
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         z = args[0]
-        if self._rows.pruned is None:
-            raise InvalidRequest("model", "a part of it", "calls of the whole inside sparsify")
+        pruned = self._rows.required()
         self._others = self._others.to(z.device)
-        drop = self._rows.pruned.to(z.device)[..., None] & self._others
+        drop = pruned.to(z.device)[..., None] & self._others
         return (z.masked_fill(drop.reshape(z.shape), 0), *args[1:])

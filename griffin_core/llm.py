@@ -21,7 +21,7 @@ from griffin_core.offline.start import make_engine
 from griffin_core.offline.tasks import generate_tasks, score_tasks
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, Sharing
+from griffin_core.spec.choices import DEFAULT_MODEL, CorrectionKind, PolicyName, Sharing
 from griffin_core.text.prompt import Message, Prompt, is_chat, list_prompts
 
 SUBMITTED_AHEAD = 8
@@ -57,9 +57,11 @@ class LLM:
             None for the fastest of the device.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
         allow_pickle: whether weights may come from ``pytorch_model.bin``, which is a program.
-        density, policy, sharing: defaults for calls that set none. "private" always runs on the
-            prompt's own experts. "auto", a server's default, runs dense where pruning gains no
-            time, whatever the density; ``Completion.pruning`` says what ran.
+        density, policy, correction, correction_rank, sharing: defaults for calls that set none. A
+            policy or correction of None is what the model's calibration found best; without a
+            calibration, "topk" and "bias". "private" always runs on the prompt's own experts.
+            "auto", a server's default, runs dense where pruning gains no time, whatever the
+            density; ``Completion.pruning`` says what ran.
         threads: of the model on a CPU; None for as many as other programs leave CPUs.
         batch_invariant: results do not depend, to the bit, on what else runs; see ``Engine``.
         max_sessions: prompts that run at once.
@@ -81,7 +83,9 @@ class LLM:
         device: str = "auto",
         allow_pickle: bool = False,
         density: float = 1.0,
-        policy: PolicyName = "topk",
+        policy: PolicyName | None = None,
+        correction: CorrectionKind | None = None,
+        correction_rank: int | None = None,
         sharing: Sharing = "private",
         threads: int | None = None,
         batch_invariant: bool = False,
@@ -96,6 +100,8 @@ class LLM:
             allow_pickle=allow_pickle,
             density=density,
             policy=policy,
+            correction=correction,
+            correction_rank=correction_rank,
             sharing=sharing,
             threads=threads,
             batch_invariant=batch_invariant,
@@ -152,6 +158,8 @@ class LLM:
         stream: bool = False,
         density: float | None = None,
         policy: PolicyName | None = None,
+        correction: CorrectionKind | None = None,
+        correction_rank: int | None = None,
         sharing: Sharing | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stopping: StoppingParams | Sequence[StoppingParams] | None = None,
@@ -169,7 +177,7 @@ class LLM:
                 or token ids; or any number of these.
             stream: give pieces as they are made. Closing the iterator, or dropping it, cancels what
                 still runs.
-            density, policy, sharing: None for those of the LLM.
+            density, policy, correction, correction_rank, sharing: None for those of the LLM.
             sampling, stopping: for all prompts, or one for each; None for greedy, and for at most
                 256 tokens.
             seed: of the first prompt; each further one has the next number, so that equal prompts
@@ -201,6 +209,8 @@ class LLM:
             list_prompts(prompts),
             density=density,
             policy=policy,
+            correction=correction,
+            correction_rank=correction_rank,
             sharing=sharing,
             sampling=sampling,
             stopping=stopping,
@@ -258,8 +268,8 @@ class LLM:
                 chooses, but the last of them, which runs on the experts. Only the continuation's
                 last log-probability is then of the pruned model: what the paper's tables of
                 multiple choice simulate. Its context has at least two tokens.
-            density, policy, sharing: None for those of the LLM. In mode "classification" experts
-                are never shared.
+            density, policy, correction, correction_rank, sharing: None for those of the LLM. In
+                mode "classification" experts are never shared, and a residual is a bias.
             seed: of the policies that draw.
             add_special_tokens: as in ``generate``, of the context.
 
@@ -312,7 +322,8 @@ class LLM:
                 beside others that do not.
             stream: give results as they come. Closing the iterator, or dropping it, cancels what
                 still runs.
-            mode, density, policy, sharing, add_special_tokens: as of ``score``.
+            mode, density, policy, correction, correction_rank, sharing, add_special_tokens: as of
+                ``score``.
             seed: of the first item; each further one has the next number. Or one for each item.
 
         Returns:

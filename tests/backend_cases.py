@@ -177,9 +177,9 @@ def statistic(run: Backend, numbers: Numbers) -> list[Tensor]:
     x = numbers.normal(44, D)
     x[9] = 0.0
     z, squares = ff.activations(x)
-    s2 = numbers.positive(4, 3, F)
-    run.add_statistic(s2[:, 1], z, squares, RowRuns.of((0, 1, 1, 41, 44), run.device))
-    return [s2]
+    sums = numbers.positive(4, 3, 3, F)
+    run.add_statistic(sums[:, :, 1], z, squares, RowRuns.of((0, 1, 1, 41, 44), run.device))
+    return [sums]
 
 
 # -- attention ---------------------------------------------------------------------------------

@@ -154,14 +154,17 @@ def process_state(pid: int) -> str:
     return ""
 
 
-def prefill_request(fingerprint: str, token_ids: Sequence[int]) -> bytes:
+def prefill_request(
+    fingerprint: str, token_ids: Sequence[int], calibration_digest: str = ""
+) -> bytes:
     """A request to PrefillService that nothing is wrong with, as it travels."""
     return prefill_pb2.PrefillRequest(
         model_fingerprint=fingerprint,
+        calibration_digest=calibration_digest,
         token_ids=token_ids,
         selection=prefill_pb2.ExpertSelection(density=0.5),
-        oldest_protocol_version=2,
-        newest_protocol_version=2,
+        oldest_protocol_version=3,
+        newest_protocol_version=3,
     ).SerializeToString()
 
 

@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from griffin_client.types import Message, Policy, ScoreMode, Sharing
+from griffin_client.types import Correction, Message, Policy, ScoreMode, Sharing
 
 
 class CallOptions(TypedDict, total=False):
@@ -50,11 +50,16 @@ class ExpertOptions(TypedDict, total=False):
     density: float | None
     """Fraction of the FF neurons that generation runs on, in (0, 1]; 1 is the dense model."""
     policy: Policy | None
-    """How these neurons, the experts, are chosen: "topk", "sampled", "topk_sampled", "magnitude" or
-    "random"."""
+    """How these neurons, the experts, are chosen: "topk", "sampled", "topk_sampled", "magnitude",
+    "random", or, for a calibrated model, "sensitive" or "topk_budgets"."""
     topk_share: float | None
     """With the policy "topk_sampled": the share of the experts that is taken by rank and not drawn,
     in [0, 1]. Default: 0.5."""
+    correction: Correction | None
+    """What is added to the output of the experts in place of the other neurons: "none", "bias"
+    (their mean) or "residual" (a linear map of the FF's input as well)."""
+    correction_rank: int | None
+    """Rank of a residual, in [1, 256]."""
 
 
 class SharingOptions(TypedDict, total=False):

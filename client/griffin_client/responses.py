@@ -137,6 +137,7 @@ def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:
         response,
         default_policy=policy,
         default_sharing=sharing,
+        default_correction=_correction(response.default_correction),
         default_sampling=_sampling_defaults(response.default_sampling),
     )
 
@@ -164,9 +165,15 @@ def figures(message: pb.PruningFigures) -> types.PruningFigures:
         types.PruningFigures,
         message,
         policy=_name(pb.SelectionPolicy, message.policy, "SELECTION_POLICY_"),
+        correction=_correction(message.correction),
         norm_mass=tuple(message.norm_mass),
         expert_counts=tuple(message.expert_counts),
     )
+
+
+def _correction(value: int) -> Any:
+    """The name of a correction. Servers before Griffin 0.3 send none."""
+    return _name(pb.Correction, value or pb.CORRECTION_NONE, "CORRECTION_")
 
 
 def _token_logprob(message: pb.TokenLogprob) -> types.TokenLogprob:

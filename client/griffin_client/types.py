@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Policy = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
+Policy = Literal[
+    "topk", "sampled", "topk_sampled", "magnitude", "random", "sensitive", "topk_budgets"
+]
+Correction = Literal["none", "bias", "residual"]
 Sharing = Literal["private", "shared", "auto"]
 ScoreMode = Literal["generation", "classification"]
 FinishReason = Literal["eos", "stop_sequence", "max_tokens", "context_length"]
@@ -65,6 +68,9 @@ class PruningFigures:
             token ran on; 0 before the first token. The first token comes from the dense pass over
             the prompt and counts as 1.
         dense_tokens: how many of these tokens ran on all neurons, the first one included.
+        correction: what was added to the output of the experts in place of the other neurons.
+        correction_rank: of a residual.
+        correction_bytes: memory that it takes; a part of ``slim_view_bytes``.
     """
 
     density: float
@@ -78,6 +84,9 @@ class PruningFigures:
     kv_cache_bytes: int
     mean_density: float
     dense_tokens: int
+    correction: Correction = "none"
+    correction_rank: int = 0
+    correction_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +275,8 @@ class Analysis:
         token_ids, texts: [T] each; the texts are those of single tokens, for display.
         ff_width: F.
         experts_per_layer: K; the mean over layers, rounded down, where they differ.
-        expert_counts: [L], K of each layer.
+        expert_counts: [L], K of each layer; empty for the policies "sensitive" and "topk_budgets",
+            whose layers say how many experts they have.
         layers: [L] layers.
         activations: layer -> [T * F] floats, token by token: |z| / ‖z‖, for the layers that
             ``activation_layers`` named.
@@ -308,6 +318,9 @@ class ModelInfo:
     version: str
     default_sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     batch_invariant: bool = False
+    default_correction: Correction = "none"
+    default_correction_rank: int = 0
+    calibration_digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,17 @@ from typing import Any, get_args
 from rich.console import Console
 
 from griffin_core.errors import GriffinError
-from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, ScoreMode
+from griffin_core.spec.choices import DEFAULT_MODEL, ScoreMode
 from griffin_evals.bar import Bar
 from griffin_evals.cells import Setting
 from griffin_evals.errors import EvalError
 from griffin_evals.plan import Plan, Source
+from griffin_evals.recipes import ALLOWED, parse_recipe
 from griffin_evals.tasks import TASKS, hub_name, local_task, task_named
 from griffin_evals.tasks.columns import Row
 from griffin_evals.tasks.data import LocalData, file_of, files_of, read
 from griffin_evals.tasks.errors import BadDataFile, EvaluationError
 
-POLICIES = get_args(PolicyName)
 MODES = get_args(ScoreMode)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", _listed, help="task names; with --data the default is all tasks that have files"
     )
     several("--density", _densities, help="default 0.75 0.5; density 1 is always run")
-    several("--policy", _one_of(POLICIES), help=f"{', '.join(POLICIES)}; default topk")
+    several("--policy", _recipes, help=f"{ALLOWED}; default topk")
     several(
         "--mode",
         _one_of(MODES),
@@ -311,6 +311,17 @@ def _task_limits(
             parser.error(f"--limit: got {name}={most}; allowed: {', '.join(tasks)}")
         limits |= dict.fromkeys(same or [""], most)
     return limits
+
+
+def _recipes(text: str) -> list[str]:
+    """Reads names of recipes with commas between them."""
+    given = _listed(text)
+    for name in given:
+        try:
+            parse_recipe(name)
+        except ValueError as error:
+            raise SETTING(str(error)) from error
+    return given
 
 
 def _settings(given: argparse.Namespace) -> list[Setting]:

@@ -26,9 +26,10 @@ from griffin_core.forward.events import (
 from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model, load_model
 from griffin_core.slim.packed import Packed
-from griffin_core.spec.choices import DEFAULT_MODEL
+from griffin_core.spec.choices import CALIBRATED_POLICIES, DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
+UNCALIBRATED = [policy for policy in POLICIES if policy not in CALIBRATED_POLICIES]
 PROMPT_TOKENS, CONTINUATION_TOKENS = 384, 128
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", default=texts, help="UTF-8 files")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--density", type=float, nargs="+", default=[0.75, 0.5, 0.25])
-    parser.add_argument("--policy", nargs="+", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--policy", nargs="+", default=list(UNCALIBRATED), choices=list(POLICIES))
     given = parser.parse_args()
     model = load_model(given.model, dtype=torch.float32, progress=print)
     needed = PROMPT_TOKENS + CONTINUATION_TOKENS

@@ -9,10 +9,11 @@ from functools import cache as once
 import torch
 
 from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.forward.correction import corrected
 from griffin_core.model.load import Model
 from griffin_core.slim.zeroed import ZeroedLayers
 from griffin_evals.study.measures import divergence, same_first_choice
-from griffin_evals.study.reading import forced, read
+from griffin_evals.study.reading import forced, read_prompt
 
 PROMPT_TOKENS, SCORED_TOKENS = 384, 128
 """The number of prompt tokens and of scored tokens in a window."""
@@ -42,16 +43,23 @@ def token_windows(token_ids: Sequence[int]) -> list[Sequence[int]]:
 def divergences(
     model: Model, window: Sequence[int], prompt_tokens: int, selections: Sequence[Selection]
 ) -> Iterator[Divergence]:
-    """Yields the divergence of each selection. The prompt is run once, dense; its statistic chooses
+    """Yields the divergence of each selection. The prompt is run once, dense; its statistics choose
     the experts of each selection, on which the other tokens are teacher-forced."""
     decoder = model.decoder
     cache = decoder.new_cache(len(window))
-    s2 = read(decoder, window[:prompt_tokens], cache).s2
+    prompt = window[:prompt_tokens]
+    once_read = read_prompt(decoder, prompt, cache)
     rest = window[prompt_tokens:]
     magnitude = once(decoder.magnitudes)
     dense = forced(decoder, rest, cache, [layer.ff for layer in decoder.layers])
     for selection in selections:
-        slim = select_experts(s2, selection, magnitude=magnitude)
+        slim = select_experts(
+            once_read.statistics,
+            selection,
+            magnitude=magnitude,
+            calibration=decoder.calibration,
+        )
+        slim = corrected(decoder, slim, once_read.statistics, selection, once_read.tails)
         pruned = forced(decoder, rest, cache, ZeroedLayers(decoder, slim))
         yield Divergence(
             kl=float(divergence(dense, pruned).mean()),

@@ -18,7 +18,7 @@ from lm_eval.models.utils import postprocess_generated_text
 import griffin_evals.registration  # noqa: F401  # also for programs that do not run the .pth file
 from griffin_core.engine.task import MAX_CONTINUATIONS
 from griffin_core.model.load import Model
-from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
+from griffin_core.spec.choices import CorrectionKind, PolicyName, ScoreMode, Sharing
 from griffin_evals.answers import Answers
 from griffin_evals.backend import Backend, Generated, GenerateItem, Scored, ScoreItem, Tokens
 from griffin_evals.errors import InvalidSetting, RequestRefused
@@ -71,7 +71,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         pretrained: a model to run in this process, as ``griffin_core.LLM`` takes it.
         tokenizer: with ``target``, the model's tokenizer: a name as ``pretrained``. A short
             text checks that it is the server's.
-        density, policy, sharing, score_mode, seed: see ``Settings``.
+        density, policy, correction, correction_rank, sharing, score_mode, seed: see ``Settings``.
         dtype, threads: in process, as ``griffin_core.LLM`` takes them.
         device: in process, as ``griffin_core.LLM`` takes it. lm-eval passes "cuda:0" by default, so
             without a GPU this means the CPU, as with ``hf``.
@@ -100,6 +100,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         tokenizer: str | None = None,
         density: float = 1.0,
         policy: PolicyName = "topk",
+        correction: CorrectionKind = "none",
+        correction_rank: int | None = None,
         sharing: Sharing = "private",
         score_mode: ScoreMode = "generation",
         seed: int = 0,
@@ -118,7 +120,13 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> None:
         super().__init__()
         self.settings = Settings(
-            density=density, policy=policy, sharing=sharing, score_mode=score_mode, seed=seed
+            density=density,
+            policy=policy,
+            correction=correction,
+            correction_rank=correction_rank,
+            sharing=sharing,
+            score_mode=score_mode,
+            seed=seed,
         )
         _check_arguments(
             target=target,
@@ -188,6 +196,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         *,
         density: float | None = None,
         policy: PolicyName | None = None,
+        correction: CorrectionKind | None = None,
+        correction_rank: int | None = None,
         score_mode: ScoreMode | None = None,
         seed: int | None = None,
         journal: Journal | Path | str | None = None,
@@ -200,6 +210,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         given: dict[str, Any] = {
             "density": density,
             "policy": policy,
+            "correction": correction,
+            "correction_rank": correction_rank,
             "score_mode": score_mode,
             "seed": seed,
         }

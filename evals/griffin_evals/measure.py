@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import lm_eval
 
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
-from griffin_core.spec.choices import PolicyName
 from griffin_evals.bar import Bar
 from griffin_evals.cells import DIVERGENCE, SPEED, Cell, Cells, Identity, Measured, Setting
 from griffin_evals.errors import RequestRefused
@@ -20,6 +19,7 @@ from griffin_evals.kl import PROMPT_TOKENS, SCORED_TOKENS, divergences, token_wi
 from griffin_evals.lm import GriffinLM
 from griffin_evals.paired import mean_of
 from griffin_evals.plan import Plan, Source
+from griffin_evals.recipes import parse_recipe
 from griffin_evals.settings import Settings
 from griffin_evals.speed import WHAT, tokens_per_second
 from griffin_evals.tasks.errors import EvaluationError
@@ -69,9 +69,12 @@ class OneModel:
     def _with(self, setting: Setting, journal: Journal | None) -> GriffinLM:
         if setting.dense:
             return self._lm.with_settings(density=1.0, journal=journal)
+        policy, correction = parse_recipe(setting.policy)
         return self._lm.with_settings(
             density=setting.density,
-            policy=cast(PolicyName, setting.policy),
+            policy=policy,
+            correction=correction.kind,
+            correction_rank=correction.rank or None,
             score_mode=setting.mode,
             journal=journal,
         )
@@ -136,8 +139,8 @@ class OneModel:
 
     def _selection(self, setting: Setting, window: int) -> Selection:
         seed = Settings(seed=self._plan.seed).seed_of(DIVERGENCE, window)
-        policy = cast(PolicyName, setting.policy)
-        return Selection(density=setting.density, policy=policy, seed=seed)
+        policy, correction = parse_recipe(setting.policy)
+        return Selection(density=setting.density, policy=policy, correction=correction, seed=seed)
 
     def speed(self, setting: Setting) -> None:
         identity = self._identity(SPEED, WHAT, setting)

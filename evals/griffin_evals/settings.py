@@ -10,7 +10,15 @@ from typing import Any
 from griffin_core.engine.task import PruningParams
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.policies import POLICIES
-from griffin_core.spec.choices import SCORE_MODES, SHARINGS, PolicyName, ScoreMode, Sharing
+from griffin_core.spec.choices import (
+    CORRECTION_KINDS,
+    SCORE_MODES,
+    SHARINGS,
+    CorrectionKind,
+    PolicyName,
+    ScoreMode,
+    Sharing,
+)
 from griffin_evals.errors import InvalidSetting
 
 
@@ -19,7 +27,8 @@ class Settings:
     """How requests are answered.
 
     Args:
-        density, policy, sharing: as ``griffin_core.LLM`` takes them.
+        density, policy, sharing, correction, correction_rank: as ``griffin_core.LLM`` takes them.
+            By default the paper's: no correction.
         score_mode: "generation" or "classification"; see ``mode`` of ``griffin_core.LLM.score``.
         seed: for policies that draw at random, and for sampled completions.
 
@@ -29,6 +38,8 @@ class Settings:
 
     density: float = 1.0
     policy: PolicyName = "topk"
+    correction: CorrectionKind = "none"
+    correction_rank: int | None = None
     sharing: Sharing = "private"
     score_mode: ScoreMode = "generation"
     seed: int = 0
@@ -40,10 +51,18 @@ class Settings:
         # backend.
         if self.policy is None:
             raise InvalidSetting("policy", None, ", ".join(POLICIES))
+        if self.correction is None:
+            raise InvalidSetting("correction", None, ", ".join(CORRECTION_KINDS))
         if self.sharing is None:
             raise InvalidSetting("sharing", None, ", ".join(SHARINGS))
         try:
-            PruningParams(density=self.density, policy=self.policy, sharing=self.sharing)
+            PruningParams(
+                density=self.density,
+                policy=self.policy,
+                sharing=self.sharing,
+                correction=self.correction,
+                correction_rank=self.correction_rank,
+            )
         except InvalidRequest as error:
             name = error.field.removeprefix("pruning.")
             raise InvalidSetting(name, error.given, error.allowed) from error
@@ -79,7 +98,11 @@ class Settings:
             request: everything that its answer depends on, seeds included.
         """
         dense = self.density == 1
-        pruning = None if dense else [self.density, self.policy, self.sharing, self.score_mode]
+        pruning: list[Any] | None = None
+        if not dense:
+            pruning = [self.density, self.policy, self.sharing, self.score_mode]
+        if pruning and self.correction != "none":
+            pruning += [self.correction, self.correction_rank]
         return _digest([fingerprint, pruning, kind, *request]).hex()
 
 

@@ -24,6 +24,7 @@ from griffin_core.engine.expert_group import STEPS_HELD, kept_where_alike, selec
 from griffin_core.engine.session import Session
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.forward.events import (
     LayerExperts,
@@ -95,7 +96,8 @@ class Text:
         chosen = [event for event in events if isinstance(event, LayerExperts)]
         self.session = Session("")
         self.session.selection = selection
-        self.session.s2 = torch.stack([event.s2 for event in chosen])
+        sums = torch.stack([event.sums for event in chosen], dim=1)
+        self.session.statistics = Statistics(sums=sums, tokens=prompt_tokens)
         layers = [event.experts for event in chosen]
         self.session.slim = SlimSpec.of_layers(decoder.spec.intermediate_size, layers)
         self.caches: list[KvCache] = [first]

@@ -201,14 +201,15 @@ class Backend(ABC):
         """Returns causal attention for a few new tokens in each of many sequences of one pool."""
 
     @abstractmethod
-    def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
-        """Adds Σ_t Z_tf² / ‖Z_t‖² over each of R runs of rows to s2 [R, F] float32, in place.
+    def add_statistic(self, sums: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
+        """Adds Σ_t Z_tf² / ‖Z_t‖², Σ_t Z_tf² and Σ_t Z_tf over each of R runs of rows to sums [R,
+        3, F] float32, in place.
 
-        A zero row, which ReLU can produce, adds nothing; neither does a row whose squares
-        underflow.
+        A zero row, which ReLU can produce, adds nothing; a row whose squares underflow adds nothing
+        to the first sum.
 
         Args:
-            s2: [R, F]; its rows need not be adjacent in memory.
+            sums: [R, 3, F]; its rows need not be adjacent in memory.
             z: [N, F].
             squares: the second result of ``FeedForward.activations``.
         """

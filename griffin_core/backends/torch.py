@@ -260,9 +260,9 @@ class TorchBackend(Backend):
             self, spec, decode_runs(pool, rows), ropes_of(spec, rows.positions, self.dtype)
         )
 
-    def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
+    def add_statistic(self, sums: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
         for run, (begin, end) in enumerate(pairwise(runs.bounds)):
-            s2[run] += self.statistic(z[begin:end])
+            sums[run] += self.statistic(z[begin:end])
 
     def statistic(self, z: Tensor) -> Tensor:
         """See ``statistic.statistic``."""

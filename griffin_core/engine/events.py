@@ -10,7 +10,7 @@ from griffin_core.forward.events import (
 )
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.stopping import FinishReason
-from griffin_core.spec.choices import PolicyName
+from griffin_core.spec.choices import CorrectionKind, PolicyName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class PruningFigures:
         mean_density: mean density over the turn's tokens so far; 0 before the first token. The
             first token comes from the dense prompt and counts as 1.
         dense_tokens: how many of these tokens ran on all neurons, the first one included.
+        correction: what was added to the output of the experts.
+        correction_rank: of a residual.
+        correction_bytes: what it holds; a part of slim_view_bytes.
     """
 
     density: float
@@ -37,6 +40,9 @@ class PruningFigures:
     kv_cache_bytes: int
     mean_density: float = 0.0
     dense_tokens: int = 0
+    correction: CorrectionKind = "none"
+    correction_rank: int = 0
+    correction_bytes: int = 0
 
     @property
     def experts_per_layer(self) -> int:

@@ -13,7 +13,8 @@ from griffin_core.backends.base import Layout
 from griffin_core.engine.session import Session
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
-from griffin_core.experts.statistic import group_score
+from griffin_core.experts.statistic import Statistics, group_score
+from griffin_core.forward.correction import corrected
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimView, SlimViews, WholeView
 
@@ -135,6 +136,9 @@ class ExpertGroup:
         chosen = select_group(decoder, [seat.session for seat in self.members])
         old = self.slim
         self.slim = chosen if old is None else kept_where_alike(old, chosen, SHARE_KEPT)
+        if self.slim is not old and self.slim.correction is None:
+            sessions = [seat.session for seat in self.members]
+            self.slim = corrected(decoder, self.slim, summed(sessions), sessions[0].selection)
         self.stale = False
         if self.slim is not old:
             self._zeroed = None
@@ -177,9 +181,25 @@ def select_group(decoder: Decoder, members: Sequence[Session]) -> SlimSpec:
     assert first.slim is not None
     if len(members) == 1:
         return first.slim
-    score = group_score([session.s2 for session in members if session.s2 is not None])
-    square = score.square()  # policies take a statistic's square
-    return select_experts(square, first.selection, magnitude=decoder.magnitudes)
+    own = [session.statistics for session in members if session.statistics is not None]
+    score = group_score([each.s2 for each in own])
+    together = summed(members)
+    sums = torch.cat([score.square()[None], together.sums[1:]])  # policies take s squared
+    return select_experts(
+        Statistics(sums=sums, tokens=together.tokens),
+        first.selection,
+        magnitude=decoder.magnitudes,
+        calibration=decoder.calibration,
+    )
+
+
+def summed(members: Sequence[Session]) -> Statistics:
+    """The statistics of all tokens of several sessions."""
+    own = [session.statistics for session in members if session.statistics is not None]
+    return Statistics(
+        sums=torch.stack([each.sums for each in own]).sum(dim=0),
+        tokens=sum(each.tokens for each in own),
+    )
 
 
 def kept_where_alike(old: SlimSpec, new: SlimSpec, share: float) -> SlimSpec:

@@ -19,6 +19,7 @@ from griffin_core.engine.reservation import ViewPool
 from griffin_core.engine.session import Session
 from griffin_core.engine.snapshot import GroupSnapshot, GroupsSnapshot, RunForm
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.correction import corrected
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import RunView
 from griffin_core.slim.costs import StepCosts
@@ -70,8 +71,17 @@ class ExpertGroups:
 
     def join(self, session: Session) -> None:
         """Lets a session run from the next step on. It has its statistic and its own experts."""
-        assert session.slim is not None
-        size = session.reservation.zeroed
+        assert session.slim is not None and session.statistics is not None
+        if session.slim.correction is None and not session.turn.chooses:
+            session.slim = corrected(
+                self._decoder,
+                session.slim,
+                session.statistics,
+                session.selection,
+                session.tails,
+            )
+        session.tails = ()
+        size = session.reservation.zeroed + session.reservation.correction
         self._views.acquire_zeroed(size)
         prunes = session.slim.prunes and not session.turn.chooses
         seat = Seat(session, size, prunes=prunes)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from griffin_core.engine.session import Session
 from griffin_core.errors import HandoffBroken
+from griffin_core.experts.correction import Correction
 from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
 from griffin_core.forward.events import (
     LayerExperts,
     LayerKv,
@@ -30,7 +31,7 @@ class HandoffReceiver:
     Args:
         cache: of the session.
         tokens: T, the tokens that the prefill must bring in every layer.
-        counts: K of each layer.
+        experts: the number of experts of all layers together.
     """
 
     def __init__(
@@ -39,16 +40,17 @@ class HandoffReceiver:
         cache: KvCache,
         *,
         tokens: int,
-        counts: Sequence[int],
+        experts: int,
     ) -> None:
         layers = len(decoder.layers)
         self.tokens = tokens
         self._decoder = decoder
         self._cache = cache
-        self._counts = counts
+        self._expected = experts
         self._received = [0] * layers
-        self._experts: list[Tensor | None] = [None] * layers
-        self._s2 = torch.zeros(layers, decoder.spec.intermediate_size, device=decoder.device)
+        self._experts: list[LayerExperts | None] = [None] * layers
+        shape = (3, layers, decoder.spec.intermediate_size)
+        self._sums = torch.zeros(shape, device=decoder.device)
         self._own: PromptExperts | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=decoder.device)
         """Whether all KV so far is finite. It stays on the device, so that nothing waits for it."""
@@ -96,14 +98,13 @@ class HandoffReceiver:
 
     def _receive_experts(self, event: LayerExperts) -> None:
         neurons = self._decoder.spec.intermediate_size
-        k = self._counts[event.layer]
-        if event.experts.numel() != k or event.s2.shape != (neurons,):
+        if event.sums.shape != (3, neurons) or not 0 < event.experts.numel() <= neurons:
             raise HandoffBroken(
-                f"handoff: layer {event.layer} has {event.experts.numel()} experts of "
-                f"{event.s2.numel()} neurons; expected {k} of {neurons}"
+                f"handoff: layer {event.layer} has {event.experts.numel()} experts and sums "
+                f"{tuple(event.sums.shape)}; expected 1 to {neurons}, and (3, {neurons})"
             )
-        self._experts[event.layer] = event.experts
-        self._s2[event.layer] = event.s2.to(self._s2.device)
+        self._experts[event.layer] = event
+        self._sums[:, event.layer] = event.sums.to(self._sums.device)
 
     def finish(self, session: Session) -> None:
         """Moves what was collected into the session.
@@ -112,7 +113,8 @@ class HandoffReceiver:
             HandoffBroken: something did not come, or is not finite.
         """
         if self._own is not None:
-            session.chosen(self._own.s2, self._own.slim, self._own.norm_mass)
+            own = self._own
+            session.chosen(own.statistics, own.slim, own.norm_mass, own.tails)
             return
         experts = [layer for layer in self._experts if layer is not None]
         missing = len(self._experts) - len(experts)
@@ -121,11 +123,37 @@ class HandoffReceiver:
                 f"handoff: finished with the experts of {len(experts)} of {len(self._experts)} "
                 f"layers and {min(self._received)} of {self.tokens} tokens"
             )
-        if not self._finite & torch.isfinite(self._s2).all():
+        counts = tuple(layer.experts.numel() for layer in experts)
+        if sum(counts) != self._expected:
+            raise HandoffBroken(
+                f"handoff: got {sum(counts)} experts in all; expected {self._expected}"
+            )
+        if not self._finite & torch.isfinite(self._sums).all():
             raise HandoffBroken("handoff: got NaN or an infinite value; allowed: finite KV and s")
         self._cache.advance(self.tokens)
-        there = torch.cat(experts).to(self._s2.device)
         slim = SlimSpec(
-            intermediate_size=self._s2.shape[1], counts=tuple(self._counts), experts=there
+            intermediate_size=self._decoder.spec.intermediate_size,
+            counts=counts,
+            experts=torch.cat([layer.experts for layer in experts]),
+            correction=self._correction(experts),
         )
-        session.chosen(self._s2, slim)
+        statistics = Statistics(sums=self._sums, tokens=self.tokens)
+        session.chosen(statistics, slim.to(self._sums.device))
+
+    def _correction(self, layers: Sequence[LayerExperts]) -> Correction | None:
+        """The corrections of all layers, joined; None if there are none.
+
+        Raises:
+            HandoffBroken: some layers have one and some do not, or their ranks differ.
+        """
+        own = [layer.correction for layer in layers if layer.correction is not None]
+        if not own:
+            return None
+        if len(own) < len(layers):
+            raise HandoffBroken(
+                f"handoff: got the corrections of {len(own)} of {len(layers)} layers"
+            )
+        try:
+            return Correction.of_layers(own)
+        except ValueError as error:
+            raise HandoffBroken(f"handoff: {error}") from error

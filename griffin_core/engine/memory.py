@@ -108,12 +108,12 @@ class SessionMemory:
         return kv_bytes(self._decoder.spec, self._decoder.dtype, tokens)
 
     def kept_bytes(self, tokens: int) -> int:
-        """Bytes of a session that is kept: a cache for that many tokens, the statistic [L, F]
-        float32 that its next turn adds to, and the host's objects. Of a session with few tokens the
-        statistic is most."""
+        """Bytes of a session that is kept: a cache for that many tokens, the statistics [3, L,
+        F] float32 that its next turn adds to, and the host's objects. Of a session with few tokens
+        the statistics are most."""
         spec = self._decoder.spec
-        statistic = 4 * len(spec.layers) * spec.intermediate_size
-        return self.kv_bytes(tokens) + statistic + OBJECT_BYTES + TOKEN_BYTES * tokens
+        statistics = 12 * len(spec.layers) * spec.intermediate_size
+        return self.kv_bytes(tokens) + statistics + OBJECT_BYTES + TOKEN_BYTES * tokens
 
     def max_bytes(self, tokens: int, *, resized: bool) -> int:
         """The most that a cache for that many tokens comes to hold. To resize it takes a copy of

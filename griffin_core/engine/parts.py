@@ -88,6 +88,7 @@ def build_parts(
         chunk_tokens=limits.chunk_tokens,
         graphs=cuda_graphs,
         batch_invariant=batch_invariant,
+        rank=selection.correction.rank,
     )
     memory = SessionMemory(decoder, limits)
     views = SlimViews(

@@ -225,7 +225,9 @@ class PrefillQueue:
 
     def _deliver(self, read: Sequence[tuple[PrefillRun, PromptRead]]) -> None:
         # All of it before a prompt leaves the queue, since a lost device fails here.
-        finished = [(run, each if run.admitted else each.on_host()) for run, each in read]
+        finished = [
+            (run, each if run.admitted else each.corrected().on_host()) for run, each in read
+        ]
         for run, _ in finished:
             self._runs.remove(run)
         for run, each in finished:

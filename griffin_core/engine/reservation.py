@@ -34,24 +34,26 @@ class Reservation:
     Args:
         kv: of its KV cache.
         zeroed: of what lets it run on all weights with activations zeroed outside its experts.
+        correction: of what is added to the output of its experts.
         view: of a slim view.
         pool: the sessions with which it reserves views together; None if its view is its own.
     """
 
     kv: int
     zeroed: int = 0
+    correction: int = 0
     view: int = 0
     pool: ViewPool | None = None
 
     @property
     def alone(self) -> int:
         """Bytes if there is no other session."""
-        return self.kv + self.zeroed + self.view
+        return self.kv + self.zeroed + self.correction + self.view
 
     @property
     def own(self) -> int:
         """Bytes that no other session reserves with it."""
-        return self.kv + self.zeroed + (0 if self.pool else self.view)
+        return self.kv + self.zeroed + self.correction + (0 if self.pool else self.view)
 
 
 def total_bytes(reservations: Iterable[Reservation]) -> int:

@@ -31,6 +31,8 @@ from griffin_core.engine.task import ScoreTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
+from griffin_core.forward.prefill import PromptRead
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
@@ -77,8 +79,8 @@ class Scoring:
     layout: Layout = "gemm"
 
     def __init__(self, decoder: Decoder, task: ScoreTask, selection: Selection) -> None:
-        counts = selection.expert_counts(len(decoder.layers), decoder.spec.intermediate_size)
-        prunes = min(counts) < decoder.spec.intermediate_size
+        neurons = decoder.spec.intermediate_size
+        prunes = selection.count(neurons) < neurons
         self.chooses = task.mode == "classification" and prunes
         """Whether each continuation chooses experts of its own, on which one token runs."""
         self._decoder = decoder
@@ -86,7 +88,7 @@ class Scoring:
         self._scored: list[list[Chance]] = [[] for _ in task.continuations]
         self._index = 0  # of the continuation that is being scored
         self._context_hidden: Tensor | None = None
-        self._context_choice: tuple[Tensor, SlimSpec, tuple[float, ...]] | None = None
+        self._context_choice: tuple[Statistics, SlimSpec, tuple[float, ...]] | None = None
         self._dense_tail: Prompt | None = None
         self._chosen_view: WholeView | None = None  # what stage CHOSEN runs on
 
@@ -99,8 +101,8 @@ class Scoring:
         if self._task.mode == "generation":
             self._context_hidden = hidden
         elif self.chooses:
-            assert session.s2 is not None and session.slim is not None
-            self._context_choice = session.s2, session.slim, session.norm_mass
+            assert session.statistics is not None and session.slim is not None
+            self._context_choice = session.statistics, session.slim, session.norm_mass
 
     @property
     def runs_tokens(self) -> bool:
@@ -164,7 +166,7 @@ class Scoring:
                 self._tail[:-1],
                 session.selection,
                 cache=session.cache,
-                s2=session.s2,
+                statistics=session.statistics,
             )
         return Part(prompt=self._dense_tail, tokens=rows)
 
@@ -209,10 +211,10 @@ class Scoring:
             pruning=session.pruning_stats(self._decoder.spec),
         )
 
-    def counted_to_its_end(self, session: Session, s2: Tensor, slim: SlimSpec) -> None:
-        """Called once the statistic covers all of the tail but its last token, with its choice."""
+    def counted_to_its_end(self, session: Session, read: PromptRead) -> None:
+        """Called once the statistics cover all of the tail but its last token."""
         self._dense_tail = None
-        session.chosen(s2, slim)
+        session.chosen(read.statistics, read.slim)
 
     def flush(self, session: Session) -> None:
         """Does nothing: a score is returned whole or not at all."""
@@ -243,7 +245,7 @@ class Scoring:
 
 def choice_bytes(decoder: Decoder) -> int:
     """The most bytes that a session holds if its continuations choose their own experts: the masks
-    with which one token runs zeroed, and three statistics [L, F] float32: that of a pass, that of
-    the tail with this pass, and the latter as a handoff would round it."""
-    statistic = 4 * len(decoder.layers) * decoder.spec.intermediate_size
+    with which one token runs zeroed, and three statistics [3, L, F] float32: those of a pass, those
+    of the tail with this pass, and the latter as a handoff would round them."""
+    statistic = 12 * len(decoder.layers) * decoder.spec.intermediate_size
     return 3 * statistic + zeroed_bytes(decoder)

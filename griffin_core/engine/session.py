@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from torch import Tensor
-
 from griffin_core.engine.events import Event, PruningFigures
 from griffin_core.engine.ports import Sink
 from griffin_core.engine.reservation import Reservation
 from griffin_core.engine.turn import TurnPlan
+from griffin_core.experts.correction import Correction
+from griffin_core.experts.correction_fit import Tail
 from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
 from griffin_core.kv.cache import KvCache
 from griffin_core.slim.base import RunView
+from griffin_core.spec.choices import CorrectionKind
 from griffin_core.spec.model import ModelSpec
 
 
@@ -125,10 +127,15 @@ class Session:
         """Tokens that the device draws and the host has not read yet."""
         self.reservation = Reservation(kv=0)
         self.cache: KvCache | None = None
-        self.s2: Tensor | None = None
-        """The statistic [L, F] float32 of all its tokens."""
+        self.statistics: Statistics | None = None
+        """The statistics of all its tokens."""
         self.slim: SlimSpec | None = None
-        """What its own statistic chose; in a group it may run on others. None between turns."""
+        """What its own statistics chose; in a group it may run on others. None between turns."""
+        self.tails: Sequence[Sequence[Tail]] = ()
+        """What the residual of its experts is to be fitted to, from its prompt until it joins
+        ``ExpertGroups``."""
+        self.expert_counts: tuple[int, ...] = ()
+        """K of each layer, once they are chosen."""
         self.view: RunView | None = None
         """What its next step runs on; None before it has joined ``ExpertGroups``, which owns it."""
         self.view_bytes = 0
@@ -162,6 +169,7 @@ class Session:
         thousands."""
         self._mass = None, self.norm_mass
         self.slim = None
+        self.tails = ()
         del self.turn, self.sink
 
     @property
@@ -193,11 +201,20 @@ class Session:
             self._ran_dense += tokens
 
     def chosen(
-        self, s2: Tensor, slim: SlimSpec, norm_mass: tuple[float, ...] | None = None
+        self,
+        statistics: Statistics,
+        slim: SlimSpec,
+        norm_mass: tuple[float, ...] | None = None,
+        tails: Sequence[Sequence[Tail]] = (),
     ) -> None:
-        """Takes the statistic of all its tokens and the experts that it chose, with their norm mass
-        if that is known."""
-        self.s2, self.slim = s2, slim
+        """Takes the statistics of all its tokens and the experts that they chose, with their norm
+        mass if that is known.
+
+        Args:
+            tails: see ``Session.tails``.
+        """
+        self.statistics, self.slim, self.tails = statistics, slim, tails
+        self.expert_counts = slim.counts
         self._mass = None if norm_mass is None else (slim, norm_mass)
 
     @property
@@ -205,10 +222,10 @@ class Session:
         """For each layer the share of its statistic that is in the experts it runs on; while it
         runs dense, in those that it would run on."""
         slim = (self.view and self.view.slim) or self.slim
-        if slim is None or self.s2 is None:
+        if slim is None or self.statistics is None:
             return () if self._mass is None else self._mass[1]
         if self._mass is None or self._mass[0] is not slim:
-            self._mass = slim, slim.norm_mass(self.s2)
+            self._mass = slim, slim.norm_mass(self.statistics.s2)
         return self._mass[1]
 
     def pruning_stats(self, spec: ModelSpec) -> PruningFigures:
@@ -216,7 +233,10 @@ class Session:
         return PruningFigures(
             density=self.selection.density,
             policy=self.selection.policy,
-            expert_counts=self.selection.expert_counts(len(spec.layers), spec.intermediate_size),
+            expert_counts=self.expert_counts or self._uniform_counts(spec),
+            correction=self.correction_kind,
+            correction_rank=self.correction.rank if self.correction else 0,
+            correction_bytes=self.correction.nbytes if self.correction else 0,
             ff_width=spec.intermediate_size,
             norm_mass=self.norm_mass,
             slim_view_bytes=self.view_bytes,
@@ -224,6 +244,22 @@ class Session:
             mean_density=self._ran_density / self._ran if self._ran else 0.0,
             dense_tokens=self._ran_dense,
         )
+
+    @property
+    def correction(self) -> Correction | None:
+        """What is added to the output of the experts that it runs on."""
+        slim = (self.view and self.view.slim) or self.slim
+        return None if slim is None else slim.correction
+
+    @property
+    def correction_kind(self) -> CorrectionKind:
+        """The kind of its correction; a prompt may be too short for the one asked for."""
+        if self.correction is None:
+            return "none"
+        return "residual" if self.correction.rank else "bias"
+
+    def _uniform_counts(self, spec: ModelSpec) -> tuple[int, ...]:
+        return (self.selection.count(spec.intermediate_size),) * len(spec.layers)
 
     def info(self, spec: ModelSpec) -> SessionInfo:
         """What callers may see of it."""

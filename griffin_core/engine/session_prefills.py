@@ -91,7 +91,7 @@ class SessionPrefills:
             session.turn_ids,
             session.selection,
             cache=session.cache,
-            s2=session.s2,
+            statistics=session.statistics,
         )
         sink = _TurnSink(session.turn_id, deliver)
         run = PrefillRun(
@@ -108,7 +108,7 @@ class SessionPrefills:
             self._decoder,
             session.cache,
             tokens=session.prompt_tokens,
-            counts=session.selection.expert_counts(len(spec.layers), spec.intermediate_size),
+            experts=len(spec.layers) * session.selection.count(spec.intermediate_size),
         )
 
     def receiver(self, turn_id: str) -> HandoffReceiver | None:

@@ -49,6 +49,7 @@ class StepSetup:
         chunk_tokens: most tokens of a pass over prompts.
         graphs: whether to capture graphs on a backend that can.
         batch_invariant: see ``Engine``.
+        rank: the highest rank of a residual, on a backend that takes memory for it at start.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class StepSetup:
         chunk_tokens: int,
         graphs: bool,
         batch_invariant: bool,
+        rank: int,
     ) -> None:
         self.form = form or (None if decoder.backend.captures else Packed())
         """How blocks on experts are built; None where ``table`` holds the expert sets itself."""
-        self.table: SlimTable = _slim_table(decoder, self.form, max_sessions)
+        self.table: SlimTable = _slim_table(decoder, self.form, max_sessions, rank)
         """Says what slim ids stand for."""
         self._decoder = decoder
         self._max_sessions = max_sessions
@@ -147,10 +149,10 @@ class StepSetup:
             )
 
 
-def _slim_table(decoder: Decoder, form: SlimForm | None, sessions: int) -> SlimTable:
+def _slim_table(decoder: Decoder, form: SlimForm | None, sessions: int, rank: int) -> SlimTable:
     if form is not None:
         return BlockTable(decoder)
     from griffin_core.slim.indexed import IndexTable  # noqa: PLC0415  # needs triton
 
     # A score may run on another set than its session.
-    return IndexTable(decoder, sets=2 * sessions)
+    return IndexTable(decoder, sets=2 * sessions, rank=rank)

@@ -55,7 +55,7 @@ def _snapshot_session(session: Session, form: RunForm | None, *, contents: bool)
         contents: whether to include its tokens and a copy of its statistic.
     """
     cache, view = session.cache, session.view
-    statistic = session.s2.clone() if contents and session.s2 is not None else None
+    statistic = session.statistics.s2.clone() if contents and session.statistics else None
     return SessionSnapshot(
         session_id=session.session_id,
         turn_id=session.turn_id,

@@ -9,13 +9,14 @@ from numbers import Real
 from uuid import uuid4
 
 from griffin_core.errors import InvalidRequest
+from griffin_core.experts.correction import NO_CORRECTION, correction_params
 from griffin_core.experts.parameters import NO_PARAMETERS, SelectionParameters
 from griffin_core.experts.policies import POLICIES, PolicyName
 from griffin_core.experts.selection import Selection
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.spec.choices import SCORE_MODES, SHARINGS, ScoreMode, Sharing
+from griffin_core.spec.choices import SCORE_MODES, SHARINGS, CorrectionKind, ScoreMode, Sharing
 from griffin_core.spec.model import ModelSpec
 
 MAX_CONTINUATIONS = 256
@@ -34,16 +35,20 @@ class PruningParams:
     Args:
         parameters: what a request may say beside these.
         sharing: see ``choices.Sharing``.
+        correction: see ``choices.CorrectionKind``.
+        correction_rank: of a residual.
 
     Raises:
-        InvalidRequest: density is not in (0, 1], there is no such policy or sharing, or a parameter
-            is not one of the policy.
+        InvalidRequest: density is not in (0, 1], there is no such policy, sharing or correction, or
+            a parameter is not one of the policy.
     """
 
     density: float | None = None
     policy: PolicyName | None = None
     parameters: SelectionParameters | None = None
     sharing: Sharing | None = None
+    correction: CorrectionKind | None = None
+    correction_rank: int | None = None
 
     def __post_init__(self) -> None:
         density = self.density
@@ -55,12 +60,14 @@ class PruningParams:
             self.parameters.check(self.policy)
         if self.sharing is not None and self.sharing not in SHARINGS:
             raise InvalidRequest("pruning.sharing", self.sharing, ", ".join(SHARINGS))
+        if self.correction is not None:
+            correction_params(NO_CORRECTION, self.correction, self.correction_rank)
 
     def selection(self, base: Selection, seed: int) -> Selection:
         """The selection to run: what this request sets, and ``base`` for the rest.
 
         Raises:
-            InvalidRequest: a parameter is not one of the policy.
+            InvalidRequest: a parameter is not one of the policy, or a rank of the correction.
         """
         policy = self.policy or base.policy
         inherited = base.parameters if policy == base.policy else NO_PARAMETERS
@@ -68,6 +75,7 @@ class PruningParams:
             density=base.density if self.density is None else self.density,
             policy=policy,
             parameters=self.parameters or inherited,
+            correction=correction_params(base.correction, self.correction, self.correction_rank),
             seed=seed,
         )
 

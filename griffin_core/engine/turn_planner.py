@@ -12,6 +12,7 @@ from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.engine.turn import TurnPlan
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.selection import Selection
+from griffin_core.forward.correction import correction_bytes
 from griffin_core.model.load import Model
 from griffin_core.slim.views import SlimViews
 from griffin_core.spec.choices import Sharing
@@ -59,6 +60,7 @@ class TurnPlanner:
         later_turn = bool(session.tokens)
         base = session.selection if later_turn else self._selection
         selection = task.pruning.selection(base, task.sampling.seed)
+        self._check(selection)
         turn = Generation(self._model, task, self._flush_policy)
         length = len(session.tokens) + len(task.prefilled)
         if length >= spec.context_length:
@@ -87,6 +89,7 @@ class TurnPlanner:
     def _plan_score(self, session: Session, task: ScoreTask) -> TurnPlan:
         decoder = self._model.decoder
         selection = task.pruning.selection(self._selection, task.seed)
+        self._check(selection)
         turn = Scoring(decoder, task, selection)
         capacity = task.run_tokens
         sharing = task.pruning.sharing or self._sharing
@@ -108,14 +111,24 @@ class TurnPlanner:
             needs=needs,
         )
 
+    def _check(self, selection: Selection) -> None:
+        """Raises InvalidRequest if this engine cannot choose or run these experts."""
+        selection.check(self._model.decoder.calibration)
+        most, rank = self._views.max_rank, selection.correction.rank
+        if most is not None and rank > most:
+            allowed = f"up to {most}, the server's --correction-rank" if most else "none or bias"
+            raise InvalidRequest("pruning.correction_rank", rank, allowed)
+
     def _needs(
         self, session: Session, kv: int, selection: Selection, sharing: Sharing
     ) -> Reservation:
         spec = self._model.decoder.spec
-        counts = selection.expert_counts(len(spec.layers), spec.intermediate_size)
+        counts = selection.most_counts(len(spec.layers), spec.intermediate_size)
+        prunes = min(counts) < spec.intermediate_size
         return Reservation(
             kv=kv,
             zeroed=self._views.zeroed_bytes(counts),
+            correction=correction_bytes(self._model.decoder, selection) if prunes else 0,
             view=self._views.planned_bytes(counts),
             pool=self._groups.pool(selection, sharing, session.shares_with),
         )

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 
-from griffin_core.experts.parameters import SelectionParameters
+import torch
+from torch import Tensor
+
+LEAST_SHARE = 0.5
+"""The least number of experts of a layer, as a share of what an equal distribution gives it.
+Without a floor whole layers would lose their FF at low densities."""
 
 
-def expert_counts(
-    density: float, parameters: SelectionParameters, layers: int, intermediate_size: int
-) -> tuple[int, ...]:
-    """Returns K of each layer: the same for all, max(1, floor(F · density)).
+def uniform_count(density: float, intermediate_size: int) -> int:
+    """Returns the paper's K: max(1, floor(F · density))."""
+    # Rounded first: 100 * 0.29 is 28.999999999999996, but the user means 29.
+    return max(1, math.floor(round(intermediate_size * density, 6)))
 
-    It is known before the prompt is read, because memory is reserved and both ends of a handoff are
-    told by it.
+
+def counts_by_score(score: Tensor, count: int) -> tuple[int, ...]:
+    """Returns K of each layer such that the layers together have the experts of the highest scores.
 
     Args:
-        density: the fraction of neurons to keep, in (0, 1].
-        parameters: of the selection; none of them changes the counts today.
-        layers: L.
-        intermediate_size: F.
+        score: [L, F], comparable between layers. Ties go to the lower layer.
+        count: the mean number of experts of a layer. No layer has fewer than ``LEAST_SHARE`` of it.
     """
-    # Rounded first: 100 * 0.29 is 28.999999999999996, but the user means 29.
-    return (max(1, math.floor(round(intermediate_size * density, 6))),) * layers
+    layers, neurons = score.shape
+    ranked = score.sort(dim=1, descending=True).values
+    ranked[:, : max(1, math.ceil(LEAST_SHARE * count))] = torch.inf
+    taken = torch.sort(ranked.flatten(), descending=True, stable=True).indices[: layers * count]
+    counts: list[int] = torch.bincount(taken // neurons, minlength=layers).tolist()
+    return tuple(counts)

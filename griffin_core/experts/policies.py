@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.transfers import on_device
+from griffin_core.experts.densities import counts_by_score
 from griffin_core.experts.parameters import SelectionParameters
+from griffin_core.experts.statistic import Statistics
 from griffin_core.spec import choices
+from griffin_core.spec.calibration import PRIOR_TOKENS, Calibration
 
 PolicyName = choices.PolicyName
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -23,22 +26,29 @@ class Choice:
     """What a policy chooses from.
 
     Args:
-        s2: [L, F] float32, the statistic of the prompt, or any score in the same order.
-        counts: K of each layer.
+        statistics: of the prompt.
+        count: the mean number of experts of a layer.
         seed: for policies that draw at random, in [0, 2**64).
         magnitude: returns the layers' static strengths [L, F], see ``FFWeights.magnitude``. Called
             only by policies that need them.
+        calibration: of the model; only policies of ``CALIBRATED_POLICIES`` read it.
     """
 
-    s2: Tensor
-    counts: tuple[int, ...]
+    statistics: Statistics
+    count: int
     seed: int
     parameters: SelectionParameters
     magnitude: Callable[[], Tensor]
+    calibration: Calibration | None = None
+
+    @property
+    def s2(self) -> Tensor:
+        """[L, F] float32, the paper's statistic of the prompt."""
+        return self.statistics.s2
 
 
 class SelectionPolicy(Protocol):
-    """Ranks the neurons of each layer, independently of other layers."""
+    """Ranks the neurons of each layer."""
 
     def __call__(self, choice: Choice) -> Tensor:
         """Returns a score [L, F] on any device: a layer's experts are its K neurons of the highest
@@ -64,10 +74,9 @@ def topk_sampled(choice: Choice) -> Tensor:
     share = choice.parameters.topk_share
     assert share is not None, "a selection has the defaults of its policy"
     # Rounded first, as for a density: 100 * 0.29 is 28.999999999999996.
-    ranked = [math.ceil(round(k * share, 6)) for k in choice.counts]
-    device, neurons = choice.s2.device, choice.s2.shape[1]
-    before = on_device(ranked, torch.int64, device)[:, None]
-    by_rank = torch.arange(neurons, device=device) < before
+    ranked = math.ceil(round(choice.count * share, 6))
+    by_rank = torch.arange(choice.s2.shape[1], device=choice.s2.device) < ranked
+    by_rank = by_rank.expand(choice.s2.shape)
     first = by_rank.scatter(1, _ranking(choice.s2), by_rank)
     return sampled(choice).masked_fill(first, torch.inf)
 
@@ -82,18 +91,54 @@ def random(choice: Choice) -> Tensor:
     return _uniform(choice, torch.float32)
 
 
+def sensitive(choice: Choice) -> Tensor:
+    """Takes the neurons whose mean square, times the square of the gradient, is largest: what a
+    second-order expansion says the model loses with each (the Fisher information; as in FLAP, arXiv
+    2312.11983, and Theis et al., 1801.05787, but from the prompt). The prior holds the means of
+    short prompts. Scores compare between layers, which therefore have different counts."""
+    calibration = _calibrated(choice)
+    tokens = choice.statistics.tokens + PRIOR_TOKENS
+    mean = (choice.statistics.squares + PRIOR_TOKENS * calibration.mean_squares) / tokens
+    return mean * calibration.sensitivity
+
+
 BY_NAME: dict[PolicyName, SelectionPolicy] = {
     "topk": topk,
     "sampled": sampled,
     "topk_sampled": topk_sampled,
     "magnitude": magnitude,
     "random": random,
+    "sensitive": sensitive,
+    "topk_budgets": topk,
 }
 
 
-def choose(policy: PolicyName, choice: Choice) -> Tensor:
-    """Chooses the experts of all layers: [ΣK] int32, layer after layer, ascending in each layer."""
-    return largest(BY_NAME[policy](choice), choice.counts).to(choice.s2.device)
+def counts_of(policy: PolicyName, choice: Choice, score: Tensor) -> tuple[int, ...]:
+    """Returns K of each layer. All policies keep the same number of neurons in all.
+
+    Args:
+        score: [L, F], by which the policy ranks.
+    """
+    match policy:
+        case "sensitive":
+            return counts_by_score(score, choice.count)
+        case "topk_budgets":
+            return counts_by_score(_calibrated(choice).importance, choice.count)
+        case _:
+            return (choice.count,) * len(score)
+
+
+def choose(policy: PolicyName, choice: Choice) -> tuple[Tensor, tuple[int, ...]]:
+    """Chooses the experts of all layers: [ΣK] int32, layer after layer, ascending in each layer;
+    and K of each layer."""
+    score = BY_NAME[policy](choice)
+    counts = counts_of(policy, choice, score)
+    return largest(score, counts).to(choice.s2.device), counts
+
+
+def _calibrated(choice: Choice) -> Calibration:
+    assert choice.calibration is not None, "checked before a prompt is read"
+    return choice.calibration
 
 
 def largest(score: Tensor, counts: Sequence[int]) -> Tensor:

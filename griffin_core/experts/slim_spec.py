@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.transfers import on_device
+from griffin_core.experts.correction import Correction
 from griffin_core.experts.expert_set import check_experts, check_form, pack_indices
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlimSpec:
-    """The experts of all layers. Layers may have different numbers of experts.
+    """The experts of all layers, and what stands in for the other neurons. Layers may have
+    different numbers of experts.
 
     Args:
         intermediate_size: F.
         counts: K of each layer, each in [1, F].
         experts: [ΣK] int32, layer after layer, ascending in each layer.
+        correction: what is added to the output of the experts; None for nothing.
 
     Raises:
         ValueError: the experts have another shape or type; or, if they are on the CPU, they are not
@@ -34,6 +37,7 @@ class SlimSpec:
     intermediate_size: int
     counts: tuple[int, ...]
     experts: Tensor
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         allowed = f"allowed: {sum(self.counts)} for {len(self.counts)} layers"
@@ -75,6 +79,11 @@ class SlimSpec:
         last = on_device(self.counts, torch.int64, device)[:, None] - 1
         return self.experts[starts + torch.arange(most, device=device).minimum(last)]
 
+    def to(self, device: torch.device) -> SlimSpec:
+        """Returns a copy on a device."""
+        correction = None if self.correction is None else self.correction.to(device)
+        return replace(self, experts=self.experts.to(device), correction=correction)
+
     def mask(self, device: torch.device | None = None) -> Tensor:
         """Returns which neurons are experts, [L, F] bool.
 
@@ -103,7 +112,10 @@ class SlimSpec:
         shape = blake2b(
             repr((self.intermediate_size, self.counts)).encode(), digest_size=32
         ).digest()
-        return blake2b(pack_indices(self.experts), digest_size=16, key=shape).digest()
+        digest = blake2b(pack_indices(self.experts), digest_size=16, key=shape)
+        if self.correction is not None:
+            digest.update(self.correction.digest)
+        return digest.digest()
 
     def norm_mass(self, s2: Tensor) -> tuple[float, ...]:
         """Returns for each layer the share of its statistic s2 [L, F] that its experts hold, in [0,

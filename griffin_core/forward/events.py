@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from griffin_core.experts.correction import LayerCorrection
+from griffin_core.experts.correction_fit import Tail
 from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +32,24 @@ class LayerKv:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerExperts:
-    """An event: one layer's statistic over all tokens, and its experts.
+    """An event: one layer's statistics over all tokens, and its experts.
 
     Args:
-        s2: [F] float32, the square of the statistic. It is the exact square of a float32 number, so
+        sums: [3, F] float32, as of ``Statistics``. s2 is the exact square of a float32 number, so
             that sending its root to another server does not change it.
         experts: [K] int32, ascending.
+        correction: what stands in for the other neurons.
     """
 
     layer: int
-    s2: Tensor
+    sums: Tensor
     experts: Tensor
+    correction: LayerCorrection | None = None
+
+    @property
+    def s2(self) -> Tensor:
+        """[F] float32, the square of the paper's statistic."""
+        return self.sums[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +67,20 @@ class LayerActivations:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptExperts:
-    """An event: the statistic and the experts of all layers, for a prompt that an engine has
+    """An event: the statistics and the experts of all layers, for a prompt that an engine has
     prefilled for its own session. Its KV is in the session's cache already.
 
     Args:
-        s2: [L, F] float32, over all tokens of the session so far.
+        statistics: over all tokens of the session so far.
         norm_mass: L values, as of ``SlimSpec.norm_mass``.
+        tails: what a residual is to be fitted to; see ``forward.correction``. The experts have no
+            correction yet: the first token does not wait for one.
     """
 
-    s2: Tensor
+    statistics: Statistics
     slim: SlimSpec
     norm_mass: tuple[float, ...]
+    tails: Sequence[Sequence[Tail]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.blocks import BlockTable
+from griffin_core.slim.corrected import corrected_rows
 from griffin_core.slim.zeroed import RowMasks
 from griffin_core.spec.weights import Norm
 
@@ -92,7 +93,12 @@ class InvariantStep:
         ids = token_ids(rows, self._sampler.drawn)
         slim_ids = [each.slim_id for each in sequences]
         keep = self.slims.keeps(slim_ids, self._masks[first])
-        ff = partial(_by_rows, self._decoder, keep)
+        corrections = [self.slims.correction(each) for each in slim_ids]
+        ff = corrected_rows(
+            self._decoder.backend,
+            [None] * missing + corrections,
+            partial(_by_rows, self._decoder, keep),
+        )
         logits = step_logits(self._decoder, self._pool, rows, ids, ff)
         return logits[missing:], RowTable(table=rows.table[:, missing:])
 

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from griffin_core.backends.base import RunFF, Timestamp
 from griffin_core.backends.batch import RowRuns
+from griffin_core.experts.correction_fit import Tail
 from griffin_core.experts.selection import Selection, select_together
 from griffin_core.experts.slim_spec import SlimSpec
-from griffin_core.experts.statistic import relative
+from griffin_core.experts.statistic import Statistics, relative
+from griffin_core.forward.correction import corrected
 from griffin_core.forward.events import (
     LayerActivations,
     LayerExperts,
@@ -38,9 +40,9 @@ from griffin_core.spec.weights import Norm
 CHUNK_TOKENS = 512
 
 MAX_TOGETHER = 16
-"""The most prompts in a pass. Each prompt needs memory for its statistic, L · F float32 (1.8 MB for
-Llama-3-8B), and its own attention call in every layer. 16 prompts of 128 tokens already fill a pass
-of 2,048 tokens."""
+"""The most prompts in a pass. Each prompt needs memory for its statistics, 3 · L · F float32 (5.5
+MB for Llama-3-8B), and its own attention call in every layer. 16 prompts of 128 tokens already fill
+a pass of 2,048 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +50,57 @@ class PromptRead:
     """The result of a prompt that was read to its end.
 
     Args:
-        s2: [L, F] float32.
+        statistics: of all tokens so far.
+        slim: the experts, without a correction: the first token does not wait for one.
         norm_mass: L values, as of ``SlimSpec.norm_mass``.
+        tails: what a residual is fitted to; see ``corrected``.
         finished: the event that ends it.
     """
 
+    decoder: Decoder
     prompt: Prompt
-    s2: Tensor
+    statistics: Statistics
     slim: SlimSpec
     norm_mass: tuple[float, ...]
+    tails: Sequence[Sequence[Tail]]
     finished: PrefillFinished
 
+    def corrected(self) -> PromptRead:
+        """Returns a copy whose experts have the correction that the prompt asks for."""
+        slim = corrected(
+            self.decoder, self.slim, self.statistics, self.prompt.selection, self.tails
+        )
+        return replace(self, slim=slim, tails=())
+
     def by_layer(self) -> list[LayerExperts]:
-        """Returns the statistic and the experts as one event per layer."""
-        layers = zip(self.s2.unbind(), self.slim.layers, strict=True)
+        """Returns the statistics and the experts as one event per layer."""
+        layers = zip(self.statistics.sums.unbind(dim=1), self.slim.layers, strict=True)
+        correction = self.slim.correction
         return [
-            LayerExperts(layer=layer, s2=s2, experts=experts)
-            for layer, (s2, experts) in enumerate(layers)
+            LayerExperts(
+                layer=layer,
+                sums=sums,
+                experts=experts,
+                correction=None if correction is None else correction.layer(layer),
+            )
+            for layer, (sums, experts) in enumerate(layers)
         ]
 
     def on_host(self) -> PromptRead:
         """Returns a copy in the CPU's memory, so that reading it does not wait for work that was
         submitted to the device later."""
         finished = replace(self.finished, last_hidden=self.finished.last_hidden.cpu())
-        slim = replace(self.slim, experts=self.slim.experts.cpu())
-        return replace(self, s2=self.s2.cpu(), slim=slim, finished=finished)
+        slim = self.slim.to(torch.device("cpu"))
+        return replace(self, statistics=self.statistics.cpu(), slim=slim, finished=finished)
 
     def in_one_piece(self) -> PromptExperts:
-        """Returns the statistic and the experts as a single event."""
-        return PromptExperts(s2=self.s2, slim=self.slim, norm_mass=self.norm_mass)
+        """Returns the statistics and the experts as a single event."""
+        return PromptExperts(
+            statistics=self.statistics,
+            slim=self.slim,
+            norm_mass=self.norm_mass,
+            tails=self.tails,
+        )
 
 
 Tell = Callable[[Prompt, LayerKv | LayerActivations], None]
@@ -90,14 +114,16 @@ class Pass:
     Args:
         rows: the first row of each part, then the number of rows.
         hidden: [N, D], the output of the last layer.
-        s2: [R, L, F] float32, the statistic of each part.
+        sums: [R, 3, L, F] float32, the statistics of each part.
+        tails: for each part, what a residual is fitted to: a tail for each layer, or nothing.
     """
 
     decoder: Decoder
     parts: Sequence[Part]
     rows: Sequence[int]
     hidden: Tensor
-    s2: Tensor
+    sums: Tensor
+    tails: Sequence[Sequence[Tail]]
     began: Timestamp
 
     def end(self) -> list[PromptRead]:
@@ -113,25 +139,30 @@ class Pass:
         ended = self.decoder.backend.timestamp()
         total = self.rows[-1]
         last = [index for index, part in enumerate(self.parts) if part.is_last]
-        sums = [self._s2_so_far(index) for index in range(len(self.parts))]
-        chosen = self._choose(last, [sums[index] for index in last]) if last else []
-        for part, s2 in zip(self.parts, sums, strict=True):
+        so_far = [self._statistics_so_far(index) for index in range(len(self.parts))]
+        chosen = self._choose(last, [so_far[index] for index in last]) if last else []
+        for part, statistics, tails in zip(self.parts, so_far, self.tails, strict=True):
             prompt = part.prompt
             prompt.shares.append((self.began, ended, part.tokens / total))
             prompt.cache.advance(part.tokens)
             prompt.read += part.tokens
             prompt.layers_told = 0
-            prompt.s2 = s2
+            prompt.statistics = statistics
+            prompt.tails = [] if part.is_last else [*prompt.tails, *([tails] if tails else [])]
         return chosen
 
-    def _s2_so_far(self, index: int) -> Tensor:
-        """Returns the statistic [L, F] of a prompt, this pass's part included."""
-        before, own = self.parts[index].prompt.s2, self.s2[index]
+    def _statistics_so_far(self, index: int) -> Statistics:
+        """Returns the statistics of a prompt, this pass's part included."""
+        part = self.parts[index]
+        before, own = part.prompt.statistics, self._own(index)
         if before is not None:
             return before + own
         return own.clone() if len(self.parts) > 1 else own  # a view holds all parts' memory
 
-    def _choose(self, last: Sequence[int], s2s: Sequence[Tensor]) -> list[PromptRead]:
+    def _own(self, index: int) -> Statistics:
+        return Statistics(sums=self.sums[index], tokens=self.parts[index].tokens)
+
+    def _choose(self, last: Sequence[int], statistics: Sequence[Statistics]) -> list[PromptRead]:
         decoder = self.decoder
         prompts = [self.parts[index].prompt for index in last]
         ends = [self.rows[index + 1] for index in last]
@@ -139,15 +170,16 @@ class Pass:
         hidden = decoder.final_hidden(rows).float().unbind()
         selecting = decoder.backend.timestamp()
         chosen = select_together(
-            s2s, [prompt.selection for prompt in prompts], magnitude=decoder.magnitudes
+            statistics,
+            [prompt.selection for prompt in prompts],
+            magnitude=decoder.magnitudes,
+            calibration=decoder.calibration,
         )
         selected = decoder.backend.timestamp()
-        # Servers send the root of s2. Rounded to the square of a float32 root, the statistic of a
-        # prompt is bitwise the same, whichever server prefills it.
-        s2s = [s2.sqrt().square() for s2 in s2s]
+        statistics = [each.rooted() for each in statistics]
         # The only synchronization: after it the times of this pass and of earlier ones are known.
         masses = torch.stack(
-            [slim.norm_mass_on_device(s2) for s2, slim in zip(s2s, chosen, strict=True)]
+            [slim.norm_mass_on_device(s.s2) for s, slim in zip(statistics, chosen, strict=True)]
         )
         norm_mass: list[list[float]] = masses.tolist()
         selection_s = _seconds(selecting, selected) / len(prompts)
@@ -163,14 +195,22 @@ class Pass:
             )
             read.append(
                 PromptRead(
+                    decoder=decoder,
                     prompt=prompt,
-                    s2=s2s[index],
+                    statistics=statistics[index],
                     slim=chosen[index],
                     norm_mass=tuple(norm_mass[index]),
+                    tails=self._tails_of(last[index]),
                     finished=finished,
                 )
             )
         return read
+
+    def _tails_of(self, index: int) -> list[Sequence[Tail]]:
+        """Returns what a prompt's residual is fitted to, of this pass and of those before."""
+        own: Sequence[Tail] = self.tails[index]
+        before = self.parts[index].prompt.tails
+        return [*before, own] if own else list(before)
 
 
 Launch = Callable[[Decoder, Sequence[Part], Tell], Pass]
@@ -194,7 +234,9 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
     rows = (0, *accumulate(part.tokens for part in parts))
     runs = RowRuns.of(rows, device)
     spec = decoder.spec
-    s2 = torch.zeros((len(parts), len(decoder.layers), spec.intermediate_size), device=device)
+    shape = (len(parts), 3, len(decoder.layers), spec.intermediate_size)
+    sums = torch.zeros(shape, device=device)
+    tails: list[list[Tail]] = [[] for _ in parts]
     ids = [part.prompt.next_ids(part.tokens) for part in parts]
     hidden, attention = decoder.prepare_batch(
         ids[0] if len(ids) == 1 else torch.cat(ids),
@@ -203,11 +245,20 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
     readers = [(i, part) for i, part in enumerate(parts) if part.prompt.wants_kv]
     watched = {layer for part in parts for layer in part.prompt.watch}
     activations: dict[int, Tensor] = {}
+    fitted = [
+        (own, part.rows_fitted, end) for own, part, end in zip(tails, parts, rows[1:], strict=True)
+    ]
+
+    def keep_tails(x: Tensor, z: Tensor) -> None:
+        for own, count, end in fitted:
+            if count:
+                tail = slice(end - count, end)
+                own.append(Tail(x=x[tail].clone(), z=z[tail].clone()))
 
     for layer in range(len(decoder.layers)):
         kept = activations if layer in watched else None
         hidden = decoder.layer(
-            layer, hidden, attention, counting_ff(decoder, layer, s2, runs, kept)
+            layer, hidden, attention, counting_ff(decoder, layer, sums, runs, kept, keep_tails)
         )
         if readers or layer in watched:
             z = activations.pop(layer, None)
@@ -215,27 +266,41 @@ def launch(decoder: Decoder, parts: Sequence[Part], tell: Tell = lambda *_: None
             for index, part in enumerate(parts):
                 of_part = None if z is None else z[rows[index] : rows[index + 1]]
                 _tell_layer(part, layer, ready, of_part, tell)
-    return Pass(decoder=decoder, parts=parts, rows=rows, hidden=hidden, s2=s2, began=began)
+    return Pass(
+        decoder=decoder,
+        parts=parts,
+        rows=rows,
+        hidden=hidden,
+        sums=sums,
+        tails=tails,
+        began=began,
+    )
 
 
 def counting_ff(
     decoder: Decoder,
     layer: int,
-    s2: Tensor,
+    sums: Tensor,
     runs: RowRuns,
     activations: dict[int, Tensor] | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> RunFF:
-    """Returns a layer's dense FF block that also adds the statistic of its input to s2 [R, L, F].
+    """Returns a layer's dense FF block that also adds the statistics of its input to sums [R, 3, L,
+    F].
 
     Args:
         runs: the rows of each prompt.
         activations: if given, Z [N, F] is put there under the layer's number.
+        keep: called with the normalized input [N, D] and with Z.
     """
     ff, backend = decoder.layers[layer].ff, decoder.backend
 
     def run(x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        z, squares = ff.activations(x if norm is None else backend.norm(x, norm))
-        backend.add_statistic(s2[:, layer], z, squares, runs)
+        x = x if norm is None else backend.norm(x, norm)
+        z, squares = ff.activations(x)
+        backend.add_statistic(sums[:, :, layer], z, squares, runs)
+        if keep is not None:
+            keep(x, z)
         if activations is not None:
             activations[layer] = z
         return ff.output(z, residual)
@@ -266,7 +331,7 @@ def prefill(
     selection: Selection,
     *,
     cache: KvCache | None = None,
-    s2: Tensor | None = None,
+    statistics: Statistics | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     watch: Collection[int] = (),
 ) -> Iterator[PrefillEvent | LayerActivations | None]:
@@ -276,7 +341,7 @@ def prefill(
     each chunk but the last. Results do not depend on the chunk size, except for rounding.
 
     Args:
-        token_ids, cache, s2, watch: as for ``Prompt``.
+        token_ids, cache, statistics, watch: as for ``Prompt``.
         chunk_tokens: the most tokens that run at once.
 
     Yields:
@@ -286,14 +351,22 @@ def prefill(
     Raises:
         ValueError: there is no token.
     """
-    prompt = Prompt(decoder, token_ids, selection, cache=cache, s2=s2, wants_kv=True, watch=watch)
+    prompt = Prompt(
+        decoder,
+        token_ids,
+        selection,
+        cache=cache,
+        statistics=statistics,
+        wants_kv=True,
+        watch=watch,
+    )
     while True:
         told: list[tuple[Prompt, LayerKv | LayerActivations]] = []
         part = Part(prompt=prompt, tokens=min(chunk_tokens, prompt.left))
         read = launch(decoder, [part], lambda *each, to=told: to.append(each)).end()
         yield from (event for _, event in told)
         for done in read:
-            yield from done.by_layer()
+            yield from done.corrected().by_layer()
             yield done.finished
             return
         yield None

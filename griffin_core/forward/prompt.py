@@ -10,19 +10,21 @@ from torch import Tensor
 
 from griffin_core.backends.base import Timestamp
 from griffin_core.backends.transfers import on_device
+from griffin_core.experts.correction_fit import FITTED_TOKENS, Tail, kind_for
 from griffin_core.experts.selection import Selection
+from griffin_core.experts.statistic import Statistics
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 
 
 class Prompt:
-    """A prompt during prefill: how far it is read, and its statistic so far.
+    """A prompt during prefill: how far it is read, and its statistics so far.
 
     Args:
         token_ids: T >= 1 ids.
         selection: how its experts are chosen.
         cache: holds the tokens before these, and has room for these; None to make a new one.
-        s2: [L, F], the statistic of the tokens before these; None if there are none. Not modified.
+        statistics: of the tokens before these; None if there are none. Not modified.
         wants_kv: whether passes report each layer's KV as it is computed.
         watch: the layers whose activations passes report.
 
@@ -37,7 +39,7 @@ class Prompt:
         selection: Selection,
         *,
         cache: KvCache | None = None,
-        s2: Tensor | None = None,
+        statistics: Statistics | None = None,
         wants_kv: bool = False,
         watch: Collection[int] = (),
     ) -> None:
@@ -45,7 +47,7 @@ class Prompt:
             raise ValueError("prefill needs at least one token")
         self.selection = selection
         self.cache = decoder.new_cache(len(token_ids)) if cache is None else cache
-        self.s2 = s2
+        self.statistics = statistics
         self.wants_kv = wants_kv
         self.watch = watch
         self.tokens = len(token_ids)
@@ -56,12 +58,21 @@ class Prompt:
         self.layers_told = 0
         """The number of layers of the current pass that were reported. A failed pass is run again,
         and must not report the same layer twice."""
+        self.tails: list[Sequence[Tail]] = []
+        """For each pass so far that read some of the last tokens, what a residual is fitted to."""
         self._ids = on_device(token_ids, torch.int64, decoder.device)
 
     @property
     def left(self) -> int:
         """The number of tokens still to read."""
         return self.tokens - self.read
+
+    @property
+    def tokens_fitted(self) -> int:
+        """The number of its last tokens that a residual is fitted to; 0 if it gets none."""
+        correction = self.selection.correction
+        fits = kind_for(correction, self.tokens, prior=False) == "residual"
+        return min(self.tokens, FITTED_TOKENS) if fits and self.selection.density < 1 else 0
 
     def next_ids(self, tokens: int) -> Tensor:
         """Returns the next ``tokens`` ids to read."""
@@ -74,6 +85,13 @@ class Part:
 
     prompt: Prompt
     tokens: int
+
+    @property
+    def rows_fitted(self) -> int:
+        """The number of its last rows that a residual is fitted to."""
+        prompt = self.prompt
+        after = prompt.left - self.tokens
+        return max(0, min(self.tokens, prompt.tokens_fitted - after))
 
     @property
     def is_last(self) -> bool:

@@ -40,14 +40,14 @@ class Captured:
         numbers: [3] int64: the KV slot of the first token, 0, and the number of tokens of the
             prompt.
         hidden: [N, D], output of the last layer.
-        s2: [1, L, F] float32.
+        sums: [1, 3, L, F] float32.
     """
 
     graph: torch.cuda.CUDAGraph
     ids: Tensor
     numbers: Tensor
     hidden: Tensor
-    s2: Tensor
+    sums: Tensor
 
 
 class PromptGraphs:
@@ -90,7 +90,8 @@ class PromptGraphs:
         prompt, cache = part.prompt, part.prompt.cache
         size = min((size for size in self._graphs if size >= part.tokens), default=None)
         alone = len(parts) == 1 and cache.length == 0 and cache.pool is self._pool
-        if not alone or size is None or prompt.wants_kv or prompt.watch:
+        needs_more = prompt.wants_kv or prompt.watch or prompt.tokens_fitted
+        if not alone or size is None or needs_more:
             return launch(decoder, parts, tell)
         if part.tokens > cache.capacity:
             raise ValueError(f"{part.tokens} tokens do not fit a cache of {cache.capacity}")
@@ -105,7 +106,8 @@ class PromptGraphs:
             parts=parts,
             rows=(0, part.tokens),
             hidden=captured.hidden,
-            s2=captured.s2.clone(),  # a session keeps it
+            sums=captured.sums.clone(),  # a session keeps them
+            tails=[()],
             began=began,
         )
 
@@ -118,18 +120,18 @@ class PromptGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory, stream=stream):
-            hidden, s2 = self._run(ids, numbers)
-        return Captured(graph=graph, ids=ids, numbers=numbers, hidden=hidden, s2=s2)
+            hidden, sums = self._run(ids, numbers)
+        return Captured(graph=graph, ids=ids, numbers=numbers, hidden=hidden, sums=sums)
 
     def _run(self, ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the last layer's output [N, D], and the statistic [1, L, F]."""
+        """Returns the last layer's output [N, D], and the statistics [1, 3, L, F]."""
         decoder, spec, size = self._decoder, self._decoder.spec, len(ids)
         positions = torch.arange(size, device=decoder.device)
         places = torch.where(positions < numbers[2], positions + numbers[0], -1)
         attention = self._backend.padded_prefill_attention(spec, self._pool, positions, places)
-        shape = (1, len(decoder.layers), spec.intermediate_size)
-        s2 = torch.zeros(shape, device=decoder.device)
+        shape = (1, 3, len(decoder.layers), spec.intermediate_size)
+        sums = torch.zeros(shape, device=decoder.device)
         rows = RowRuns(bounds=(0, size), on_device=numbers[1:].int())
         x = decoder.embed(ids, positions)
-        ff = partial(counting_ff, decoder, s2=s2, runs=rows)
-        return decoder.forward(x, attention, ff), s2
+        ff = partial(counting_ff, decoder, sums=sums, runs=rows)
+        return decoder.forward(x, attention, ff), sums

@@ -16,6 +16,7 @@ from griffin_core.backends.base import Attention, Backend, RunFF
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.weights import DecoderWeights
+from griffin_core.spec.calibration import Calibration
 from griffin_core.spec.model import ModelSpec
 from griffin_core.spec.weights import Norm
 
@@ -32,6 +33,8 @@ class Decoder:
         self.spec = spec
         self.layers = weights.layers
         self.backend = backend
+        self.calibration: Calibration | None = None
+        """What ``griffin calibrate`` measured; set by what loads the model. On the device."""
         self._weights = weights
         backend.prepare(spec)
 
@@ -42,6 +45,11 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         return self._weights.embedding.device
+
+    @property
+    def calibration_digest(self) -> str:
+        """The digest of its calibration; empty if it has none."""
+        return "" if self.calibration is None else self.calibration.digest
 
     def new_pool(self, tokens: int) -> KvPool:
         """Allocates a KV pool for ``tokens`` tokens, shared by any number of sequences."""

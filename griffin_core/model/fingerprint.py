@@ -16,16 +16,27 @@ from griffin_core.spec.rope import RotarySpec
 FINGERPRINT_SAMPLES = 1024
 
 
-def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
+def fingerprint(
+    spec: ModelSpec, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> str:
     """Returns 64 hexadecimal digits: a hash of the spec and of the name, shape, dtype and evenly
     spaced samples of every tensor. It is cheap for any size, and differs between any two trained
-    models."""
+    models.
+
+    Args:
+        dtype: what the weights count as; None for what they are.
+    """
     digest = hashlib.sha256(canonical(spec))
     for name in sorted(state):
         tensor = state[name]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {dtype or tensor.dtype}".encode())
         flat = tensor.flatten()
-        samples = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].contiguous().cpu()
+        samples = (
+            flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)]
+            .to(dtype or tensor.dtype)
+            .contiguous()
+            .cpu()
+        )
         digest.update(samples.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -22,6 +22,7 @@ from griffin_core.errors import (
     InvalidRequest,
     ModelError,
 )
+from griffin_core.model.calibration_file import calibration_key, find_calibration
 from griffin_core.model.checkpoint import check_complete, left_over, stored_tensors
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.families.config_fields import shown
@@ -49,6 +50,7 @@ class Model:
     Args:
         name: the requested name; of a path, the last part.
         fingerprint: models with equal fingerprints compute equal KV; see ``fingerprint``.
+        calibration_key: names its calibration; see ``calibration_key``.
         eos_ids: the tokens that end a completion: all that generation_config.json, config.json and
             the tokenizer name.
         sampling_defaults: the sampling defaults in the model's own generation_config.json.
@@ -58,6 +60,7 @@ class Model:
     decoder: Decoder
     tokenizer: Tokenizer
     fingerprint: str
+    calibration_key: str
     eos_ids: frozenset[int]
     sampling_defaults: SamplingDefaults = field(default_factory=dict, hash=False)
 
@@ -79,6 +82,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
+    calibration: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Model:
     """Loads config, tokenizer and weights.
@@ -91,6 +95,7 @@ def load_model(
         dtype: the type of weights, activations and KV; ``default_dtype`` if None.
         device: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
         allow_pickle: whether weights may come from ``pytorch_model.bin``; see ``stored_tensors``.
+        calibration: the file of its calibration, see ``find_calibration``.
         progress: called with a sentence about each slow part.
 
     Raises:
@@ -101,7 +106,9 @@ def load_model(
     there = _device(device)
     with ThreadPoolExecutor(1, "griffin-load") as loader:
         try:
-            return loader.submit(_load, model, dtype, there, allow_pickle, progress).result()
+            return loader.submit(
+                _load, model, dtype, there, allow_pickle, calibration, progress
+            ).result()
         except ModelError as error:  # the libraries write several lines
             if len(str(error).splitlines()) == 1:
                 raise
@@ -125,6 +132,7 @@ def _load(
     dtype: torch.dtype | None,
     device: torch.device,
     allow_pickle: bool,
+    calibration: str | None,
     progress: Progress,
 ) -> Model:
     if not sys.stderr.isatty():  # progress bars are for terminals only
@@ -143,11 +151,14 @@ def _load(
         state = _state(directory, dtype, allow_pickle=allow_pickle)
     decoder, on_device = decoder_on_device(spec, state, device)
     try_token(decoder, config.bos_token_id)
+    key = calibration_key(spec, on_device)
+    decoder.calibration = find_calibration(calibration, key, spec, device)
     return Model(
         name=Path(model).name if Path(model).exists() else model,
         decoder=decoder,
         tokenizer=tokenizer,
         fingerprint=fingerprint(spec, on_device),
+        calibration_key=key,
         eos_ids=_eos_ids(str(directory), generation, tokenizer, spec.vocab_size),
         sampling_defaults=sampling_defaults(generation),
     )

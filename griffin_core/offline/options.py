@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.spec.choices import PolicyName, ScoreMode, Sharing
+from griffin_core.spec.choices import CorrectionKind, PolicyName, ScoreMode, Sharing
 
 TextOrIds = str | Sequence[int]
 
@@ -17,6 +17,8 @@ class GenerateOptions(TypedDict, total=False):
 
     density: float | None
     policy: PolicyName | None
+    correction: CorrectionKind | None
+    correction_rank: int | None
     sharing: Sharing | None
     sampling: SamplingParams | Sequence[SamplingParams] | None
     stopping: StoppingParams | Sequence[StoppingParams] | None
@@ -35,6 +37,8 @@ class ScoreOptions(TypedDict, total=False):
     mode: ScoreMode
     density: float | None
     policy: PolicyName | None
+    correction: CorrectionKind | None
+    correction_rank: int | None
     sharing: Sharing | None
     seed: int | Sequence[int]
     add_special_tokens: bool | None

@@ -11,11 +11,11 @@ from griffin_core.engine.engine import Engine
 from griffin_core.engine.limits import Limits
 from griffin_core.engine.task import PruningParams
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts.selection import Selection
+from griffin_core.experts.selection import default_selection
 from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.offline.checks import check
-from griffin_core.spec.choices import PolicyName, Sharing
+from griffin_core.spec.choices import CorrectionKind, PolicyName, Sharing
 
 
 def make_engine(
@@ -25,7 +25,9 @@ def make_engine(
     device: str,
     allow_pickle: bool,
     density: float,
-    policy: PolicyName,
+    policy: PolicyName | None,
+    correction: CorrectionKind | None,
+    correction_rank: int | None,
     sharing: Sharing,
     threads: int | None,
     batch_invariant: bool,
@@ -39,7 +41,13 @@ def make_engine(
     Raises:
         GriffinError: see ``LLM``.
     """
-    PruningParams(density=density, policy=policy, sharing=sharing)  # checks them
+    PruningParams(  # checks them
+        density=density,
+        policy=policy,
+        sharing=sharing,
+        correction=correction,
+        correction_rank=correction_rank,
+    )
     check("threads", threads, threads is None or threads >= 1, ">= 1, or None")
     check("max_sessions", max_sessions, max_sessions >= 1, ">= 1")
     in_range = memory_fraction is None or 0 < memory_fraction <= 1
@@ -65,7 +73,13 @@ def make_engine(
             chunk_tokens=model.decoder.backend.default_chunk_tokens,
             prefill_share=1.0,  # no stream waits: the sooner a step has all its rows, the better
         ),
-        selection=Selection(density=density, policy=policy),
+        selection=default_selection(
+            density,
+            policy=policy,
+            correction=correction,
+            rank=correction_rank,
+            calibration=model.decoder.calibration,
+        ),
         sharing=sharing,
         costs=None,
         batch_invariant=batch_invariant,

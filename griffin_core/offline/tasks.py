@@ -16,7 +16,7 @@ from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.bans import Bans
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.spec.choices import SCORE_MODES, PolicyName, ScoreMode, Sharing
+from griffin_core.spec.choices import SCORE_MODES, CorrectionKind, PolicyName, ScoreMode, Sharing
 from griffin_core.text.prompt import (
     Prompt,
     are_ids,
@@ -32,6 +32,8 @@ def generate_tasks(
     *,
     density: float | None = None,
     policy: PolicyName | None = None,
+    correction: CorrectionKind | None = None,
+    correction_rank: int | None = None,
     sharing: Sharing | None = None,
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     stopping: StoppingParams | Sequence[StoppingParams] | None = None,
@@ -48,7 +50,14 @@ def generate_tasks(
         InvalidRequest, CapacityExhausted: see ``LLM.generate``.
     """
     model, spec = engine.model, engine.model.decoder.spec
-    pruning = PruningParams(density=density, policy=policy, sharing=sharing)
+    pruning = PruningParams(
+        density=density,
+        policy=policy,
+        sharing=sharing,
+        correction=correction,
+        correction_rank=correction_rank,
+    )
+    pruning.selection(engine.selection, seed=0).check(model.decoder.calibration)
     sampling = SamplingParams() if sampling is None else sampling
     samplings = one_each("sampling", sampling, len(prompts))
     stopping = StoppingParams() if stopping is None else stopping
@@ -97,6 +106,8 @@ def score_tasks(
     mode: ScoreMode = "generation",
     density: float | None = None,
     policy: PolicyName | None = None,
+    correction: CorrectionKind | None = None,
+    correction_rank: int | None = None,
     sharing: Sharing | None = None,
     seed: int | Sequence[int] = 0,
     add_special_tokens: bool | None = None,
@@ -111,7 +122,14 @@ def score_tasks(
         InvalidRequest, CapacityExhausted: see ``LLM.score``.
     """
     check("mode", mode, mode in SCORE_MODES, ", ".join(SCORE_MODES))
-    pruning = PruningParams(density=density, policy=policy, sharing=sharing)
+    pruning = PruningParams(
+        density=density,
+        policy=policy,
+        sharing=sharing,
+        correction=correction,
+        correction_rank=correction_rank,
+    )
+    pruning.selection(engine.selection, seed=0).check(engine.model.decoder.calibration)
     seeds = seeds_of(seed, len(items))
     tasks = []
     for index, (context, continuations) in enumerate(items):

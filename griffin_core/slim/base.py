@@ -76,6 +76,11 @@ class SlimTable(Protocol):
         """Takes over the changed experts of a view from the next step on."""
         ...
 
+    @property
+    def max_rank(self) -> int | None:
+        """The highest rank of a view's correction; None for no limit."""
+        ...
+
     def set_bytes(self, counts: Sequence[int]) -> int:
         """Returns the bytes that a set of K experts of each layer takes in the table."""
         ...

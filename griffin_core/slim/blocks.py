@@ -12,8 +12,10 @@ from torch import Tensor
 
 from griffin_core.backends.base import Backend, FeedForward, RunFF
 from griffin_core.backends.batch import DENSE, RowTable
+from griffin_core.experts.correction import Correction
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import BlockView
+from griffin_core.slim.corrected import corrected_rows
 from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
 from griffin_core.spec.weights import Norm
 
@@ -43,6 +45,11 @@ class BlockTable:
 
     def update(self, view: BlockView) -> None:
         """Does nothing: a view holds its own blocks."""
+
+    @property
+    def max_rank(self) -> int | None:
+        """None: corrections of any rank are run."""
+        return None
 
     def set_bytes(self, counts: Sequence[int]) -> int:
         """Returns 0: a view counts the bytes of its own blocks."""
@@ -79,6 +86,11 @@ class BlockTable:
         views = [self._zeroed(each) for each in slim_ids if each != DENSE]
         return masks.of(views, self._decoder.dtype) if views else None
 
+    def correction(self, slim_id: int) -> Correction | None:
+        """Returns what is added for the rows of an id; None for nothing."""
+        slim = None if slim_id == DENSE else self._views[slim_id].slim
+        return None if slim is None else slim.correction
+
     def _kind(self, slim_id: int) -> int:
         if slim_id == DENSE:
             return _DENSE
@@ -99,15 +111,20 @@ class BlockTable:
             return self._decoder.dense
         if not dense and len(set(slim_ids)) == 1:
             return views[0].__getitem__
+        corrections = [self.correction(each) for each in slim_ids]
         if len(set(kv_slots[dense:])) == len(views):  # sessions reserve one row of masks each
             masks = self.masks.of(views, dtype)
-            return lambda layer: partial(_zeroed_rows, layers[layer].ff, masks[layer])
+            return corrected_rows(
+                self._decoder.backend,
+                corrections,
+                lambda layer: partial(_zeroed_rows, layers[layer].ff, masks[layer]),
+            )
 
         def block(layer: int) -> RunFF:
             keep = torch.stack([view.keep[layer] for view in views]).to(dtype)
             return partial(_zeroed_rows, layers[layer].ff, keep)
 
-        return block
+        return corrected_rows(self._decoder.backend, corrections, block)
 
 
 def _zeroed_rows(

@@ -193,7 +193,7 @@ def measure_costs(decoder: Decoder, form: SlimForm) -> BlockCosts:
     tokens."""
     spec = decoder.spec
     layers = decoder.layers[: max(1, _BYTES // max(1, decoder.layers[0].ff.weights.nbytes))]
-    (k,) = Selection(density=0.5).expert_counts(1, spec.intermediate_size)
+    k = Selection(density=0.5).count(spec.intermediate_size)
     experts = torch.arange(k, dtype=torch.int32)
     dense: list[RunFF] = [layer.ff for layer in layers]
     one = [form.build(layer, experts, "gemv") for layer in layers]

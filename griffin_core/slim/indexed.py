@@ -20,6 +20,7 @@ from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import BlockView
+from griffin_core.slim.correction_table import CorrectionTable
 from griffin_core.spec.weights import Norm
 
 FFMode = Literal["dense", "shared", "private", "zeroed"]
@@ -36,9 +37,10 @@ class IndexTable:
 
     Args:
         sets: the most sets at once, not counting the set of all neurons.
+        rank: the highest rank of a set's correction. The memory for it is taken for every set.
     """
 
-    def __init__(self, decoder: Decoder, *, sets: int) -> None:
+    def __init__(self, decoder: Decoder, *, sets: int, rank: int = 0) -> None:
         self._decoder = decoder
         layers, neurons = len(decoder.layers), decoder.spec.intermediate_size
         shape = (layers, sets + 2, neurons)
@@ -46,6 +48,7 @@ class IndexTable:
         self._indices = torch.zeros(shape, dtype=torch.int32, device=device)
         self._keep = torch.zeros(shape, dtype=torch.uint8, device=device)
         self._device_counts = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        self._corrections = CorrectionTable(decoder, sets=sets + 2, rank=rank)
         self.sets = sets
         self.padding = sets + 1
         """The slim id of padding rows: a set of one neuron, the least that a row can read."""
@@ -61,7 +64,13 @@ class IndexTable:
     @property
     def nbytes(self) -> int:
         """Size of the table on the device in bytes, allocated at start."""
-        return self._indices.nbytes + self._keep.nbytes + self._device_counts.nbytes
+        own = self._indices.nbytes + self._keep.nbytes + self._device_counts.nbytes
+        return own + self._corrections.nbytes
+
+    @property
+    def max_rank(self) -> int:
+        """See ``SlimTable``."""
+        return self._corrections.rank
 
     @property
     def all_neurons(self) -> int:
@@ -124,7 +133,8 @@ class IndexTable:
         )
         ff = self._decoder.layers[layer].ff
         assert isinstance(ff, CudaFeedForward)
-        return partial(_run, ff, sets, mode)
+        run: RunFF = partial(_run, ff, sets, mode)
+        return self._corrections.corrected(run, rows.slim_ids, layer, shared=mode == "shared")
 
     def _write(self, slim_id: int, slim: SlimSpec) -> None:
         device = self._indices.device
@@ -133,6 +143,7 @@ class IndexTable:
         self._keep[:, slim_id].zero_()
         self._keep[:, slim_id].scatter_(1, there.long(), 1)
         self._device_counts[:, slim_id].copy_(on_device(slim.counts, torch.int64, device))
+        self._corrections.write(slim_id, slim.correction)
         self.counts[slim_id] = sum(slim.counts)
 
     def _release(self, slim_id: int) -> None:

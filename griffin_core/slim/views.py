@@ -15,6 +15,7 @@ from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.kv.budget import Budget
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import SlimForm, SlimTable
+from griffin_core.slim.corrected import corrected_block
 from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
 
 Key = tuple[bytes, Layout, str]
@@ -119,6 +120,11 @@ class SlimViews:
         """Whether views are blocks that take memory and time to build."""
         return self._form is not None
 
+    @property
+    def max_rank(self) -> int | None:
+        """See ``SlimTable``."""
+        return self._table.max_rank
+
     def planned_bytes(self, counts: Sequence[int]) -> int:
         """Returns the most bytes that a view of K experts of each layer holds."""
         if not self.builds:
@@ -207,8 +213,7 @@ class SlimViews:
             view.slim = slim
             self._table.update(view)
             return
-        pairs = zip(view.slim.layers, slim.layers, strict=True)
-        changed = [layer for layer, (old, new) in enumerate(pairs) if not torch.equal(old, new)]
+        changed = [layer for layer in range(len(slim.counts)) if _differ(view.slim, slim, layer)]
         view.slim = slim
         view.pending += [layer for layer in changed if layer not in view.pending]
         if view.pending and view not in self._unbuilt:
@@ -244,6 +249,8 @@ class SlimViews:
             try:
                 assert self._form is not None
                 block = self._form.build(of, experts, view.layout)
+                correction = view.slim.correction
+                block = corrected_block(self._decoder.backend, block, correction, layer)
                 if layer < len(view.layers):
                     view.layers[layer] = block
                 else:
@@ -282,3 +289,13 @@ class SlimViews:
         if view in self._unbuilt:
             self._unbuilt.remove(view)
         self._budget.release(view.nbytes)
+
+
+def _differ(one: SlimSpec, other: SlimSpec, layer: int) -> bool:
+    """Returns whether a layer has other experts or another correction."""
+    if not torch.equal(one.layers[layer], other.layers[layer]):
+        return True
+    mine, theirs = one.correction, other.correction
+    if mine is None or theirs is None:
+        return mine is not theirs
+    return not mine.layer(layer).equals(theirs.layer(layer))

@@ -13,9 +13,10 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from griffin_core.backends.base import FeedForward
+from griffin_core.backends.base import FeedForward, RunFF
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.model.decoder import Decoder
+from griffin_core.slim.corrected import corrected_block
 from griffin_core.spec.weights import Norm
 
 
@@ -36,7 +37,7 @@ class ZeroedFF:
         return self._ff.zeroed(x, self._keep, norm, residual)
 
 
-class ZeroedLayers(Sequence[ZeroedFF]):
+class ZeroedLayers(Sequence[RunFF]):
     """The blocks of all layers on one expert set. They are made in microseconds, since no weights
     are copied."""
 
@@ -44,7 +45,8 @@ class ZeroedLayers(Sequence[ZeroedFF]):
         self.keep = slim.mask(decoder.device)
         """[L, F] bool."""
         self._blocks = [
-            ZeroedFF(layer.ff, keep) for layer, keep in zip(decoder.layers, self.keep, strict=True)
+            corrected_block(decoder.backend, ZeroedFF(layer.ff, keep), slim.correction, index)
+            for index, (layer, keep) in enumerate(zip(decoder.layers, self.keep, strict=True))
         ]
 
     def __getitem__(self, layer):  # type: ignore[no-untyped-def]  # an int or a slice
@@ -53,7 +55,7 @@ class ZeroedLayers(Sequence[ZeroedFF]):
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __iter__(self) -> Iterator[ZeroedFF]:
+    def __iter__(self) -> Iterator[RunFF]:
         return iter(self._blocks)
 
 

@@ -7,7 +7,18 @@ from typing import Literal, get_args
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-PolicyName = Literal["topk", "sampled", "topk_sampled", "magnitude", "random"]
+PolicyName = Literal[
+    "topk", "sampled", "topk_sampled", "magnitude", "random", "sensitive", "topk_budgets"
+]
+
+CALIBRATED_POLICIES: tuple[PolicyName, ...] = ("sensitive", "topk_budgets")
+"""Policies that read a model's calibration."""
+
+CorrectionKind = Literal["none", "bias", "residual"]
+"""What is added to the FF's output in place of the neurons that are left out. bias: their mean
+output. residual: a linear map of rank r of the FF's input, and the mean."""
+
+CORRECTION_KINDS: tuple[CorrectionKind, ...] = get_args(CorrectionKind)
 
 Sharing = Literal["private", "shared", "auto"]
 """Which sessions share an expert set. private: none do. shared: all that may do. auto: the engine

@@ -11,7 +11,7 @@ from griffin_core.engine.cpu_share import CpuShare
 from griffin_core.engine.engine import Engine
 from griffin_core.engine.limits import Limits
 from griffin_core.errors import BadModelFile, DeviceMemoryExhausted, EngineFault, InvalidRequest
-from griffin_core.experts.selection import Selection
+from griffin_core.experts.selection import default_selection
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
@@ -49,6 +49,7 @@ def load(settings: Settings, progress: Progress) -> Model:
         dtype=DTYPES.get(settings.dtype),
         device=settings.device,
         allow_pickle=settings.allow_pickle,
+        calibration=settings.calibration,
         progress=progress,
     )
 
@@ -131,7 +132,13 @@ class App:
             ),
             cuda_graphs=settings.cuda_graphs and settings.role != "prefill",
             stream_interval=settings.stream_interval or None,
-            selection=Selection(density=settings.density, policy=settings.policy),
+            selection=default_selection(
+                settings.density,
+                policy=settings.policy,
+                correction=settings.correction,
+                rank=settings.correction_rank,
+                calibration=model.decoder.calibration,
+            ),
             sharing=settings.sharing,
             costs=ASSUMED_COSTS if settings.role == "prefill" else None,
             prefill_source=self._source if settings.prefill_target else None,

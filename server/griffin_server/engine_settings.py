@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
-from griffin_core.spec.choices import DEFAULT_MODEL, PolicyName, Sharing
+from griffin_core.spec.choices import DEFAULT_MODEL, CorrectionKind, PolicyName, Sharing
 
 SamplingDefaultsFrom = Literal["greedy", "model"]
 """The source of the sampling fields that a request does not set."""
@@ -59,8 +59,28 @@ class EngineSettings(BaseSettings):
         "model. Set 0.5 or 0.75 for models of 7B parameters or more and for long prompts, and "
         "check the answers: small models on short prompts repeat themselves.",
     )
-    policy: PolicyName = Field(
-        "topk", description="Selection policy, for requests that do not set it."
+    policy: PolicyName | None = Field(
+        None,
+        description="Selection policy, for requests that do not set it; by default the one that "
+        "the model's calibration found best, and topk without a calibration.",
+    )
+    correction: CorrectionKind | None = Field(
+        None,
+        description="What is added to the output of the experts, for requests that do not set it: "
+        "none, bias (the mean output of the other neurons) or residual (a linear map as well); by "
+        "default the one that the model's calibration found best, and bias without a calibration.",
+    )
+    correction_rank: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Rank of a residual, for requests that do not set it; on a GPU the highest "
+        "rank that a request may set.",
+    )
+    calibration: str | None = Field(
+        None,
+        description="The file that griffin calibrate wrote for the model; by default the one in "
+        "the cache or the packaged one, if there is one. none uses no calibration.",
     )
     sharing: Sharing = Field(
         "auto",

@@ -47,7 +47,7 @@ def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -
     for exact, got in kept:  # only now: a later prompt must not reach into an earlier one
         tokens = got.prompt.tokens
         assert error(got.finished.last_hidden, exact.finished.last_hidden) < 2e-2
-        assert error(got.s2, exact.s2) < 2e-2
+        assert error(got.statistics.s2, exact.statistics.s2) < 2e-2
         for layer in range(len(decoder.layers)):
             theirs, ours = (each.prompt.cache for each in (exact, got))
             assert error(ours.slice(layer, 0, tokens), theirs.slice(layer, 0, tokens)) < 2e-2
@@ -94,4 +94,4 @@ def test_prompts_that_no_graph_can_read_are_read_without_one(tmp_path: Path) -> 
     ):
         for got in others:
             assert error(got.finished.last_hidden, exact.finished.last_hidden) < 2e-2
-            assert error(got.s2, exact.s2) < 2e-2
+            assert error(got.statistics.s2, exact.statistics.s2) < 2e-2

@@ -98,7 +98,7 @@ def of_another(messages: Messages, draw: random.Random) -> Messages:
         case 2:
             header.protocol_version = 99
         case 3:
-            header.expert_counts.extend([7] * 1000)
+            header.experts = 7 << 40
     return messages
 
 

@@ -60,7 +60,7 @@ class Lab:
     @property
     def experts(self) -> int:
         """K at that density."""
-        return self.selection.expert_counts(1, self.model.decoder.spec.intermediate_size)[0]
+        return self.selection.count(self.model.decoder.spec.intermediate_size)
 
     def prompt(self, text: Text) -> tuple[int, ...]:
         """The tokens that choose the experts."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.base import RunFF
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import StepTokens, decode_tokens
@@ -16,7 +17,7 @@ from griffin_core.forward.events import (
     LayerActivations,
     LayerKv,
 )
-from griffin_core.forward.prefill import launch
+from griffin_core.forward.prefill import PromptRead, launch
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
@@ -61,7 +62,17 @@ def read(
 
     done = launch(decoder, [Part(prompt=prompt, tokens=len(token_ids))], tell)
     done.end()
-    return Span(s2=done.s2[0], hidden=done.hidden, activations=tuple(kept))
+    return Span(s2=done.sums[0, 0], hidden=done.hidden, activations=tuple(kept))
+
+
+@torch.inference_mode()
+def read_prompt(decoder: Decoder, token_ids: Sequence[int], cache: KvCache) -> PromptRead:
+    """Reads a prompt dense after the tokens in the cache, and keeps all that any selection chooses
+    by: its statistics, and what a residual is fitted to."""
+    anything = Selection(density=0.5, correction=CorrectionParams(kind="residual", rank=1))
+    prompt = Prompt(decoder, token_ids, anything, cache=cache)
+    (whole,) = launch(decoder, [Part(prompt=prompt, tokens=len(token_ids))]).end()
+    return whole
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from typing import Any
 
 from griffin_core.experts.policies import POLICIES
 from griffin_core.experts.selection import Selection
+from griffin_core.spec.choices import CALIBRATED_POLICIES
 from griffin_evals.study.estimates import estimate, paired
 from griffin_evals.study.lab import Lab
 from griffin_evals.study.measures import divergence, negative_log_likelihood, same_first_choice
@@ -23,7 +24,7 @@ POINTS = {"careful": 0.10, "balanced": 0.25, "fast": 0.50}
 
 def settings() -> list[tuple[str, float]]:
     """Policy and density of each setting that is measured beside dense."""
-    others = [p for p in POLICIES if p != "topk"]
+    others = [p for p in POLICIES if p != "topk" and p not in CALIBRATED_POLICIES]
     return [("topk", d) for d in DENSITIES] + [(p, d) for p in others for d in POLICY_DENSITIES]
 
 

@@ -19,7 +19,7 @@ from griffin_core.backends.cpu.rows import feedforward_row, gemv
 from griffin_core.backends.cpu.sampler_slots import (
     CpuSlots,
 )
-from griffin_core.backends.cpu.statistic import s2_rows
+from griffin_core.backends.cpu.statistic import sums_of_rows
 from griffin_core.backends.cpu.team import compile_kernels, runs_kernels
 from griffin_core.backends.torch import TorchBackend, TorchFeedForward
 from griffin_core.kv.pool import KvPool
@@ -178,7 +178,7 @@ class CpuBackend(TorchBackend):
         return super().decode_attention(spec, pool, rows)
 
     def statistic(self, z: Tensor) -> Tensor:
-        return s2_rows(z) if self._kernels and z.dtype is self.dtype else super().statistic(z)
+        return sums_of_rows(z) if self._kernels and z.dtype is self.dtype else super().statistic(z)
 
     def new_pool(self, spec: ModelSpec, tokens: int) -> KvPool:
         shape = (2, spec.num_kv_heads, tokens + 1, spec.head_dim)

@@ -1,4 +1,4 @@
-"""The statistic of a prompt's activations, which are read once and never copied to float32."""
+"""The statistics of a layer's activations, which are read once and never copied to float32."""
 
 from __future__ import annotations
 
@@ -13,35 +13,43 @@ from griffin_core.backends.cpu.team import FAST, Kernel, team_barrier, team_rank
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
 
 
-def s2_rows(z: Tensor) -> Tensor:
-    """See ``experts.statistic.s2_of``; z [T, F] bfloat16 on the CPU."""
+def sums_of_rows(z: Tensor) -> Tensor:
+    """See ``experts.statistic.sums_of``; z [T, F] bfloat16 on the CPU."""
     z = z.contiguous()
     tokens, neurons = z.shape
-    sums = torch.empty((torch.get_num_threads(), neurons), dtype=torch.float32)
-    s2 = torch.empty(neurons, dtype=torch.float32)
-    _s2(z.data_ptr(), sums.data_ptr(), s2.data_ptr(), tokens, neurons)
-    return s2
+    by_thread = torch.empty((torch.get_num_threads(), 3, neurons), dtype=torch.float32)
+    sums = torch.empty((3, neurons), dtype=torch.float32)
+    _sums(z.data_ptr(), by_thread.data_ptr(), sums.data_ptr(), tokens, neurons)
+    return sums
 
 
 @Kernel
-def _s2(a):
+def _sums(a):
     tokens, neurons = a[3], a[4]
     rank, size = team_rank(), team_size()
-    own = at(a[1] + 4 * rank * neurons, types.float32)
+    own = a[1] + 12 * rank * neurons
+    relative, squares, values = (
+        at(own, types.float32),
+        at(own + 4 * neurons, types.float32),
+        at(own + 8 * neurons, types.float32),
+    )
     for i in range(neurons):
-        own[i] = np.float32(0.0)
+        relative[i] = np.float32(0.0)
+        squares[i] = np.float32(0.0)
+        values[i] = np.float32(0.0)
     for token in range(tokens * rank // size, tokens * (rank + 1) // size):
         row = at(a[0] + 2 * token * neurons, types.uint16)
         square = _square(row, neurons)
-        if square >= _TINY:
-            _add_squares(own, row, np.float32(1.0) / square, neurons)
+        weight = np.float32(1.0) / square if square >= _TINY else np.float32(0.0)
+        _add(relative, squares, values, row, weight, neurons)
     team_barrier()
-    of_all, s2 = at(a[1], types.float32), at(a[2], types.float32)
-    for i in range(neurons * rank // size, neurons * (rank + 1) // size):
+    of_all, sums = at(a[1], types.float32), at(a[2], types.float32)
+    width = 3 * neurons
+    for i in range(width * rank // size, width * (rank + 1) // size):
         total = np.float32(0.0)
         for thread in range(size):
-            total += of_all[thread * neurons + i]
-        s2[i] = total
+            total += of_all[thread * width + i]
+        sums[i] = total
 
 
 @njit(fastmath=FAST)
@@ -53,6 +61,9 @@ def _square(row, size):
 
 
 @njit(fastmath=FAST)
-def _add_squares(total, row, weight, size):
+def _add(relative, squares, values, row, weight, size):
     for i in range(size):
-        total[i] += widen(row[i]) * widen(row[i]) * weight
+        value = widen(row[i])
+        relative[i] += value * value * weight
+        squares[i] += value * value
+        values[i] += value

@@ -32,7 +32,7 @@ from griffin_core.backends.cuda.rotary import rotate_and_store
 from griffin_core.backends.cuda.sampler_slots import (
     CudaSlots,
 )
-from griffin_core.backends.cuda.statistic import add_s2_columns
+from griffin_core.backends.cuda.statistic import add_sums
 from griffin_core.backends.torch import (
     Run,
     TorchAttention,
@@ -278,9 +278,9 @@ class CudaBackend(PlainCudaBackend):
             rows.kv_slots + rows.positions,
         )
 
-    def add_statistic(self, s2: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
+    def add_statistic(self, sums: Tensor, z: Tensor, squares: Tensor | None, runs: RowRuns) -> None:
         assert squares is not None
-        add_s2_columns(s2, z, squares, runs.on_device)
+        add_sums(sums, z, squares, runs.on_device)
 
 
 def _is_rms(norm: Norm) -> bool:

@@ -1,4 +1,4 @@
-"""The statistic of a prompt's activations, which are read once and never copied to float32."""
+"""The statistics of a layer's activations, which are read once and never copied to float32."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ ROWS, BLOCK = 128, 64
 
 
 @triton.jit
-def _add_s2(
-    s2,
+def _add_sums(
+    sums,
     z,
     squares,
     bounds,
     stride,
+    apart,
     width,
     parts,
     tiny,
@@ -30,7 +31,9 @@ def _add_s2(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     part = tl.arange(0, PARTS)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    relative = tl.zeros((ROWS, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    values = tl.zeros((BLOCK,), tl.float32)
     # The last tokens first: they were written last and may still be in the L2 cache.
     runs = tl.cdiv(tokens, ROWS)
     for run in range(runs):
@@ -49,27 +52,36 @@ def _add_s2(
             mask=there[:, None] & inside[None, :],
             other=0.0,
         ).to(tl.float32)
-        total += v * v * weight[:, None]
-    own = s2 + number.to(tl.int64) * stride + columns
-    before = tl.load(own, mask=inside, other=0.0)
-    tl.store(own, before + tl.sum(total, axis=0), mask=inside)
+        relative += v * v * weight[:, None]
+        total += tl.sum(v * v, axis=0)
+        values += tl.sum(v, axis=0)
+    own = sums + number.to(tl.int64) * stride + columns
+    _add_to(own, tl.sum(relative, axis=0), inside)
+    _add_to(own + apart, total, inside)
+    _add_to(own + 2 * apart, values, inside)
 
 
-def add_s2_columns(s2: Tensor, z: Tensor, squares: Tensor, bounds: Tensor) -> None:
+@triton.jit
+def _add_to(place, values, inside):
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + values, mask=inside)
+
+
+def add_sums(sums: Tensor, z: Tensor, squares: Tensor, bounds: Tensor) -> None:
     """See ``Backend.add_statistic``.
 
     Args:
-        s2: [R, F] float32, each row contiguous.
+        sums: [R, 3, F] float32, the last dimension contiguous.
         z: [N, F] bfloat16 or float16, contiguous.
         bounds: [R + 1] int32, as in ``RowRuns``.
     """
     width, parts = z.shape[1], squares.shape[1]
-    _add_s2[(triton.cdiv(width, BLOCK), s2.shape[0])](
-        s2,
+    _add_sums[(triton.cdiv(width, BLOCK), sums.shape[0])](
+        sums,
         z,
         squares,
         bounds,
-        s2.stride(0),
+        sums.stride(0),
+        sums.stride(1),
         width,
         parts,
         torch.finfo(torch.float32).tiny,

@@ -50,6 +50,15 @@ class _SelectionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Selec
     """The K neurons with the largest weights, independent of the prompt. A baseline."""
     SELECTION_POLICY_RANDOM: _SelectionPolicy.ValueType  # 5
     """K neurons drawn uniformly. A baseline."""
+    SELECTION_POLICY_SENSITIVE: _SelectionPolicy.ValueType  # 6
+    """The neurons of all layers together with the largest mean square times squared gradient. Layers
+    have different numbers of experts, and no layer fewer than half of K. Refused for a model without
+    a calibration (see GetModelInfo).
+    """
+    SELECTION_POLICY_TOPK_BUDGETS: _SelectionPolicy.ValueType  # 7
+    """TOPK with a number of experts for each layer that comes from the calibration and is the same for
+    all prompts. Refused for a model without a calibration.
+    """
 
 class SelectionPolicy(_SelectionPolicy, metaclass=_SelectionPolicyEnumTypeWrapper):
     """How the experts of a request are chosen from the statistic s of its prompt."""
@@ -68,6 +77,15 @@ SELECTION_POLICY_MAGNITUDE: SelectionPolicy.ValueType  # 4
 """The K neurons with the largest weights, independent of the prompt. A baseline."""
 SELECTION_POLICY_RANDOM: SelectionPolicy.ValueType  # 5
 """K neurons drawn uniformly. A baseline."""
+SELECTION_POLICY_SENSITIVE: SelectionPolicy.ValueType  # 6
+"""The neurons of all layers together with the largest mean square times squared gradient. Layers
+have different numbers of experts, and no layer fewer than half of K. Refused for a model without
+a calibration (see GetModelInfo).
+"""
+SELECTION_POLICY_TOPK_BUDGETS: SelectionPolicy.ValueType  # 7
+"""TOPK with a number of experts for each layer that comes from the calibration and is the same for
+all prompts. Refused for a model without a calibration.
+"""
 Global___SelectionPolicy: _TypeAlias = SelectionPolicy  # noqa: Y015
 
 class _ExpertSharing:
@@ -123,6 +141,44 @@ slower than SHARED, else SHARED. A choice is kept for at least 16 steps, and as 
 on. In a ScoreRequest AUTO means PRIVATE, so that a score is always for the requested experts.
 """
 Global___ExpertSharing: _TypeAlias = ExpertSharing  # noqa: Y015
+
+class _Correction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CorrectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Correction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CORRECTION_UNSPECIFIED: _Correction.ValueType  # 0
+    """The default of the session or of the server."""
+    CORRECTION_NONE: _Correction.ValueType  # 1
+    """Nothing, as in the paper."""
+    CORRECTION_BIAS: _Correction.ValueType  # 2
+    """Their mean output over the prompt, D values a layer. Prompts of fewer than 48 tokens get none,
+    unless the policy is SENSITIVE.
+    """
+    CORRECTION_RESIDUAL: _Correction.ValueType  # 3
+    """A linear map of rank r of the FF's input, fitted to the last 256 tokens of the prompt, and the
+    mean: (1 + 2r) * D values a layer. Prompts of fewer than 128 tokens get a bias instead, as do
+    sessions on a shared set and scores in mode CLASSIFICATION.
+    """
+
+class Correction(_Correction, metaclass=_CorrectionEnumTypeWrapper):
+    """What is added to the output of the experts in place of the neurons that are left out."""
+
+CORRECTION_UNSPECIFIED: Correction.ValueType  # 0
+"""The default of the session or of the server."""
+CORRECTION_NONE: Correction.ValueType  # 1
+"""Nothing, as in the paper."""
+CORRECTION_BIAS: Correction.ValueType  # 2
+"""Their mean output over the prompt, D values a layer. Prompts of fewer than 48 tokens get none,
+unless the policy is SENSITIVE.
+"""
+CORRECTION_RESIDUAL: Correction.ValueType  # 3
+"""A linear map of rank r of the FF's input, fitted to the last 256 tokens of the prompt, and the
+mean: (1 + 2r) * D values a layer. Prompts of fewer than 128 tokens get a bias instead, as do
+sessions on a shared set and scores in mode CLASSIFICATION.
+"""
+Global___Correction: _TypeAlias = Correction  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -228,6 +284,8 @@ class Pruning(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     SHARING_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    CORRECTION_FIELD_NUMBER: _builtins.int
+    CORRECTION_RANK_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     """Fraction of FF neurons kept, in (0, 1]; K = max(1, floor(F * density)). 1 is the dense model.
     Default: the server's `--density` (see GetModelInfo), which is 1 unless it is set.
@@ -236,6 +294,12 @@ class Pruning(_message.Message):
     """Default: the server's `--policy` (see GetModelInfo)."""
     sharing: Global___ExpertSharing.ValueType
     """Default: the server's `--sharing` (see GetModelInfo), which is AUTO unless it is set."""
+    correction: Global___Correction.ValueType
+    """Default: the server's `--correction` (see GetModelInfo)."""
+    correction_rank: _builtins.int
+    """Of RESIDUAL, and refused with other corrections: its rank r, in [1, 256], and on a GPU up to that
+    of the server's `--correction-rank`. Default: that of the server.
+    """
     @_builtins.property
     def parameters(self) -> Global___SelectionParameters:
         """Default: those of the session, if it has the same policy."""
@@ -247,13 +311,20 @@ class Pruning(_message.Message):
         policy: Global___SelectionPolicy.ValueType = ...,
         sharing: Global___ExpertSharing.ValueType = ...,
         parameters: Global___SelectionParameters | None = ...,
+        correction: Global___Correction.ValueType = ...,
+        correction_rank: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "parameters", b"parameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank", "_density", b"_density", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "density", b"density", "parameters", b"parameters", "policy", b"policy", "sharing", b"sharing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank", "_density", b"_density", "correction", b"correction", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "policy", b"policy", "sharing", b"sharing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__correction_rank: _TypeAlias = _typing.Literal["correction_rank"]  # noqa: Y015
+    _WhichOneofArgType__correction_rank: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank"]  # noqa: Y015
     _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
     _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__correction_rank) -> _WhichOneofReturnType__correction_rank | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
 
 Global___Pruning: _TypeAlias = Pruning  # noqa: Y015
@@ -923,6 +994,9 @@ class PruningFigures(_message.Message):
     MEAN_DENSITY_FIELD_NUMBER: _builtins.int
     DENSE_TOKENS_FIELD_NUMBER: _builtins.int
     EXPERT_COUNTS_FIELD_NUMBER: _builtins.int
+    CORRECTION_FIELD_NUMBER: _builtins.int
+    CORRECTION_RANK_FIELD_NUMBER: _builtins.int
+    CORRECTION_BYTES_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     policy: Global___SelectionPolicy.ValueType
     experts_per_layer: _builtins.int
@@ -944,6 +1018,12 @@ class PruningFigures(_message.Message):
     """
     dense_tokens: _builtins.int
     """The number of those tokens that ran on all neurons (dense), the first one included."""
+    correction: Global___Correction.ValueType
+    """What was added to the output of the experts; NONE while the session runs dense."""
+    correction_rank: _builtins.int
+    """The rank of a RESIDUAL; 0 for other corrections."""
+    correction_bytes: _builtins.int
+    """The bytes of the correction."""
     @_builtins.property
     def norm_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """L values in (0, 1]: sum of s squared over the experts / over all neurons of the layer. It says
@@ -968,10 +1048,13 @@ class PruningFigures(_message.Message):
         mean_density: _builtins.float = ...,
         dense_tokens: _builtins.int = ...,
         expert_counts: _abc.Iterable[_builtins.int] | None = ...,
+        correction: Global___Correction.ValueType = ...,
+        correction_rank: _builtins.int = ...,
+        correction_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense_tokens", b"dense_tokens", "density", b"density", "expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_density", b"mean_density", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction", "correction_bytes", b"correction_bytes", "correction_rank", b"correction_rank", "dense_tokens", b"dense_tokens", "density", b"density", "expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_density", b"mean_density", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1299,7 +1382,9 @@ class AnalyzePromptResponse(_message.Message):
 
         @_builtins.property
         def expert_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-            """L values: K of each layer."""
+            """L values: K of each layer. Empty for policies whose counts the prompt decides: `Layer.experts`
+            says them.
+            """
 
         def __init__(
             self,
@@ -1446,6 +1531,9 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_SHARING_FIELD_NUMBER: _builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
+    DEFAULT_CORRECTION_FIELD_NUMBER: _builtins.int
+    DEFAULT_CORRECTION_RANK_FIELD_NUMBER: _builtins.int
+    CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The directory, file or hub id that the server was started with; of a path, the last part."""
     family: _builtins.str
@@ -1490,6 +1578,14 @@ class GetModelInfoResponse(_message.Message):
     """True with `--batch-invariant`: the output of a PRIVATE session is bitwise independent of other
     sessions, for every dtype. Without that option this holds except for rounding.
     """
+    default_correction: Global___Correction.ValueType
+    """The correction of a request that does not set it."""
+    default_correction_rank: _builtins.int
+    """The rank of a RESIDUAL that does not set it."""
+    calibration_digest: _builtins.str
+    """16 hexadecimal digits: a hash of the model's calibration; empty if it has none. Servers with equal
+    digests choose the same experts.
+    """
     @_builtins.property
     def default_sampling(self) -> Global___Sampling:
         """The defaults that `--sampling-defaults` gives to fields that a request does not set. No field is set
@@ -1521,10 +1617,13 @@ class GetModelInfoResponse(_message.Message):
         default_sharing: Global___ExpertSharing.ValueType = ...,
         default_sampling: Global___Sampling | None = ...,
         batch_invariant: _builtins.bool = ...,
+        default_correction: Global___Correction.ValueType = ...,
+        default_correction_rank: _builtins.int = ...,
+        calibration_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "context_length", b"context_length", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "calibration_digest", b"calibration_digest", "context_length", b"context_length", "default_correction", b"default_correction", "default_correction_rank", b"default_correction_rank", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

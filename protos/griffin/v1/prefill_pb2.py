@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from griffin.v1 import generation_pb2 as griffin_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18griffin/v1/prefill.proto\x12\ngriffin.v1\x1a\x1bgriffin/v1/generation.proto\"\xf0\x02\n\x0ePrefillRequest\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x07\x64\x65nsity\x18\x03 \x01(\x01\x42\x02\x18\x01\x12/\n\x06policy\x18\x04 \x01(\x0e\x32\x1b.griffin.v1.SelectionPolicyB\x02\x18\x01\x12\x10\n\x04seed\x18\x05 \x01(\x04\x42\x02\x18\x01\x12\x34\n\rshared_memory\x18\x06 \x01(\x0b\x32\x1d.griffin.v1.SharedMemoryOffer\x12\x30\n\x0b\x63uda_memory\x18\x07 \x01(\x0b\x32\x1b.griffin.v1.CudaMemoryOffer\x12\x1f\n\x17oldest_protocol_version\x18\x08 \x01(\r\x12\x1f\n\x17newest_protocol_version\x18\t \x01(\r\x12.\n\tselection\x18\n \x01(\x0b\x32\x1b.griffin.v1.ExpertSelection\"\x92\x01\n\x0f\x45xpertSelection\x12+\n\x06policy\x18\x01 \x01(\x0e\x32\x1b.griffin.v1.SelectionPolicy\x12\x0f\n\x07\x64\x65nsity\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x33\n\nparameters\x18\x04 \x01(\x0b\x32\x1f.griffin.v1.SelectionParameters\"X\n\x11SharedMemoryOffer\x12\x10\n\x04name\x18\x01 \x01(\tB\x02\x18\x01\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0e\n\x06socket\x18\x04 \x01(\t\"\"\n\x0f\x43udaMemoryOffer\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\"F\n\tCudaPlace\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bpitch_bytes\x18\x03 \x01(\x04\"\xc8\x01\n\x0fPrefillResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.griffin.v1.PrefillHeaderH\x00\x12!\n\x02kv\x18\x02 \x01(\x0b\x32\x13.griffin.v1.KvChunkH\x00\x12+\n\x07\x65xperts\x18\x03 \x01(\x0b\x32\x18.griffin.v1.LayerExpertsH\x00\x12/\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1b.griffin.v1.PrefillFinishedH\x00\x42\x07\n\x05\x65vent\"\xed\x02\n\rPrefillHeader\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x10\n\x08kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\x10\n\x08\x66\x66_width\x18\x05 \x01(\r\x12\r\n\x05width\x18\x06 \x01(\r\x12\'\n\x07kv_type\x18\x07 \x01(\x0e\x32\x16.griffin.v1.TensorType\x12\x0e\n\x06tokens\x18\x08 \x01(\r\x12\x1d\n\x11\x65xperts_per_layer\x18\t \x01(\rB\x02\x18\x01\x12(\n\ttransport\x18\n \x01(\x0e\x32\x15.griffin.v1.Transport\x12\r\n\x05proof\x18\x0b \x01(\x0c\x12*\n\x0bproof_place\x18\x0c \x01(\x0b\x32\x15.griffin.v1.CudaPlace\x12\x18\n\x10protocol_version\x18\r \x01(\r\x12\x15\n\rexpert_counts\x18\x0e \x03(\r\"\x8f\x01\n\x07KvChunk\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x1c\n\x14segment_offset_bytes\x18\x05 \x01(\x04\x12$\n\x05place\x18\x06 \x01(\x0b\x32\x15.griffin.v1.CudaPlace\"9\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\t\n\x01s\x18\x02 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x03 \x01(\x0c\"q\n\x0fPrefillFinished\x12\x13\n\x0blast_hidden\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x07\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x13\n\x0bselection_s\x18\x05 \x01(\x01*u\n\nTensorType\x12\x1b\n\x17TENSOR_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13TENSOR_TYPE_FLOAT32\x10\x01\x12\x18\n\x14TENSOR_TYPE_BFLOAT16\x10\x02\x12\x17\n\x13TENSOR_TYPE_FLOAT16\x10\x03*t\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x14\n\x10TRANSPORT_CHUNKS\x10\x01\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x02\x12\x19\n\x15TRANSPORT_CUDA_MEMORY\x10\x03\x32V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.griffin.v1.PrefillRequest\x1a\x1b.griffin.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18griffin/v1/prefill.proto\x12\ngriffin.v1\x1a\x1bgriffin/v1/generation.proto\"\x8c\x03\n\x0ePrefillRequest\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x07\x64\x65nsity\x18\x03 \x01(\x01\x42\x02\x18\x01\x12/\n\x06policy\x18\x04 \x01(\x0e\x32\x1b.griffin.v1.SelectionPolicyB\x02\x18\x01\x12\x10\n\x04seed\x18\x05 \x01(\x04\x42\x02\x18\x01\x12\x34\n\rshared_memory\x18\x06 \x01(\x0b\x32\x1d.griffin.v1.SharedMemoryOffer\x12\x30\n\x0b\x63uda_memory\x18\x07 \x01(\x0b\x32\x1b.griffin.v1.CudaMemoryOffer\x12\x1f\n\x17oldest_protocol_version\x18\x08 \x01(\r\x12\x1f\n\x17newest_protocol_version\x18\t \x01(\r\x12.\n\tselection\x18\n \x01(\x0b\x32\x1b.griffin.v1.ExpertSelection\x12\x1a\n\x12\x63\x61libration_digest\x18\x0b \x01(\t\"\xd7\x01\n\x0f\x45xpertSelection\x12+\n\x06policy\x18\x01 \x01(\x0e\x32\x1b.griffin.v1.SelectionPolicy\x12\x0f\n\x07\x64\x65nsity\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x33\n\nparameters\x18\x04 \x01(\x0b\x32\x1f.griffin.v1.SelectionParameters\x12*\n\ncorrection\x18\x05 \x01(\x0e\x32\x16.griffin.v1.Correction\x12\x17\n\x0f\x63orrection_rank\x18\x06 \x01(\r\"X\n\x11SharedMemoryOffer\x12\x10\n\x04name\x18\x01 \x01(\tB\x02\x18\x01\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0e\n\x06socket\x18\x04 \x01(\t\"\"\n\x0f\x43udaMemoryOffer\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\"F\n\tCudaPlace\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bpitch_bytes\x18\x03 \x01(\x04\"\xc8\x01\n\x0fPrefillResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.griffin.v1.PrefillHeaderH\x00\x12!\n\x02kv\x18\x02 \x01(\x0b\x32\x13.griffin.v1.KvChunkH\x00\x12+\n\x07\x65xperts\x18\x03 \x01(\x0b\x32\x18.griffin.v1.LayerExpertsH\x00\x12/\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1b.griffin.v1.PrefillFinishedH\x00\x42\x07\n\x05\x65vent\"\x82\x03\n\rPrefillHeader\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x10\n\x08kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\x10\n\x08\x66\x66_width\x18\x05 \x01(\r\x12\r\n\x05width\x18\x06 \x01(\r\x12\'\n\x07kv_type\x18\x07 \x01(\x0e\x32\x16.griffin.v1.TensorType\x12\x0e\n\x06tokens\x18\x08 \x01(\r\x12\x1d\n\x11\x65xperts_per_layer\x18\t \x01(\rB\x02\x18\x01\x12(\n\ttransport\x18\n \x01(\x0e\x32\x15.griffin.v1.Transport\x12\r\n\x05proof\x18\x0b \x01(\x0c\x12*\n\x0bproof_place\x18\x0c \x01(\x0b\x32\x15.griffin.v1.CudaPlace\x12\x18\n\x10protocol_version\x18\r \x01(\r\x12\x19\n\rexpert_counts\x18\x0e \x03(\rB\x02\x18\x01\x12\x0f\n\x07\x65xperts\x18\x0f \x01(\x04\"\x8f\x01\n\x07KvChunk\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x1c\n\x14segment_offset_bytes\x18\x05 \x01(\x04\x12$\n\x05place\x18\x06 \x01(\x0b\x32\x15.griffin.v1.CudaPlace\"\x83\x01\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\t\n\x01s\x18\x02 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x03 \x01(\x0c\x12\x0f\n\x07squares\x18\x04 \x01(\x0c\x12\x0e\n\x06values\x18\x05 \x01(\x0c\x12\x0c\n\x04\x62ias\x18\x06 \x01(\x0c\x12\x0c\n\x04into\x18\x07 \x01(\x0c\x12\x0b\n\x03out\x18\x08 \x01(\x0c\"q\n\x0fPrefillFinished\x12\x13\n\x0blast_hidden\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x07\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x13\n\x0bselection_s\x18\x05 \x01(\x01*u\n\nTensorType\x12\x1b\n\x17TENSOR_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13TENSOR_TYPE_FLOAT32\x10\x01\x12\x18\n\x14TENSOR_TYPE_BFLOAT16\x10\x02\x12\x17\n\x13TENSOR_TYPE_FLOAT16\x10\x03*t\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x14\n\x10TRANSPORT_CHUNKS\x10\x01\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x02\x12\x19\n\x15TRANSPORT_CUDA_MEMORY\x10\x03\x32V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.griffin.v1.PrefillRequest\x1a\x1b.griffin.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,30 +42,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHAREDMEMORYOFFER'].fields_by_name['name']._serialized_options = b'\030\001'
   _globals['_PREFILLHEADER'].fields_by_name['experts_per_layer']._loaded_options = None
   _globals['_PREFILLHEADER'].fields_by_name['experts_per_layer']._serialized_options = b'\030\001'
-  _globals['_TENSORTYPE']._serialized_start=1678
-  _globals['_TENSORTYPE']._serialized_end=1795
-  _globals['_TRANSPORT']._serialized_start=1797
-  _globals['_TRANSPORT']._serialized_end=1913
+  _globals['_PREFILLHEADER'].fields_by_name['expert_counts']._loaded_options = None
+  _globals['_PREFILLHEADER'].fields_by_name['expert_counts']._serialized_options = b'\030\001'
+  _globals['_TENSORTYPE']._serialized_start=1871
+  _globals['_TENSORTYPE']._serialized_end=1988
+  _globals['_TRANSPORT']._serialized_start=1990
+  _globals['_TRANSPORT']._serialized_end=2106
   _globals['_PREFILLREQUEST']._serialized_start=70
-  _globals['_PREFILLREQUEST']._serialized_end=438
-  _globals['_EXPERTSELECTION']._serialized_start=441
-  _globals['_EXPERTSELECTION']._serialized_end=587
-  _globals['_SHAREDMEMORYOFFER']._serialized_start=589
-  _globals['_SHAREDMEMORYOFFER']._serialized_end=677
-  _globals['_CUDAMEMORYOFFER']._serialized_start=679
-  _globals['_CUDAMEMORYOFFER']._serialized_end=713
-  _globals['_CUDAPLACE']._serialized_start=715
-  _globals['_CUDAPLACE']._serialized_end=785
-  _globals['_PREFILLRESPONSE']._serialized_start=788
-  _globals['_PREFILLRESPONSE']._serialized_end=988
-  _globals['_PREFILLHEADER']._serialized_start=991
-  _globals['_PREFILLHEADER']._serialized_end=1356
-  _globals['_KVCHUNK']._serialized_start=1359
-  _globals['_KVCHUNK']._serialized_end=1502
-  _globals['_LAYEREXPERTS']._serialized_start=1504
-  _globals['_LAYEREXPERTS']._serialized_end=1561
-  _globals['_PREFILLFINISHED']._serialized_start=1563
-  _globals['_PREFILLFINISHED']._serialized_end=1676
-  _globals['_PREFILLSERVICE']._serialized_start=1915
-  _globals['_PREFILLSERVICE']._serialized_end=2001
+  _globals['_PREFILLREQUEST']._serialized_end=466
+  _globals['_EXPERTSELECTION']._serialized_start=469
+  _globals['_EXPERTSELECTION']._serialized_end=684
+  _globals['_SHAREDMEMORYOFFER']._serialized_start=686
+  _globals['_SHAREDMEMORYOFFER']._serialized_end=774
+  _globals['_CUDAMEMORYOFFER']._serialized_start=776
+  _globals['_CUDAMEMORYOFFER']._serialized_end=810
+  _globals['_CUDAPLACE']._serialized_start=812
+  _globals['_CUDAPLACE']._serialized_end=882
+  _globals['_PREFILLRESPONSE']._serialized_start=885
+  _globals['_PREFILLRESPONSE']._serialized_end=1085
+  _globals['_PREFILLHEADER']._serialized_start=1088
+  _globals['_PREFILLHEADER']._serialized_end=1474
+  _globals['_KVCHUNK']._serialized_start=1477
+  _globals['_KVCHUNK']._serialized_end=1620
+  _globals['_LAYEREXPERTS']._serialized_start=1623
+  _globals['_LAYEREXPERTS']._serialized_end=1754
+  _globals['_PREFILLFINISHED']._serialized_start=1756
+  _globals['_PREFILLFINISHED']._serialized_end=1869
+  _globals['_PREFILLSERVICE']._serialized_start=2108
+  _globals['_PREFILLSERVICE']._serialized_end=2194
 # @@protoc_insertion_point(module_scope)

@@ -95,6 +95,7 @@ class PrefillRequest(_message.Message):
     OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     NEWEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     SELECTION_FIELD_NUMBER: _builtins.int
+    CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """GetModelInfo's fingerprint of the caller's model."""
     @_builtins.property
@@ -133,6 +134,8 @@ class PrefillRequest(_message.Message):
     Griffin 0.2 send neither field, which reads as 0.
     """
     newest_protocol_version: _builtins.int
+    calibration_digest: _builtins.str
+    """The digest of the caller's calibration of the model (see GetModelInfo); empty if it has none."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """T token ids, each in [0, V); T in [1, context length]."""
@@ -162,10 +165,11 @@ class PrefillRequest(_message.Message):
         oldest_protocol_version: _builtins.int = ...,
         newest_protocol_version: _builtins.int = ...,
         selection: Global___ExpertSelection | None = ...,
+        calibration_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "selection", b"selection", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_memory", b"cuda_memory", "density", b"density", "model_fingerprint", b"model_fingerprint", "newest_protocol_version", b"newest_protocol_version", "oldest_protocol_version", b"oldest_protocol_version", "policy", b"policy", "seed", b"seed", "selection", b"selection", "shared_memory", b"shared_memory", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration_digest", b"calibration_digest", "cuda_memory", b"cuda_memory", "density", b"density", "model_fingerprint", b"model_fingerprint", "newest_protocol_version", b"newest_protocol_version", "oldest_protocol_version", b"oldest_protocol_version", "policy", b"policy", "seed", b"seed", "selection", b"selection", "shared_memory", b"shared_memory", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -181,12 +185,18 @@ class ExpertSelection(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    CORRECTION_FIELD_NUMBER: _builtins.int
+    CORRECTION_RANK_FIELD_NUMBER: _builtins.int
     policy: _generation_pb2.SelectionPolicy.ValueType
     """Default: TOPK."""
     density: _builtins.float
     """Fraction of the FF neurons of each layer, in (0, 1]."""
     seed: _builtins.int
     """Seeds the policies that draw."""
+    correction: _generation_pb2.Correction.ValueType
+    """What stands in for the other neurons. Default: NONE."""
+    correction_rank: _builtins.int
+    """The rank of a RESIDUAL, in [1, 256]."""
     @_builtins.property
     def parameters(self) -> _generation_pb2.SelectionParameters:
         """What the request says beside these."""
@@ -198,10 +208,12 @@ class ExpertSelection(_message.Message):
         density: _builtins.float = ...,
         seed: _builtins.int = ...,
         parameters: _generation_pb2.SelectionParameters | None = ...,
+        correction: _generation_pb2.Correction.ValueType = ...,
+        correction_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "parameters", b"parameters", "policy", b"policy", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "policy", b"policy", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +372,7 @@ class PrefillHeader(_message.Message):
     PROOF_PLACE_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     EXPERT_COUNTS_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     layers: _builtins.int
     """L."""
@@ -390,11 +403,14 @@ class PrefillHeader(_message.Message):
     """
     protocol_version: _builtins.int
     """The version of this protocol in which the server answers."""
+    experts: _builtins.int
+    """The number of experts of all layers together, in [L, L * F]."""
     @_builtins.property
     def proof_place(self) -> Global___CudaPlace: ...
     @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def expert_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each of the L layers the number K of its experts, in [1, F]."""
+        """Of protocol version 2; `experts` says the sum since version 3, and `LayerExperts` the rest."""
 
     def __init__(
         self,
@@ -413,10 +429,11 @@ class PrefillHeader(_message.Message):
         proof_place: Global___CudaPlace | None = ...,
         protocol_version: _builtins.int = ...,
         expert_counts: _abc.Iterable[_builtins.int] | None = ...,
+        experts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof_place", b"proof_place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "kv_type", b"kv_type", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "proof", b"proof", "proof_place", b"proof_place", "protocol_version", b"protocol_version", "tokens", b"tokens", "transport", b"transport", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_counts", b"expert_counts", "experts", b"experts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "kv_type", b"kv_type", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "proof", b"proof", "proof_place", b"proof_place", "protocol_version", b"protocol_version", "tokens", b"tokens", "transport", b"transport", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,22 +493,45 @@ class LayerExperts(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     S_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    SQUARES_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    INTO_FIELD_NUMBER: _builtins.int
+    OUT_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """In [0, L)."""
     s: _builtins.bytes
     """The statistic: F float32, little-endian."""
     experts: _builtins.bytes
-    """The expert set: K int32 (the layer's `expert_counts`), little-endian, ascending, each in [0, F)."""
+    """The expert set: K int32, little-endian, ascending, each in [0, F); K in [1, F]."""
+    squares: _builtins.bytes
+    """The sums over the prompt of each neuron's squared activation: F float32, little-endian."""
+    values: _builtins.bytes
+    """The sums over the prompt of each neuron's activation: F float32, little-endian."""
+    bias: _builtins.bytes
+    """The correction for the other neurons, b + (x A^T) B for the FF's normalized input x; nothing if the
+    selection asks for none or the prompt is too short. All values have the type of the KV.
+    b: D values.
+    """
+    into: _builtins.bytes
+    """A: [r, D] values; empty for a bias alone."""
+    out: _builtins.bytes
+    """B: [r, D] values; empty for a bias alone."""
     def __init__(
         self,
         *,
         layer: _builtins.int = ...,
         s: _builtins.bytes = ...,
         experts: _builtins.bytes = ...,
+        squares: _builtins.bytes = ...,
+        values: _builtins.bytes = ...,
+        bias: _builtins.bytes = ...,
+        into: _builtins.bytes = ...,
+        out: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "layer", b"layer", "s", b"s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "experts", b"experts", "into", b"into", "layer", b"layer", "out", b"out", "s", b"s", "squares", b"squares", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,8 +549,8 @@ class PrefillFinished(_message.Message):
     last_hidden: _builtins.bytes
     """Output of the last layer at the last token after the final norm: D float32, little-endian."""
     checksum: _builtins.int
-    """CRC-32 (IEEE 802.3) over the KV, `s` and `experts` bytes in the order they were sent, and
-    `last_hidden` after them. For CUDA_MEMORY a chunk's KV counts as the 8 bytes, little-endian, of
+    """CRC-32 (IEEE 802.3) over the KV bytes and those of each `LayerExperts`, its fields in the order of
+    their numbers, in the order they were sent, and `last_hidden` after them. For CUDA_MEMORY a chunk's KV counts as the 8 bytes, little-endian, of
     the sum modulo 2^64 of its values, each read as a signed integer of its size: it shows that
     memory was not written or is not the one meant, not that values changed places.
     """

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """The prompt phase: dense, with the statistic of every FF neuron.
+    """The prompt phase: dense, with the statistics of every FF neuron.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class PrefillServiceStub:
 
 
 class PrefillServiceServicer:
-    """The prompt phase: dense, with the statistic of every FF neuron.
+    """The prompt phase: dense, with the statistics of every FF neuron.
     """
 
     def Prefill(self, request, context):
@@ -51,8 +51,8 @@ class PrefillServiceServicer:
         each layer `KvChunk`s in rising token order and then its `LayerExperts` (chunks of several
         layers may interleave); one `PrefillFinished`.
         INVALID_ARGUMENT    a field is out of range
-        FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` is
-        not this server's; nothing was computed
+        FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` or
+        `calibration_digest` is not this server's; nothing was computed
         RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
         ABORTED             the reader did not read for the server's `--reader-timeout-s`
         UNAVAILABLE         the server is shutting down
@@ -78,7 +78,7 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """The prompt phase: dense, with the statistic of every FF neuron.
+    """The prompt phase: dense, with the statistics of every FF neuron.
     """
 
     @staticmethod

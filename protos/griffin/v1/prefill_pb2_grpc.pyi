@@ -31,7 +31,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PrefillServiceStub:
-    """The prompt phase: dense, with the statistic of every FF neuron."""
+    """The prompt phase: dense, with the statistics of every FF neuron."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,8 +42,8 @@ class PrefillServiceStub:
     each layer `KvChunk`s in rising token order and then its `LayerExperts` (chunks of several
     layers may interleave); one `PrefillFinished`.
       INVALID_ARGUMENT    a field is out of range
-      FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` is
-                          not this server's; nothing was computed
+      FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` or
+                          `calibration_digest` is not this server's; nothing was computed
       RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
       ABORTED             the reader did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the server is shutting down
@@ -51,7 +51,7 @@ class PrefillServiceStub:
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
-    """The prompt phase: dense, with the statistic of every FF neuron."""
+    """The prompt phase: dense, with the statistics of every FF neuron."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]  # type: ignore[assignment]
@@ -59,15 +59,15 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     each layer `KvChunk`s in rising token order and then its `LayerExperts` (chunks of several
     layers may interleave); one `PrefillFinished`.
       INVALID_ARGUMENT    a field is out of range
-      FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` is
-                          not this server's; nothing was computed
+      FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` or
+                          `calibration_digest` is not this server's; nothing was computed
       RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
       ABORTED             the reader did not read for the server's `--reader-timeout-s`
       UNAVAILABLE         the server is shutting down
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The prompt phase: dense, with the statistic of every FF neuron."""
+    """The prompt phase: dense, with the statistics of every FF neuron."""
 
     @_abc_1.abstractmethod
     def Prefill(
@@ -79,8 +79,8 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         each layer `KvChunk`s in rising token order and then its `LayerExperts` (chunks of several
         layers may interleave); one `PrefillFinished`.
           INVALID_ARGUMENT    a field is out of range
-          FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` is
-                              not this server's; nothing was computed
+          FAILED_PRECONDITION no protocol version is common to both sides, or `model_fingerprint` or
+                              `calibration_digest` is not this server's; nothing was computed
           RESOURCE_EXHAUSTED  too many prefills wait (`RetryInfo`)
           ABORTED             the reader did not read for the server's `--reader-timeout-s`
           UNAVAILABLE         the server is shutting down

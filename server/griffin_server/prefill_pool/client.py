@@ -134,7 +134,8 @@ class PrefillClient:
         reader = HandoffReader(shape, importer, self._offers.fallback(shape))
         call: Any = None
         try:
-            request = prefill_request(task, shape.fingerprint, (OLDEST, NEWEST))
+            digest = self._model.decoder.calibration_digest
+            request = prefill_request(task, shape.fingerprint, digest, (OLDEST, NEWEST))
             importer.offer(request)
             metadata = ((REQUEST_ID_KEY, request_id_var.get()), *trace)
             call = stub.Prefill(request, timeout=timeout_s, metadata=metadata)

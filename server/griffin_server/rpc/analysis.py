@@ -67,7 +67,9 @@ def analyze_in_process(
         InvalidRequest: a field is out of range; the error names the field, value and range.
     """
     decoder, tokenizer = model.decoder, model.tokenizer
-    task = analyze_task(request, tokenizer, decoder.spec, base=base)
+    task = analyze_task(
+        request, tokenizer, decoder.spec, base=base, calibration=decoder.calibration
+    )
     yield started_to_pb(task, tokenizer, decoder.spec, request.request_id)
     for event in prefill(decoder, task.token_ids, task.selection, watch=task.watch):
         if isinstance(event, LayerActivations | LayerExperts):

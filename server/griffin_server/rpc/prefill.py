@@ -64,7 +64,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 f"model_fingerprint: got {request.model_fingerprint[:80]!r}; this server holds "
                 f"{model.name} with fingerprint {model.fingerprint}"
             )
-        task = replace(prefill_task(request, model.decoder.spec), owner=principal_var.get().name)
+        own_digest = model.decoder.calibration_digest
+        if request.calibration_digest != own_digest:
+            raise FingerprintMismatch(
+                f"calibration_digest: got {request.calibration_digest[:80]!r}; this server's "
+                f"calibration of {model.name} has {own_digest!r}; give both servers the same file"
+            )
+        task = prefill_task(request, model.decoder.spec, model.decoder.calibration)
+        task = replace(task, owner=principal_var.get().name)
         audit().prompt_tokens = len(task.token_ids)
         shape = handoff_shape(model, task)
         exporter = await asyncio.to_thread(

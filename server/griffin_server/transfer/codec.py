@@ -9,6 +9,7 @@ import torch
 
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.errors import CapacityExhausted, FingerprintMismatch, HandoffBroken
+from griffin_core.experts.correction import LayerCorrection
 from griffin_core.experts.expert_set import pack_indices, unpack_indices
 from griffin_core.forward.events import (
     LayerExperts,
@@ -16,7 +17,12 @@ from griffin_core.forward.events import (
     PrefillEvent,
     PrefillFinished,
 )
-from griffin_server.rpc.messages.tensors import pack_floats, unpack_floats
+from griffin_server.rpc.messages.tensors import (
+    pack_floats,
+    pack_tensor,
+    unpack_floats,
+    unpack_tensor,
+)
 from griffin_server.transfer import protocol
 from griffin_server.transfer.base import KvExporter, KvImporter, check_finite
 from griffin_server.transfer.messages import MessagesImporter
@@ -58,7 +64,7 @@ class HandoffWriter:
             width=shape.width,
             kv_type=TENSOR_TYPES[shape.dtype],
             tokens=shape.tokens,
-            expert_counts=shape.expert_counts,
+            experts=shape.experts,
             protocol_version=self._version,
             transport=self._exporter.transport,
         )
@@ -75,10 +81,20 @@ class HandoffWriter:
         """The message for a layer's statistic and experts."""
         # They are computed already, and the copy must not wait for the model's stream.
         with torch.cuda.stream(self._exporter.stream):
-            s = pack_floats(event.s2.sqrt())
-            experts = pack_indices(event.experts)
-        self._crc = zlib.crc32(experts, zlib.crc32(s, self._crc))
-        return pb.PrefillResponse(experts=pb.LayerExperts(layer=event.layer, s=s, experts=experts))
+            s2, squares, values = event.sums.unbind()
+            message = pb.LayerExperts(
+                layer=event.layer,
+                s=pack_floats(s2.sqrt()),
+                experts=pack_indices(event.experts),
+                squares=pack_floats(squares),
+                values=pack_floats(values),
+            )
+            if (own := event.correction) is not None:
+                message.bias = pack_tensor(own.bias)
+                if own.into is not None and own.out is not None:
+                    message.into, message.out = pack_tensor(own.into), pack_tensor(own.out)
+        self._crc = _crc_of(message, self._crc)
+        return pb.PrefillResponse(experts=message)
 
     def finished(self, event: PrefillFinished, queue_s: float) -> pb.PrefillResponse:
         """The last message, with the checksum of the whole handoff."""
@@ -94,6 +110,21 @@ class HandoffWriter:
                 selection_s=event.selection_s,
             )
         )
+
+
+def _crc_of(message: pb.LayerExperts, crc: int) -> int:
+    """Continues a checksum over the fields of a message, in the order of their numbers."""
+    for data in (
+        message.s,
+        message.experts,
+        message.squares,
+        message.values,
+        message.bias,
+        message.into,
+        message.out,
+    ):
+        crc = zlib.crc32(data, crc)
+    return crc
 
 
 class HandoffReader:
@@ -174,7 +205,7 @@ class HandoffReader:
             "ff_width": header.ff_width,
             "width": header.width,
             "tokens": header.tokens,
-            "expert_counts": tuple(header.expert_counts),
+            "experts": header.experts,
         }
         differ = [name for name, given in theirs.items() if given != getattr(shape, name)]
         if header.kv_type != TENSOR_TYPES[shape.dtype]:
@@ -202,15 +233,57 @@ class HandoffReader:
         return event
 
     def _experts(self, message: pb.LayerExperts) -> LayerExperts:
-        self._crc = zlib.crc32(message.experts, zlib.crc32(message.s, self._crc))
-        experts = unpack_indices(
-            message.experts, self._shape.ff_width, f"experts of layer {message.layer}"
+        self._crc = _crc_of(message, self._crc)
+        width, layer = self._shape.ff_width, message.layer
+        experts = unpack_indices(message.experts, width, f"experts of layer {layer}")
+        sums = []
+        for name, data in (
+            ("s", message.s),
+            ("squares", message.squares),
+            ("values", message.values),
+        ):
+            values = unpack_floats(data)
+            if len(values) != width:
+                raise ValueError(f"{name} of layer {layer}: got {len(values)}; allowed: {width}")
+            check_finite(values, name)
+            sums.append(values)
+        sums[0] = sums[0].square()
+        event = LayerExperts(
+            layer=layer,
+            sums=torch.stack(sums),
+            experts=experts,
+            correction=self._correction(message),
         )
-        s2 = unpack_floats(message.s).square()
-        event = LayerExperts(layer=message.layer, s2=s2, experts=experts)
         self._progress.experts(event)
-        check_finite(s2, "s")
         return event
+
+    def _correction(self, message: pb.LayerExperts) -> LayerCorrection | None:
+        """The correction of a layer, of no higher rank than was asked for; None if it has none.
+
+        Raises:
+            ValueError: its shape is another.
+        """
+        given = {"bias": message.bias, "into": message.into, "out": message.out}
+        if not any(given.values()):
+            return None
+        shape, most = self._shape, self._shape.correction
+        vector = shape.width * shape.dtype.itemsize
+        ranks = [len(given[name]) // vector for name in ("into", "out")]
+        fits = all(len(data) % vector == 0 for data in given.values())
+        whole = fits and len(given["bias"]) == vector and len(set(ranks)) == 1
+        if most.kind == "none" or not whole or ranks[0] > most.rank:
+            sizes = ", ".join(f"{len(data)} bytes of {name}" for name, data in given.items())
+            raise ValueError(
+                f"correction of layer {message.layer}: got {sizes}; allowed: {most.kind} of rank "
+                f"up to {most.rank}, each vector {vector} bytes"
+            )
+        read = {name: unpack_tensor(data, shape.dtype) for name, data in given.items() if data}
+        for name, values in read.items():
+            check_finite(values, name)
+        maps = {
+            name: read[name].view(ranks[0], shape.width) for name in ("into", "out") if ranks[0]
+        }
+        return LayerCorrection(bias=read["bias"], **maps)
 
     def _finished(self, message: pb.PrefillFinished) -> PrefillFinished:
         self._crc = zlib.crc32(message.last_hidden, self._crc)

@@ -15,6 +15,7 @@ class Progress:
         self._shape = shape
         self._tokens = [0] * shape.layers
         self._chosen = [False] * shape.layers
+        self._experts_left = shape.experts
 
     def kv(self, event: LayerKv) -> None:
         """Takes note of KV.
@@ -38,13 +39,10 @@ class Progress:
         Raises:
             HandoffBroken: they came before, or are not as many as they should be.
         """
-        layer, shape = self._layer(event.layer), self._shape
-        k = shape.expert_counts[layer]
-        if event.experts.numel() != k or event.s2.numel() != shape.ff_width:
-            raise HandoffBroken(
-                f"handoff: layer {layer} has {event.experts.numel()} experts of "
-                f"{event.s2.numel()} neurons; expected {k} of {shape.ff_width}"
-            )
+        layer = self._layer(event.layer)
+        self._experts_left -= event.experts.numel()
+        if self._experts_left < 0:
+            raise HandoffBroken(f"handoff: got over {self._shape.experts} experts")
         if self._chosen[layer]:
             raise HandoffBroken(f"handoff: the experts of layer {layer} came twice")
         self._chosen[layer] = True
@@ -55,6 +53,11 @@ class Progress:
         Raises:
             HandoffBroken: something has not come.
         """
+        if all(self._chosen) and self._experts_left:
+            raise HandoffBroken(
+                f"handoff: got {self._shape.experts - self._experts_left} of "
+                f"{self._shape.experts} experts"
+            )
         if not all(self._chosen) or min(self._tokens) < self._shape.tokens:
             raise HandoffBroken(
                 f"handoff: finished with the experts of {sum(self._chosen)} of "

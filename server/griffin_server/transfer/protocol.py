@@ -9,9 +9,9 @@ from __future__ import annotations
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.errors import ProtocolMismatch
 
-OLDEST, NEWEST = 2, 2
-"""The versions that this build understands. Version 2: experts are counted by layer, and their
-selection is a message."""
+OLDEST, NEWEST = 3, 3
+"""The versions that this build understands. Version 3: layers come with three sums and may have a
+correction, and the prompt decides how many experts each of them has."""
 
 
 def negotiate(request: pb.PrefillRequest) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from griffin_core.engine.task import PrefillTask
+from griffin_core.experts.correction import NO_CORRECTION, CorrectionParams
 from griffin_core.model.load import Model
 
 
@@ -16,7 +17,8 @@ class HandoffShape:
 
     Args:
         tokens: T, the tokens of this prompt.
-        expert_counts: K of each layer.
+        experts: the number of experts of all layers together.
+        correction: what stands in for the other neurons, if the prompt is long enough.
     """
 
     fingerprint: str
@@ -27,7 +29,8 @@ class HandoffShape:
     width: int
     dtype: torch.dtype
     tokens: int
-    expert_counts: tuple[int, ...]
+    experts: int
+    correction: CorrectionParams = NO_CORRECTION
 
     @property
     def token_bytes(self) -> int:
@@ -40,11 +43,13 @@ class HandoffShape:
         return self.layers * self.tokens * self.token_bytes
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """The bytes of a complete handoff: KV, statistic, experts, last hidden state."""
+        """The most bytes of a complete handoff: KV, statistics, experts, correction, last hidden
+        state."""
         return {
             "kv": self.kv_bytes,
-            "statistic": self.layers * self.ff_width * 4,
-            "experts": 4 * sum(self.expert_counts),
+            "statistic": self.layers * self.ff_width * 12,
+            "experts": 4 * self.experts,
+            "correction": self.correction.nbytes(self.layers, self.width, self.dtype.itemsize),
             "hidden": self.width * 4,
         }
 
@@ -61,5 +66,6 @@ def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
         width=spec.hidden_size,
         dtype=model.decoder.dtype,
         tokens=len(task.token_ids),
-        expert_counts=task.selection.expert_counts(len(spec.layers), spec.intermediate_size),
+        experts=len(spec.layers) * task.selection.count(spec.intermediate_size),
+        correction=task.selection.correction,
     )

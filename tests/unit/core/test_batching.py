@@ -52,6 +52,7 @@ from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
 from griffin_core.slim.views import WholeView
 from griffin_core.slim.zeroed import RowMasks, ZeroedLayers
+from tests.calibrations import calibrate
 from tests.servers import eventually
 from tests.tiny import MODELS
 from tests.unit.core.engines import Inbox, at_baseline, complete, engine, finish, submit
@@ -70,7 +71,9 @@ def random_task(number: int) -> GenerateTask:
         ),
         stopping=StoppingParams(max_tokens=draw.randrange(1, 40), ignore_eos=True),
         pruning=PruningParams(
-            density=draw.choice((1.0, 0.5, 0.25, 0.01)), policy=draw.choice(POLICIES)
+            density=draw.choice((1.0, 0.5, 0.25, 0.01)),
+            policy=draw.choice(POLICIES),
+            correction=draw.choice(("none", "bias")),
         ),
     )
 
@@ -351,7 +354,13 @@ def test_a_reader_that_stops_is_ended_after_the_stated_time(model: Model) -> Non
 @pytest.fixture
 def bfloat16(tiny_directory: Callable[[str], Path]) -> Callable[[str], Model]:
     """Name of ``tests.tiny.MODELS`` -> the model in bfloat16."""
-    return lambda name: load_model(str(tiny_directory(name)), dtype=torch.bfloat16)
+
+    def load(name: str) -> Model:
+        model = load_model(str(tiny_directory(name)), dtype=torch.bfloat16)
+        calibrate(model.decoder)
+        return model
+
+    return load
 
 
 def probe(number: int) -> GenerateTask | ScoreTask:

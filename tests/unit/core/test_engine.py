@@ -287,10 +287,10 @@ def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
     model: Model,
 ) -> None:
     tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
-    # The statistic of a kept session is as large as the KV of 1.4 tokens.
-    limits = Limits(session_bytes=102 * tokens, idle_bytes=102 * tokens)
+    # The statistics of a kept session are as large as the KV of 4.1 tokens.
+    limits = Limits(session_bytes=105 * tokens, idle_bytes=105 * tokens)
     with engine(model, limits=limits) as running:
-        kept = task(29, keep=True)  # 49 of 102 tokens
+        kept = task(29, keep=True)  # 49 of 105 tokens
         complete(running, kept)
         live, large = task(31), task(40)  # 51, and 60: more than there is beside either
         later = task(1, prompt=(1,), continues=kept.turn_id)
@@ -301,9 +301,9 @@ def test_a_waiting_turn_of_a_kept_session_does_not_block_who_waits_before_it(
 
 def test_kept_sessions_that_block_one_another_give_way(model: Model) -> None:
     tokens = kv_bytes(model.decoder.spec, torch.float32, 1)
-    limits = Limits(max_sessions=1, session_bytes=100 * tokens, idle_bytes=100 * tokens)
+    limits = Limits(max_sessions=1, session_bytes=104 * tokens, idle_bytes=104 * tokens)
     with engine(model, limits=limits) as running:
-        kept = [task(20, keep=True) for _ in range(2)]  # 40 of 100 tokens each
+        kept = [task(20, keep=True) for _ in range(2)]  # 44 of 104 tokens each
         for each in kept:
             complete(running, each)
         submit(running, task(12, prompt=(1, 2)))

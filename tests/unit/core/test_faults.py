@@ -272,7 +272,7 @@ def test_a_step_that_fails_is_run_again_and_changes_no_token(
 def test_a_session_whose_client_was_told_it_is_kept_is_kept(model: Model) -> None:
     """Also when others whose next turn waits hold all that idle ones may."""
     spec = model.decoder.spec
-    one = kv_bytes(spec, torch.float32, 10) + 4 * len(spec.layers) * spec.intermediate_size
+    one = kv_bytes(spec, torch.float32, 10) + 12 * len(spec.layers) * spec.intermediate_size
     limits = Limits(idle_bytes=2 * one, max_sessions=1)
     with engine(model, prefill_source=None, limits=limits) as running:
         kept = [task(2, first=20 * n, keep=True) for n in range(2)]

@@ -20,6 +20,7 @@ from griffin_core.engine.reservation import Reservation
 from griffin_core.engine.session import Clock, Session
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
 from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.slim.blocks import BlockTable
@@ -63,10 +64,10 @@ class House:
         session.clock = Clock()
         if s2 is None:
             s2 = torch.rand((L, F), generator=torch.Generator().manual_seed(seed))
-        session.s2 = s2
+        session.statistics = Statistics.of_score(s2)
         magnitude = self._model.decoder.magnitudes
         session.slim = select_experts(s2, session.selection, magnitude=magnitude)
-        k = session.selection.expert_counts(L, F)
+        k = session.selection.most_counts(L, F)
         session.reservation = Reservation(
             kv=0,
             zeroed=self.views.zeroed_bytes(k),
@@ -206,7 +207,7 @@ def test_a_group_keeps_its_view_when_its_set_changes_and_the_set_when_it_hardly_
     first, second = house.add(1, "shared"), house.add(2, "shared")
     house.step(3 * STEPS_HELD)
     view, layers, experts = first.view, list(first.view.layers), first.view.slim
-    same = house.add(3, "shared", s2=first.s2 + second.s2)
+    same = house.add(3, "shared", s2=first.statistics.s2 + second.statistics.s2)
     house.step(2 * STEPS_HELD)
     assert same.view is view and view.slim is experts
     assert all(one is other for one, other in zip(view.layers, layers, strict=True))

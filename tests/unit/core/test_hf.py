@@ -25,7 +25,7 @@ from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest, UnknownFamily
 from griffin_core.experts.policies import POLICIES, PolicyName
 from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.experts.statistic import group_score
+from griffin_core.experts.statistic import Statistics, group_score
 from griffin_core.forward.events import (
     LayerExperts,
 )
@@ -325,10 +325,13 @@ def test_a_padded_batch_generates_what_each_prompt_does_on_these_experts(
 
 @pytest.mark.parametrize("name", OURS)
 def test_greedy_tokens_and_scores_are_the_engines_by_every_policy(
-    name: str, tiny: Callable[[str], Model], hf: Callable[[str], PreTrainedModel]
+    name: str,
+    tiny: Callable[[str], Model],
+    hf: Callable[[str], PreTrainedModel],
 ) -> None:
     model, prompt, continuation = hf(name), IDS[0, :19], IDS[1, :8]
     whole = torch.cat([prompt, continuation])
+    calibration = tiny(name).decoder.calibration
     with engine(tiny(name), prefill_source=None) as running:
         for policy in POLICIES:
             pruning = PruningParams(density=0.5, policy=policy)
@@ -346,7 +349,10 @@ def test_greedy_tokens_and_scores_are_the_engines_by_every_policy(
             )
             tokens, _ = complete(running, task)
             _, scored = complete(running, score)
-            with sparsify(model, prompt, density=0.5, policy=policy, seed=11), torch.no_grad():
+            chosen = sparsify(
+                model, prompt, density=0.5, policy=policy, seed=11, calibration=calibration
+            )
+            with chosen, torch.no_grad():
                 assert greedy(model, prompt[None], 16)[0].tolist() == tokens, policy
                 logprobs = model(whole[None]).logits[0].log_softmax(dim=1)[len(prompt) - 1 : -1]
             expected = logprobs.gather(1, continuation[:, None])[:, 0]
@@ -365,22 +371,34 @@ def test_statistic_and_experts_are_the_engines(
 ) -> None:
     selection = Selection(density=0.37, policy=policy, seed=2**63 + 5)
     decoder = tiny(name).decoder
+    calibration = decoder.calibration
     layers = [
         [e for e in prefill(decoder, ids.tolist(), selection) if isinstance(e, LayerExperts)]
         for ids in IDS
     ]
-    options: dict[str, Any] = {"density": 0.37, "policy": policy, "seed": 2**63 + 5}
-    s2s = []
+    options: dict[str, Any] = {
+        "density": 0.37,
+        "policy": policy,
+        "seed": 2**63 + 5,
+        "calibration": calibration,
+    }
+    read = []
     for ids, ours in zip(IDS, layers, strict=True):
         with sparsify(hf(name), ids, **options) as chosen:
             pass
         s = torch.stack([layer.s2 for layer in ours]).sqrt()
         torch.testing.assert_close(chosen.s[0].float(), s, rtol=1e-4, atol=1e-5)
-        assert torch.equal(chosen.experts.table, torch.stack([e.experts for e in ours]))
-        s2s.append(s.square())
+        assert torch.equal(chosen.experts.experts, torch.cat([e.experts for e in ours]))
+        read.append(torch.stack([layer.sums for layer in ours], dim=1))
     with sparsify(hf(name), IDS, **options) as group:
         pass
-    expected = select_experts(group_score(s2s).square(), selection, magnitude=decoder.magnitudes)
+    square = group_score([sums[0] for sums in read]).square()
+    expected = select_experts(
+        Statistics(sums=torch.cat([square[None], sum(read)[1:]]), tokens=IDS.numel()),
+        selection,
+        magnitude=decoder.magnitudes,
+        calibration=calibration,
+    )
     assert torch.equal(group.experts.experts, expected.experts)
 
 

@@ -175,5 +175,5 @@ def test_the_hosts_objects_of_a_kept_session_are_counted(
         complete(running, asked)
         (info,) = running.sessions().result(10)
     spec = model.decoder.spec
-    tensors = kv_bytes(spec, torch.float32, 4) + 4 * len(spec.layers) * spec.intermediate_size
+    tensors = kv_bytes(spec, torch.float32, 4) + 12 * len(spec.layers) * spec.intermediate_size
     assert info.reserved_bytes == tensors + 10_000 + 7 * 4

@@ -15,7 +15,7 @@ from griffin_core.backends.attention import apply_rope
 from griffin_core.backends.cpu.attention import attend_rows
 from griffin_core.backends.cpu.norm import rms_norm
 from griffin_core.backends.cpu.rows import feedforward_row, gemv
-from griffin_core.backends.cpu.statistic import s2_rows
+from griffin_core.backends.cpu.statistic import sums_of_rows
 from griffin_core.backends.cpu.team import runs_kernels
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.model.load import load_model
@@ -169,7 +169,7 @@ def test_scratch_does_not_follow_the_default_dtype(monkeypatch: pytest.MonkeyPat
     try:
         gemv(x, w, None)
         feedforward_row(x, w[None], w, None, None, 0)
-        s2_rows(x)
+        sums_of_rows(x)
         held = weight(2, 1, 4, 8)
         qkv, zero = weight(1, 3, 8), torch.zeros(1, dtype=torch.int64)
         attend_rows(qkv, 1, None, held, zero, zero + 1, window=None, scale=1.0, softcap=None)
@@ -187,14 +187,15 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("tokens", "neurons"), [(1, 1), (3, 67), (37, 300)])
-def test_the_statistic(tokens: int, neurons: int) -> None:
+def test_the_statistics(tokens: int, neurons: int) -> None:
     z = torch.randn(tokens, neurons).bfloat16()
     z[tokens // 2] = 0
     rows = z.double()
     norms = rows.norm(dim=1, keepdim=True)
-    exact = (rows / norms.where(norms > 0, 1.0)).square().sum(dim=0)
-    torch.testing.assert_close(s2_rows(z).double(), exact, rtol=1e-5, atol=1e-9)
-    assert torch.equal(s2_rows(torch.cat((z, z), dim=1)[:, :neurons]), s2_rows(z))
+    s2 = (rows / norms.where(norms > 0, 1.0)).square().sum(dim=0)
+    exact = torch.stack([s2, rows.square().sum(dim=0), rows.sum(dim=0)])
+    torch.testing.assert_close(sums_of_rows(z).double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(sums_of_rows(torch.cat((z, z), dim=1)[:, :neurons]), sums_of_rows(z))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,6 +9,7 @@ import torch
 
 from griffin_core.backends.base import Backend
 from griffin_core.experts.selection import Selection
+from griffin_core.experts.statistic import Statistics
 from griffin_core.forward.events import (
     LayerExperts,
     LayerKv,
@@ -44,6 +45,7 @@ def test_any_chunk_size_gives_the_same_statistic_experts_and_hidden_state(
     chunked = run(tiny(name), ids, chunk_tokens=chunk_tokens)
     for one, other in zip(of(LayerExperts, whole), of(LayerExperts, chunked), strict=True):
         torch.testing.assert_close(one.s2.sqrt(), other.s2.sqrt(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.sums, other.sums, rtol=1e-4, atol=1e-4)
         assert torch.equal(one.experts, other.experts)
     torch.testing.assert_close(
         of(PrefillFinished, whole)[0].last_hidden,
@@ -88,10 +90,12 @@ def test_a_later_turn_adds_to_the_statistic_of_the_earlier(
     whole = of(LayerExperts, run(model, ids))
     cache = model.decoder.new_cache(len(ids))
     first = of(LayerExperts, run(model, ids[:30], cache=cache))
-    s2 = torch.stack([event.s2 for event in first])
-    second = of(LayerExperts, run(model, ids[30:], cache=cache, s2=s2))
+    sums = torch.stack([event.sums for event in first], dim=1)
+    before = Statistics(sums=sums, tokens=30)
+    second = of(LayerExperts, run(model, ids[30:], cache=cache, statistics=before))
     for one, other in zip(whole, second, strict=True):
         torch.testing.assert_close(one.s2.sqrt(), other.s2.sqrt(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.sums, other.sums, rtol=1e-4, atol=1e-4)
         assert torch.equal(one.experts, other.experts)
 
 

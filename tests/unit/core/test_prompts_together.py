@@ -54,13 +54,15 @@ def alone(decoder: Decoder, prompt: Prompt) -> PromptRead:
 
 def assert_same(one: PromptRead, other: PromptRead) -> None:
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-    close(one.s2.sqrt(), other.s2.sqrt())
+    close(one.statistics.s2.sqrt(), other.statistics.s2.sqrt())
+    close(one.statistics.sums[1:], other.statistics.sums[1:], rtol=1e-4, atol=1e-4)
+    assert one.statistics.tokens == other.statistics.tokens
     close(one.finished.last_hidden, other.finished.last_hidden)
     assert torch.equal(one.slim.experts, other.slim.experts)
     assert one.norm_mass == pytest.approx(other.norm_mass, abs=1e-5)
     length = one.prompt.cache.length
     assert length == other.prompt.cache.length
-    for layer in range(len(one.s2)):
+    for layer in range(len(one.slim.counts)):
         close(*(each.prompt.cache.slice(layer, 0, length) for each in (one, other)))
 
 
@@ -79,7 +81,9 @@ def test_a_prompt_of_a_pass_is_what_it_is_alone(name: str, tiny: Callable[[str],
         made = [Prompt(decoder, ids(length, 1), HALF) for length in lengths]
         first = Prompt(decoder, ids(12, 2), HALF, cache=decoder.new_cache(12 + 17))
         before = alone(decoder, first)
-        made.append(Prompt(decoder, ids(17, 3), HALF, cache=first.cache, s2=before.s2))
+        made.append(
+            Prompt(decoder, ids(17, 3), HALF, cache=first.cache, statistics=before.statistics)
+        )
         return made
 
     expected = [alone(decoder, prompt) for prompt in prompts()]
@@ -382,7 +386,7 @@ def test_no_layer_is_told_twice_of_a_prompt_whose_pass_failed_half_way(
             exact = alone(decoder, Prompt(decoder, ids(tokens), HALF))
         torch.testing.assert_close(
             torch.stack([event.s2 for event in got if isinstance(event, LayerExperts)]).sqrt(),
-            exact.s2.sqrt(),
+            exact.statistics.s2.sqrt(),
         )
 
 

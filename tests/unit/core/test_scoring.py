@@ -30,6 +30,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import ScoreMode
+from tests.calibrations import made_up
 from tests.servers import eventually
 from tests.tiny import VOCABULARY
 from tests.unit.core.engines import Busy, at_baseline, complete, engine, finish, submit
@@ -76,7 +77,8 @@ def reference(
     ids = torch.tensor([*task.prompt, *continuation[:-1]])
     chooses = ids[: len(task.prompt)] if task.mode == "generation" else ids[:-1]
     policy: Any = task.pruning.policy
-    with sparsify(model, chooses, density=density, policy=policy, seed=task.seed):
+    options: dict[str, Any] = {"density": density, "policy": policy, "seed": task.seed}
+    with sparsify(model, chooses, calibration=made_up(3, 88), **options):
         logits = model(ids[None]).logits[0]
     logprobs = logits.log_softmax(dim=1)[len(task.prompt) - 1 :]
     return [float(row[token]) for row, token in zip(logprobs, continuation, strict=True)]

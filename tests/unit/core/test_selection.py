@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.experts import densities
 from griffin_core.experts.parameters import SelectionParameters
 from griffin_core.experts.policies import POLICIES, PolicyName
-from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.selection import Selection, default_selection, select_experts
+from griffin_core.experts.statistic import Statistics
+from griffin_core.spec.calibration import Recipe
+from griffin_core.spec.choices import CALIBRATED_POLICIES
+from tests.calibrations import made_up
 
 F = 200
 
@@ -21,6 +23,7 @@ def select(s2: torch.Tensor, policy: PolicyName, density: float, seed: int = 0) 
         torch.stack([s2.flip(0), s2, torch.zeros_like(s2)]),
         Selection(density=density, policy=policy, seed=seed),
         magnitude=lambda: torch.arange(len(s2), 0, -1).float().expand(3, -1),
+        calibration=made_up(3, len(s2)),
     ).layers[1]
 
 
@@ -29,12 +32,12 @@ def select(s2: torch.Tensor, policy: PolicyName, density: float, seed: int = 0) 
     [(1.0, F), (0.5, 100), (0.499, 99), (0.29, 58), (0.001, 1), (1e-9, 1), (0.9999, 199)],
 )
 def test_k_is_floor_of_f_times_density_and_at_least_one(density: float, k: int) -> None:
-    assert Selection(density=density).expert_counts(2, F) == (k, k)
+    assert Selection(density=density).count(F) == k
 
 
 def test_k_is_not_a_victim_of_binary_fractions() -> None:
     # 100 * 0.29 == 28.999999999999996
-    assert Selection(density=0.29).expert_counts(1, 100) == (29,)
+    assert Selection(density=0.29).count(100) == 29
 
 
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])
@@ -50,14 +53,15 @@ def test_every_policy_gives_k_distinct_ascending_indices(
 ) -> None:
     experts = select(torch.rand(F), policy, density)
     assert experts.dtype == torch.int32
-    assert len(experts) == Selection(density=density).expert_counts(1, F)[0]
+    if policy not in CALIBRATED_POLICIES:
+        assert len(experts) == Selection(density=density).count(F)
     assert (experts[1:] > experts[:-1]).all()
     assert experts[0] >= 0 and experts[-1] < F
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_copes_with_a_prompt_that_fired_nothing(policy: PolicyName) -> None:
-    assert len(select(torch.zeros(F), policy, 0.3)) == 60
+    assert 30 <= len(select(torch.zeros(F), policy, 0.3)) <= 120
 
 
 def test_topk_takes_the_largest_and_breaks_ties_by_index() -> None:
@@ -118,7 +122,7 @@ def test_sampled_draws_in_proportion_to_s() -> None:
     torch.testing.assert_close(counts / 3000, expected, atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in CALIBRATED_POLICIES])
 def test_a_layers_set_depends_on_that_layer_alone(policy: PolicyName) -> None:
     def sets(s2: torch.Tensor) -> torch.Tensor:
         selection = Selection(density=0.3, policy=policy, seed=5)
@@ -130,19 +134,72 @@ def test_a_layers_set_depends_on_that_layer_alone(policy: PolicyName) -> None:
     assert torch.equal(sets(s2)[:2], sets(s2[:2]))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_layers_may_have_different_numbers_of_experts(
-    policy: PolicyName, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("policy", CALIBRATED_POLICIES)
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 0.9, 1.0])
+def test_calibrated_policies_keep_as_many_neurons_in_all_and_no_layer_under_half_of_its_share(
+    policy: PolicyName, density: float
 ) -> None:
-    """Each layer has the experts that it would have if all had its number."""
-    s2, counts = torch.rand(3, F), (7, F, 60)
+    selection = Selection(density=density, policy=policy)
+    statistics = Statistics(sums=torch.rand((3, 5, F)) ** 4, tokens=7)
+    slim = select_experts(
+        statistics, selection, magnitude=lambda: statistics.s2, calibration=made_up(5, F)
+    )
+    k = selection.count(F)
+    assert sum(slim.counts) == 5 * k
+    assert min(slim.counts) >= max(1, k / 2)
+    assert (len(set(slim.counts)) > 1) == (density < 1)
 
-    def chosen(*counts: int) -> SlimSpec:
-        monkeypatch.setattr(densities, "expert_counts", lambda *_: counts)
-        selection = Selection(density=0.3, policy=policy, seed=5)
-        return select_experts(s2, selection, magnitude=lambda: s2)
 
-    slim = chosen(*counts)
-    assert slim.counts == counts
-    for layer, k in enumerate(counts):
-        assert torch.equal(slim.layers[layer], chosen(k, k, k).layers[layer])
+def test_sensitive_takes_the_largest_mean_square_times_sensitivity_of_all_layers() -> None:
+    calibration = made_up(3, F, seed=4)
+    sums, tokens = torch.rand((3, 3, F)), 48
+    slim = select_experts(
+        Statistics(sums=sums, tokens=tokens),
+        Selection(density=0.5, policy="sensitive"),
+        magnitude=lambda: sums[0],
+        calibration=calibration,
+    )
+    mean = (sums[1].double() + 16 * calibration.mean_squares.double()) / (tokens + 16)
+    score = mean * calibration.sensitivity.double()
+    taken = slim.mask()
+    # What is left out scores less than every expert of a layer that has more than its floor.
+    above_floor = [layer for layer, count in enumerate(slim.counts) if count > 50]
+    least = min(float(score[layer][taken[layer]].min()) for layer in above_floor)
+    assert float(score.masked_fill(taken, 0).max()) <= least and len(above_floor) >= 2
+    for layer in range(3):
+        kept = score[layer][taken[layer]].min()
+        assert kept >= score[layer][~taken[layer]].max()
+
+
+def test_budgets_do_not_look_at_the_prompt_and_their_experts_do() -> None:
+    calibration = made_up(3, F)
+    one, other = (
+        select_experts(
+            torch.rand(3, F),
+            Selection(density=0.4, policy="topk_budgets"),
+            magnitude=lambda: torch.rand(3, F),
+            calibration=calibration,
+        )
+        for _ in range(2)
+    )
+    assert one.counts == other.counts and len(set(one.counts)) == 3
+    assert not torch.equal(one.experts, other.experts)
+
+
+@pytest.mark.parametrize("policy", CALIBRATED_POLICIES)
+def test_policies_that_read_a_calibration_are_refused_without_one(policy: PolicyName) -> None:
+    with pytest.raises(InvalidRequest, match=rf"policy: got {policy} for a model without a cal"):
+        Selection(density=0.5, policy=policy).check(None)
+    with pytest.raises(InvalidRequest, match="run griffin calibrate"):
+        default_selection(0.5, policy=policy)
+
+
+def test_what_requests_get_that_set_nothing() -> None:
+    plain = default_selection(0.5)
+    assert (plain.policy, plain.correction.kind, plain.correction.rank) == ("topk", "bias", 0)
+    recipe = Recipe(policy="sensitive", correction="residual", rank=32)
+    found = default_selection(0.5, calibration=made_up(3, F, recipe=recipe))
+    assert found.policy == "sensitive" and found.correction.rank == 32
+    asked = default_selection(0.5, policy="topk", correction="none", calibration=made_up(3, F))
+    assert asked == Selection(density=0.5)
+    assert default_selection(0.5, correction="residual").correction.rank == 64

@@ -68,7 +68,9 @@ def random_turn(draw: random.Random) -> dict[str, Any]:
             include_stop_string=draw.random() < 0.3,
         ),
         "pruning": PruningParams(
-            density=draw.choice((None, 1.0, 0.5, 0.25)), policy=draw.choice((None, *POLICIES))
+            density=draw.choice((None, 1.0, 0.5, 0.25)),
+            policy=draw.choice((None, *POLICIES)),
+            correction=draw.choice((None, "none", "bias", "residual")),
         ),
         "top_logprobs": 0,
     }

@@ -11,13 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from griffin_core.experts.selection import Selection
-from griffin_core.experts.statistic import group_score, relative, s2_of
+from griffin_core.experts.statistic import group_score, relative, sums_of
 from griffin_core.forward.events import (
     LayerExperts,
 )
 from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
 from tests.tiny import FAMILIES, VOCABULARY
+
+
+def s2_of(z: torch.Tensor) -> torch.Tensor:
+    return sums_of(z)[0]
 
 
 def paper_s(z: torch.Tensor) -> torch.Tensor:

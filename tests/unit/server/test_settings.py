@@ -61,7 +61,15 @@ def test_every_setting_is_a_flag_and_an_environment_variable_and_a_line_of_the_f
     path = tmp_path / "griffin.toml"
     bad = "no such value"
     monkeypatch.delenv("GRIFFIN_CONFIG", raising=False)
-    free_text = name in ("model", "device", "handoff_dir", "jwt_keys", "jwt_issuer", "jwt_audience")
+    free_text = name in (
+        "model",
+        "calibration",
+        "device",
+        "handoff_dir",
+        "jwt_keys",
+        "jwt_issuer",
+        "jwt_audience",
+    )
     for given in ("flag", "environment", "file"):
         arguments, text = [], ""
         monkeypatch.delenv(f"GRIFFIN_{name.upper()}", raising=False)

@@ -13,7 +13,7 @@ from griffin_core.errors import InvalidRequest
 from griffin_core.experts.parameters import SelectionParameters
 from griffin_core.experts.policies import PolicyName
 from griffin_core.sampling.stopping import FinishReason
-from griffin_core.spec.choices import ScoreMode, Sharing
+from griffin_core.spec.choices import CorrectionKind, ScoreMode, Sharing
 from griffin_server.rpc.messages.fields import set_fields
 
 N = TypeVar("N", bound=str)
@@ -24,6 +24,14 @@ _POLICIES: dict[PolicyName, pb.SelectionPolicy.ValueType] = {
     "topk_sampled": pb.SELECTION_POLICY_TOPK_SAMPLED,
     "magnitude": pb.SELECTION_POLICY_MAGNITUDE,
     "random": pb.SELECTION_POLICY_RANDOM,
+    "sensitive": pb.SELECTION_POLICY_SENSITIVE,
+    "topk_budgets": pb.SELECTION_POLICY_TOPK_BUDGETS,
+}
+
+_CORRECTIONS: dict[CorrectionKind, pb.Correction.ValueType] = {
+    "none": pb.CORRECTION_NONE,
+    "bias": pb.CORRECTION_BIAS,
+    "residual": pb.CORRECTION_RESIDUAL,
 }
 
 _SHARINGS: dict[Sharing, pb.ExpertSharing.ValueType] = {
@@ -77,6 +85,15 @@ def parameters_from_pb(message: pb.SelectionParameters) -> SelectionParameters:
 
 def parameters_to_pb(parameters: SelectionParameters) -> pb.SelectionParameters:
     return pb.SelectionParameters(**asdict(parameters))
+
+
+def correction_to_pb(kind: CorrectionKind) -> pb.Correction.ValueType:
+    return _CORRECTIONS[kind]
+
+
+def correction_from_pb(field: str, value: int) -> CorrectionKind | None:
+    """As ``policy_from_pb``."""
+    return _name_of(_CORRECTIONS, field, value)
 
 
 def sharing_to_pb(sharing: Sharing) -> pb.ExpertSharing.ValueType:

@@ -6,7 +6,7 @@ from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.engine import Engine
 from griffin_core.model.generation_config import SamplingDefaults
 from griffin_server import __version__
-from griffin_server.rpc.messages.enums import policy_to_pb, sharing_to_pb
+from griffin_server.rpc.messages.enums import correction_to_pb, policy_to_pb, sharing_to_pb
 
 
 def model_info_to_pb(
@@ -42,6 +42,9 @@ def model_info_to_pb(
         version=__version__,
         default_sampling=sampling_defaults_to_pb(sampling_defaults),
         batch_invariant=engine.batch_invariant,
+        default_correction=correction_to_pb(engine.selection.correction.kind),
+        default_correction_rank=engine.selection.correction.rank,
+        calibration_digest=model.decoder.calibration_digest,
     )
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection
+from griffin_core.spec.calibration import Calibration
 from griffin_core.spec.model import ModelSpec
 from griffin_server.rpc.messages.enums import (
+    correction_from_pb,
+    correction_to_pb,
     parameters_from_pb,
     parameters_to_pb,
     policy_from_pb,
@@ -16,12 +20,12 @@ from griffin_server.rpc.messages.enums import (
 
 
 def prefill_request(
-    task: PrefillTask, fingerprint: str, versions: tuple[int, int]
+    task: PrefillTask, fingerprint: str, calibration_digest: str, versions: tuple[int, int]
 ) -> pb.PrefillRequest:
     """The request for a prefill, without the offer of a transport.
 
     Args:
-        fingerprint: that of the model the prefill must run on.
+        fingerprint, calibration_digest: those of the model the prefill must run on.
         versions: the oldest and the newest version of the protocol that this side understands.
     """
     return pb.PrefillRequest(
@@ -34,12 +38,20 @@ def prefill_request(
             density=task.selection.density,
             seed=task.selection.seed,
             parameters=parameters_to_pb(task.selection.parameters),
+            correction=correction_to_pb(task.selection.correction.kind),
+            correction_rank=task.selection.correction.rank,
         ),
+        calibration_digest=calibration_digest,
     )
 
 
-def prefill_task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
+def prefill_task(
+    request: pb.PrefillRequest, spec: ModelSpec, calibration: Calibration | None = None
+) -> PrefillTask:
     """The task of a request.
+
+    Args:
+        calibration: of the model.
 
     Raises:
         InvalidRequest: a field is out of range; the error names the field, value and range.
@@ -58,8 +70,13 @@ def prefill_task(request: pb.PrefillRequest, spec: ModelSpec) -> PrefillTask:
             density=chosen.density,
             policy=policy or "topk",
             parameters=parameters_from_pb(chosen.parameters),
+            correction=CorrectionParams(
+                kind=correction_from_pb("pruning.correction", chosen.correction) or "none",
+                rank=chosen.correction_rank,
+            ),
             seed=chosen.seed,
         )
+        selection.check(calibration)
     except InvalidRequest as error:  # which names the field of a GenerateRequest
         field = error.field.replace("pruning.", "selection.", 1)
         raise InvalidRequest(field, error.given, error.allowed) from error

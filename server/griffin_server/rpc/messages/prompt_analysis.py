@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.task import PrefillTask, check_token_ids
 from griffin_core.errors import InvalidRequest
+from griffin_core.experts.correction import NO_CORRECTION
 from griffin_core.experts.expert_set import pack_indices
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
@@ -12,6 +15,8 @@ from griffin_core.forward.events import (
     LayerActivations,
     LayerExperts,
 )
+from griffin_core.spec.calibration import Calibration
+from griffin_core.spec.choices import CALIBRATED_POLICIES
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
 from griffin_server.rpc.messages.fields import seed_of
@@ -33,12 +38,14 @@ def analyze_task(
     timeout_s: float | None = None,
     *,
     base: Selection,
+    calibration: Calibration | None = None,
 ) -> PrefillTask:
     """Tokenizes and checks a request.
 
     Args:
         timeout_s: ignored, because the work ends with the call.
         base: the selection of a request that sets none of its fields.
+        calibration: of the model.
 
     Raises:
         InvalidRequest: a field is out of range; the error names the field, value and range.
@@ -57,9 +64,11 @@ def analyze_task(
             )
     prompt = prompt_ids(field, request, tokenizer, spec)
     check_token_ids(field, prompt, spec)
+    selection = pruning.selection(base, seed_of(request))
+    selection.check(calibration)
     return PrefillTask(
         token_ids=tuple(prompt),
-        selection=pruning.selection(base, seed_of(request)),
+        selection=replace(selection, correction=NO_CORRECTION),  # nothing is generated
         wants_kv=False,
         watch=frozenset(layers),
         max_concurrent=1,  # because no reservation covers its KV cache
@@ -69,13 +78,14 @@ def analyze_task(
 def started_to_pb(
     task: PrefillTask, tokenizer: Tokenizer, spec: ModelSpec, request_id: str
 ) -> pb.AnalyzePromptResponse:
-    counts = task.selection.expert_counts(len(spec.layers), spec.intermediate_size)
+    count = task.selection.count(spec.intermediate_size)
+    known = task.selection.policy not in CALIBRATED_POLICIES
     return pb.AnalyzePromptResponse(
         started=pb.AnalyzePromptResponse.Started(
             token_ids=task.token_ids,
             texts=[tokenizer.decode_one(token) for token in task.token_ids],
-            experts_per_layer=sum(counts) // len(counts),
-            expert_counts=counts,
+            experts_per_layer=count,
+            expert_counts=[count] * len(spec.layers) if known else [],
             ff_width=spec.intermediate_size,
             request_id=request_id,
         )

@@ -12,7 +12,12 @@ from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
-from griffin_server.rpc.messages.enums import parameters_from_pb, policy_from_pb, sharing_from_pb
+from griffin_server.rpc.messages.enums import (
+    correction_from_pb,
+    parameters_from_pb,
+    policy_from_pb,
+    sharing_from_pb,
+)
 from griffin_server.rpc.messages.fields import seed_of, set_fields
 from griffin_server.rpc.messages.prompts import input_field, prompt_ids
 
@@ -63,7 +68,8 @@ def pruning_params(message: pb.Pruning) -> PruningParams:
         parameters=parameters_from_pb(message.parameters) if own else None,
         policy=policy_from_pb("pruning.policy", message.policy),
         sharing=sharing_from_pb("pruning.sharing", message.sharing),
-        **set_fields(message, "density"),
+        correction=correction_from_pb("pruning.correction", message.correction),
+        **set_fields(message, "density", "correction_rank"),
     )
 
 

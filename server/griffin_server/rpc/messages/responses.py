@@ -6,7 +6,7 @@ from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.events import Finished, PruningFigures, Started, TokensMade
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.text.tokenizer import Tokenizer
-from griffin_server.rpc.messages.enums import REASONS_TO_PB, policy_to_pb
+from griffin_server.rpc.messages.enums import REASONS_TO_PB, correction_to_pb, policy_to_pb
 
 
 def started_to_pb(event: Started, request_id: str) -> pb.GenerateResponse:
@@ -77,4 +77,7 @@ def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
         kv_cache_bytes=figures.kv_cache_bytes,
         mean_density=figures.mean_density,
         dense_tokens=figures.dense_tokens,
+        correction=correction_to_pb(figures.correction),
+        correction_rank=figures.correction_rank,
+        correction_bytes=figures.correction_bytes,
     )

@@ -305,10 +305,13 @@ def test_an_oversized_message_is_refused_by_grpc(client: GriffinClient) -> None:
 
 def prefill_request(model: Model, **fields: object) -> prefill_pb2.PrefillRequest:
     selection = {"density": 0.5} | {
-        k: fields.pop(k) for k in ("density", "policy", "parameters") if k in fields
+        k: fields.pop(k)
+        for k in ("density", "policy", "parameters", "correction", "correction_rank")
+        if k in fields
     }
     good = {
         "model_fingerprint": model.fingerprint,
+        "calibration_digest": model.decoder.calibration_digest,
         "token_ids": [1, 2],
         "oldest_protocol_version": OLDEST,
         "newest_protocol_version": NEWEST,
@@ -322,6 +325,18 @@ def prefill_request(model: Model, **fields: object) -> prefill_pb2.PrefillReques
     [
         ({"model_fingerprint": "f" * 64}, "FAILED_PRECONDITION", ["model_fingerprint", "ffff"]),
         ({"model_fingerprint": ""}, "FAILED_PRECONDITION", ["model_fingerprint", "''"]),
+        ({"calibration_digest": "beef"}, "FAILED_PRECONDITION", ["calibration_digest", "beef"]),
+        ({"correction": 9}, "INVALID_ARGUMENT", ["selection.correction", "9", "2 (bias)"]),
+        (
+            {"correction": 2, "correction_rank": 3},
+            "INVALID_ARGUMENT",
+            ["selection.correction_rank", "3 with bias", "residual only"],
+        ),
+        (
+            {"correction": 3, "correction_rank": 257},
+            "INVALID_ARGUMENT",
+            ["selection.correction_rank", "257", "[1, 256]"],
+        ),
         (
             {"oldest_protocol_version": 0, "newest_protocol_version": 0},  # before Griffin 0.2
             "FAILED_PRECONDITION",

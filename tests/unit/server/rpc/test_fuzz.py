@@ -169,15 +169,15 @@ def test_a_method_that_is_not_there_is_unimplemented(server: Server) -> None:
 def test_no_message_ends_a_call_with_a_fault_of_the_server(server: Server, messages: int) -> None:
     rng = random.Random(messages)
     methods = sorted(served(server).items())
-    fingerprint = server.running.app.engine.model.fingerprint
-    good = good_call(server.role, fingerprint)
+    model = server.running.app.engine.model
+    good = good_call(server.role, model)
     before = server.counted("grpc_server_handled_total")
     begun_before = server.counted("grpc_server_started_total")
     ended: Counter[tuple[str, str]] = Counter()
     with capture_logs() as logs:
         for _ in range(messages):
             name, method = rng.choice(methods)
-            request = made(rng, method, fingerprint)
+            request = made(rng, method, model)
             code = server.call(name, request, method.server_streaming)
             assert code not in ("UNKNOWN", "INTERNAL", "UNIMPLEMENTED"), (name, request.hex())
             if not parses(method, request):
@@ -234,15 +234,19 @@ def first_of(channel: grpc.Channel, name: str, request: bytes) -> str:
     return "OK"
 
 
-def good_call(role: str, fingerprint: str) -> tuple[str, bytes, bool]:
+def good_call(role: str, model: Model) -> tuple[str, bytes, bool]:
     """A method, a request that nothing is wrong with, and whether its answer is a stream."""
     if role == "prefill":
-        return "/griffin.v1.PrefillService/Prefill", prefill_request(fingerprint, [5, 6, 7]), True
+        return (
+            "/griffin.v1.PrefillService/Prefill",
+            prefill_request(model.fingerprint, [5, 6, 7], model.decoder.calibration_digest),
+            True,
+        )
     asked = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=2))
     return "/griffin.v1.GenerationService/Generate", asked.SerializeToString(), True
 
 
-def made(rng: random.Random, method: MethodDescriptor, fingerprint: str) -> bytes:
+def made(rng: random.Random, method: MethodDescriptor, model: Model) -> bytes:
     """A request: random fields, often with bytes changed, dropped or added."""
     message = message_factory.GetMessageClass(method.input_type)()
     fill(rng, message, share=rng.choice([0.1, 0.5]), odd=rng.choice([0, 0.05, 0.5]))
@@ -250,7 +254,8 @@ def made(rng: random.Random, method: MethodDescriptor, fingerprint: str) -> byte
         if field in message.DESCRIPTOR.fields_by_name and rng.random() < 0.7:
             setattr(message, field, "hello")
     if isinstance(message, prefill_pb2.PrefillRequest) and rng.random() < 0.7:
-        message.model_fingerprint = fingerprint
+        message.model_fingerprint = model.fingerprint
+        message.calibration_digest = model.decoder.calibration_digest
         message.density = rng.choice([0.25, 0.5, 1.0])
         message.token_ids.append(7)
     return mutated(rng, message.SerializeToString(), times=rng.choice([0, 0, 0, 1, 3]))

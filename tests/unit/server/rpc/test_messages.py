@@ -14,6 +14,7 @@ from griffin_client import types as client_types
 from griffin_core.engine import events
 from griffin_core.engine.session import SessionInfo, State
 from griffin_core.engine.task import GenerateTask, PrefillTask, PruningParams
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.parameters import SelectionParameters
 from griffin_core.experts.policies import POLICIES
 from griffin_core.experts.selection import Selection
@@ -157,7 +158,7 @@ def test_the_parameters_of_a_policy_survive_the_way_to_decode_and_on_to_prefill(
     selection = task.pruning.selection(Selection(density=1.0), seed=3)
     assert selection.parameters == SelectionParameters(topk_share=0.25)
     asked = prefill_request(
-        PrefillTask(token_ids=(1, 2), selection=selection), model.fingerprint, (OLDEST, NEWEST)
+        PrefillTask(token_ids=(1, 2), selection=selection), model.fingerprint, "", (OLDEST, NEWEST)
     )
     assert prefill_task(asked, model.decoder.spec).selection == selection
 
@@ -189,12 +190,20 @@ def test_every_policy_survives_the_way_there_and_back(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_prefill_task_survives_the_way_to_a_prefill_server(policy: str, model: Model) -> None:
-    selection = Selection(density=0.25, policy=policy, seed=2**63 + 1)  # type: ignore[arg-type]
+    selection = Selection(
+        density=0.25,
+        policy=policy,  # type: ignore[arg-type]
+        correction=CorrectionParams(kind="residual", rank=17),
+        seed=2**63 + 1,
+    )
     task = PrefillTask(token_ids=(1, 2, 3), selection=selection)
-    request = prefill_request(task, model.fingerprint, (OLDEST, NEWEST))
+    digest = model.decoder.calibration_digest
+    request = prefill_request(task, model.fingerprint, digest, (OLDEST, NEWEST))
+    assert request.calibration_digest == digest != ""
     assert request.model_fingerprint == model.fingerprint
     received = pb_prefill.PrefillRequest.FromString(request.SerializeToString())
-    assert prefill_task(received, model.decoder.spec) == task
+    calibration = model.decoder.calibration
+    assert prefill_task(received, model.decoder.spec, calibration) == task
 
 
 def test_started_reaches_the_client_whole() -> None:

@@ -12,7 +12,11 @@ import torch
 from griffin.v1 import prefill_pb2 as pb
 from griffin_core.engine.task import PrefillTask
 from griffin_core.errors import FingerprintMismatch, HandoffBroken, ProtocolMismatch
-from griffin_core.experts import densities
+from griffin_core.experts.correction import (
+    NO_CORRECTION,
+    CorrectionParams,
+    LayerCorrection,
+)
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.events import (
     LayerExperts,
@@ -207,12 +211,10 @@ def test_a_header_that_does_not_fit_the_request_is_refused(
         messages_reader(shape).read(header)
 
 
-@pytest.mark.parametrize("change", [lambda n: n[:-1], lambda n: [*n[:-1], n[-1] + 1]])
-def test_a_header_of_other_expert_counts_is_refused(
-    shape: HandoffShape, change: Callable[[list[int]], list[int]]
-) -> None:
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_header_of_another_number_of_experts_is_refused(shape: HandoffShape, more: int) -> None:
     header = messages_writer(shape).header()
-    header.header.expert_counts[:] = change(list(header.header.expert_counts))
+    header.header.experts += more
     with pytest.raises(HandoffBroken, match="header"):
         messages_reader(shape).read(header)
 
@@ -236,15 +238,31 @@ def test_the_newest_common_version_is_spoken(theirs: tuple[int, int], version: i
     assert negotiate(asked) == version
 
 
-def test_a_layer_with_other_experts_than_the_header_says_is_refused(
+def test_layers_with_fewer_experts_than_the_header_says_are_refused_at_the_end(
     ends: Ends, events: list[PrefillEvent]
 ) -> None:
     writer, reader = ends
-    reader.read(writer.header())
-    (event, *_) = [each for each in events if isinstance(each, LayerExperts)]
-    message = writer.experts(replace(event, experts=event.experts[:-1]))
-    with pytest.raises(HandoffBroken, match=r"layer 0 has 43 experts of .*; expected 44 of"):
-        reader.read(message)
+    fewer = [
+        replace(each, experts=each.experts[:-1]) if isinstance(each, LayerExperts) else each
+        for each in events
+    ]
+    with pytest.raises(HandoffBroken, match=r"got 129 of 132 experts"):
+        for message in messages(writer, fewer):
+            reader.read(message)
+
+
+def test_layers_with_more_experts_than_the_header_says_are_refused(
+    ends: Ends, events: list[PrefillEvent]
+) -> None:
+    writer, reader = ends
+    everyone = torch.arange(88, dtype=torch.int32)
+    more = [
+        replace(each, experts=everyone) if isinstance(each, LayerExperts) else each
+        for each in events
+    ]
+    with pytest.raises(HandoffBroken, match=r"got over 132 experts"):
+        for message in messages(writer, more):
+            reader.read(message)
 
 
 def test_a_segment_that_the_other_end_did_not_prove_is_not_read(
@@ -333,19 +351,86 @@ def test_a_statistic_that_is_no_floats_is_refused(shape: HandoffShape) -> None:
         reader.read(pb.PrefillResponse(experts=pb.LayerExperts(s=b"123", experts=b"")))
 
 
-def test_layers_with_different_numbers_of_experts_arrive_as_they_are(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+CORRECTED = PrefillTask(
+    token_ids=tuple((7 * n + n * n) % 250 for n in range(140)),
+    selection=Selection(
+        density=0.5, policy="sensitive", correction=CorrectionParams(kind="residual", rank=5)
+    ),
+)
+"""Layers have different numbers of experts, and a residual."""
+
+
+def corrected_events(model: Model) -> list[PrefillEvent]:
+    events = prefill(model.decoder, CORRECTED.token_ids, CORRECTED.selection)
+    return [event for event in events if event is not None]
+
+
+def as_type(event: PrefillEvent, dtype: torch.dtype) -> PrefillEvent:
+    """What a model of another dtype would hand over."""
+    if isinstance(event, LayerKv):
+        return replace(event, kv=event.kv.to(dtype))
+    if not isinstance(event, LayerExperts):
+        return event
+    own = event.correction
+    assert own is not None and own.into is not None and own.out is not None
+    bias, into, out = (each.to(dtype) for each in (own.bias, own.into, own.out))
+    return replace(event, correction=LayerCorrection(bias=bias, into=into, out=out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_and_corrections_of_layers_arrive_as_they_are(
+    model: Model, dtype: torch.dtype
 ) -> None:
-    counts = (9, 88, 40)
-    monkeypatch.setattr(densities, "expert_counts", lambda *_: counts)
-    shape = handoff_shape(model, TASK)
-    events = [e for e in prefill(model.decoder, TASK.token_ids, TASK.selection) if e is not None]
+    shape = replace(handoff_shape(model, CORRECTED), dtype=dtype)
+    events = [as_type(event, dtype) for event in corrected_events(model)]
     writer, reader = messages_writer(shape), messages_reader(shape)
-    sent = list(messages(writer, events))
-    assert list(sent[0].header.expert_counts) == list(counts)
-    received = [reader.read(over_the_wire(message)) for message in sent]
+    received = [reader.read(over_the_wire(message)) for message in messages(writer, events)]
     assert reader.finished
-    arrived = [e.experts for e in received if isinstance(e, LayerExperts)]
-    chosen = [e.experts for e in events if isinstance(e, LayerExperts)]
-    assert [len(experts) for experts in arrived] == list(counts)
-    assert all(map(torch.equal, arrived, chosen))
+    arrived = [each for each in received if isinstance(each, LayerExperts)]
+    sent = [each for each in events if isinstance(each, LayerExperts)]
+    assert len({len(each.experts) for each in arrived}) > 1
+    for one, other in zip(arrived, sent, strict=True):
+        assert torch.equal(one.experts, other.experts)
+        torch.testing.assert_close(one.sums, other.sums, rtol=1e-6, atol=0)
+        assert one.correction is not None and other.correction is not None
+        assert one.correction.rank == 5 and one.correction.equals(other.correction)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.ClearField("bias"), r"correction of layer 0: got 0 bytes of bias"),
+        (lambda m: m.ClearField("out"), r"0 bytes of out"),
+        (lambda m: setattr(m, "into", m.into[:-4]), r"bytes of into"),
+        (lambda m: setattr(m, "bias", m.bias * 2), r"384 bytes of bias"),
+        (
+            lambda m: (setattr(m, "into", m.into * 2), setattr(m, "out", m.out * 2)),
+            r"residual of rank up to 5",
+        ),
+        (lambda m: setattr(m, "bias", b"\xff" * len(m.bias)), r"finite bias"),
+        (lambda m: setattr(m, "out", b"\xff" * len(m.out)), r"finite out"),
+        (lambda m: setattr(m, "squares", m.squares[:-4]), r"squares of layer 0: got 87"),
+        (lambda m: setattr(m, "values", b""), r"values of layer 0: got 0"),
+        (lambda m: setattr(m, "squares", b"\xff" * len(m.squares)), r"finite squares"),
+    ],
+)
+def test_a_spoiled_correction_or_sum_is_refused_by_name(
+    model: Model, change: Callable[[pb.LayerExperts], object], words: str
+) -> None:
+    shape = handoff_shape(model, CORRECTED)
+    writer, reader = messages_writer(shape), messages_reader(shape)
+    reader.read(writer.header())
+    event = next(each for each in corrected_events(model) if isinstance(each, LayerExperts))
+    message = writer.experts(event)
+    change(message.experts)
+    with pytest.raises(HandoffBroken, match=words):
+        reader.read(message)
+
+
+def test_a_correction_that_nobody_asked_for_is_refused(model: Model) -> None:
+    event = next(each for each in corrected_events(model) if isinstance(each, LayerExperts))
+    shape = replace(handoff_shape(model, CORRECTED), correction=NO_CORRECTION)
+    writer, reader = messages_writer(shape), messages_reader(shape)
+    reader.read(writer.header())
+    with pytest.raises(HandoffBroken, match="allowed: none"):
+        reader.read(writer.experts(event))

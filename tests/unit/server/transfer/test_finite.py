@@ -39,7 +39,7 @@ class Spoiled:
         self.value = value
         self.done = 0
         self._whole = {name: getattr(HandoffWriter, name) for name in ("kv", "experts", "finished")}
-        field = {"kv": "kv", "experts": "s2", "finished": "last_hidden"}[place]
+        field = {"kv": "kv", "experts": "sums", "finished": "last_hidden"}[place]
 
         def spoiled(writer: HandoffWriter, event: Any, *rest: Any) -> Any:
             values = getattr(event, field).clone()

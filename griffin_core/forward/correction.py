@@ -1,0 +1,61 @@
+"""Gives a session's experts the correction that its request asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from griffin_core.experts.correction_fit import (
+    FITTED_TOKENS,
+    Tail,
+    kind_for,
+    with_bias,
+    with_residual,
+)
+from griffin_core.experts.selection import Selection
+from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
+from griffin_core.model.decoder import Decoder
+
+
+def corrected(
+    decoder: Decoder,
+    slim: SlimSpec,
+    statistics: Statistics,
+    selection: Selection,
+    tails: Sequence[Sequence[Tail]] = (),
+) -> SlimSpec:
+    """Returns the same experts with a correction fitted to them, or without one if the prompt is
+    too short.
+
+    Args:
+        statistics: of all tokens of the session, or of all sessions of a group.
+        tails: for each pass over the last tokens of the prompt, a tail for each layer; without them
+            a residual becomes a bias.
+    """
+    sensitive = selection.policy == "sensitive"
+    kind = kind_for(selection.correction, statistics.tokens, prior=sensitive)
+    if kind == "none" or not slim.prunes:
+        return slim
+    down = [layer.ff.weights.down for layer in decoder.layers]
+    if kind == "bias" or not tails:
+        return with_bias(slim, statistics, down, decoder.calibration)
+    whole = [_joined(parts) for parts in zip(*tails, strict=True)]
+    return with_residual(slim, whole, down, selection.correction.rank)
+
+
+def correction_bytes(decoder: Decoder, selection: Selection) -> int:
+    """Returns the most bytes that a session's correction takes, and what it is fitted to."""
+    spec, itemsize = decoder.spec, decoder.dtype.itemsize
+    layers, params = len(spec.layers), selection.correction
+    size = params.nbytes(layers, spec.hidden_size, itemsize)
+    if params.kind == "residual":
+        size += layers * FITTED_TOKENS * (spec.hidden_size + spec.intermediate_size) * itemsize
+    return size
+
+
+def _joined(parts: Sequence[Tail]) -> Tail:
+    if len(parts) == 1:
+        return parts[0]
+    return Tail(x=torch.cat([part.x for part in parts]), z=torch.cat([part.z for part in parts]))
