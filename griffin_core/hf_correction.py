@@ -65,11 +65,13 @@ def fit_layer(
     x, y = seen[0].x, seen[0].z[:, left_out] @ down[left_out]
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x_mean, y - y_mean
+    deviation = x.std(dim=0, correction=0)
+    x = x / deviation
     directions = torch.linalg.svd(y, full_matrices=False).Vh[: params.rank]
     covariance = x.mT @ x
-    penalty = RIDGE * covariance.diagonal().mean()
-    covariance.diagonal().add_(penalty)
+    covariance.diagonal().add_(RIDGE * len(x))
     matrix = torch.linalg.solve(covariance, x.mT @ (y @ directions.mT)) @ directions
+    matrix = matrix / deviation[:, None]
     return LayerMap(bias=y_mean - x_mean @ matrix, matrix=matrix)
 
 

@@ -45,6 +45,9 @@ LARGEST_GRAPH, GRAPH_MODES, WORKING_LOGITS = 64, 4, 3
 """Rows of the largest captured step; the number of ways in which each step is captured; and how
 many times the logits of the largest step the sampler holds."""
 
+LARGEST_PROMPT = 512
+"""Tokens of the largest graph of a prompt."""
+
 GRAPH_OVERHEAD = 512 << 20
 """Bytes of the graphs themselves and of a step's other intermediate results."""
 
@@ -237,18 +240,22 @@ class DeviceShare:
         return torch.cuda.max_memory_allocated(self._device) - before
 
 
-def graph_bytes(decoder: Decoder, sessions: int) -> int:
-    """About how many bytes the graphs of decode steps take: each keeps its logits, and all share
-    the memory of intermediate results.
+def graph_bytes(decoder: Decoder, sessions: int, *, tails: bool) -> int:
+    """About how many bytes the graphs take: those of decode steps each keep their logits, and all
+    share the memory of intermediate results.
 
     Args:
         sessions: most sessions in a step.
+        tails: whether the graphs of prompts keep what residuals are fitted to.
     """
     if not decoder.backend.captures:
         return 0
+    spec = decoder.spec
+    values = len(spec.layers) * LARGEST_PROMPT * (spec.hidden_size + spec.intermediate_size)
+    of_tails = values * decoder.dtype.itemsize if tails else 0
     rows = 2 << (min(sessions, LARGEST_GRAPH) - 1).bit_length()  # of all sizes together
     logits = 4 * decoder.spec.vocab_size * rows
-    return GRAPH_MODES * logits + WORKING_LOGITS * logits + GRAPH_OVERHEAD
+    return GRAPH_MODES * logits + WORKING_LOGITS * logits + GRAPH_OVERHEAD + of_tails
 
 
 def check_room(

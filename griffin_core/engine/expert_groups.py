@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from griffin_core.engine.expert_group import ExpertGroup, GroupKey, Seat, can_run
 from griffin_core.engine.form_choice import FormChoice
@@ -81,6 +82,10 @@ class ExpertGroups:
                 session.tails,
             )
         session.tails = ()
+        own = session.slim.correction
+        session.reservation = replace(
+            session.reservation, correction=0 if own is None else own.nbytes
+        )
         size = session.reservation.zeroed + session.reservation.correction
         self._views.acquire_zeroed(size)
         prunes = session.slim.prunes and not session.turn.chooses

@@ -39,9 +39,11 @@ class SessionMemory:
 
     Args:
         limits: say how many bytes, or which fraction of the device's free memory.
+        tails: whether graphs of prompts keep what residuals are fitted to.
     """
 
-    def __init__(self, decoder: Decoder, limits: Limits) -> None:
+    def __init__(self, decoder: Decoder, limits: Limits, *, tails: bool = False) -> None:
+        self._tails = tails
         self.budget = Budget(0)  # until ``open``
         self._decoder = decoder
         self._limits = limits
@@ -82,7 +84,7 @@ class SessionMemory:
         fraction = fraction_of(decoder.device, limits.memory_fraction)
         if decoder.backend.claims_memory:
             share = DeviceShare(decoder, limits.chunk_tokens)
-            graphs = graph_bytes(decoder, limits.max_sessions)
+            graphs = graph_bytes(decoder, limits.max_sessions, tails=self._tails)
             claimed = share.claim(fraction, size, graphs, self._new_pool)
             self._share = share
             return claimed

@@ -90,7 +90,7 @@ def build_parts(
         batch_invariant=batch_invariant,
         rank=selection.correction.rank,
     )
-    memory = SessionMemory(decoder, limits)
+    memory = SessionMemory(decoder, limits, tails=selection.correction.rank > 0)
     views = SlimViews(
         decoder,
         setup.table,

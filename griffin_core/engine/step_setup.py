@@ -68,6 +68,7 @@ class StepSetup:
         self.table: SlimTable = _slim_table(decoder, self.form, max_sessions, rank)
         """Says what slim ids stand for."""
         self._decoder = decoder
+        self._rank = rank
         self._max_sessions = max_sessions
         self._chunk_tokens = chunk_tokens
         self._graphs = graphs
@@ -124,7 +125,11 @@ class StepSetup:
         run: Launch = launch
         if self._graphs:
             run = PromptGraphs(
-                self._decoder, pool, most_tokens=self._chunk_tokens, progress=progress
+                self._decoder,
+                pool,
+                most_tokens=self._chunk_tokens,
+                tails=self._rank > 0,
+                progress=progress,
             ).launch
         step = GraphStep(
             decoder=self._decoder,

@@ -28,21 +28,23 @@ gained 3 %, with 384 10 %."""
 RESIDUAL_TOKENS = 128
 """The least number of tokens for a residual; with 48 tokens it gained little more than a bias."""
 
-FITTED_TOKENS = 256
-"""The most tokens, the last of the prompt, that a residual is fitted to."""
+FITTED_TOKENS = 384
+"""The most tokens, the last of the prompt, that a residual is fitted to. With 128 it gains about a
+quarter less, with 256 a twentieth (docs/LOG.md)."""
 
 RIDGE = 1.0
-"""The ridge penalty, as a share of the mean diagonal of xᵀx. From 0.3 to 3 it hardly matters;
-below, 256 tokens are too few for D values (docs/LOG.md)."""
+"""The ridge penalty, as a share of the number of tokens. Each input counts in units of its own
+standard deviation. From 0.3 to 3 it hardly matters; below, 384 tokens are too few for D values
+(docs/LOG.md)."""
 
 SWEEPS = 2
 """The number of power iterations that find the principal directions."""
 
-SMALLEST = 1e-30
+SMALLEST = 1e-12
 """Divisors are at least this."""
 
-LOST = 1e-9
-"""Squared lengths below this share of the largest are rounding errors."""
+LOST = 1e-6
+"""Squared lengths below this share of the mean are rounding errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +129,13 @@ def fit(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     x_mean, y_mean = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
     x, y = x - x_mean, y - y_mean
+    deviation = x.square().mean(dim=1, keepdim=True).sqrt().clamp(min=SMALLEST)
+    x = x / deviation
     directions = principal_directions(y, rank)
     gram = x @ x.mT  # [L, n, n], smaller than the covariance [L, D, D] of long rows
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    penalty = RIDGE * diagonal.sum(dim=1, keepdim=True) / x.shape[2]
-    diagonal.add_(penalty.clamp(min=SMALLEST))
+    gram.diagonal(dim1=1, dim2=2).add_(RIDGE * x.shape[1])
     factor = torch.linalg.cholesky(gram)
-    into = torch.cholesky_solve(y @ directions, factor).mT @ x
+    into = torch.cholesky_solve(y @ directions, factor).mT @ x / deviation
     bias = y_mean - (x_mean @ into.mT) @ directions.mT
     return bias[:, 0], into, directions.mT.contiguous()
 
@@ -150,10 +152,13 @@ def principal_directions(y: Tensor, rank: int) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Returns an orthonormal basis of columns [L, n, r]. Directions that are lost in rounding
-    become zero."""
-    values, vectors = torch.linalg.eigh(columns.mT @ columns)
-    least = (values[:, -1:] * LOST).clamp(min=SMALLEST)
-    scale = torch.where(values > least, values.clamp(min=SMALLEST).rsqrt(), 0.0)
-    basis: Tensor = (columns @ vectors) * scale[:, None]
-    return basis
+    """Returns an orthonormal basis of columns [L, n, r], by Cholesky's factor of their products.
+    Twice, since the first basis is inexact where columns are nearly dependent; directions that are
+    lost in rounding become arbitrary ones."""
+    for _ in range(2):
+        products = columns.mT @ columns
+        diagonal = products.diagonal(dim1=1, dim2=2)
+        diagonal.add_((LOST * diagonal.mean(dim=1, keepdim=True)).clamp(min=SMALLEST))
+        factor = torch.linalg.cholesky(products)
+        columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+    return columns

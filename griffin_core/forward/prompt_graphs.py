@@ -19,6 +19,7 @@ from torch import Tensor
 from griffin_core.backends.batch import RowRuns
 from griffin_core.backends.cuda.backend import CudaBackend
 from griffin_core.backends.transfers import on_device
+from griffin_core.experts.correction_fit import Tail
 from griffin_core.forward.prefill import Pass, Tell, counting_ff, launch
 from griffin_core.forward.prompt import (
     Part,
@@ -41,6 +42,8 @@ class Captured:
             prompt.
         hidden: [N, D], output of the last layer.
         sums: [1, 3, L, F] float32.
+        tails: of each layer, the input [N, D] of the FF and its activations [N, F]; none if no
+            residual is to be fitted.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -48,6 +51,7 @@ class Captured:
     numbers: Tensor
     hidden: Tensor
     sums: Tensor
+    tails: Sequence[Tail]
 
 
 class PromptGraphs:
@@ -57,6 +61,8 @@ class PromptGraphs:
     Args:
         pool: holds the KV of the prompts that run as graphs.
         most_tokens: graphs for more tokens are not captured.
+        tails: whether graphs keep what residuals are fitted to, which takes L · N · (D + F) values
+            for the N tokens of the largest graph.
         progress: called with a description of what is being captured.
     """
 
@@ -66,6 +72,7 @@ class PromptGraphs:
         pool: KvPool,
         *,
         most_tokens: int,
+        tails: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         assert isinstance(decoder.backend, CudaBackend)
@@ -73,6 +80,7 @@ class PromptGraphs:
         self._backend = decoder.backend
         self._pool = pool
         most = min(most_tokens, decoder.spec.context_length)
+        self._tails = tails
         self._graphs: dict[int, Captured] = {}
         memory = None
         stream = torch.cuda.Stream(decoder.device)  # type: ignore[no-untyped-call]
@@ -90,7 +98,7 @@ class PromptGraphs:
         prompt, cache = part.prompt, part.prompt.cache
         size = min((size for size in self._graphs if size >= part.tokens), default=None)
         alone = len(parts) == 1 and cache.length == 0 and cache.pool is self._pool
-        needs_more = prompt.wants_kv or prompt.watch or prompt.tokens_fitted
+        needs_more = prompt.wants_kv or prompt.watch or (part.rows_fitted and not self._tails)
         if not alone or size is None or needs_more:
             return launch(decoder, parts, tell)
         if part.tokens > cache.capacity:
@@ -107,9 +115,17 @@ class PromptGraphs:
             rows=(0, part.tokens),
             hidden=captured.hidden,
             sums=captured.sums.clone(),  # a session keeps them
-            tails=[()],
+            tails=[self._tails_of(captured, part)],
             began=began,
         )
+
+    @staticmethod
+    def _tails_of(captured: Captured, part: Part) -> list[Tail]:
+        """Copies what a residual is fitted to, before the next launch overwrites it."""
+        rows = slice(part.tokens - part.rows_fitted, part.tokens)
+        if not part.rows_fitted:
+            return []
+        return [Tail(x=each.x[rows].clone(), z=each.z[rows].clone()) for each in captured.tails]
 
     def _capture(self, size: int, memory: Any, stream: torch.cuda.Stream) -> Captured:
         device = self._decoder.device
@@ -120,11 +136,13 @@ class PromptGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory, stream=stream):
-            hidden, sums = self._run(ids, numbers)
-        return Captured(graph=graph, ids=ids, numbers=numbers, hidden=hidden, sums=sums)
+            hidden, sums, tails = self._run(ids, numbers)
+        return Captured(
+            graph=graph, ids=ids, numbers=numbers, hidden=hidden, sums=sums, tails=tails
+        )
 
-    def _run(self, ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the last layer's output [N, D], and the statistics [1, 3, L, F]."""
+    def _run(self, ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, list[Tail]]:
+        """Returns the last layer's output [N, D], the statistics [1, 3, L, F], and the tails."""
         decoder, spec, size = self._decoder, self._decoder.spec, len(ids)
         positions = torch.arange(size, device=decoder.device)
         places = torch.where(positions < numbers[2], positions + numbers[0], -1)
@@ -133,5 +151,10 @@ class PromptGraphs:
         sums = torch.zeros(shape, device=decoder.device)
         rows = RowRuns(bounds=(0, size), on_device=numbers[1:].int())
         x = decoder.embed(ids, positions)
-        ff = partial(counting_ff, decoder, sums=sums, runs=rows)
-        return decoder.forward(x, attention, ff), sums
+        tails: list[Tail] = []
+
+        def keep(x: Tensor, z: Tensor) -> None:
+            tails.append(Tail(x=x, z=z))
+
+        ff = partial(counting_ff, decoder, sums=sums, runs=rows, keep=keep if self._tails else None)
+        return decoder.forward(x, attention, ff), sums, tails

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -140,6 +141,9 @@ def write_calibration(
             "report": json.dumps(report),
         },
     )
+    umask = os.umask(0)
+    os.umask(umask)
+    scratch.chmod(0o666 & ~umask)  # safetensors keeps it to its user
     scratch.replace(path)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from griffin_core.backends.base import RunFF
+from griffin_core.backends.cuda.expert_rows import CorrectionRows
 from griffin_core.experts.correction import Correction
 from griffin_core.model.decoder import Decoder
-from griffin_core.spec.weights import Norm
 
 
 class CorrectionTable:
@@ -22,7 +20,6 @@ class CorrectionTable:
     def __init__(self, decoder: Decoder, *, sets: int, rank: int) -> None:
         layers, width = len(decoder.layers), decoder.spec.hidden_size
         self.rank = rank
-        self._backend = decoder.backend
         place = {"dtype": decoder.dtype, "device": decoder.device}
         self._bias = torch.zeros((layers, sets, width), **place)  # type: ignore[call-overload]
         shape = (layers, sets, rank, width)
@@ -52,26 +49,6 @@ class CorrectionTable:
                 table[:, slim_id, :rank].copy_(values)
             table[:, slim_id, rank:].zero_()
 
-    def corrected(self, ff: RunFF, slim_ids: Tensor, layer: int, *, shared: bool) -> RunFF:
-        """Returns a layer's block with the correction of each row.
-
-        Args:
-            slim_ids: [N] int64 on the device.
-            shared: all rows have the same id.
-        """
-        ids = slim_ids[:1] if shared else slim_ids
-
-        def run(x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-            y: Tensor = ff(x, norm, residual)
-            y = y + self._bias[layer].index_select(0, ids)
-            if not self.rank:
-                return y
-            if norm is not None:
-                x = self._backend.norm(x, norm)
-            into = self._into[layer].index_select(0, ids)
-            out = self._out[layer].index_select(0, ids)
-            if shared:
-                return y.addmm_(x @ into[0].t(), out[0])
-            return y.add_(torch.bmm(torch.bmm(x[:, None], into.mT), out)[:, 0])
-
-        return run
+    def rows(self, layer: int) -> CorrectionRows:
+        """Returns the corrections of all ids in one layer, as kernels read them."""
+        return CorrectionRows(bias=self._bias[layer], into=self._into[layer], out=self._out[layer])

@@ -130,11 +130,11 @@ class IndexTable:
             slim_ids=rows.slim_ids,
             counts=counts[layer],
             shared=mode == "shared",
+            correction=self._corrections.rows(layer),
         )
         ff = self._decoder.layers[layer].ff
         assert isinstance(ff, CudaFeedForward)
-        run: RunFF = partial(_run, ff, sets, mode)
-        return self._corrections.corrected(run, rows.slim_ids, layer, shared=mode == "shared")
+        return partial(_run, ff, sets, mode)
 
     def _write(self, slim_id: int, slim: SlimSpec) -> None:
         device = self._indices.device

@@ -10,6 +10,7 @@ import torch
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.model.load import Model, load_model
+from tests.calibrations import calibrate
 from tests.gpu.devices import needs_cuda
 from tests.unit.core.engines import engine
 from tests.unit.core.test_batching import made_alone, made_beside
@@ -23,7 +24,9 @@ if torch.cuda.is_available():
 
 
 def on_gpu(where: Path, dtype: torch.dtype) -> Model:
-    return load_model(str(where), dtype=dtype, device="cuda")
+    model = load_model(str(where), dtype=dtype, device="cuda")
+    calibrate(model.decoder)
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import PromptRead, launch
 from griffin_core.forward.prompt import (
@@ -33,7 +34,8 @@ def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -
     where = str(make_tiny(name, tmp_path / name))
     decoder = load_model(where, dtype=torch.bfloat16, device="cuda").decoder
     pool = decoder.new_pool(2000)
-    graphs = PromptGraphs(decoder, pool, most_tokens=512)
+    graphs = PromptGraphs(decoder, pool, most_tokens=512, tails=True)
+    residual = Selection(density=0.5, correction=CorrectionParams(kind="residual", rank=8))
     kept: list[tuple[PromptRead, PromptRead]] = []
     for tokens in (1, 30, 128, 129, 200):
         made = []
@@ -41,13 +43,18 @@ def test_a_graph_makes_of_a_prompt_what_a_pass_does(name: str, tmp_path: Path) -
             cache = pool.allocate(tokens + 3)
             for layer in range(len(decoder.layers)):
                 cache.slice(layer, 0, tokens + 3).fill_(torch.nan)
-            prompt = Prompt(decoder, range(5, 5 + tokens), Selection(density=0.5), cache=cache)
+            prompt = Prompt(decoder, range(5, 5 + tokens), residual, cache=cache)
             made += run(decoder, [Part(prompt=prompt, tokens=tokens)]).end()
         kept.append((made[0], made[1]))
     for exact, got in kept:  # only now: a later prompt must not reach into an earlier one
         tokens = got.prompt.tokens
         assert error(got.finished.last_hidden, exact.finished.last_hidden) < 2e-2
         assert error(got.statistics.s2, exact.statistics.s2) < 2e-2
+        fitted = [[tail for part in each.tails for tail in part] for each in (exact, got)]
+        assert len(fitted[0]) == len(fitted[1]) == (len(decoder.layers) if tokens >= 128 else 0)
+        for other, one in zip(*fitted, strict=True):
+            assert one.x.shape[0] == one.z.shape[0] == tokens
+            assert error(one.x, other.x) < 3e-2 and error(one.z, other.z) < 3e-2
         for layer in range(len(decoder.layers)):
             theirs, ours = (each.prompt.cache for each in (exact, got))
             assert error(ours.slice(layer, 0, tokens), theirs.slice(layer, 0, tokens)) < 2e-2

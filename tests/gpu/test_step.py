@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from griffin_core.backends.base import RunFF
 from griffin_core.backends.batch import DRAWN, StepSequence
+from griffin_core.experts.correction import Correction
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import StepTokens, decode_tokens
 from griffin_core.kv.cache import KvCache
@@ -20,6 +21,7 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import load_model
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.sampler import Sampler
+from griffin_core.slim.corrected import corrected_block
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.views import WholeView
 from tests.gpu.devices import needs_cuda
@@ -118,7 +120,7 @@ def sequence(
 
 
 def steps_of(decoder: Decoder, max_sequences: int, graphs: bool = True) -> Steps:
-    pool, slims = decoder.new_pool(2000), IndexTable(decoder, sets=24)
+    pool, slims = decoder.new_pool(2000), IndexTable(decoder, sets=24, rank=8)
     step = GraphStep(
         decoder=decoder,
         pool=pool,
@@ -146,8 +148,20 @@ def masked(decoder: Decoder, experts: SlimSpec | None) -> View:
     """The plain form of a set."""
     if experts is None:
         return dense(decoder)
-    pairs = zip(decoder.layers, experts.layers, strict=True)
-    return [Masked().build(layer, own, "gemv") for layer, own in pairs]
+    correction = experts.correction and experts.correction.to(decoder.device)
+    view: View = []
+    for index, (layer, own) in enumerate(zip(decoder.layers, experts.layers, strict=True)):
+        block = Masked().build(layer, own, "gemv")
+        view.append(corrected_block(decoder.backend, block, correction, index))
+    return view
+
+
+def corrected(decoder: Decoder, experts: SlimSpec, rank: int) -> SlimSpec:
+    """The same with a random correction, of values that float16 holds exactly."""
+    shape = (len(decoder.layers), rank, decoder.spec.hidden_size)
+    bias, into, out = ((0.05 * torch.randn(of)).half().float() for of in (shape[::2], shape, shape))
+    own = Correction(bias=bias, into=into, out=out) if rank else Correction(bias=bias)
+    return replace(experts, correction=own)
 
 
 def sets_of(kind: str, decoder: Decoder) -> list[SlimSpec | None]:
@@ -163,6 +177,15 @@ def sets_of(kind: str, decoder: Decoder) -> list[SlimSpec | None]:
             return [random_set(decoder, 44)] * 3
         case "uneven":
             return [random_set(decoder, 44, width, 20), random_set(decoder, 30, 60), None]
+        case "shared, corrected":
+            return [corrected(decoder, random_set(decoder, 44), 8)] * 3
+        case "corrected":
+            plain = random_set(decoder, 40)
+            return [
+                corrected(decoder, random_set(decoder, 44, 30), 8),
+                corrected(decoder, plain, 0),
+                corrected(decoder, plain, 5),
+            ]
         case "mixed":
             return [random_set(decoder, 44), random_set(decoder, few), None]
         case _:
@@ -199,6 +222,10 @@ def test_a_step_equals_the_plain_one_on_masked_experts(
         ("uneven", 0.0),
         ("mixed", 1.0),
         ("mixed", 0.0),
+        ("shared, corrected", 0.0),
+        ("corrected", 1.0),
+        ("corrected", 0.0),
+        ("private", 1.0),  # again, on ids that had a correction
     ):
         sets = sets_of(kind, half)
         masks = by_set(sets, lambda own: masked(single, own))

@@ -134,9 +134,16 @@ class CudaFeedForward(TorchFeedForward):
         if norm is not None:
             x = self._backend.norm(x, norm)
         code = ACTIVATION_CODES[self.weights.activation]
-        return self.output(
-            activate_own(self.inner(x), code, sets, gated=self.weights.gated), residual
-        )
+        z = activate_own(self.inner(x), code, sets, gated=self.weights.gated)
+        y = self.output(z, residual)
+        if sets is None or sets.correction is None:
+            return y
+        own = sets.correction
+        y = y + own.bias.index_select(0, sets.slim_ids)
+        if own.rank:
+            into, out = (each.index_select(0, sets.slim_ids) for each in (own.into, own.out))
+            y.add_(torch.bmm(torch.bmm(x[:, None], into.mT), out)[:, 0])
+        return y
 
 
 class PrefillAttention(TorchAttention):

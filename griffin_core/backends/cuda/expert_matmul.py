@@ -10,7 +10,7 @@ from torch import Tensor
 from griffin_core.backends.activations import ACTIVATION_CODES
 from griffin_core.backends.cuda.activation import activate
 from griffin_core.backends.cuda.expert_rows import ExpertRows, room_for_splits
-from griffin_core.backends.cuda.rows import neurons_at, split_range, tile
+from griffin_core.backends.cuda.rows import even_range, neurons_at, split_range, tile
 from griffin_core.backends.cuda.tuning import config, pdl_options, pdl_wait, tuned
 from griffin_core.spec.weights import FFWeights
 
@@ -34,10 +34,13 @@ def _activations(
     indices,
     slim_ids,
     counts,
+    into,
     z,
+    mapped,
     tokens,
     width,
     neurons,
+    RANK: tl.constexpr,
     CODE: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -46,7 +49,15 @@ def _activations(
     NEURONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    begin = tl.program_id(0) * NEURONS
+    mapping = tl.cdiv(RANK, NEURONS)
+    if RANK > 0:  # noqa: SIM102  # without a correction nothing of it is compiled
+        if tl.program_id(0) < mapping:  # the first ones run the correction's map
+            at = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
+            own = into + tl.load(slim_ids) * RANK * width
+            pdl_wait(OVERLAPS)
+            _map(x, own, mapped, at, tokens, width, RANK, TOKENS, NEURONS, BLOCK)
+            return
+    begin = (tl.program_id(0) - mapping) * NEURONS
     count = tl.load(counts).to(tl.int32)
     if begin >= count:
         pdl_wait(OVERLAPS)  # later launches rely on this order
@@ -86,6 +97,39 @@ def _activations(
     )
 
 
+@triton.jit
+def _map(
+    x,
+    into,
+    mapped,
+    at,
+    tokens,
+    width,
+    RANK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Computes some columns of x Aᵀ for all tokens."""
+    token = tl.arange(0, TOKENS)
+    there = token < tokens
+    live = at < RANK
+    total = tl.zeros((TOKENS, NEURONS), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        v = tl.load(
+            x + token[:, None] * width + columns[None, :],
+            mask=there[:, None] & (columns < width)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(v, tl.trans(tile(into, at, live, columns, width)), total)
+    tl.store(
+        mapped + token[:, None] * RANK + at[None, :],
+        total.to(mapped.dtype.element_ty),
+        mask=there[:, None] & live[None, :],
+    )
+
+
 @tuned(
     [
         config(4, 3, NEURONS=32, BLOCK=128, SPLITS=8),
@@ -100,7 +144,9 @@ def _activations(
 @triton.jit
 def _down(
     z,
+    mapped,
     down,
+    out,
     indices,
     slim_ids,
     counts,
@@ -108,6 +154,7 @@ def _down(
     tokens,
     width,
     neurons,
+    RANK: tl.constexpr,
     TOKENS: tl.constexpr,
     OVERLAPS: tl.constexpr,
     NEURONS: tl.constexpr,
@@ -135,6 +182,17 @@ def _down(
         )
         w = tile(down, rows, live, columns, width)
         total = tl.dot(v, w, total)
+    if RANK > 0:
+        own = out + tl.load(slim_ids) * RANK * width
+        first, last = even_range(RANK, split, SPLITS)
+        for start in range(first, last, NEURONS):
+            at = start + tl.arange(0, NEURONS)
+            v = tl.load(
+                mapped + token[:, None] * RANK + at[None, :],
+                mask=there[:, None] & (at < last)[None, :],
+                other=0.0,
+            )
+            total = tl.dot(v, tile(own, at, at < last, columns, width), total)
     tl.store(
         partial + (token[:, None] * SPLITS + split) * width + columns[None, :],
         total,
@@ -142,40 +200,49 @@ def _down(
     )
 
 
-def activations(x: Tensor, weights: FFWeights, sets: ExpertRows) -> Tensor:
-    """Takes x [N, D]. Returns Z [N, F], in which the first K values of a row belong to the
-    experts."""
+def activations(x: Tensor, weights: FFWeights, sets: ExpertRows) -> tuple[Tensor, Tensor]:
+    """Takes x [N, D]. Returns Z [N, F], in which the first K values of a row belong to the experts,
+    and x Aᵀ [N, R] of their correction."""
     tokens, width = x.shape
-    count = weights.count
-    z = x.new_empty((tokens, count))
-    _activations[lambda meta: (triton.cdiv(count, meta["NEURONS"]),)](
+    count, rank, correction = weights.count, sets.rank, sets.correction
+    z, mapped = x.new_empty((tokens, count)), x.new_empty((tokens, rank))
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(count, meta["NEURONS"]) + triton.cdiv(rank, meta["NEURONS"]),)
+
+    _activations[grid](
         x,
         weights.w_in,
         weights.up_bias,
         sets.indices,
         sets.slim_ids,
         sets.counts,
+        correction and correction.into,
         z,
+        mapped,
         tokens,
         width,
         count,
+        RANK=rank,
         CODE=ACTIVATION_CODES[weights.activation],
         GATED=weights.gated,
         HAS_BIAS=weights.up_bias is not None,
         TOKENS=_padded(tokens),
         **pdl_options(),
     )
-    return z
+    return z, mapped
 
 
-def down(z: Tensor, weights: FFWeights, sets: ExpertRows) -> tuple[Tensor, int]:
-    """Takes Z [N, F] from ``activations``. Returns the sums of all splits, [N, n, D] float32, and
-    the number of splits n."""
+def down(z: Tensor, mapped: Tensor, weights: FFWeights, sets: ExpertRows) -> tuple[Tensor, int]:
+    """Takes Z [N, F] and x Aᵀ [N, R] from ``activations``. Returns the sums of all splits, [N, n,
+    D] float32, and the number of splits n."""
     tokens, width = z.shape[0], weights.down.shape[1]
     partial = room_for_splits(z, width, _down)
     _down[lambda meta: (triton.cdiv(width, meta["BLOCK"]), meta["SPLITS"])](
         z,
+        mapped,
         weights.down,
+        sets.correction and sets.correction.out,
         sets.indices,
         sets.slim_ids,
         sets.counts,
@@ -183,6 +250,7 @@ def down(z: Tensor, weights: FFWeights, sets: ExpertRows) -> tuple[Tensor, int]:
         tokens,
         width,
         weights.count,
+        RANK=mapped.shape[1],
         TOKENS=_padded(tokens),
         **pdl_options(),
     )

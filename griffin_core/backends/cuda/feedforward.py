@@ -45,20 +45,25 @@ def feedforward(
     tokens, width = x.shape
     if sets is not None and sets.shared:
         assert norm is None and tokens <= MAX_SHARED_TOKENS
-        z = expert_matmul.activations(x, weights, sets)
-        partial, splits = expert_matmul.down(z, weights, sets)
+        z, mapped = expert_matmul.activations(x, weights, sets)
+        partial, splits = expert_matmul.down(z, mapped, weights, sets)
     else:
-        z = expert_matvec.activations(x, weights, sets, norm)
-        partial, splits = expert_matvec.down(z, weights, sets)
+        z, mapped = expert_matvec.activations(x, weights, sets, norm)
+        partial, splits = expert_matvec.down(z, mapped, weights, sets)
+    correction = None if sets is None else sets.correction
     out = torch.empty_like(x)
     _sum_splits[(triton.cdiv(width, SUM_BLOCK), tokens)](
         partial,
         weights.down_bias,
+        correction and correction.bias,
+        sets.slim_ids if sets else None,
         residual,
         splits,
         out,
         width,
         HAS_BIAS=weights.down_bias is not None,
+        HAS_CORRECTION=correction is not None,
+        SHARED=sets is not None and sets.shared,
         HAS_RESIDUAL=residual is not None,
         BLOCK=SUM_BLOCK,
         **pdl_options(),
@@ -70,11 +75,15 @@ def feedforward(
 def _sum_splits(
     partial,
     bias,
+    corrections,
+    slim_ids,
     residual,
     splits,
     out,
     width,
     HAS_BIAS: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     OVERLAPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -90,6 +99,10 @@ def _sum_splits(
         )
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_CORRECTION:
+        slim_id = tl.load(slim_ids if SHARED else slim_ids + token)
+        own = corrections + slim_id * width + columns
+        total += tl.load(own, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)

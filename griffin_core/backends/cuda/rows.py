@@ -27,6 +27,13 @@ def tile(matrix, rows, live, columns, width):
 
 
 @triton.jit
+def even_range(count, split, SPLITS: tl.constexpr):
+    """Returns the first and the end position of a few rows that one split sums."""
+    share = tl.cdiv(count, SPLITS)
+    return split * share, tl.minimum(split * share + share, count)
+
+
+@triton.jit
 def split_range(count, split, SPLITS: tl.constexpr, NEURONS: tl.constexpr):
     """Returns the first and the end position of a set that one split sums, in whole blocks."""
     share = tl.cdiv(tl.cdiv(count, SPLITS), NEURONS) * NEURONS

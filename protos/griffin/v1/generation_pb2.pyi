@@ -157,7 +157,7 @@ class _CorrectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Correction
     unless the policy is SENSITIVE.
     """
     CORRECTION_RESIDUAL: _Correction.ValueType  # 3
-    """A linear map of rank r of the FF's input, fitted to the last 256 tokens of the prompt, and the
+    """A linear map of rank r of the FF's input, fitted to the last 384 tokens of the prompt, and the
     mean: (1 + 2r) * D values a layer. Prompts of fewer than 128 tokens get a bias instead, as do
     sessions on a shared set and scores in mode CLASSIFICATION.
     """
@@ -174,7 +174,7 @@ CORRECTION_BIAS: Correction.ValueType  # 2
 unless the policy is SENSITIVE.
 """
 CORRECTION_RESIDUAL: Correction.ValueType  # 3
-"""A linear map of rank r of the FF's input, fitted to the last 256 tokens of the prompt, and the
+"""A linear map of rank r of the FF's input, fitted to the last 384 tokens of the prompt, and the
 mean: (1 + 2r) * D values a layer. Prompts of fewer than 128 tokens get a bias instead, as do
 sessions on a shared set and scores in mode CLASSIFICATION.
 """

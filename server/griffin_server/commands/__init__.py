@@ -8,7 +8,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("serve", "generate", "chat", "info", "inspect", "check", "eval", "bench", "top", "key")
+COMMANDS = (
+    "serve",
+    "generate",
+    "chat",
+    "info",
+    "inspect",
+    "check",
+    "calibrate",
+    "eval",
+    "bench",
+    "top",
+    "key",
+)
 """The subcommands, in the order of the help. Each is the ``app`` of the module of its name."""
 
 

@@ -1,0 +1,2 @@
+"""Measures, once for each model, which way of choosing experts loses least (``griffin
+calibrate``)."""

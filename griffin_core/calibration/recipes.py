@@ -1,0 +1,133 @@
+"""Measures recipes on held-out text, and says which one is best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+
+from griffin_core.experts.correction import DEFAULT_RANK, CorrectionParams
+from griffin_core.experts.selection import Selection, select_experts
+from griffin_core.forward.correction import corrected
+from griffin_core.forward.decode import StepTokens, decode_tokens
+from griffin_core.forward.prefill import launch
+from griffin_core.forward.prompt import Part, Prompt
+from griffin_core.model.decoder import Decoder
+from griffin_core.slim.zeroed import ZeroedLayers
+from griffin_core.spec.calibration import Recipe
+
+PLAIN = Recipe(policy="topk", correction="none")
+"""The paper's method, which others must beat."""
+
+CANDIDATES: tuple[Recipe, ...] = (
+    PLAIN,
+    Recipe(policy="topk", correction="bias"),
+    Recipe(policy="topk", correction="residual", rank=DEFAULT_RANK),
+    Recipe(policy="topk_budgets", correction="bias"),
+    Recipe(policy="topk_budgets", correction="residual", rank=DEFAULT_RANK),
+    Recipe(policy="sensitive", correction="bias"),
+    Recipe(policy="sensitive", correction="residual", rank=DEFAULT_RANK),
+)
+
+ERRORS_NEEDED = 2.0
+"""By how many standard errors of the paired difference a recipe must beat plain topk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A recipe beside plain topk on the same windows.
+
+    Args:
+        kl: mean KL(dense || pruned) of a token, in nats.
+        change: its change relative to plain topk, such as -0.3 for 30 % less.
+        change_error: standard error of ``change``, paired by window.
+    """
+
+    recipe: Recipe
+    kl: float
+    change: float
+    change_error: float
+
+    @property
+    def beats_plain(self) -> bool:
+        return self.change < -ERRORS_NEEDED * self.change_error
+
+
+@torch.inference_mode()
+def divergences(
+    decoder: Decoder,
+    window: Sequence[int],
+    prompt_tokens: int,
+    density: float,
+    recipes: Sequence[Recipe] = CANDIDATES,
+) -> dict[Recipe, float]:
+    """Returns the mean KL of the tokens after a prompt, which are given and not drawn, by
+    recipe."""
+    cache_ = decoder.new_cache(len(window))
+    anything = Selection(density=density, correction=CorrectionParams(kind="residual", rank=1))
+    prompt = Prompt(decoder, window[:prompt_tokens], anything, cache=cache_)
+    (read,) = launch(decoder, [Part(prompt=prompt, tokens=prompt_tokens)]).end()
+    rest = window[prompt_tokens:]
+    magnitude = cache(decoder.magnitudes)
+
+    def logprobs(view: Sequence[object]) -> Tensor:
+        step = StepTokens(cache=cache_, view=view, token_ids=rest)  # type: ignore[arg-type]
+        found = decode_tokens(decoder, [step])[0].log_softmax(dim=1)
+        cache_.rewind(prompt_tokens)
+        return found
+
+    dense = logprobs([layer.ff for layer in decoder.layers])
+    found = {}
+    for recipe in recipes:
+        selection = Selection(
+            density=density,
+            policy=recipe.policy,
+            correction=CorrectionParams(kind=recipe.correction, rank=recipe.rank),
+        )
+        slim = select_experts(
+            read.statistics, selection, magnitude=magnitude, calibration=decoder.calibration
+        )
+        slim = corrected(decoder, slim, read.statistics, selection, read.tails)
+        pruned = logprobs(ZeroedLayers(decoder, slim))
+        found[recipe] = float((dense.exp() * (dense - pruned)).sum(dim=1).mean())
+    return found
+
+
+def compare(
+    by_window: Sequence[Mapping[Recipe, float]], plain_recipe: Recipe = PLAIN
+) -> list[Compared]:
+    """Compares recipes over windows.
+
+    Args:
+        by_window: the KL of every recipe, for each of at least two windows.
+        plain_recipe: what the others are compared with.
+    """
+    plain = [window[plain_recipe] for window in by_window]
+    compared = []
+    for recipe in by_window[0]:
+        own = [window[recipe] for window in by_window]
+        differences = [one - other for one, other in zip(own, plain, strict=True)]
+        error = stdev(differences) / len(differences) ** 0.5
+        compared.append(
+            Compared(
+                recipe=recipe,
+                kl=mean(own),
+                change=mean(differences) / mean(plain),
+                change_error=error / mean(plain),
+            )
+        )
+    return compared
+
+
+def best_of(compared: Sequence[Compared]) -> Recipe:
+    """Returns the recipe of the least KL among those that beat plain topk; else plain topk."""
+    better = [each for each in compared if each.beats_plain]
+    return min(better, key=lambda each: each.kl).recipe if better else PLAIN
+
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done and of how much."""
