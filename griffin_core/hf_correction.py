@@ -15,7 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.correction import CorrectionParams
-from griffin_core.experts.correction_fit import BIAS_TOKENS, RESIDUAL_TOKENS, RIDGE
+from griffin_core.experts.correction_fit import (
+    BIAS_TOKENS,
+    LEAST_DEVIATION,
+    RESIDUAL_TOKENS,
+    RIDGE,
+)
 from griffin_core.hf_blocks import Block, sizes
 from griffin_core.hf_experts import Seen
 from griffin_core.spec.calibration import PRIOR_TOKENS, Calibration
@@ -66,6 +71,7 @@ def fit_layer(
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x_mean, y - y_mean
     deviation = x.std(dim=0, correction=0)
+    deviation = deviation.clamp(min=LEAST_DEVIATION * float(deviation.mean()) or 1.0)
     x = x / deviation
     directions = torch.linalg.svd(y, full_matrices=False).Vh[: params.rank]
     covariance = x.mT @ x

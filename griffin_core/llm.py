@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any, Literal, Unpack, overload
+from collections.abc import Generator, Iterable, Sequence
+from typing import Literal, Unpack, overload
 
 import torch
 
@@ -15,22 +15,19 @@ from griffin_core.model.hub import Progress
 from griffin_core.model.load import Model
 from griffin_core.offline.checks import pairs as check_pairs
 from griffin_core.offline.completion import Completion, Piece, Score
-from griffin_core.offline.options import GenerateOptions, ScoreOptions, TextOrIds
-from griffin_core.offline.results import run_generations, run_scores
+from griffin_core.offline.options import (
+    Chats,
+    GenerateOptions,
+    Items,
+    Prompts,
+    ScoreOptions,
+    TextOrIds,
+)
+from griffin_core.offline.results import SUBMITTED_AHEAD, run_generations, run_scores
 from griffin_core.offline.start import make_engine
 from griffin_core.offline.tasks import generate_tasks, score_tasks
-from griffin_core.sampling.params import SamplingParams
-from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import DEFAULT_MODEL, CorrectionKind, PolicyName, Sharing
-from griffin_core.text.prompt import Message, Prompt, is_chat, list_prompts
-
-SUBMITTED_AHEAD = 8
-"""Tasks that wait in the engine besides those that run, so that none of its places stays empty
-while this process takes a result."""
-
-Prompts = Prompt | Iterable[Prompt]
-Chats = Sequence[Message] | Iterable[Sequence[Message]]
-Items = Iterable[tuple[TextOrIds, Sequence[TextOrIds]]]
+from griffin_core.text.prompt import is_chat, list_prompts
 
 
 class LLM:
@@ -152,23 +149,7 @@ class LLM:
     ) -> Generator[tuple[int, Piece], None, None]: ...
 
     def generate(
-        self,
-        prompts: Prompts,
-        *,
-        stream: bool = False,
-        density: float | None = None,
-        policy: PolicyName | None = None,
-        correction: CorrectionKind | None = None,
-        correction_rank: int | None = None,
-        sharing: Sharing | None = None,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        stopping: StoppingParams | Sequence[StoppingParams] | None = None,
-        seed: int | Sequence[int] | None = None,
-        top_logprobs: int | None = None,
-        bad_words: Sequence[str] = (),
-        add_special_tokens: bool | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        self, prompts: Prompts, *, stream: bool = False, **options: Unpack[GenerateOptions]
     ) -> list[Completion] | Generator[tuple[int, Piece], None, None]:
         """Completes one prompt or many. All are checked before any is run.
 
@@ -204,23 +185,7 @@ class LLM:
             EngineStopped: the LLM is closed, or was while this ran.
         """
         self._check_open()
-        tasks = generate_tasks(
-            self._engine,
-            list_prompts(prompts),
-            density=density,
-            policy=policy,
-            correction=correction,
-            correction_rank=correction_rank,
-            sharing=sharing,
-            sampling=sampling,
-            stopping=stopping,
-            seed=seed,
-            top_logprobs=top_logprobs,
-            bad_words=bad_words,
-            add_special_tokens=add_special_tokens,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        tasks = generate_tasks(self._engine, list_prompts(prompts), **options)
         pieces = run_generations(
             self._engine,
             tasks,

@@ -9,6 +9,7 @@ from typing import Any
 
 import lm_eval
 
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
 from griffin_evals.bar import Bar
@@ -69,12 +70,12 @@ class OneModel:
     def _with(self, setting: Setting, journal: Journal | None) -> GriffinLM:
         if setting.dense:
             return self._lm.with_settings(density=1.0, journal=journal)
-        policy, correction = parse_recipe(setting.policy)
+        recipe = parse_recipe(setting.policy)
         return self._lm.with_settings(
             density=setting.density,
-            policy=policy,
-            correction=correction.kind,
-            correction_rank=correction.rank or None,
+            policy=recipe.policy,
+            correction=recipe.correction,
+            correction_rank=recipe.rank or None,
             score_mode=setting.mode,
             journal=journal,
         )
@@ -139,8 +140,13 @@ class OneModel:
 
     def _selection(self, setting: Setting, window: int) -> Selection:
         seed = Settings(seed=self._plan.seed).seed_of(DIVERGENCE, window)
-        policy, correction = parse_recipe(setting.policy)
-        return Selection(density=setting.density, policy=policy, correction=correction, seed=seed)
+        recipe = parse_recipe(setting.policy)
+        return Selection(
+            density=setting.density,
+            policy=recipe.policy,
+            correction=CorrectionParams(kind=recipe.correction, rank=recipe.rank),
+            seed=seed,
+        )
 
     def speed(self, setting: Setting) -> None:
         identity = self._identity(SPEED, WHAT, setting)

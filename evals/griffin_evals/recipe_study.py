@@ -61,8 +61,7 @@ def main() -> None:
 
 
 def _recipe(name: str) -> Recipe:
-    policy, correction = parse_recipe(name)
-    return Recipe(policy=policy, correction=correction.kind, rank=correction.rank)
+    return Recipe(**parse_recipe(name)._asdict())
 
 
 def _report(

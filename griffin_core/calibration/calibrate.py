@@ -79,12 +79,13 @@ def calibrate(
     before = loaded.tokenizer.encode("")
     encoded = [loaded.tokenizer.encode(text)[len(before) :] for text in texts]
     fitting = _windows(encoded[::2], before, GRADIENT_TOKENS)
-    held_out = _windows(encoded[1::2], before, PROMPT_TOKENS + SCORED_TOKENS)
+    length = min(PROMPT_TOKENS + SCORED_TOKENS, spec.context_length)
+    held_out = _windows(encoded[1::2], before, length)
     if len(fitting) < 2 or len(held_out) < 2:
         raise InvalidRequest(
             "text",
             f"{len(fitting)} windows to fit and {len(held_out)} to hold out, of {len(texts)} texts",
-            f"at least 2 of {GRADIENT_TOKENS} and 2 of {PROMPT_TOKENS + SCORED_TOKENS} tokens",
+            f"at least 2 of {GRADIENT_TOKENS} and 2 of {length} tokens",
         )
     steps = len(fitting) + len(held_out)
     counted = iter(range(1, steps + 1))
@@ -117,7 +118,7 @@ def calibrate(
     decoder.calibration = made(Recipe(policy="topk", correction="none"))
     by_window = []
     for window in held_out:
-        by_window.append(divergences(decoder, window, PROMPT_TOKENS, density))
+        by_window.append(divergences(decoder, window, length - SCORED_TOKENS, density))
         done("recipes")
     compared = compare(by_window)
     calibration = made(best_of(compared))
@@ -126,7 +127,7 @@ def calibrate(
         "family": spec.family,
         "density": density,
         "windows": len(held_out),
-        "prompt_tokens": PROMPT_TOKENS,
+        "prompt_tokens": length - SCORED_TOKENS,
         "scored_tokens": SCORED_TOKENS,
         "compared": [asdict(each) for each in compared],
     }

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-from griffin_core.experts.correction import DEFAULT_RANK, CorrectionParams
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.forward.correction import corrected
 from griffin_core.forward.decode import StepTokens, decode_tokens
@@ -19,6 +19,7 @@ from griffin_core.forward.prompt import Part, Prompt
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.zeroed import ZeroedLayers
 from griffin_core.spec.calibration import Recipe
+from griffin_core.spec.choices import DEFAULT_RANK
 
 PLAIN = Recipe(policy="topk", correction="none")
 """The paper's method, which others must beat."""

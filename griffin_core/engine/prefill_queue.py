@@ -15,11 +15,12 @@ from griffin_core.forward.events import (
     LayerActivations,
     LayerKv,
 )
-from griffin_core.forward.prefill import MAX_TOGETHER, Launch, PromptRead, launch
+from griffin_core.forward.prefill import MAX_TOGETHER, Launch, launch
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
+from griffin_core.forward.prompt_pass import PromptRead
 from griffin_core.model.decoder import Decoder
 
 log = logging.getLogger(__name__)

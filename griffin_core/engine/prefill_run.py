@@ -8,10 +8,10 @@ from collections.abc import Callable
 from griffin_core.engine.events import PrefillBegun, PrefillStreamEvent
 from griffin_core.engine.ports import Sink
 from griffin_core.engine.task import MAX_CONCURRENT_PREFILLS
-from griffin_core.forward.prefill import PromptRead
 from griffin_core.forward.prompt import (
     Prompt,
 )
+from griffin_core.forward.prompt_pass import PromptRead
 
 
 class PrefillRun:

@@ -32,11 +32,11 @@ from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.experts.statistic import Statistics
-from griffin_core.forward.prefill import PromptRead
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
+from griffin_core.forward.prompt_pass import PromptRead
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.views import SlimViews, WholeView
 from griffin_core.slim.zeroed import zeroed_bytes

@@ -83,7 +83,7 @@ class TurnPlanner:
             turn=turn,
             keep=task.keep and fits_idle,
             deadline=task.deadline,
-            needs=self._needs(session, kv, selection, sharing),
+            needs=self._needs(session, kv, selection, sharing, len(task.prefilled)),
         )
 
     def _plan_score(self, session: Session, task: ScoreTask) -> TurnPlan:
@@ -97,7 +97,7 @@ class TurnPlanner:
         if turn.chooses:
             needs = Reservation(kv=kv, zeroed=choice_bytes(decoder))
         else:
-            needs = self._needs(session, kv, selection, sharing)
+            needs = self._needs(session, kv, selection, sharing, len(task.prefilled))
         return TurnPlan(
             turn_id=task.turn_id,
             arrived=task.arrived,
@@ -120,7 +120,7 @@ class TurnPlanner:
             raise InvalidRequest("pruning.correction_rank", rank, allowed)
 
     def _needs(
-        self, session: Session, kv: int, selection: Selection, sharing: Sharing
+        self, session: Session, kv: int, selection: Selection, sharing: Sharing, tokens: int
     ) -> Reservation:
         spec = self._model.decoder.spec
         counts = selection.most_counts(len(spec.layers), spec.intermediate_size)
@@ -128,7 +128,7 @@ class TurnPlanner:
         return Reservation(
             kv=kv,
             zeroed=self._views.zeroed_bytes(counts),
-            correction=correction_bytes(self._model.decoder, selection) if prunes else 0,
+            correction=correction_bytes(self._model.decoder, selection, tokens) if prunes else 0,
             view=self._views.planned_bytes(counts),
             pool=self._groups.pool(selection, sharing, session.shares_with),
         )

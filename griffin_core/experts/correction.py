@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from griffin_core.errors import InvalidRequest
-from griffin_core.spec.choices import CORRECTION_KINDS, CorrectionKind
-
-DEFAULT_RANK, MAX_RANK = 64, 256
+from griffin_core.spec.choices import CORRECTION_KINDS, DEFAULT_RANK, MAX_RANK, CorrectionKind
 
 
 @dataclass(frozen=True, kw_only=True)

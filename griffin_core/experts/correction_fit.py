@@ -43,8 +43,12 @@ SWEEPS = 2
 SMALLEST = 1e-12
 """Divisors are at least this."""
 
-LOST = 1e-6
-"""Squared lengths below this share of the mean are rounding errors."""
+LOST = 2e-6
+"""Squared lengths below this share of their sum are rounding errors."""
+
+LEAST_DEVIATION = 1e-2
+"""An input whose standard deviation is below this share of the mean of all is not scaled up any
+further: it may be constant but for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +133,9 @@ def fit(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     x_mean, y_mean = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
     x, y = x - x_mean, y - y_mean
-    deviation = x.square().mean(dim=1, keepdim=True).sqrt().clamp(min=SMALLEST)
+    deviation = x.square().mean(dim=1, keepdim=True).sqrt()
+    least = (LEAST_DEVIATION * deviation.mean(dim=2, keepdim=True)).clamp(min=SMALLEST)
+    deviation = deviation.maximum(least)
     x = x / deviation
     directions = principal_directions(y, rank)
     gram = x @ x.mT  # [L, n, n], smaller than the covariance [L, D, D] of long rows
@@ -158,7 +164,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
     for _ in range(2):
         products = columns.mT @ columns
         diagonal = products.diagonal(dim1=1, dim2=2)
-        diagonal.add_((LOST * diagonal.mean(dim=1, keepdim=True)).clamp(min=SMALLEST))
+        diagonal.add_((LOST * diagonal.sum(dim=1, keepdim=True)).clamp(min=SMALLEST))
         factor = torch.linalg.cholesky(products)
         columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
     return columns

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.correction_fit import (
     FITTED_TOKENS,
     Tail,
@@ -45,14 +46,19 @@ def corrected(
     return with_residual(slim, whole, down, selection.correction.rank)
 
 
-def correction_bytes(decoder: Decoder, selection: Selection) -> int:
-    """Returns the most bytes that a session's correction takes, and what it is fitted to."""
+def correction_bytes(decoder: Decoder, selection: Selection, tokens: int) -> int:
+    """Returns the most bytes that a session's correction takes, and what it is fitted to.
+
+    Args:
+        tokens: of the prompt of this turn.
+    """
     spec, itemsize = decoder.spec, decoder.dtype.itemsize
     layers, params = len(spec.layers), selection.correction
-    size = params.nbytes(layers, spec.hidden_size, itemsize)
-    if params.kind == "residual":
-        size += layers * FITTED_TOKENS * (spec.hidden_size + spec.intermediate_size) * itemsize
-    return size
+    if kind_for(params, tokens, prior=True) != "residual":
+        bias = CorrectionParams(kind="none" if params.kind == "none" else "bias")
+        return bias.nbytes(layers, spec.hidden_size, itemsize)
+    rows = min(tokens, FITTED_TOKENS) * (spec.hidden_size + spec.intermediate_size)
+    return params.nbytes(layers, spec.hidden_size, itemsize) + layers * rows * itemsize
 
 
 def _joined(parts: Sequence[Tail]) -> Tail:

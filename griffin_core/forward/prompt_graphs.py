@@ -20,10 +20,11 @@ from griffin_core.backends.batch import RowRuns
 from griffin_core.backends.cuda.backend import CudaBackend
 from griffin_core.backends.transfers import on_device
 from griffin_core.experts.correction_fit import Tail
-from griffin_core.forward.prefill import Pass, Tell, counting_ff, launch
+from griffin_core.forward.prefill import counting_ff, launch
 from griffin_core.forward.prompt import (
     Part,
 )
+from griffin_core.forward.prompt_pass import Pass, Tell
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import CorrectionKind, PolicyName, ScoreMode, Sharing
+from griffin_core.text.prompt import Message, Prompt
 
 TextOrIds = str | Sequence[int]
+Prompts = Prompt | Iterable[Prompt]
+Chats = Sequence[Message] | Iterable[Sequence[Message]]
+Items = Iterable[tuple[TextOrIds, Sequence[TextOrIds]]]
 
 
 class GenerateOptions(TypedDict, total=False):

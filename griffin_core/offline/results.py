@@ -16,6 +16,10 @@ StopReason = Callable[[], Exception]
 """Says why an engine that has stopped takes no more work. A generator of results holds it as long
 as it runs."""
 
+SUBMITTED_AHEAD = 8
+"""Tasks that wait in the engine besides those that run, so that none of its places stays empty
+while this process takes a result."""
+
 
 def run_generations(
     engine: Engine,

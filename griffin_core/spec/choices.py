@@ -18,6 +18,9 @@ CorrectionKind = Literal["none", "bias", "residual"]
 """What is added to the FF's output in place of the neurons that are left out. bias: their mean
 output. residual: a linear map of rank r of the FF's input, and the mean."""
 
+DEFAULT_RANK, MAX_RANK = 64, 256
+"""Ranks of a residual: of requests that name none, and the highest."""
+
 CORRECTION_KINDS: tuple[CorrectionKind, ...] = get_args(CorrectionKind)
 
 Sharing = Literal["private", "shared", "auto"]

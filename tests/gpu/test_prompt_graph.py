@@ -10,11 +10,12 @@ import torch
 
 from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection
-from griffin_core.forward.prefill import PromptRead, launch
+from griffin_core.forward.prefill import launch
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
+from griffin_core.forward.prompt_pass import PromptRead
 from griffin_core.model.load import load_model
 from tests.gpu.devices import needs_cuda
 from tests.tiny import FAMILIES, make_tiny

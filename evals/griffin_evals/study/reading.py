@@ -17,11 +17,12 @@ from griffin_core.forward.events import (
     LayerActivations,
     LayerKv,
 )
-from griffin_core.forward.prefill import PromptRead, launch
+from griffin_core.forward.prefill import launch
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
+from griffin_core.forward.prompt_pass import PromptRead
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model

@@ -18,6 +18,8 @@ from griffin_server.commands.conversation import Conversation
 from griffin_server.commands.failures import err, fail
 from griffin_server.commands.options import (
     AsJson,
+    Correction,
+    CorrectionRank,
     Density,
     MaxTokens,
     MinP,
@@ -45,6 +47,8 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     density: Density = None,
     policy: Policy = None,
+    correction: Correction = None,
+    correction_rank: CorrectionRank = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -63,6 +67,8 @@ def chat(
     options = {
         "density": density,
         "policy": policy,
+        "correction": correction,
+        "correction_rank": correction_rank,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,

@@ -11,6 +11,8 @@ from griffin_server.commands.arguments import json_object, read_prompt
 from griffin_server.commands.calls import call_errors
 from griffin_server.commands.options import (
     AsJson,
+    Correction,
+    CorrectionRank,
     Density,
     MaxTokens,
     MinP,
@@ -39,6 +41,8 @@ def generate(
     ] = False,
     density: Density = None,
     policy: Policy = None,
+    correction: Correction = None,
+    correction_rank: CorrectionRank = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -62,6 +66,8 @@ def generate(
             messages=[("user", text)] if as_chat else None,
             density=density,
             policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
+            correction=correction,  # type: ignore[arg-type]  # likewise
+            correction_rank=correction_rank,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,

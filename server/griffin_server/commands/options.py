@@ -19,7 +19,20 @@ Density = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    typer.Option(help="topk, sampled, topk_sampled, magnitude or random; by default the server's."),
+    typer.Option(
+        help="topk, sampled, topk_sampled, magnitude, random or, for a calibrated model, sensitive "
+        "or topk_budgets; by default the server's."
+    ),
+]
+Correction = Annotated[
+    str | None,
+    typer.Option(
+        help="What stands in for the neurons that are left out: none, bias or residual; by default "
+        "the server's."
+    ),
+]
+CorrectionRank = Annotated[
+    int | None, typer.Option(help="Rank of a residual, in [1, 256]; by default the server's.")
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="The most tokens to generate; by default 256.")]
 Temperature = Annotated[

@@ -33,11 +33,12 @@ from griffin_core.forward.events import (
     LayerExperts,
 )
 from griffin_core.forward.invariant import InvariantStep
-from griffin_core.forward.prefill import Pass, Tell, launch, prefill
+from griffin_core.forward.prefill import launch, prefill
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
+from griffin_core.forward.prompt_pass import Pass, Tell
 from griffin_core.kv.cache import KvCache
 from griffin_core.kv.pool import KvPool
 from griffin_core.model.decoder import Decoder

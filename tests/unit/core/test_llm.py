@@ -30,10 +30,10 @@ from griffin_core.errors import (
     NonFiniteLogits,
     SessionNotFound,
 )
-from griffin_core.llm import SUBMITTED_AHEAD
 from griffin_core.model.load import Model
 from griffin_core.offline.batch import run_tasks
 from griffin_core.offline.completion import Piece
+from griffin_core.offline.results import SUBMITTED_AHEAD
 from tests.servers import eventually
 from tests.tiny import CONTEXT
 from tests.unit.core.engines import at_baseline, complete, engine

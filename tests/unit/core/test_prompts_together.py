@@ -28,11 +28,12 @@ from griffin_core.forward.events import (
     PrefillFinished,
     PromptExperts,
 )
-from griffin_core.forward.prefill import MAX_TOGETHER, Pass, PromptRead, launch
+from griffin_core.forward.prefill import MAX_TOGETHER, launch
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
+from griffin_core.forward.prompt_pass import Pass, PromptRead
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams

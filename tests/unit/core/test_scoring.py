@@ -24,7 +24,7 @@ from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import CapacityExhausted, EngineFault, InvalidRequest, NonFiniteLogits
 from griffin_core.experts.policies import POLICIES, PolicyName
 from griffin_core.forward.decode import EagerStep
-from griffin_core.forward.prefill import Pass
+from griffin_core.forward.prompt_pass import Pass
 from griffin_core.kv.pool import kv_bytes
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
