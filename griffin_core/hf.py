@@ -97,8 +97,8 @@ def sparsify(
         attention_mask: [N, P], 0 for padding, on whichever side; None if there is none.
         correction: what is added to the output of the experts: "none", as in the paper; "bias", the
             mean output of the other neurons; or "residual", a linear map of the FF's input as well.
-            Prompts of fewer than 48 tokens get none, and several prompts or fewer than 128 tokens a
-            bias.
+            Prompts of fewer than 48 tokens get none, unless the policy is "sensitive"; several
+            prompts, or fewer than 128 tokens, get a bias.
         correction_rank: of a residual, in [1, 256]; None for 64.
         calibration: of the model, for the policies "sensitive" and "topk_budgets".
 
@@ -117,7 +117,8 @@ def sparsify(
         raise InvalidRequest("model", "one inside another sparsify", "one sparsify at a time")
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
-        seen = statistics(model, blocks, prompts)
+        fits = params.kind == "residual" and len(prompts) == 1
+        seen = statistics(model, blocks, prompts, fits=fits)
         s = torch.stack([torch.stack([each.s for each in own]) for own in seen], dim=1)
         slim = choose(batch_score(s), blocks, selection, seen, calibration)
         rows = _Rows(model, prompts, layout)
@@ -145,6 +146,7 @@ def sparsify(
                 hook = block.inner[0].register_forward_pre_hook(corrector.see)
                 undo.callback(hook.remove)
                 undo.callback(block.down.register_forward_hook(corrector.add).remove)
+        del seen  # what residuals were fitted to
         yield Sparsified(s=s, experts=slim)
 
 

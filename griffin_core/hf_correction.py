@@ -28,15 +28,18 @@ from griffin_core.spec.calibration import PRIOR_TOKENS, Calibration
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMap:
-    """b + x A for a layer: b [D], A [D, D] or None."""
+    """b + (x A) B for a layer: b [D], A [D, r] and B [r, D], or a bias alone."""
 
     bias: Tensor
-    matrix: Tensor | None = None
+    into: Tensor | None = None
+    out: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the correction for inputs x [..., D], in their dtype."""
         added = self.bias.to(x.device, x.dtype).expand_as(x)
-        return added if self.matrix is None else added + x @ self.matrix.to(x.device, x.dtype)
+        if self.into is None or self.out is None:
+            return added
+        return added + x @ self.into.to(x.device, x.dtype) @ self.out.to(x.device, x.dtype)
 
 
 def fit_layer(
@@ -76,9 +79,8 @@ def fit_layer(
     directions = torch.linalg.svd(y, full_matrices=False).Vh[: params.rank]
     covariance = x.mT @ x
     covariance.diagonal().add_(RIDGE * len(x))
-    matrix = torch.linalg.solve(covariance, x.mT @ (y @ directions.mT)) @ directions
-    matrix = matrix / deviation[:, None]
-    return LayerMap(bias=y_mean - x_mean @ matrix, matrix=matrix)
+    into = torch.linalg.solve(covariance, x.mT @ (y @ directions.mT)) / deviation[:, None]
+    return LayerMap(bias=y_mean - x_mean @ into @ directions, into=into, out=directions)
 
 
 def prior_means(calibration: Calibration | None, layer: int) -> Tensor | None:

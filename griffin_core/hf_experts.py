@@ -41,23 +41,27 @@ class Seen:
     z: Tensor
 
     @staticmethod
-    def of(x: Tensor, z: Tensor, s: Tensor) -> Seen:
-        """Notes the input [T, D] and the activations [T, F] of all tokens."""
+    def of(x: Tensor, z: Tensor, s: Tensor, *, fits: bool) -> Seen:
+        """Notes the input [T, D] and the activations [T, F] of all tokens.
+
+        Args:
+            fits: whether to keep the last rows, which a residual is fitted to.
+        """
         x, z = x.double().cpu(), z.double().cpu()
-        tail = slice(max(0, len(z) - FITTED_TOKENS), None)
+        tail = slice(max(0, len(z) - FITTED_TOKENS) if fits else len(z), None)
         return Seen(
             tokens=len(z),
             s=s.cpu(),
             squares=z.square().sum(dim=0),
             values=z.sum(dim=0),
-            x=x[tail],
-            z=z[tail],
+            x=x[tail].clone(),
+            z=z[tail].clone(),
         )
 
 
 @torch.no_grad()
 def statistics(
-    model: PreTrainedModel, blocks: Sequence[Block], prompts: Sequence[Tensor]
+    model: PreTrainedModel, blocks: Sequence[Block], prompts: Sequence[Tensor], *, fits: bool
 ) -> list[list[Seen]]:
     """Runs each prompt by itself. Returns what each layer did with each of them."""
     seen: list[list[Seen]] = [[] for _ in blocks]
@@ -68,7 +72,7 @@ def statistics(
 
     def collect(layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         z = args[0].flatten(0, -2)
-        seen[layer].append(Seen.of(inputs.pop(layer), z, _s(z)))
+        seen[layer].append(Seen.of(inputs.pop(layer), z, _s(z), fits=fits))
 
     with contextlib.ExitStack() as undo:
         for layer, block in enumerate(blocks):

@@ -138,3 +138,8 @@ class Backend(Protocol):
     ) -> None: ...
 
     def close(self) -> None: ...
+
+
+def calibrated_fingerprint(fingerprint: str, calibration_digest: str) -> str:
+    """What answers depend on: the weights, and what was measured of them."""
+    return f"{fingerprint}+{calibration_digest}" if calibration_digest else fingerprint

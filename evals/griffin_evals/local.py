@@ -18,6 +18,7 @@ from griffin_evals.backend import (
     ModelFacts,
     Scored,
     ScoreItem,
+    calibrated_fingerprint,
     scored_of,
 )
 from griffin_evals.errors import RequestRefused
@@ -37,7 +38,9 @@ class LocalBackend:
         self.model = self._llm.model
         self.facts = ModelFacts(
             name=self.model.name,
-            fingerprint=self.model.fingerprint,
+            fingerprint=calibrated_fingerprint(
+                self.model.fingerprint, self.model.decoder.calibration_digest
+            ),
             dtype=str(self.model.decoder.dtype).removeprefix("torch."),
             context_length=self.model.decoder.spec.context_length,
         )

@@ -33,6 +33,7 @@ from griffin_evals.backend import (
     Scored,
     ScoreItem,
     Tokens,
+    calibrated_fingerprint,
     scored_of,
 )
 from griffin_evals.errors import OtherModel, RequestRefused, ServerGone
@@ -94,7 +95,9 @@ class RemoteBackend:
             raise
         self.facts = ModelFacts(
             name=self._info.model,
-            fingerprint=self._info.fingerprint,
+            fingerprint=calibrated_fingerprint(
+                self._info.fingerprint, self._info.calibration_digest
+            ),
             dtype=self._info.dtype,
             context_length=self._info.context_length,
         )
@@ -279,7 +282,11 @@ class RemoteBackend:
             OtherModel: the server has another model than before.
         """
         info = self._client.model_info(timeout=INFO_TIMEOUT_S)
-        if (before := self._info) is not None and info.fingerprint != before.fingerprint:
+        before = self._info
+        if before is not None and (info.fingerprint, info.calibration_digest) != (
+            before.fingerprint,
+            before.calibration_digest,
+        ):
             self._failed.set()
             raise OtherModel(
                 f"{self.target} now holds {info.model} ({info.fingerprint}); this run began with "

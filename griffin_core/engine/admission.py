@@ -167,6 +167,7 @@ class Admission:
         session.turn.begin(session, hidden)
         if session.turn.runs_tokens:
             self._groups.join(session)
+            self._sessions.scheduler.recheck()
 
     @property
     def has_prompts_read(self) -> bool:

@@ -24,6 +24,7 @@ import torch
 
 from griffin_core.engine.cgroup import memory_left
 from griffin_core.errors import DeviceMemoryExhausted
+from griffin_core.experts.correction_fit import FITTED_TOKENS
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.prefill import prefill
 from griffin_core.kv.pool import KvPool, kv_bytes
@@ -45,8 +46,12 @@ LARGEST_GRAPH, GRAPH_MODES, WORKING_LOGITS = 64, 4, 3
 """Rows of the largest captured step; the number of ways in which each step is captured; and how
 many times the logits of the largest step the sampler holds."""
 
-LARGEST_PROMPT = 512
-"""Tokens of the largest graph of a prompt."""
+PROMPT_ROWS = 128 + 256 + 512
+"""Tokens of all graphs of prompts, each of which keeps what residuals are fitted to."""
+
+FITTING = 4
+"""What fitting a residual takes besides, as so many times what one prompt's is fitted to: several
+prompts that wait, and float32 copies."""
 
 GRAPH_OVERHEAD = 512 << 20
 """Bytes of the graphs themselves and of a step's other intermediate results."""
@@ -251,7 +256,8 @@ def graph_bytes(decoder: Decoder, sessions: int, *, tails: bool) -> int:
     if not decoder.backend.captures:
         return 0
     spec = decoder.spec
-    values = len(spec.layers) * LARGEST_PROMPT * (spec.hidden_size + spec.intermediate_size)
+    rows = PROMPT_ROWS + FITTING * FITTED_TOKENS
+    values = len(spec.layers) * rows * (spec.hidden_size + spec.intermediate_size)
     of_tails = values * decoder.dtype.itemsize if tails else 0
     rows = 2 << (min(sessions, LARGEST_GRAPH) - 1).bit_length()  # of all sizes together
     logits = 4 * decoder.spec.vocab_size * rows

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -136,9 +136,11 @@ class ExpertGroup:
         chosen = select_group(decoder, [seat.session for seat in self.members])
         old = self.slim
         self.slim = chosen if old is None else kept_where_alike(old, chosen, SHARE_KEPT)
-        if self.slim is not old and self.slim.correction is None:
-            sessions = [seat.session for seat in self.members]
-            self.slim = corrected(decoder, self.slim, summed(sessions), sessions[0].selection)
+        sessions = [seat.session for seat in self.members]
+        corrects = sessions[0].selection.correction.kind != "none"
+        if len(sessions) > 1 and corrects:  # with a bias of all, not with what one has brought
+            plain = replace(self.slim, correction=None)
+            self.slim = corrected(decoder, plain, summed(sessions), sessions[0].selection)
         self.stale = False
         if self.slim is not old:
             self._zeroed = None
@@ -205,6 +207,8 @@ def summed(members: Sequence[Session]) -> Statistics:
 def kept_where_alike(old: SlimSpec, new: SlimSpec, share: float) -> SlimSpec:
     """The new set, but with the old experts in every layer where no more than this share of them
     would change; the old object if that is so in all layers."""
+    if old.counts != new.counts:  # a mixture would have another number of experts in all
+        return new
     before, after = old.mask(), new.mask(old.experts.device)
     gone = (before & ~after).sum(dim=1)
     changes: list[bool] = (gone > share * before.sum(dim=1)).tolist()

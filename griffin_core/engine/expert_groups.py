@@ -82,10 +82,10 @@ class ExpertGroups:
                 session.tails,
             )
         session.tails = ()
-        own = session.slim.correction
-        session.reservation = replace(
-            session.reservation, correction=0 if own is None else own.nbytes
-        )
+        if not session.turn.chooses:  # what it was fitted to is freed
+            own = session.slim.correction
+            nbytes = 0 if own is None else own.nbytes
+            session.reservation = replace(session.reservation, correction=nbytes)
         size = session.reservation.zeroed + session.reservation.correction
         self._views.acquire_zeroed(size)
         prunes = session.slim.prunes and not session.turn.chooses

@@ -125,7 +125,7 @@ def _look_up_counted(decoder: Decoder, pieces: Sequence[Piece]) -> list[list[Cha
     read = {id(each.prompt): each for each in run.end()}
     for piece, part in zip(pieces, parts, strict=True):
         if each := read.get(id(part.prompt)):
-            piece.turn.counted_to_its_end(piece.session, each.corrected())
+            piece.turn.counted_to_its_end(piece.session, each)
     return chances
 
 

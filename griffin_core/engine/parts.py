@@ -81,6 +81,7 @@ def build_parts(
     )
     slots = SamplerSlots(sampler, limits.max_sessions)
     flush_policy = FlushPolicy(stream_interval)
+    rank = 0 if limits.session_bytes == 0 else selection.correction.rank  # nothing decodes here
     setup = StepSetup(
         decoder,
         slim,
@@ -88,9 +89,9 @@ def build_parts(
         chunk_tokens=limits.chunk_tokens,
         graphs=cuda_graphs,
         batch_invariant=batch_invariant,
-        rank=selection.correction.rank,
+        rank=rank,
     )
-    memory = SessionMemory(decoder, limits, tails=selection.correction.rank > 0)
+    memory = SessionMemory(decoder, limits, tails=rank > 0)
     views = SlimViews(
         decoder,
         setup.table,

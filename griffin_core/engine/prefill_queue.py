@@ -226,9 +226,13 @@ class PrefillQueue:
 
     def _deliver(self, read: Sequence[tuple[PrefillRun, PromptRead]]) -> None:
         # All of it before a prompt leaves the queue, since a lost device fails here.
-        finished = [
-            (run, each if run.admitted else each.corrected().on_host()) for run, each in read
-        ]
+        finished = []
+        for run, each in read:
+            try:
+                finished.append((run, each if run.admitted else each.corrected().on_host()))
+            except Exception as error:
+                self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
+                self._fail(run, error)
         for run, _ in finished:
             self._runs.remove(run)
         for run, each in finished:

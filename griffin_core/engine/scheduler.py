@@ -211,6 +211,10 @@ class Scheduler:
         self._idles = True  # until something changes
         return None
 
+    def recheck(self) -> None:
+        """A live session has come to need less: what waits may begin now."""
+        self._idles = False
+
     def deadlocked(self) -> Session | None:
         """If nothing runs and no session in the queue fits, the youngest kept session whose next
         turn waits: what it holds must go."""

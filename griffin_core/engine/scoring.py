@@ -18,6 +18,7 @@ A ``Scoring`` says what its session runs next; ``look_up`` runs that for many se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from griffin_core.errors import NonFiniteLogits
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.experts.statistic import Statistics
+from griffin_core.forward.correction import corrected
 from griffin_core.forward.prompt import (
     Part,
     Prompt,
@@ -150,7 +152,12 @@ class Scoring:
         tokens = self._tail[begin : begin + rows]
         if self.stage is Stage.CHOSEN:
             if self._chosen_view is None:
-                assert session.slim is not None
+                assert session.slim is not None and session.statistics is not None
+                # Fitted here to every choice alike, wherever the context was read.
+                plain = replace(session.slim, correction=None)
+                session.slim = corrected(
+                    self._decoder, plain, session.statistics, session.selection
+                )
                 self._chosen_view = views.zeroed(session.slim)
             slim_id = self._chosen_view.slim_id
         else:
@@ -244,7 +251,8 @@ class Scoring:
 
 
 def choice_bytes(decoder: Decoder) -> int:
-    """The most bytes that a session holds if its continuations choose their own experts: the masks
+    """The most bytes that a session holds if its continuations choose their own experts, beside
+    their correction: the masks
     with which one token runs zeroed, and three statistics [3, L, F] float32: those of a pass, those
     of the tail with this pass, and the latter as a handoff would round them."""
     statistic = 12 * len(decoder.layers) * decoder.spec.intermediate_size

@@ -248,7 +248,8 @@ class Session:
     @property
     def correction(self) -> Correction | None:
         """What is added to the output of the experts that it runs on."""
-        slim = (self.view and self.view.slim) or self.slim
+        chooses = self.in_turn and self.turn.chooses
+        slim = self.slim if self.view is None or chooses else self.view.slim
         return None if slim is None else slim.correction
 
     @property

@@ -16,7 +16,14 @@ from griffin_core.experts.selection import Selection
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
 from griffin_core.sampling.stopping import StoppingParams
-from griffin_core.spec.choices import SCORE_MODES, SHARINGS, CorrectionKind, ScoreMode, Sharing
+from griffin_core.spec.choices import (
+    DEFAULT_RANK,
+    SCORE_MODES,
+    SHARINGS,
+    CorrectionKind,
+    ScoreMode,
+    Sharing,
+)
 from griffin_core.spec.model import ModelSpec
 
 MAX_CONTINUATIONS = 256
@@ -63,8 +70,11 @@ class PruningParams:
         if self.correction is not None:
             correction_params(NO_CORRECTION, self.correction, self.correction_rank)
 
-    def selection(self, base: Selection, seed: int) -> Selection:
+    def selection(self, base: Selection, seed: int, default_rank: int = DEFAULT_RANK) -> Selection:
         """The selection to run: what this request sets, and ``base`` for the rest.
+
+        Args:
+            default_rank: of a residual where neither says one.
 
         Raises:
             InvalidRequest: a parameter is not one of the policy, or a rank of the correction.
@@ -75,7 +85,12 @@ class PruningParams:
             density=base.density if self.density is None else self.density,
             policy=policy,
             parameters=self.parameters or inherited,
-            correction=correction_params(base.correction, self.correction, self.correction_rank),
+            correction=correction_params(
+                base.correction,
+                self.correction,
+                self.correction_rank,
+                default_rank=default_rank,
+            ),
             seed=seed,
         )
 

@@ -257,6 +257,7 @@ class TokenSteps:
             self._sessions.finish(session, last)
         elif first:
             self._groups.join(session)
+            self._sessions.scheduler.recheck()
 
 
 def _step_sequence(session: Session) -> StepSequence:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.generation import FlushPolicy, Generation
 from griffin_core.engine.memory import SessionMemory
@@ -11,11 +13,12 @@ from griffin_core.engine.session import Session
 from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.engine.turn import TurnPlan
 from griffin_core.errors import InvalidRequest
+from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.correction import correction_bytes
 from griffin_core.model.load import Model
 from griffin_core.slim.views import SlimViews
-from griffin_core.spec.choices import Sharing
+from griffin_core.spec.choices import DEFAULT_RANK, Sharing
 
 
 class TurnPlanner:
@@ -59,10 +62,12 @@ class TurnPlanner:
         spec = self._model.decoder.spec
         later_turn = bool(session.tokens)
         base = session.selection if later_turn else self._selection
-        selection = task.pruning.selection(base, task.sampling.seed)
+        rank = self._selection.correction.rank or DEFAULT_RANK
+        selection = task.pruning.selection(base, task.sampling.seed, rank)
         self._check(selection)
         turn = Generation(self._model, task, self._flush_policy)
         length = len(session.tokens) + len(task.prefilled)
+        cached = session.cache.length if session.cache else 0
         if length >= spec.context_length:
             raise InvalidRequest(
                 "session_id",
@@ -83,19 +88,26 @@ class TurnPlanner:
             turn=turn,
             keep=task.keep and fits_idle,
             deadline=task.deadline,
-            needs=self._needs(session, kv, selection, sharing, len(task.prefilled)),
+            needs=self._needs(session, kv, selection, sharing, length - cached),
         )
 
     def _plan_score(self, session: Session, task: ScoreTask) -> TurnPlan:
         decoder = self._model.decoder
         selection = task.pruning.selection(self._selection, task.seed)
         self._check(selection)
+        if task.mode == "classification" and selection.correction.kind == "residual":
+            # Each choice would fit its own, for one token.
+            selection = replace(selection, correction=CorrectionParams(kind="bias"))
         turn = Scoring(decoder, task, selection)
         capacity = task.run_tokens
         sharing = task.pruning.sharing or self._sharing
         kv = self._memory.max_bytes(capacity, resized=False)
         if turn.chooses:
-            needs = Reservation(kv=kv, zeroed=choice_bytes(decoder))
+            needs = Reservation(
+                kv=kv,
+                zeroed=choice_bytes(decoder),
+                correction=correction_bytes(decoder, selection, capacity),
+            )
         else:
             needs = self._needs(session, kv, selection, sharing, len(task.prefilled))
         return TurnPlan(

@@ -48,12 +48,17 @@ NO_CORRECTION = CorrectionParams()
 
 
 def correction_params(
-    base: CorrectionParams, kind: CorrectionKind | None, rank: int | None
+    base: CorrectionParams,
+    kind: CorrectionKind | None,
+    rank: int | None,
+    *,
+    default_rank: int = DEFAULT_RANK,
 ) -> CorrectionParams:
     """Returns what a request asks for.
 
     Args:
         base: for what the request does not set.
+        default_rank: of a residual where neither says one.
         kind, rank: what it sets.
 
     Raises:
@@ -61,7 +66,7 @@ def correction_params(
     """
     kind = kind or base.kind
     if rank is None:
-        rank = (base.rank or DEFAULT_RANK) if kind == "residual" else 0
+        rank = (base.rank or default_rank) if kind == "residual" else 0
     elif kind == "residual" and rank == 0:
         raise InvalidRequest("pruning.correction_rank", 0, f"[1, {MAX_RANK}]")
     return CorrectionParams(kind=kind, rank=rank)
@@ -107,6 +112,11 @@ class Correction:
     def nbytes(self) -> int:
         """Size in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it holds no NaN and no infinite value. Waits for the device."""
+        return all(bool(each.isfinite().all()) for each in self._tensors)
 
     @property
     def _tensors(self) -> list[Tensor]:

@@ -129,7 +129,7 @@ def fit(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         y: [L, n, D] float32.
 
     Returns:
-        b [L, D], A [L, r, D], B [L, r, D].
+        b [L, D], A [L, r, D], B [L, r, D]. Not finite if x or y are not, or are too large.
     """
     x_mean, y_mean = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
     x, y = x - x_mean, y - y_mean
@@ -140,7 +140,7 @@ def fit(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     directions = principal_directions(y, rank)
     gram = x @ x.mT  # [L, n, n], smaller than the covariance [L, D, D] of long rows
     gram.diagonal(dim1=1, dim2=2).add_(RIDGE * x.shape[1])
-    factor = torch.linalg.cholesky(gram)
+    factor = torch.linalg.cholesky_ex(gram).L
     into = torch.cholesky_solve(y @ directions, factor).mT @ x / deviation
     bias = y_mean - (x_mean @ into.mT) @ directions.mT
     return bias[:, 0], into, directions.mT.contiguous()
@@ -165,6 +165,6 @@ def _orthonormal(columns: Tensor) -> Tensor:
         products = columns.mT @ columns
         diagonal = products.diagonal(dim1=1, dim2=2)
         diagonal.add_((LOST * diagonal.sum(dim=1, keepdim=True)).clamp(min=SMALLEST))
-        factor = torch.linalg.cholesky(products)
+        factor = torch.linalg.cholesky_ex(products).L
         columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
     return columns

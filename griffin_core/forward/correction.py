@@ -27,8 +27,8 @@ def corrected(
     selection: Selection,
     tails: Sequence[Sequence[Tail]] = (),
 ) -> SlimSpec:
-    """Returns the same experts with a correction fitted to them, or without one if the prompt is
-    too short.
+    """Returns the same experts with a correction fitted to them. A residual that is not finite
+    becomes a bias, and a bias that is not finite nothing; so does what the prompt is too short for.
 
     Args:
         statistics: of all tokens of the session, or of all sessions of a group.
@@ -40,10 +40,13 @@ def corrected(
     if kind == "none" or not slim.prunes:
         return slim
     down = [layer.ff.weights.down for layer in decoder.layers]
-    if kind == "bias" or not tails:
-        return with_bias(slim, statistics, down, decoder.calibration)
-    whole = [_joined(parts) for parts in zip(*tails, strict=True)]
-    return with_residual(slim, whole, down, selection.correction.rank)
+    if kind == "residual" and tails:
+        whole = [_joined(parts) for parts in zip(*tails, strict=True)]
+        fitted = with_residual(slim, whole, down, selection.correction.rank)
+        if fitted.correction is not None and fitted.correction.is_finite:
+            return fitted
+    biased = with_bias(slim, statistics, down, decoder.calibration)
+    return biased if biased.correction is not None and biased.correction.is_finite else slim
 
 
 def correction_bytes(decoder: Decoder, selection: Selection, tokens: int) -> int:

@@ -63,7 +63,7 @@ class PromptGraphs:
         pool: holds the KV of the prompts that run as graphs.
         most_tokens: graphs for more tokens are not captured.
         tails: whether graphs keep what residuals are fitted to, which takes L · N · (D + F) values
-            for the N tokens of the largest graph.
+            for the N tokens of all graphs together.
         progress: called with a description of what is being captured.
     """
 

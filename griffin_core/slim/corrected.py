@@ -20,8 +20,8 @@ class CorrectedFF:
     """
 
     def __init__(self, backend: Backend, ff: RunFF, correction: LayerCorrection) -> None:
+        self.ff = ff
         self._backend = backend
-        self._ff = ff
         self._correction = correction
 
     def __call__(
@@ -29,7 +29,12 @@ class CorrectedFF:
     ) -> Tensor:
         if norm is not None:
             x = self._backend.norm(x, norm)
-        return self._correction.add(self._ff(x, None, residual), x)
+        return self._correction.add(self.ff(x, None, residual), x)
+
+
+def plain_block(ff: RunFF) -> RunFF:
+    """Returns a block without its correction."""
+    return ff.ff if isinstance(ff, CorrectedFF) else ff
 
 
 def corrected_block(

@@ -15,7 +15,7 @@ from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.kv.budget import Budget
 from griffin_core.model.decoder import Decoder
 from griffin_core.slim.base import SlimForm, SlimTable
-from griffin_core.slim.corrected import corrected_block
+from griffin_core.slim.corrected import corrected_block, plain_block
 from griffin_core.slim.zeroed import ZeroedLayers, zeroed_bytes
 
 Key = tuple[bytes, Layout, str]
@@ -205,16 +205,25 @@ class SlimViews:
             view.pending.clear()
 
     def change(self, view: SlimView, slim: SlimSpec) -> None:
-        """Changes the experts of a view from ``acquire(own=True)`` to as many others. If the table
-        holds the sets, all layers change at once; otherwise ``build`` changes them layer by layer,
-        and a layer runs on its old experts until then. Layers whose experts are the same are not
-        rebuilt."""
+        """Changes the experts of a view from ``acquire(own=True)``. If the table holds the sets,
+        all layers change at once; otherwise ``build`` changes them layer by layer, and a layer runs
+        on its old experts until then. Layers whose experts are the same are not rebuilt, and get
+        their new correction at once."""
         if not self.copies:
             view.slim = slim
             self._table.update(view)
             return
-        changed = [layer for layer in range(len(slim.counts)) if _differ(view.slim, slim, layer)]
+        nbytes = self.planned_bytes(slim.counts)
+        self._budget.acquire(max(0, nbytes - view.nbytes))
+        self._budget.release(max(0, view.nbytes - nbytes))
+        view.nbytes = nbytes
+        pairs = zip(view.slim.layers, slim.layers, strict=True)
+        changed = [layer for layer, (old, new) in enumerate(pairs) if not torch.equal(old, new)]
         view.slim = slim
+        for layer in set(range(len(view.layers))) - {*changed, *view.pending}:
+            block = plain_block(view.layers[layer])
+            backend = self._decoder.backend
+            view.layers[layer] = corrected_block(backend, block, slim.correction, layer)
         view.pending += [layer for layer in changed if layer not in view.pending]
         if view.pending and view not in self._unbuilt:
             self._unbuilt.append(view)
@@ -224,12 +233,12 @@ class SlimViews:
         view.users -= 1
         if view in self._owned:
             self._owned.remove(view)
-            whole = self.copies and not view.pending and view.error is None
+            whole = self.copies and not view.pending and view.error is None and not _large(view)
             if whole and view.key not in self._views:
                 self._views[view.key] = view
             else:
                 self._discard(view)
-        elif not view.users and (view.pending or view.error is not None):
+        elif not view.users and (view.pending or view.error is not None or _large(view)):
             del self._views[view.key]
             self._discard(view)
         while sum(not view.users for view in self._views.values()) > MOST_UNUSED:
@@ -291,11 +300,6 @@ class SlimViews:
         self._budget.release(view.nbytes)
 
 
-def _differ(one: SlimSpec, other: SlimSpec, layer: int) -> bool:
-    """Returns whether a layer has other experts or another correction."""
-    if not torch.equal(one.layers[layer], other.layers[layer]):
-        return True
-    mine, theirs = one.correction, other.correction
-    if mine is None or theirs is None:
-        return mine is not theirs
-    return not mine.layer(layer).equals(theirs.layer(layer))
+def _large(view: SlimView) -> bool:
+    """Returns whether a view holds a residual, whose bytes only a session's reservation covers."""
+    return view.slim.correction is not None and view.slim.correction.rank > 0

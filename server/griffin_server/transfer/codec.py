@@ -245,9 +245,9 @@ class HandoffReader:
             values = unpack_floats(data)
             if len(values) != width:
                 raise ValueError(f"{name} of layer {layer}: got {len(values)}; allowed: {width}")
+            values = values.square() if name == "s" else values
             check_finite(values, name)
             sums.append(values)
-        sums[0] = sums[0].square()
         event = LayerExperts(
             layer=layer,
             sums=torch.stack(sums),

@@ -16,6 +16,7 @@ class Progress:
         self._tokens = [0] * shape.layers
         self._chosen = [False] * shape.layers
         self._experts_left = shape.experts
+        self._ranks: set[int | None] = set()  # of corrections; None for none
 
     def kv(self, event: LayerKv) -> None:
         """Takes note of KV.
@@ -39,8 +40,18 @@ class Progress:
         Raises:
             HandoffBroken: they came before, or are not as many as they should be.
         """
-        layer = self._layer(event.layer)
-        self._experts_left -= event.experts.numel()
+        layer, shape, k = self._layer(event.layer), self._shape, event.experts.numel()
+        mean = shape.experts // shape.layers
+        least, most = (-(-mean // 2), shape.ff_width) if shape.uneven else (mean, mean)
+        if not least <= k <= most:
+            raise HandoffBroken(
+                f"handoff: layer {layer} has {k} experts; expected {least} to {most}"
+            )
+        rank = None if event.correction is None else event.correction.rank
+        if self._ranks and rank not in self._ranks:
+            raise HandoffBroken(f"handoff: the correction of layer {layer} is of another kind")
+        self._ranks.add(rank)
+        self._experts_left -= k
         if self._experts_left < 0:
             raise HandoffBroken(f"handoff: got over {self._shape.experts} experts")
         if self._chosen[layer]:

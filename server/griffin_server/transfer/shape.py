@@ -8,7 +8,9 @@ import torch
 
 from griffin_core.engine.task import PrefillTask
 from griffin_core.experts.correction import NO_CORRECTION, CorrectionParams
+from griffin_core.experts.correction_fit import kind_for
 from griffin_core.model.load import Model
+from griffin_core.spec.choices import CALIBRATED_POLICIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,8 @@ class HandoffShape:
     Args:
         tokens: T, the tokens of this prompt.
         experts: the number of experts of all layers together.
-        correction: what stands in for the other neurons, if the prompt is long enough.
+        uneven: whether layers may have different numbers of them.
+        correction: the most that may stand in for the other neurons of so long a prompt.
     """
 
     fingerprint: str
@@ -30,6 +33,7 @@ class HandoffShape:
     dtype: torch.dtype
     tokens: int
     experts: int
+    uneven: bool = False
     correction: CorrectionParams = NO_CORRECTION
 
     @property
@@ -67,5 +71,16 @@ def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
         dtype=model.decoder.dtype,
         tokens=len(task.token_ids),
         experts=len(spec.layers) * task.selection.count(spec.intermediate_size),
-        correction=task.selection.correction,
+        uneven=task.selection.policy in CALIBRATED_POLICIES,
+        correction=_correction(task),
     )
+
+
+def _correction(task: PrefillTask) -> CorrectionParams:
+    """What a prompt of this length can be given."""
+    selection = task.selection
+    sensitive = selection.policy == "sensitive"
+    kind = kind_for(selection.correction, len(task.token_ids), prior=sensitive)
+    if selection.density == 1:
+        return NO_CORRECTION
+    return selection.correction if kind == "residual" else CorrectionParams(kind=kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -13,8 +15,14 @@ from griffin_core.experts.correction import (
     LayerCorrection,
     correction_params,
 )
-from griffin_core.experts.correction_fit import RIDGE, fit, principal_directions
+from griffin_core.experts.correction_fit import RIDGE, Tail, fit, principal_directions
+from griffin_core.experts.selection import Selection
 from griffin_core.experts.slim_spec import SlimSpec
+from griffin_core.experts.statistic import Statistics
+from griffin_core.forward.correction import corrected
+from griffin_core.forward.prefill import launch
+from griffin_core.forward.prompt import Part, Prompt
+from griffin_core.model.load import Model
 
 GENERATOR = torch.Generator().manual_seed(8)
 
@@ -128,3 +136,25 @@ def test_what_a_request_leaves_out_comes_from_the_default() -> None:
             correction_params(NO_CORRECTION, kind, rank)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="correction: got more; allowed: none, bias"):
         CorrectionParams(kind="more")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_a_residual_of_a_prompt_that_is_not_finite_becomes_a_bias_or_nothing(
+    value: float, tiny: Callable[[str], Model]
+) -> None:
+    decoder = tiny("llama").decoder
+    selection = Selection(density=0.5, correction=CorrectionParams(kind="residual", rank=8))
+    ids = [(7 * n + n * n) % 250 for n in range(140)]
+    prompt = Prompt(decoder, ids, selection)
+    (read,) = launch(decoder, [Part(prompt=prompt, tokens=140)]).end()
+    assert corrected(decoder, read.slim, read.statistics, selection, read.tails).correction
+    for of in ("x", "z"):
+        tails = [[Tail(x=each.x.clone(), z=each.z.clone()) for each in part] for part in read.tails]
+        getattr(tails[0][1], of)[7] = value
+        fitted = corrected(decoder, read.slim, read.statistics, selection, tails)
+        assert fitted.correction is not None and fitted.correction.is_finite
+    sums = read.statistics.sums.clone()
+    sums[2, 0, 5:9] = torch.nan
+    broken = Statistics(sums=sums, tokens=140)
+    without = corrected(decoder, read.slim, broken, selection)
+    assert without.correction is None or without.correction.is_finite

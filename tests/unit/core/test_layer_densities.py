@@ -6,19 +6,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from griffin_core.engine.events import Finished
+from griffin_core.engine.expert_group import ExpertGroup, Seat, summed
+from griffin_core.engine.session import Session
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
+from griffin_core.experts.correction import CorrectionParams
+from griffin_core.experts.selection import Selection
+from griffin_core.forward.correction import corrected
+from griffin_core.forward.prefill import launch
+from griffin_core.forward.prompt import Part, Prompt
 from griffin_core.hf import sparsify
+from griffin_core.kv.budget import Budget
 from griffin_core.model.load import Model
 from griffin_core.sampling.stopping import StoppingParams
+from griffin_core.slim.blocks import BlockTable
 from griffin_core.slim.masked import Masked
 from griffin_core.slim.packed import Packed
+from griffin_core.slim.views import SlimViews
 from griffin_core.spec.choices import CorrectionKind, PolicyName
 from tests.unit.core.engines import at_baseline, complete, engine, finish, submit
 
@@ -230,3 +241,69 @@ def test_scores_run_on_them_too(
         logprobs = model(whole[None]).logits[0].log_softmax(dim=1)[len(prompt) - 1 :]
     exact = logprobs.gather(1, continuation[:, None])[:, 0].tolist()
     assert list(scored.continuations[0].logprobs) == pytest.approx(exact, abs=2e-4)
+
+
+@pytest.mark.parametrize("local", [0, None], ids=["handed over", "read here"])
+def test_choices_of_any_length_are_classified_with_a_bias(
+    local: int | None, tiny: Callable[[str], Model], tiny_directory: Callable[[str], Path]
+) -> None:
+    """Of one token, whose context was read elsewhere or here, as of several."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_directory("llama"), dtype=torch.float32)
+    choices = ((5,), (6, 7), (9, 10, 11))
+    score = ScoreTask(
+        prompt=tuple(IDS[:150].tolist()),
+        continuations=choices,
+        mode="classification",
+        pruning=made("topk", "residual", 150).pruning,
+    )
+    with engine(tiny("llama"), local_prefill_max_tokens=local) as running:
+        _, scored = complete(running, score)
+        assert scored.pruning.correction == "bias"
+        assert at_baseline(running)
+    calibration = tiny("llama").decoder.calibration
+    for choice, got in zip(choices, scored.continuations, strict=True):
+        ids = torch.cat([IDS[:150], torch.tensor(choice[:-1], dtype=torch.int64)])
+        chosen = sparsify(model, ids[:-1], density=0.5, correction="bias", calibration=calibration)
+        with chosen, torch.no_grad():
+            exact = model(ids[None]).logits[0, -1].log_softmax(dim=0)[choice[-1]]
+        assert got.logprobs[-1] == pytest.approx(float(exact), abs=2e-4)
+
+
+def test_a_group_has_a_bias_of_all_its_prompts_and_not_what_the_first_one_brought(
+    tiny: Callable[[str], Model],
+) -> None:
+    """With sets that do not depend on the prompt, so that the group's set never changes."""
+    prompts = IDS[:180].view(3, 60)
+    decoder = tiny("llama").decoder
+    sessions = []
+    for prompt in prompts:
+        selection = Selection(
+            density=0.5, policy="magnitude", correction=CorrectionParams(kind="residual", rank=4)
+        )
+        (read,) = launch(
+            decoder, [Part(prompt=Prompt(decoder, prompt.tolist(), selection), tokens=60)]
+        ).end()
+        session = Session("")
+        session.selection, session.statistics = selection, read.statistics
+        session.slim = read.corrected().slim
+        sessions.append(session)
+    group = ExpertGroup()
+    views = SlimViews(decoder, BlockTable(decoder), Packed(), Budget(1 << 30))
+    for number, session in enumerate(sessions):
+        session.turn = cast("Any", SimpleNamespace(layout="gemv", chooses=False))
+        session.sharing = "shared"
+        group.members.append(Seat(session, 0, prunes=True))
+        group.stale = True
+        group.advance(decoder, views, 100 * number)
+    assert group.slim is not None and group.slim.correction is not None
+    assert group.slim.correction.rank == 0
+    exact = corrected(
+        decoder,
+        replace(group.slim, correction=None),
+        summed(sessions),
+        sessions[0].selection,
+    )
+    assert exact.correction is not None
+    torch.testing.assert_close(group.slim.correction.bias, exact.correction.bias)
+    views.build(60.0)
+    assert group.view is not None and group.view.ready and not group.view.pending

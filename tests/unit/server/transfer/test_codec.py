@@ -26,6 +26,7 @@ from griffin_core.forward.events import (
 )
 from griffin_core.forward.prefill import prefill
 from griffin_core.model.load import Model
+from griffin_core.spec.choices import PolicyName
 from griffin_server.transfer import base
 from griffin_server.transfer.base import KvImporter
 from griffin_server.transfer.codec import HandoffReader, HandoffWriter
@@ -238,31 +239,72 @@ def test_the_newest_common_version_is_spoken(theirs: tuple[int, int], version: i
     assert negotiate(asked) == version
 
 
-def test_layers_with_fewer_experts_than_the_header_says_are_refused_at_the_end(
-    ends: Ends, events: list[PrefillEvent]
+@pytest.mark.parametrize("k", [43, 45, 88])
+def test_a_layer_with_another_number_of_experts_than_all_have_is_refused(
+    ends: Ends, events: list[PrefillEvent], k: int
 ) -> None:
     writer, reader = ends
-    fewer = [
-        replace(each, experts=each.experts[:-1]) if isinstance(each, LayerExperts) else each
-        for each in events
+    reader.read(writer.header())
+    (event, *_) = [each for each in events if isinstance(each, LayerExperts)]
+    message = writer.experts(replace(event, experts=torch.arange(k, dtype=torch.int32)))
+    with pytest.raises(HandoffBroken, match=rf"layer 0 has {k} experts; expected 44 to 44"):
+        reader.read(message)
+
+
+@pytest.mark.parametrize(
+    ("ks", "words"),
+    [
+        ((21, 44, 44), "layer 0 has 21 experts; expected 22 to 88"),
+        ((88, 22, 23), "got over 132 experts"),
+        ((44, 44, 43), "got 131 of 132 experts"),
+    ],
+)
+def test_layers_of_uneven_numbers_have_as_many_in_all_as_the_header_says(
+    model: Model, ks: tuple[int, ...], words: str
+) -> None:
+    shape = handoff_shape(model, CORRECTED)
+    writer, reader = messages_writer(shape), messages_reader(shape)
+    events = [
+        replace(each, experts=torch.arange(ks[each.layer], dtype=torch.int32))
+        if isinstance(each, LayerExperts)
+        else each
+        for each in corrected_events(model)
     ]
-    with pytest.raises(HandoffBroken, match=r"got 129 of 132 experts"):
-        for message in messages(writer, fewer):
+    with pytest.raises(HandoffBroken, match=words):
+        for message in messages(writer, events):
             reader.read(message)
 
 
-def test_layers_with_more_experts_than_the_header_says_are_refused(
-    ends: Ends, events: list[PrefillEvent]
+def test_layers_with_corrections_of_different_kinds_are_refused(model: Model) -> None:
+    shape = handoff_shape(model, CORRECTED)
+    writer, reader = messages_writer(shape), messages_reader(shape)
+    reader.read(writer.header())
+    one, other, _ = (e for e in corrected_events(model) if isinstance(e, LayerExperts))
+    reader.read(writer.experts(one))
+    assert other.correction is not None
+    bias = LayerCorrection(bias=other.correction.bias)
+    with pytest.raises(HandoffBroken, match="the correction of layer 1 is of another kind"):
+        reader.read(writer.experts(replace(other, correction=bias)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density", "policy", "allowed"),
+    [
+        (140, 1.0, "topk", "none"),
+        (47, 0.5, "topk", "none"),
+        (47, 0.5, "sensitive", "bias"),
+        (127, 0.5, "topk", "bias"),
+        (128, 0.5, "topk", "residual"),
+    ],
+)
+def test_a_handoff_allows_the_correction_that_its_prompt_can_be_given(
+    model: Model, tokens: int, density: float, policy: PolicyName, allowed: str
 ) -> None:
-    writer, reader = ends
-    everyone = torch.arange(88, dtype=torch.int32)
-    more = [
-        replace(each, experts=everyone) if isinstance(each, LayerExperts) else each
-        for each in events
-    ]
-    with pytest.raises(HandoffBroken, match=r"got over 132 experts"):
-        for message in messages(writer, more):
-            reader.read(message)
+    selection = Selection(
+        density=density, policy=policy, correction=CorrectionParams(kind="residual", rank=5)
+    )
+    shape = handoff_shape(model, PrefillTask(token_ids=(1,) * tokens, selection=selection))
+    assert shape.correction.kind == allowed
 
 
 def test_a_segment_that_the_other_end_did_not_prove_is_not_read(
