@@ -15,7 +15,6 @@ import torch
 
 from griffin_core.model.hub import DEFAULT_MODEL
 from griffin_core.model.load import Model, load_model
-from tests.calibrations import calibrate
 from tests.otlp import Receiver
 from tests.servers import Running, running
 from tests.tiny import make_tiny
@@ -46,7 +45,6 @@ def tiny(tiny_directory: Callable[[str], Path]) -> Callable[[str], Model]:
     def load(name: str) -> Model:
         if name not in loaded:
             loaded[name] = load_model(str(tiny_directory(name)), dtype=torch.float32)
-            calibrate(loaded[name].decoder)  # for the policies that need it
         return loaded[name]
 
     return load

@@ -134,7 +134,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.AnalyzePromptRequest, context: Context
     ) -> AsyncIterator[pb.AnalyzePromptResponse]:
         with self._metrics.request(time.monotonic(), context) as counts:
-            make = partial(analyze_task, base=self._engine.selection)
+            make = partial(
+                analyze_task,
+                base=self._engine.selection,
+                calibration=self._engine.model.decoder.calibration,
+            )
             task = await self._task(make, request, context)
             messages = analyze(self._engine, task, self._bridge, counts)
             async with aclosing(messages):
