@@ -167,7 +167,7 @@ class Admission:
         session.turn.begin(session, hidden)
         if session.turn.runs_tokens:
             self._groups.join(session)
-            self._sessions.scheduler.recheck()
+            self._sessions.scheduler.idles = False  # it may need less now
 
     @property
     def has_prompts_read(self) -> bool:

@@ -60,7 +60,9 @@ class Scheduler:
         self._free = free
         self._refuse = refuse
         self._waiting = WaitingSessions()
-        self._idles = False  # whether nothing that waits could begin when it was last tried
+        self.idles = False
+        """Whether nothing that waits could begin when it was last tried. Set it to False when a live
+        session has come to need less."""
         self._needs: dict[str, Reservation] = {}  # of those that wait
         self._live: dict[str, Session] = {}
         self._idle = KeptSessions()  # the longest idle first
@@ -122,7 +124,7 @@ class Scheduler:
         session.state = State.QUEUED
         session.overtaken = 0
         self._waiting.add(session)
-        self._idles = False
+        self.idles = False
         if gives_way is not None:
             message = "queue: it is full, and most of its requests are yours"
             error = CapacityExhausted(message, retry_after_s=self.retry_after_s(gives_way.owner))
@@ -193,7 +195,7 @@ class Scheduler:
         return admitted
 
     def _next(self) -> Session | None:
-        if self._idles or len(self._live) >= self._limits.max_sessions:
+        if self.idles or len(self._live) >= self._limits.max_sessions:
             return None
         passed: list[Session] = []
         capped = self._capped()
@@ -208,12 +210,8 @@ class Scheduler:
             passed.append(session)
             if self._live and (session.overtaken >= MOST_OVERTAKEN or len(passed) == MOST_TRIED):
                 break
-        self._idles = True  # until something changes
+        self.idles = True  # until something changes
         return None
-
-    def recheck(self) -> None:
-        """A live session has come to need less: what waits may begin now."""
-        self._idles = False
 
     def deadlocked(self) -> Session | None:
         """If nothing runs and no session in the queue fits, the youngest kept session whose next
@@ -225,7 +223,7 @@ class Scheduler:
     def keep(self, session: Session, held_bytes: int) -> None:
         """A live session's turn is over; it stays for the next, with the bytes it still holds."""
         self._note_turn(session)
-        self._idles = False
+        self.idles = False
         del self._live[session.session_id]
         session.state = State.IDLE
         session.reservation = Reservation(kv=held_bytes)
@@ -236,7 +234,7 @@ class Scheduler:
 
     def drop(self, session: Session, reason: str) -> None:
         """Forgets a session, whatever its state."""
-        self._idles = False
+        self.idles = False
         if session.session_id in self._live and session.clock.prefilled:
             self._note_turn(session)
         self._table.remove(session, reason)

@@ -257,7 +257,7 @@ class TokenSteps:
             self._sessions.finish(session, last)
         elif first:
             self._groups.join(session)
-            self._sessions.scheduler.recheck()
+            self._sessions.scheduler.idles = False  # it may need less now
 
 
 def _step_sequence(session: Session) -> StepSequence:
