@@ -61,8 +61,8 @@ class Scheduler:
         self._refuse = refuse
         self._waiting = WaitingSessions()
         self.idles = False
-        """Whether nothing that waits could begin when it was last tried. Set it to False when a live
-        session has come to need less."""
+        """Whether nothing that waits could begin when it was last tried. Set it to False when a
+        live session has come to need less."""
         self._needs: dict[str, Reservation] = {}  # of those that wait
         self._live: dict[str, Session] = {}
         self._idle = KeptSessions()  # the longest idle first
