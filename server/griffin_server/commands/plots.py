@@ -49,9 +49,9 @@ class PromptAnalysis:
         return np.array([layer.s for layer in self.analysis.layers], dtype=np.float32)
 
     @cached_property
-    def experts(self) -> NDArray[np.int32]:
-        """The experts [L, K]."""
-        return np.array([layer.experts for layer in self.analysis.layers], dtype=np.int32)
+    def experts(self) -> list[NDArray[np.int32]]:
+        """The experts [K] of each layer; K may differ."""
+        return [np.array(layer.experts, dtype=np.int32) for layer in self.analysis.layers]
 
     def activations(self, layer: int) -> Floats:
         """The activations [T, F] of a layer that was asked for."""
@@ -69,8 +69,8 @@ def norm_mass_curve(s: Floats) -> Floats:
     return curve
 
 
-def jaccard(one: NDArray[np.int32], other: NDArray[np.int32]) -> Floats:
-    """|A ∩ B| / |A ∪ B| [L] of the experts [L, K] of two prompts, layer by layer."""
+def jaccard(one: Sequence[NDArray[np.int32]], other: Sequence[NDArray[np.int32]]) -> Floats:
+    """|A ∩ B| / |A ∪ B| [L] of the experts [K] of two prompts, layer by layer."""
     both = [np.intersect1d(a, b).size for a, b in zip(one, other, strict=True)]
     either = [np.union1d(a, b).size for a, b in zip(one, other, strict=True)]
     overlaps: Floats = (np.array(both) / np.array(either)).astype(np.float32)
@@ -133,7 +133,8 @@ def _flocking(prompt: PromptAnalysis, layer: int) -> Figure:
 def _experts(prompt: PromptAnalysis) -> Figure:
     analysis = prompt.analysis
     chosen = np.zeros((len(analysis.layers), analysis.ff_width), dtype=bool)
-    np.put_along_axis(chosen, prompt.experts.astype(np.int64), True, axis=1)
+    for row, experts in zip(chosen, prompt.experts, strict=True):
+        row[experts] = True
     # Relative to equal activations of all neurons, so that layers can be compared.
     even = np.sqrt(np.square(prompt.s).mean(axis=1, keepdims=True))
     strength = np.where(chosen, prompt.s / np.maximum(even, np.finfo(np.float32).tiny), np.nan)
@@ -197,9 +198,16 @@ def _jaccard(prompts: Sequence[PromptAnalysis], pairs: Floats) -> Figure:
 
 def _write_data(prompts: Sequence[PromptAnalysis], overlaps: Floats, out: Path) -> list[Path]:
     first = prompts[0]
+    most = max(len(layer) for prompt in prompts for layer in prompt.experts)
     arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]] = {
         "s": np.array([prompt.s for prompt in prompts]),  # [prompts, L, F]
-        "experts": np.array([prompt.experts for prompt in prompts]),  # [prompts, L, K]
+        # [prompts, L, the largest K]; a layer with fewer experts repeats its last one.
+        "experts": np.array(
+            [
+                [np.pad(layer, (0, most - len(layer)), mode="edge") for layer in prompt.experts]
+                for prompt in prompts
+            ]
+        ),
     }
     for layer in first.analysis.activations:
         arrays[f"activations_{layer}"] = first.activations(layer)  # [T, F] of the first prompt
