@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache as once
 
 import torch
 
-from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.forward.correction import corrected
+from griffin_core.calibration.forced_text import ForcedText
+from griffin_core.experts.selection import Selection
 from griffin_core.model.load import Model
-from griffin_core.slim.zeroed import ZeroedLayers
 from griffin_evals.study.measures import divergence, same_first_choice
-from griffin_evals.study.reading import forced, read_prompt
 
 PROMPT_TOKENS, SCORED_TOKENS = 384, 128
 """The number of prompt tokens and of scored tokens in a window."""
@@ -45,23 +42,10 @@ def divergences(
 ) -> Iterator[Divergence]:
     """Yields the divergence of each selection. The prompt is run once, dense; its statistics choose
     the experts of each selection, on which the other tokens are teacher-forced."""
-    decoder = model.decoder
-    cache = decoder.new_cache(len(window))
-    prompt = window[:prompt_tokens]
-    once_read = read_prompt(decoder, prompt, cache)
-    rest = window[prompt_tokens:]
-    magnitude = once(decoder.magnitudes)
-    dense = forced(decoder, rest, cache, [layer.ff for layer in decoder.layers])
+    text = ForcedText(model.decoder, window, prompt_tokens)
     for selection in selections:
-        slim = select_experts(
-            once_read.statistics,
-            selection,
-            magnitude=magnitude,
-            calibration=decoder.calibration,
-        )
-        slim = corrected(decoder, slim, once_read.statistics, selection, once_read.tails)
-        pruned = forced(decoder, rest, cache, ZeroedLayers(decoder, slim))
+        pruned = text.pruned(selection)
         yield Divergence(
-            kl=float(divergence(dense, pruned).mean()),
-            agreement=float(same_first_choice(dense, pruned).mean()),
+            kl=float(divergence(text.dense, pruned).mean()),
+            agreement=float(same_first_choice(text.dense, pruned).mean()),
         )

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from statistics import mean, stdev
 
 import torch
-from torch import Tensor
 
+from griffin_core.calibration.forced_text import ForcedText
 from griffin_core.experts.correction import CorrectionParams
-from griffin_core.experts.selection import Selection, select_experts
-from griffin_core.forward.correction import corrected
-from griffin_core.forward.decode import StepTokens, decode_tokens
-from griffin_core.forward.prefill import launch
-from griffin_core.forward.prompt import Part, Prompt
+from griffin_core.experts.selection import Selection
 from griffin_core.model.decoder import Decoder
-from griffin_core.slim.zeroed import ZeroedLayers
 from griffin_core.spec.calibration import Recipe
 from griffin_core.spec.choices import DEFAULT_RANK
 
@@ -68,32 +62,17 @@ def divergences(
 ) -> dict[Recipe, float]:
     """Returns the mean KL of the tokens after a prompt, which are given and not drawn, by
     recipe."""
-    cache_ = decoder.new_cache(len(window))
-    anything = Selection(density=density, correction=CorrectionParams(kind="residual", rank=1))
-    prompt = Prompt(decoder, window[:prompt_tokens], anything, cache=cache_)
-    (read,) = launch(decoder, [Part(prompt=prompt, tokens=prompt_tokens)]).end()
-    rest = window[prompt_tokens:]
-    magnitude = cache(decoder.magnitudes)
-
-    def logprobs(view: Sequence[object]) -> Tensor:
-        step = StepTokens(cache=cache_, view=view, token_ids=rest)  # type: ignore[arg-type]
-        found = decode_tokens(decoder, [step])[0].log_softmax(dim=1)
-        cache_.rewind(prompt_tokens)
-        return found
-
-    dense = logprobs([layer.ff for layer in decoder.layers])
+    text = ForcedText(decoder, window, prompt_tokens)
+    dense = text.dense
     found = {}
     for recipe in recipes:
-        selection = Selection(
-            density=density,
-            policy=recipe.policy,
-            correction=CorrectionParams(kind=recipe.correction, rank=recipe.rank),
+        pruned = text.pruned(
+            Selection(
+                density=density,
+                policy=recipe.policy,
+                correction=CorrectionParams(kind=recipe.correction, rank=recipe.rank),
+            )
         )
-        slim = select_experts(
-            read.statistics, selection, magnitude=magnitude, calibration=decoder.calibration
-        )
-        slim = corrected(decoder, slim, read.statistics, selection, read.tails)
-        pruned = logprobs(ZeroedLayers(decoder, slim))
         found[recipe] = float((dense.exp() * (dense - pruned)).sum(dim=1).mean())
     return found
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from griffin_core.engine.events import Admitted, Event, Failed, Started
-from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.generation import Generation
 from griffin_core.engine.memory import SessionMemory
 from griffin_core.engine.ports import Observer, Sink
@@ -52,7 +51,6 @@ class Admission:
         planner: says what a task's turn is.
         memory: where caches are allocated.
         prefills: reads prompts, here or elsewhere.
-        groups: is told of sessions that are to run on experts.
         slots: of the sampler.
         observer: is told which experts prompts choose.
         share_across_owners: whether sessions of different owners may run on one expert set.
@@ -66,7 +64,6 @@ class Admission:
         planner: TurnPlanner,
         memory: SessionMemory,
         prefills: SessionPrefills,
-        groups: ExpertGroups,
         slots: SamplerSlots,
         observer: Observer,
         share_across_owners: bool,
@@ -77,7 +74,6 @@ class Admission:
         self._planner = planner
         self._memory = memory
         self._prefills = prefills
-        self._groups = groups
         self._slots = slots
         self._observer = observer
         self._prompts_read: list[PromptRead] = []
@@ -166,8 +162,7 @@ class Admission:
             return
         session.turn.begin(session, hidden)
         if session.turn.runs_tokens:
-            self._groups.join(session)
-            self._sessions.scheduler.idles = False  # it may need less now
+            self._sessions.join(session)
 
     @property
     def has_prompts_read(self) -> bool:

@@ -46,9 +46,6 @@ LARGEST_GRAPH, GRAPH_MODES, WORKING_LOGITS = 64, 4, 3
 """Rows of the largest captured step; the number of ways in which each step is captured; and how
 many times the logits of the largest step the sampler holds."""
 
-PROMPT_ROWS = 128 + 256 + 512
-"""Tokens of all graphs of prompts, each of which keeps what residuals are fitted to."""
-
 FITTING = 4
 """What fitting a residual takes besides, as so many times what one prompt's is fitted to: several
 prompts that wait, and float32 copies."""
@@ -255,9 +252,12 @@ def graph_bytes(decoder: Decoder, sessions: int, *, tails: bool) -> int:
     """
     if not decoder.backend.captures:
         return 0
+    # It needs triton, which a server without a GPU does not import.
+    from griffin_core.forward.prompt_graphs import SIZES  # noqa: PLC0415
+
     spec = decoder.spec
-    rows = PROMPT_ROWS + FITTING * FITTED_TOKENS
-    values = len(spec.layers) * rows * (spec.hidden_size + spec.intermediate_size)
+    tokens = sum(SIZES) + FITTING * FITTED_TOKENS
+    values = len(spec.layers) * tokens * (spec.hidden_size + spec.intermediate_size)
     of_tails = values * decoder.dtype.itemsize if tails else 0
     rows = 2 << (min(sessions, LARGEST_GRAPH) - 1).bit_length()  # of all sizes together
     logits = 4 * decoder.spec.vocab_size * rows

@@ -73,22 +73,23 @@ class ExpertGroups:
     def join(self, session: Session) -> None:
         """Lets a session run from the next step on. It has its statistic and its own experts."""
         assert session.slim is not None and session.statistics is not None
-        if session.slim.correction is None and not session.turn.chooses:
-            session.slim = corrected(
-                self._decoder,
-                session.slim,
-                session.statistics,
-                session.selection,
-                session.tails,
-            )
-        session.tails = ()
-        if not session.turn.chooses:  # what it was fitted to is freed
+        chooses = session.turn.chooses
+        if not chooses:
+            if session.slim.correction is None:
+                session.slim = corrected(
+                    self._decoder,
+                    session.slim,
+                    session.statistics,
+                    session.selection,
+                    session.tails,
+                )
             own = session.slim.correction
-            nbytes = 0 if own is None else own.nbytes
+            nbytes = 0 if own is None else own.nbytes  # what it was fitted to is freed
             session.reservation = replace(session.reservation, correction=nbytes)
+        session.tails = ()
         size = session.reservation.zeroed + session.reservation.correction
         self._views.acquire_zeroed(size)
-        prunes = session.slim.prunes and not session.turn.chooses
+        prunes = session.slim.prunes and not chooses
         seat = Seat(session, size, prunes=prunes)
         self._seats[session.session_id] = seat
         self._decide(self._step + 1)

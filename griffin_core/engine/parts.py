@@ -132,7 +132,6 @@ def build_parts(
         planner=planner,
         memory=memory,
         prefills=session_prefills,
-        groups=groups,
         slots=slots,
         observer=observer,
         share_across_owners=share_across_owners,
@@ -142,7 +141,6 @@ def build_parts(
         sampler,
         sessions,
         admission,
-        groups,
         overlap=overlap,
         batch_invariant=batch_invariant,
     )

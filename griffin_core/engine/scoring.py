@@ -252,8 +252,8 @@ class Scoring:
 
 def choice_bytes(decoder: Decoder) -> int:
     """The most bytes that a session holds if its continuations choose their own experts, beside
-    their correction: the masks
-    with which one token runs zeroed, and three statistics [3, L, F] float32: those of a pass, those
-    of the tail with this pass, and the latter as a handoff would round them."""
+    their correction: the masks with which one token runs zeroed, and three statistics [3, L, F]
+    float32: those of a pass, those of the tail with this pass, and the latter as a handoff would
+    round them."""
     statistic = 12 * len(decoder.layers) * decoder.spec.intermediate_size
     return 3 * statistic + zeroed_bytes(decoder)

@@ -78,6 +78,11 @@ class Sessions:
         """Whether a session is still in this turn. It may even be in its next one."""
         return self._by_turn.get(turn_id) is session
 
+    def join(self, session: Session) -> None:
+        """Lets a session run tokens from the next step on."""
+        self._groups.join(session)
+        self.scheduler.idles = False  # the session may need less now
+
     def finish(self, session: Session, last: Finished | Scored) -> None:
         """Ends a turn: its session is kept or freed, and then its sink gets the last event. In that
         order, since a session that cannot be kept has failed, and a sink gets one last event."""

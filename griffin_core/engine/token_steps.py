@@ -17,7 +17,6 @@ import torch
 from griffin_core.backends.batch import StepSequence
 from griffin_core.backends.transfers import on_device
 from griffin_core.engine.admission import Admission
-from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.generation import Generation
 from griffin_core.engine.score_steps import Joined
 from griffin_core.engine.session import Session, State
@@ -61,7 +60,6 @@ class TokenSteps:
         sampler: Sampler,
         sessions: Sessions,
         admission: Admission,
-        groups: ExpertGroups,
         *,
         overlap: bool,
         batch_invariant: bool,
@@ -70,7 +68,6 @@ class TokenSteps:
         self._sampler = sampler
         self._sessions = sessions
         self._admission = admission
-        self._groups = groups
         self._overlap = overlap
         self._batch_invariant = batch_invariant
         self._launched: list[LaunchedStep] = []
@@ -256,8 +253,7 @@ class TokenSteps:
         if last is not None:
             self._sessions.finish(session, last)
         elif first:
-            self._groups.join(session)
-            self._sessions.scheduler.idles = False  # it may need less now
+            self._sessions.join(session)
 
 
 def _step_sequence(session: Session) -> StepSequence:

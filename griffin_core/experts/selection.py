@@ -14,6 +14,7 @@ from griffin_core.experts.correction import (
     CorrectionParams,
     correction_params,
 )
+from griffin_core.experts.correction_fit import kind_for
 from griffin_core.experts.densities import uniform_count
 from griffin_core.experts.parameters import NO_PARAMETERS, SelectionParameters
 from griffin_core.experts.policies import POLICIES, Choice, PolicyName, choose, largest
@@ -74,6 +75,14 @@ class Selection:
         if self.policy in CALIBRATED_POLICIES and count < intermediate_size:
             count = min(count + COUNT_SLACK, intermediate_size - 1)
         return (count,) * layers
+
+    def correction_for(self, tokens: int) -> CorrectionParams:
+        """Returns the correction that so many tokens of a prompt can be given. ``sensitive``, whose
+        choice is held by a prior, gives a bias to few tokens too."""
+        if self.density == 1:
+            return NO_CORRECTION
+        kind = kind_for(self.correction, tokens, prior=self.policy == "sensitive")
+        return self.correction if kind == "residual" else CorrectionParams(kind=kind)
 
     def check(self, calibration: Calibration | None) -> None:
         """Raises InvalidRequest if the policy reads a calibration and the model has none."""

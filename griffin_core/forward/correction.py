@@ -35,14 +35,13 @@ def corrected(
         tails: for each pass over the last tokens of the prompt, a tail for each layer; without them
             a residual becomes a bias.
     """
-    sensitive = selection.policy == "sensitive"
-    kind = kind_for(selection.correction, statistics.tokens, prior=sensitive)
-    if kind == "none" or not slim.prunes:
+    params = selection.correction_for(statistics.tokens)
+    if params.kind == "none" or not slim.prunes:
         return slim
     down = [layer.ff.weights.down for layer in decoder.layers]
-    if kind == "residual" and tails:
+    if params.kind == "residual" and tails:
         whole = [_joined(parts) for parts in zip(*tails, strict=True)]
-        fitted = with_residual(slim, whole, down, selection.correction.rank)
+        fitted = with_residual(slim, whole, down, params.rank)
         if fitted.correction is not None and fitted.correction.is_finite:
             return fitted
     biased = with_bias(slim, statistics, down, decoder.calibration)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from griffin_core.backends.base import Timestamp
 from griffin_core.backends.transfers import on_device
-from griffin_core.experts.correction_fit import FITTED_TOKENS, Tail, kind_for
+from griffin_core.experts.correction_fit import FITTED_TOKENS, Tail
 from griffin_core.experts.selection import Selection
 from griffin_core.experts.statistic import Statistics
 from griffin_core.kv.cache import KvCache
@@ -70,9 +70,8 @@ class Prompt:
     @property
     def tokens_fitted(self) -> int:
         """The number of its last tokens that a residual is fitted to; 0 if it gets none."""
-        correction = self.selection.correction
-        fits = kind_for(correction, self.tokens, prior=False) == "residual"
-        return min(self.tokens, FITTED_TOKENS) if fits and self.selection.density < 1 else 0
+        fits = self.selection.correction_for(self.tokens).kind == "residual"
+        return min(self.tokens, FITTED_TOKENS) if fits else 0
 
     def next_ids(self, tokens: int) -> Tensor:
         """Returns the next ``tokens`` ids to read."""

@@ -50,14 +50,7 @@ def generate_tasks(
         InvalidRequest, CapacityExhausted: see ``LLM.generate``.
     """
     model, spec = engine.model, engine.model.decoder.spec
-    pruning = PruningParams(
-        density=density,
-        policy=policy,
-        sharing=sharing,
-        correction=correction,
-        correction_rank=correction_rank,
-    )
-    pruning.selection(engine.selection, seed=0).check(model.decoder.calibration)
+    pruning = _pruning(engine, density, policy, correction, correction_rank, sharing)
     sampling = SamplingParams() if sampling is None else sampling
     samplings = one_each("sampling", sampling, len(prompts))
     stopping = StoppingParams() if stopping is None else stopping
@@ -122,14 +115,7 @@ def score_tasks(
         InvalidRequest, CapacityExhausted: see ``LLM.score``.
     """
     check("mode", mode, mode in SCORE_MODES, ", ".join(SCORE_MODES))
-    pruning = PruningParams(
-        density=density,
-        policy=policy,
-        sharing=sharing,
-        correction=correction,
-        correction_rank=correction_rank,
-    )
-    pruning.selection(engine.selection, seed=0).check(engine.model.decoder.calibration)
+    pruning = _pruning(engine, density, policy, correction, correction_rank, sharing)
     seeds = seeds_of(seed, len(items))
     tasks = []
     for index, (context, continuations) in enumerate(items):
@@ -148,6 +134,26 @@ def score_tasks(
             _check_fits(engine, task.run_tokens)
         tasks.append(task)
     return tasks
+
+
+def _pruning(
+    engine: Engine,
+    density: float | None,
+    policy: PolicyName | None,
+    correction: CorrectionKind | None,
+    correction_rank: int | None,
+    sharing: Sharing | None,
+) -> PruningParams:
+    """What all tasks of a call say about their experts, checked."""
+    pruning = PruningParams(
+        density=density,
+        policy=policy,
+        sharing=sharing,
+        correction=correction,
+        correction_rank=correction_rank,
+    )
+    pruning.selection(engine.selection, seed=0).check(engine.model.decoder.calibration)
+    return pruning
 
 
 def _scored_ids(

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from griffin_core.calibration.forced_text import forced
 from griffin_evals.study.estimates import band, estimate, paired
 from griffin_evals.study.lab import Lab, Text
 from griffin_evals.study.measures import divergence, members, overlap
-from griffin_evals.study.reading import choose, forced, logprobs_of, on_experts, read
+from griffin_evals.study.reading import choose, logprobs_of, on_experts, read
 
 
 def measure(lab: Lab) -> dict[str, Any]:

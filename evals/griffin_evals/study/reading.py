@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from griffin_core.backends.base import RunFF
-from griffin_core.experts.correction import CorrectionParams
 from griffin_core.experts.selection import Selection, select_experts
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.forward.decode import StepTokens, decode_tokens
@@ -22,7 +21,6 @@ from griffin_core.forward.prompt import (
     Part,
     Prompt,
 )
-from griffin_core.forward.prompt_pass import PromptRead
 from griffin_core.kv.cache import KvCache
 from griffin_core.model.decoder import Decoder
 from griffin_core.model.load import Model
@@ -67,16 +65,6 @@ def read(
 
 
 @torch.inference_mode()
-def read_prompt(decoder: Decoder, token_ids: Sequence[int], cache: KvCache) -> PromptRead:
-    """Reads a prompt dense after the tokens in the cache, and keeps all that any selection chooses
-    by: its statistics, and what a residual is fitted to."""
-    anything = Selection(density=0.5, correction=CorrectionParams(kind="residual", rank=1))
-    prompt = Prompt(decoder, token_ids, anything, cache=cache)
-    (whole,) = launch(decoder, [Part(prompt=prompt, tokens=len(token_ids))]).end()
-    return whole
-
-
-@torch.inference_mode()
 def logprobs_of(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Output of the last layer [T, D] -> log-probabilities [T, V] of the token after each."""
     return decoder.logits(hidden).log_softmax(dim=1)
@@ -94,18 +82,6 @@ def on_experts(decoder: Decoder, experts: Tensor) -> Sequence[RunFF]:
     return ZeroedLayers(
         decoder, SlimSpec.of_layers(decoder.spec.intermediate_size, experts.unbind())
     )
-
-
-@torch.inference_mode()
-def forced(
-    decoder: Decoder, token_ids: Sequence[int], cache: KvCache, view: Sequence[RunFF]
-) -> Tensor:
-    """Teacher-forces tokens after those in the cache: log-probabilities [T, V] of the token after
-    each. The cache is left as it was."""
-    before = cache.length
-    logits = decode_tokens(decoder, [StepTokens(cache=cache, view=view, token_ids=token_ids)])[0]
-    cache.rewind(before)
-    return logits.log_softmax(dim=1)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from griffin_core.calibration.forced_text import forced
 from griffin_evals.study.drift import AT_ONCE
 from griffin_evals.study.estimates import estimate, paired
 from griffin_evals.study.lab import Lab
@@ -15,7 +16,7 @@ from griffin_evals.study.measures import (
     norm_mass,
     overlap,
 )
-from griffin_evals.study.reading import choose, forced, generate, logprobs_of, on_experts, read
+from griffin_evals.study.reading import choose, generate, logprobs_of, on_experts, read
 
 TEMPERATURES = (0.0, 0.7, 1.0, 1.3)
 MEASURES = ("overlap", "norm_mass", "kl", "distinct")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from griffin_core.calibration.forced_text import forced
 from griffin_core.experts.policies import POLICIES
 from griffin_core.experts.selection import Selection
 from griffin_core.spec.choices import CALIBRATED_POLICIES
 from griffin_evals.study.estimates import estimate, paired
 from griffin_evals.study.lab import Lab
 from griffin_evals.study.measures import divergence, negative_log_likelihood, same_first_choice
-from griffin_evals.study.reading import choose, forced, logprobs_of, on_experts, read
+from griffin_evals.study.reading import choose, logprobs_of, on_experts, read
 from griffin_evals.study.speed import time_steps
 
 DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)

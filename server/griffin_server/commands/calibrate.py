@@ -14,7 +14,7 @@ from rich.table import Table
 
 from griffin_core.errors import GriffinError, InvalidRequest
 from griffin_server.commands.failures import err, fail
-from griffin_server.commands.options import AsJson
+from griffin_server.commands.options import AsJson, ModelName
 from griffin_server.commands.signals import ended_by_signals
 
 if TYPE_CHECKING:  # it imports torch, which the help does without
@@ -25,9 +25,7 @@ app = typer.Typer()
 
 @app.command()
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(help="A directory, a .gguf file or a hub id, as in `serve`.")
-    ],
+    model: ModelName,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="A text file; repeat it for several. By default the packaged texts."),

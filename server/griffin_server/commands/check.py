@@ -13,7 +13,7 @@ from rich.table import Table
 
 from griffin_core.errors import GriffinError, InvalidRequest
 from griffin_server.commands.failures import err, fail
-from griffin_server.commands.options import AsJson
+from griffin_server.commands.options import AsJson, ModelName
 from griffin_server.commands.signals import ended_by_signals
 
 if TYPE_CHECKING:  # it imports torch, which the help does without
@@ -30,9 +30,7 @@ app = typer.Typer()
 
 @app.command()
 def check(
-    model: Annotated[
-        str, typer.Argument(help="A directory, a .gguf file or a hub id, as in `serve`.")
-    ],
+    model: ModelName,
     dtype: Annotated[
         str, typer.Option(help="Type that both run in: float32, bfloat16 or float16.")
     ] = "float32",

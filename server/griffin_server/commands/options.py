@@ -1,4 +1,4 @@
-"""Types of the options that several commands have."""
+"""Types of the options and arguments that several commands have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+ModelName = Annotated[
+    str, typer.Argument(help="A directory, a .gguf file or a hub id, as in `serve`.")
+]
 Target = Annotated[
     str,
     typer.Option(

@@ -8,7 +8,6 @@ import torch
 
 from griffin_core.engine.task import PrefillTask
 from griffin_core.experts.correction import NO_CORRECTION, CorrectionParams
-from griffin_core.experts.correction_fit import kind_for
 from griffin_core.model.load import Model
 from griffin_core.spec.choices import CALIBRATED_POLICIES
 
@@ -72,15 +71,5 @@ def handoff_shape(model: Model, task: PrefillTask) -> HandoffShape:
         tokens=len(task.token_ids),
         experts=len(spec.layers) * task.selection.count(spec.intermediate_size),
         uneven=task.selection.policy in CALIBRATED_POLICIES,
-        correction=_correction(task),
+        correction=task.selection.correction_for(len(task.token_ids)),
     )
-
-
-def _correction(task: PrefillTask) -> CorrectionParams:
-    """What a prompt of this length can be given."""
-    selection = task.selection
-    sensitive = selection.policy == "sensitive"
-    kind = kind_for(selection.correction, len(task.token_ids), prior=sensitive)
-    if selection.density == 1:
-        return NO_CORRECTION
-    return selection.correction if kind == "residual" else CorrectionParams(kind=kind)

@@ -125,7 +125,7 @@ def test_a_calibration_is_written_found_and_becomes_the_models_default(
 
 def test_the_packaged_model_comes_with_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loaded = load_model(DEFAULT_MODEL, dtype=torch.bfloat16)
-    monkeypatch.setenv("GRIFFIN_CACHE_DIR", str(tmp_path))  # nobody has calibrated here
+    monkeypatch.setenv("GRIFFIN_CACHE_DIR", str(tmp_path))  # an empty cache: no calibration
     key, spec = loaded.calibration_key, loaded.decoder.spec
     found = find_calibration(None, key, spec, torch.device("cpu"))
     assert found is not None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from griffin_core.calibration import forced_text
 from griffin_core.experts.selection import Selection
 from griffin_core.forward.events import (
     LayerExperts,
@@ -274,7 +275,7 @@ def test_forcing_on_all_neurons_is_reading_and_leaves_the_cache(
     reading.read(decoder, range(12), cache)
     everything = torch.arange(decoder.spec.intermediate_size, dtype=torch.int32)
     view = reading.on_experts(decoder, everything.repeat(len(decoder.layers), 1))
-    forced = reading.forced(decoder, range(8), cache, view)
+    forced = forced_text.forced(decoder, range(8), cache, view)
     assert cache.length == 12
     hidden = reading.advance(decoder, range(8), cache, view)
     assert cache.length == 20
