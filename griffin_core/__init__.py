@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from griffin_core.llm import LLM as LLM
     from griffin_core.model.load import load_model as load_model
     from griffin_core.sampling.params import SamplingParams as SamplingParams
+    from griffin_core.sampling.speculation import SpeculationParams as SpeculationParams
     from griffin_core.sampling.stopping import StoppingParams as StoppingParams
 
 wait_briefly(os.environ)
@@ -25,6 +26,7 @@ _PUBLIC = {
     "LLM": "griffin_core.llm",
     "SamplingParams": "griffin_core.sampling.params",
     "Selection": "griffin_core.experts.selection",
+    "SpeculationParams": "griffin_core.sampling.speculation",
     "StoppingParams": "griffin_core.sampling.stopping",
     "load_model": "griffin_core.model.load",
     "sparsify": "griffin_core.hf",

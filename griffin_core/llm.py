@@ -26,7 +26,13 @@ from griffin_core.offline.options import (
 from griffin_core.offline.results import SUBMITTED_AHEAD, run_generations, run_scores
 from griffin_core.offline.start import make_engine
 from griffin_core.offline.tasks import generate_tasks, score_tasks
-from griffin_core.spec.choices import DEFAULT_MODEL, CorrectionKind, PolicyName, Sharing
+from griffin_core.spec.choices import (
+    DEFAULT_MODEL,
+    CorrectionKind,
+    PolicyName,
+    Sharing,
+    SpeculationMode,
+)
 from griffin_core.text.prompt import is_chat, list_prompts
 
 
@@ -59,6 +65,10 @@ class LLM:
             calibration, "topk" and "bias". "private" always runs on the prompt's own experts.
             "auto", a server's default, runs dense where pruning gains no time, whatever the
             density; ``Completion.pruning`` says what ran.
+        warmup_tokens: completions run dense until so many tokens of prompt and completion have run,
+            which all choose the experts, unless a call sets another number.
+        speculation: what drafts tokens for calls that do not say: "off", "lookup", "slim" or
+            "auto"; see ``SpeculationParams``.
         threads: of the model on a CPU; None for as many as other programs leave CPUs.
         batch_invariant: results do not depend, to the bit, on what else runs; see ``Engine``.
         max_sessions: prompts that run at once.
@@ -84,6 +94,8 @@ class LLM:
         correction: CorrectionKind | None = None,
         correction_rank: int | None = None,
         sharing: Sharing = "private",
+        warmup_tokens: int = 0,
+        speculation: SpeculationMode = "off",
         threads: int | None = None,
         batch_invariant: bool = False,
         max_sessions: int = 64,
@@ -100,6 +112,8 @@ class LLM:
             correction=correction,
             correction_rank=correction_rank,
             sharing=sharing,
+            warmup_tokens=warmup_tokens,
+            speculation=speculation,
             threads=threads,
             batch_invariant=batch_invariant,
             max_sessions=max_sessions,
@@ -158,7 +172,8 @@ class LLM:
                 or token ids; or any number of these.
             stream: give pieces as they are made. Closing the iterator, or dropping it, cancels what
                 still runs.
-            density, policy, correction, correction_rank, sharing: None for those of the LLM.
+            density, policy, correction, correction_rank, sharing, warmup_tokens, speculation: None
+                for those of the LLM.
             sampling, stopping: for all prompts, or one for each; None for greedy, and for at most
                 256 tokens.
             seed: of the first prompt; each further one has the next number, so that equal prompts

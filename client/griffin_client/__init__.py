@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from griffin_client.aio import AsyncGriffinClient
 from griffin_client.channel import Tls
+from griffin_client.choices import Policy, ScoreMode, Sharing, Speculation, Verify
 from griffin_client.client import GriffinClient
 from griffin_client.errors import (
     Aborted,
@@ -29,6 +30,7 @@ from griffin_client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from griffin_client.figures import PruningFigures, SpeculationFigures
 from griffin_client.options import AnalyzeOptions, GenerateOptions, ScoreOptions
 from griffin_client.types import (
     Analysis,
@@ -38,13 +40,9 @@ from griffin_client.types import (
     LayerAnalysis,
     Message,
     ModelInfo,
-    Policy,
-    PruningFigures,
     SamplingDefaults,
     Score,
-    ScoreMode,
     Session,
-    Sharing,
     Started,
     Timings,
     TokenLogprob,
@@ -84,6 +82,8 @@ __all__ = [
     "ServerFault",
     "Session",
     "Sharing",
+    "Speculation",
+    "SpeculationFigures",
     "Started",
     "Timings",
     "Tls",
@@ -94,6 +94,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "Verify",
     "__version__",
 ]
 

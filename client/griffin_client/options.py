@@ -13,7 +13,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from griffin_client.types import Correction, Message, Policy, ScoreMode, Sharing
+from griffin_client.choices import Correction, Policy, ScoreMode, Sharing, Speculation, Verify
+from griffin_client.types import Message
 
 
 class CallOptions(TypedDict, total=False):
@@ -134,10 +135,26 @@ class StoppingOptions(TypedDict, total=False):
     """Whether special tokens are left out of the text. Default: True."""
 
 
+class SpeculationOptions(TypedDict, total=False):
+    """Whether tokens are drafted, and then verified several at a time. A seed gives the same tokens
+    with and without, except for rounding."""
+
+    speculation: Speculation | None
+    """"lookup" drafts what followed the last tokens where they stood before, in prompt or
+    completion; "slim" drafts with the model on the request's experts; "auto" does both while they
+    pay; "off" drafts nothing. ``Finished.speculation`` says what was accepted."""
+    verify: Verify | None
+    """"dense": all neurons verify, so that the completion is that of density 1; "experts": those
+    that the density leaves. Default: "dense" with "slim", else "experts"."""
+    draft_tokens: int | None
+    """The most tokens of a draft, in [1, 16]. Default: 8 with "lookup", 4 with "slim"."""
+
+
 class GenerateOptions(
     PromptOptions,
     ExpertOptions,
     SharingOptions,
+    SpeculationOptions,
     SamplingOptions,
     StoppingOptions,
     RequestOptions,
@@ -145,6 +162,9 @@ class GenerateOptions(
 ):
     """The keywords of ``generate``, ``stream_text`` and ``complete``."""
 
+    warmup_tokens: int | None
+    """Run on all neurons until so many tokens of prompt and completion have run, which all choose
+    the experts, in [0, 2^20]."""
     top_logprobs: int | None
     """Report the log-probability of each generated token and of this many most likely ones, in
     [0, 20]. Default: no log-probabilities."""

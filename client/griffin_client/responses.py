@@ -13,6 +13,7 @@ from google.protobuf.message import Message as ProtoMessage
 
 from griffin.v1 import generation_pb2 as pb
 from griffin_client import types
+from griffin_client.figures import PruningFigures, SpeculationFigures
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ def event(response: pb.GenerateResponse) -> types.Event:
         usage=_fill(types.Usage, finished.usage),
         timings=_fill(types.Timings, finished.timings),
         pruning=figures(finished.pruning),
+        speculation=_fill(SpeculationFigures, finished.speculation),
     )
 
 
@@ -138,6 +140,11 @@ def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:
         default_policy=policy,
         default_sharing=sharing,
         default_correction=_correction(response.default_correction),
+        default_speculation=_name(
+            pb.SpeculationMode,
+            response.default_speculation or pb.SPECULATION_MODE_OFF,  # of older servers
+            "SPECULATION_MODE_",
+        ),
         default_sampling=_sampling_defaults(response.default_sampling),
     )
 
@@ -159,10 +166,10 @@ def session(message: pb.Session) -> types.Session:
     )
 
 
-def figures(message: pb.PruningFigures) -> types.PruningFigures:
+def figures(message: pb.PruningFigures) -> PruningFigures:
     """The figures on the pruning of a turn."""
     return _fill(
-        types.PruningFigures,
+        PruningFigures,
         message,
         policy=_name(pb.SelectionPolicy, message.policy, "SELECTION_POLICY_"),
         correction=_correction(message.correction),

@@ -10,16 +10,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-Policy = Literal[
-    "topk", "sampled", "topk_sampled", "magnitude", "random", "sensitive", "topk_budgets"
-]
-Correction = Literal["none", "bias", "residual"]
-Sharing = Literal["private", "shared", "auto"]
-ScoreMode = Literal["generation", "classification"]
-FinishReason = Literal["eos", "stop_sequence", "max_tokens", "context_length"]
-SessionState = Literal["queued", "prefill", "decode", "idle"]
+from griffin_client.choices import (
+    Correction,
+    FinishReason,
+    Policy,
+    SessionState,
+    Sharing,
+    Speculation,
+)
+from griffin_client.figures import PruningFigures, SpeculationFigures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,46 +47,6 @@ class SamplingDefaults:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruningFigures:
-    """What the pruning of a turn did.
-
-    Args:
-        density: the fraction of the FF neurons that was asked for, in (0, 1].
-        policy: how the experts were chosen.
-        experts_per_layer: K, the number of neurons kept in each layer; the mean over layers,
-            rounded down, where they differ.
-        expert_counts: [L], K of each layer.
-        ff_width: F, the number of neurons of each layer.
-        mean_norm_mass: mean of ``norm_mass``.
-        norm_mass: [L] floats in [0, 1]: the share of the prompt's activation norm that the experts
-            of each layer hold. It does not measure the quality of the output.
-        slim_view_bytes, kv_cache_bytes: memory that the session holds on the server.
-        mean_density: mean, over the turn's tokens so far, of the share of the FF neurons that each
-            token ran on; 0 before the first token. The first token comes from the dense pass over
-            the prompt and counts as 1.
-        dense_tokens: how many of these tokens ran on all neurons, the first one included.
-        correction: what was added to the output of the experts in place of the other neurons.
-        correction_rank: of a residual.
-        correction_bytes: memory that it takes; a part of ``slim_view_bytes``.
-    """
-
-    density: float
-    policy: Policy
-    experts_per_layer: int
-    expert_counts: tuple[int, ...]
-    ff_width: int
-    mean_norm_mass: float
-    norm_mass: tuple[float, ...]
-    slim_view_bytes: int
-    kv_cache_bytes: int
-    mean_density: float
-    dense_tokens: int
-    correction: Correction = "none"
-    correction_rank: int = 0
-    correction_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +146,7 @@ class Finished:
         reason: why it ended.
         stop: the stop string that matched; empty if none did.
         session_kept: whether the session is kept for a next turn.
+        speculation: how many tokens were drafted and accepted.
     """
 
     reason: FinishReason
@@ -194,6 +155,7 @@ class Finished:
     timings: Timings
     pruning: PruningFigures
     session_kept: bool
+    speculation: SpeculationFigures = field(default_factory=SpeculationFigures)
 
     @property
     def tokens_per_second(self) -> float:
@@ -321,6 +283,8 @@ class ModelInfo:
     default_correction: Correction = "none"
     default_correction_rank: int = 0
     calibration_digest: str = ""
+    default_warmup_tokens: int = 0
+    default_speculation: Speculation = "off"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ class StepSequence:
         token_ids: the tokens to run, at least one; ``DRAWN`` for the token that the slot drew last.
         slim_id: the neurons that its FF runs on; ``DENSE`` for all.
         slot: the sampler slot that draws the token after the last of these; None to draw no token.
+        draws_all: the slot draws the token after each of these, from the state that it has now.
+            What it drew last is then not to be run as ``DRAWN``.
     """
 
     first_slot: int
@@ -40,6 +42,7 @@ class StepSequence:
     token_ids: tuple[int, ...] = (DRAWN,)
     slim_id: int = DENSE
     slot: int | None = None
+    draws_all: bool = False
 
     @staticmethod
     def next_of(
@@ -48,6 +51,7 @@ class StepSequence:
         *,
         slim_id: int = DENSE,
         slot: int | None = None,
+        draws_all: bool = False,
     ) -> StepSequence:
         """The next tokens of the sequence that a cache holds.
 
@@ -63,6 +67,7 @@ class StepSequence:
             token_ids=tuple(token_ids),
             slim_id=slim_id,
             slot=slot,
+            draws_all=draws_all,
         )
 
 
@@ -100,7 +105,7 @@ class StepBatch:
                         each.cached,
                         each.first_slot,
                         each.slim_id,
-                        slot if place == last else self.padding,
+                        slot if place == last or each.draws_all else self.padding,
                     )
                 )
         return columns

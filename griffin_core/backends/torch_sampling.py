@@ -69,6 +69,13 @@ class TorchSlots:
     def ban(self, slot: int, tokens: Sequence[int]) -> None:
         self._slots[slot].banned = tuple(tokens)
 
+    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
+        if (own := self._slots.get(slot)) is not None:
+            for token in tokens:
+                own.drawn[token] -= 1
+                if not own.drawn[token]:
+                    del own.drawn[token]
+
     def close(self, slot: int) -> None:
         self._slots.pop(slot, None)
 

@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from griffin_core.calibration.recipes import Compared, Progress, best_of, compare, divergences
+from griffin_core.calibration.recipes import (
+    PLAIN,
+    Compared,
+    Progress,
+    best_of,
+    compare,
+    divergences,
+)
 from griffin_core.calibration.sensitivity import neuron_means
 from griffin_core.errors import CacheUnusable, InvalidRequest
 from griffin_core.model.calibration_file import default_path, make_calibration, write_calibration
@@ -42,7 +49,7 @@ class Calibrated:
 
     path: Path
     calibration: Calibration
-    compared: Sequence[Compared]
+    compared: Sequence[Compared[Recipe]]
     windows: int
 
 
@@ -120,7 +127,7 @@ def calibrate(
     for window in held_out:
         by_window.append(divergences(decoder, window, length - SCORED_TOKENS, density))
         done("recipes")
-    compared = compare(by_window)
+    compared = compare(by_window, PLAIN)
     calibration = made(best_of(compared))
     report = {
         "model": loaded.name,

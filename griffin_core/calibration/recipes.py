@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import Generic, TypeVar
 
 import torch
 
@@ -32,8 +33,11 @@ ERRORS_NEEDED = 2.0
 """By how many standard errors of the paired difference a recipe must beat plain topk."""
 
 
+K = TypeVar("K")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Compared:
+class Compared(Generic[K]):
     """A recipe beside plain topk on the same windows.
 
     Args:
@@ -42,7 +46,7 @@ class Compared:
         change_error: standard error of ``change``, paired by window.
     """
 
-    recipe: Recipe
+    recipe: K
     kl: float
     change: float
     change_error: float
@@ -59,11 +63,16 @@ def divergences(
     prompt_tokens: int,
     density: float,
     recipes: Sequence[Recipe] = CANDIDATES,
+    *,
+    skipped: int = 0,
 ) -> dict[Recipe, float]:
-    """Returns the mean KL of the tokens after a prompt, which are given and not drawn, by
-    recipe."""
+    """Returns the mean KL of the tokens after a prompt, which are given and not drawn, by recipe.
+
+    Args:
+        skipped: how many of the first tokens after the prompt do not count.
+    """
     text = ForcedText(decoder, window, prompt_tokens)
-    dense = text.dense
+    dense = text.dense[skipped:]
     found = {}
     for recipe in recipes:
         pruned = text.pruned(
@@ -72,14 +81,12 @@ def divergences(
                 policy=recipe.policy,
                 correction=CorrectionParams(kind=recipe.correction, rank=recipe.rank),
             )
-        )
+        )[skipped:]
         found[recipe] = float((dense.exp() * (dense - pruned)).sum(dim=1).mean())
     return found
 
 
-def compare(
-    by_window: Sequence[Mapping[Recipe, float]], plain_recipe: Recipe = PLAIN
-) -> list[Compared]:
+def compare(by_window: Sequence[Mapping[K, float]], plain_recipe: K) -> list[Compared[K]]:
     """Compares recipes over windows.
 
     Args:
@@ -103,7 +110,7 @@ def compare(
     return compared
 
 
-def best_of(compared: Sequence[Compared]) -> Recipe:
+def best_of(compared: Sequence[Compared[Recipe]]) -> Recipe:
     """Returns the recipe of the least KL among those that beat plain topk; else plain topk."""
     better = [each for each in compared if each.beats_plain]
     return min(better, key=lambda each: each.kl).recipe if better else PLAIN

@@ -52,7 +52,7 @@ from griffin_core.forward.prompt import (
 from griffin_core.model.load import Model
 from griffin_core.slim.base import SlimForm
 from griffin_core.slim.costs import ASSUMED_COSTS, EVEN_COSTS, StepCosts
-from griffin_core.spec.choices import Sharing
+from griffin_core.spec.choices import Sharing, SpeculationMode
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Engine:
     Args:
         model: what to run.
         limits: what the engine may hold.
-        selection, sharing: defaults for requests that set none.
+        selection, sharing, speculation: defaults for requests that set none.
         slim: how sessions run on their experts; None for what suits the device best.
         costs: what a step costs by how its FF runs, see ``slim.costs``; None to measure it at
             start.
@@ -100,6 +100,7 @@ class Engine:
         limits: Limits | None = None,
         selection: Selection | None = None,
         sharing: Sharing = "auto",
+        speculation: SpeculationMode = "off",
         slim: SlimForm | None = None,
         costs: StepCosts | None = ASSUMED_COSTS,
         batch_invariant: bool = False,
@@ -125,6 +126,7 @@ class Engine:
         self.limits = limits or Limits()
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
+        self.speculation: SpeculationMode = speculation
         self.batch_invariant = batch_invariant
         self.ended: Future[None] = Future()
         """Done when the thread has ended; with its exception if a bug ended it."""
@@ -143,6 +145,7 @@ class Engine:
             limits=self.limits,
             selection=self.selection,
             sharing=sharing,
+            speculation=speculation,
             slim=slim,
             costs=EVEN_COSTS if batch_invariant else costs or ASSUMED_COSTS,
             batch_invariant=batch_invariant,

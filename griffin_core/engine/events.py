@@ -56,6 +56,17 @@ class PruningFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationFigures:
+    """The tokens of a turn that were drafted, and those that the model drew too, by source; see
+    ``choices.SpeculationMode``."""
+
+    lookup_drafted: int = 0
+    lookup_accepted: int = 0
+    slim_drafted: int = 0
+    slim_accepted: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Admitted:
     """There is room for the session; its prompt is about to be read.
 
@@ -114,6 +125,7 @@ class Finished:
     context_tokens: int
     timings: Timings
     pruning: PruningFigures
+    speculation: SpeculationFigures
     kept: bool
 
 

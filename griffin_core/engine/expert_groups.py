@@ -48,6 +48,11 @@ class ExpertGroups:
         self._failed: list[tuple[Session, Exception]] = []
         self._step = 0
 
+    @property
+    def costs(self) -> StepCosts:
+        """What steps cost."""
+        return self._forms.costs
+
     def set_costs(self, costs: StepCosts) -> None:
         """Sets what steps cost. Before the first session."""
         self._forms.costs = costs
@@ -73,8 +78,8 @@ class ExpertGroups:
     def join(self, session: Session) -> None:
         """Lets a session run from the next step on. It has its statistic and its own experts."""
         assert session.slim is not None and session.statistics is not None
-        chooses = session.turn.chooses
-        if not chooses:
+        runs_dense = session.turn.chooses or session.warming_up
+        if not runs_dense:
             if session.slim.correction is None:
                 session.slim = corrected(
                     self._decoder,
@@ -86,10 +91,11 @@ class ExpertGroups:
             own = session.slim.correction
             nbytes = 0 if own is None else own.nbytes  # what it was fitted to is freed
             session.reservation = replace(session.reservation, correction=nbytes)
-        session.tails = ()
+        if not session.warming_up:
+            session.tails = ()
         size = session.reservation.zeroed + session.reservation.correction
         self._views.acquire_zeroed(size)
-        prunes = session.slim.prunes and not chooses
+        prunes = session.slim.prunes and not runs_dense
         seat = Seat(session, size, prunes=prunes)
         self._seats[session.session_id] = seat
         self._decide(self._step + 1)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from griffin_core.backends.base import Layout
 from griffin_core.engine.after_stop import tokens_after_stop
-from griffin_core.engine.events import Finished, Timings, TokensMade
+from griffin_core.engine.events import Finished, SpeculationFigures, Timings, TokensMade
 from griffin_core.engine.session import Session
 from griffin_core.engine.task import GenerateTask
 from griffin_core.errors import NonFiniteLogits
 from griffin_core.forward.draws import Drawn
 from griffin_core.model.load import Model
 from griffin_core.sampling.bans import Bans
+from griffin_core.sampling.drafting import Drafting
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.sampler import Sampler
+from griffin_core.sampling.speculation import NO_SPECULATION, SpeculationParams
 from griffin_core.sampling.stopping import FinishReason, StopChecker
 
 IMMEDIATE_STREAMS = 4
@@ -58,6 +61,7 @@ class Generation:
 
     Args:
         flush_policy: when tokens are emitted.
+        speculation: how tokens are drafted.
 
     Raises:
         InvalidRequest: the request bans every token.
@@ -66,12 +70,19 @@ class Generation:
     layout: Layout = "gemv"
     chooses = False
 
-    def __init__(self, model: Model, task: GenerateTask, flush_policy: FlushPolicy) -> None:
+    def __init__(
+        self,
+        model: Model,
+        task: GenerateTask,
+        flush_policy: FlushPolicy,
+        speculation: SpeculationParams = NO_SPECULATION,
+    ) -> None:
         self._model = model
         self._flush_policy = flush_policy
         self._stopping = task.stopping
         self.sampling = task.sampling
         self.top_logprobs = task.top_logprobs
+        self.drafting = Drafting(speculation, (), frozenset())
         vocab_size = model.decoder.spec.vocab_size
         self._bans = Bans(task.sampling, task.stopping, model.eos_ids, vocab_size)
         self._banned: frozenset[int] = frozenset()
@@ -88,6 +99,14 @@ class Generation:
             before=session.tokens,
             room=self._model.decoder.spec.context_length - len(session.tokens),
         )
+        ends = self._stopping.stop_token_ids
+        ends = ends if self._stopping.ignore_eos else ends | self._model.eos_ids
+        self.drafting = Drafting(self.drafting.params, session.tokens, ends)
+
+    @property
+    def remaining(self) -> int:
+        """The most tokens that may still be drawn."""
+        return self._checker.remaining
 
     def wants(self, session: Session) -> bool:
         """Whether another token may be drawn. Tokens in flight count, although it is not known yet
@@ -96,16 +115,25 @@ class Generation:
             return False
         return self._checker.remaining > session.in_flight
 
-    def ban(self, session: Session, sampler: Sampler) -> None:
+    def draws_alike(self, session: Session) -> bool:
+        """Whether what may be drawn from now on does not depend on the tokens before."""
+        past_minimum = session.turn_generated >= self._stopping.min_tokens
+        return past_minimum and not self._bans.lookback and not self.sampling.penalizes
+
+    def ban(self, session: Session, sampler: Sampler, ahead: Sequence[int] = ()) -> None:
         """Tells the sampler which tokens the next one must not be, before it is drawn.
+
+        Args:
+            ahead: tokens that were drawn since the session's last one.
 
         Raises:
             InvalidRequest: no token is left.
         """
         assert session.slot is not None
-        position = session.turn_generated + session.in_flight
+        position = session.turn_generated + session.in_flight + len(ahead)
         known = min(self._bans.lookback, session.turn_generated)
-        banned = self._bans.at(position, session.tokens[len(session.tokens) - known :])
+        before = (*session.tokens[len(session.tokens) - known :], *ahead)
+        banned = self._bans.at(position, before)
         if banned != self._banned:
             sampler.ban(session.slot, sorted(banned))
             self._banned = banned
@@ -125,6 +153,7 @@ class Generation:
         self._ids.append(token)
         self._text += text
         session.tokens.append(token)
+        self.drafting.push(token)
         session.generated_tokens += 1
         session.turn_generated += 1
         session.clock.last_token = time.monotonic()
@@ -184,5 +213,15 @@ class Generation:
                 decode_s=clock.last_token - clock.first_token,
             ),
             pruning=session.pruning_stats(self._model.decoder.spec),
+            speculation=self._speculation(),
             kept=session.keep,
+        )
+
+    def _speculation(self) -> SpeculationFigures:
+        looked_up, slim = (self.drafting.acceptance[name] for name in ("lookup", "slim"))
+        return SpeculationFigures(
+            lookup_drafted=looked_up.drafted,
+            lookup_accepted=looked_up.accepted,
+            slim_drafted=slim.drafted,
+            slim_accepted=slim.accepted,
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from griffin_core.engine.admission import Admission
 from griffin_core.engine.commands import CommandQueue
+from griffin_core.engine.dense_passes import DensePasses
 from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.generation import FlushPolicy
 from griffin_core.engine.limits import Limits
@@ -16,6 +17,7 @@ from griffin_core.engine.sampler_slots import SamplerSlots
 from griffin_core.engine.score_steps import ScoreSteps
 from griffin_core.engine.session_prefills import SessionPrefills
 from griffin_core.engine.sessions import Sessions
+from griffin_core.engine.speculative_steps import SpeculativeSteps
 from griffin_core.engine.step_setup import StepSetup
 from griffin_core.engine.token_steps import TokenSteps
 from griffin_core.engine.turn_planner import TurnPlanner
@@ -26,7 +28,7 @@ from griffin_core.sampling.sampler import Sampler
 from griffin_core.slim.base import SlimForm
 from griffin_core.slim.costs import StepCosts
 from griffin_core.slim.views import SlimViews
-from griffin_core.spec.choices import Sharing
+from griffin_core.spec.choices import Sharing, SpeculationMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ def build_parts(
     limits: Limits,
     selection: Selection,
     sharing: Sharing,
+    speculation: SpeculationMode,
     slim: SlimForm | None,
     costs: StepCosts,
     batch_invariant: bool,
@@ -121,10 +124,12 @@ def build_parts(
         model,
         selection=selection,
         sharing=sharing,
+        speculation=speculation,
         memory=memory,
         views=views,
         groups=groups,
         flush_policy=flush_policy,
+        batch_invariant=batch_invariant,
     )
     admission = Admission(
         decoder,
@@ -141,6 +146,8 @@ def build_parts(
         sampler,
         sessions,
         admission,
+        DensePasses(sessions, session_prefills),
+        SpeculativeSteps(decoder, sampler, groups, observer),
         overlap=overlap,
         batch_invariant=batch_invariant,
     )

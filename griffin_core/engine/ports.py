@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         PrefillEvent,
         PrefillFinished,
     )
+    from griffin_core.spec.choices import DraftSource
 
 E_contra = TypeVar("E_contra", contravariant=True)
 
@@ -41,6 +42,9 @@ class Observer:
 
     def prefilled(self, event: PrefillFinished) -> None:
         """This engine has read a prompt, for a session of its own or for another server."""
+
+    def speculated(self, source: DraftSource, drafted: int, accepted: int) -> None:
+        """So many tokens of a session were drafted by a source, and so many of them accepted."""
 
     def chose(self, slim: SlimSpec) -> None:
         """A session's prompt has chosen its experts."""

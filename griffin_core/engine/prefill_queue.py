@@ -239,7 +239,8 @@ class PrefillQueue:
             run.tell_experts(each)
         for run, each in finished:
             run.tell(each.finished)
-            self._observer.prefilled(each.finished)
+            if run.is_prompt:
+                self._observer.prefilled(each.finished)
 
     def _fail(self, run: PrefillRun, error: Exception) -> None:
         log.error("prefill failed", exc_info=error)

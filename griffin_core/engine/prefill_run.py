@@ -24,6 +24,7 @@ class PrefillRun:
             layer, on the CPU), then PrefillFinished or Failed.
         tokens: T of the prompt.
         admitted: whether it writes the cache of a session that this engine has admitted.
+        is_prompt: whether the tokens are a prompt; otherwise they were read before.
         max_concurrent, owner: as in PrefillTask.
     """
 
@@ -34,6 +35,7 @@ class PrefillRun:
         *,
         tokens: int,
         admitted: bool,
+        is_prompt: bool = True,
         max_concurrent: int = MAX_CONCURRENT_PREFILLS,
         owner: str = "",
     ) -> None:
@@ -43,6 +45,7 @@ class PrefillRun:
         self.prompt: Prompt | None = None
         self.sink = sink
         self.admitted = admitted
+        self.is_prompt = is_prompt
         self.max_concurrent = max_concurrent
         self.owner = owner
         self.cancelled = False

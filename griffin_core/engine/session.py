@@ -134,6 +134,10 @@ class Session:
         self.tails: Sequence[Sequence[Tail]] = ()
         """What the residual of its experts is to be fitted to, from its prompt until it joins
         ``ExpertGroups``."""
+        self.in_dense_pass = False
+        """Whether a dense pass over its last tokens waits or runs; no step may then."""
+        self.uncounted_from = 0
+        """From which of its tokens on they are not in its statistics."""
         self.expert_counts: tuple[int, ...] = ()
         """K of each layer, once they are chosen."""
         self.view: RunView | None = None
@@ -153,6 +157,8 @@ class Session:
         """Tokens to prefill in this turn."""
         self.turn_generated = 0
         self.in_flight = 0
+        self.in_dense_pass = False
+        self.uncounted_from = len(self.tokens)
         self._ran = 0
         self._ran_dense = 0
         self._ran_density = 0.0
@@ -181,6 +187,19 @@ class Session:
     def turn_ids(self) -> list[int]:
         """The tokens to prefill in this turn."""
         return self.tokens[self.turn_start :]
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether it runs dense because its experts are still to be chosen by more tokens."""
+        return self.uncounted_from < self.selection.warmup_tokens and bool(
+            self.slim and self.slim.prunes
+        )
+
+    @property
+    def warm(self) -> bool:
+        """Whether its warm-up is over: the tokens that are to choose have run."""
+        assert self.cache is not None
+        return self.warming_up and self.cache.length >= self.selection.warmup_tokens
 
     @property
     def density(self) -> float:

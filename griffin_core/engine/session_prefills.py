@@ -93,12 +93,47 @@ class SessionPrefills:
             cache=session.cache,
             statistics=session.statistics,
         )
-        sink = _TurnSink(session.turn_id, deliver)
+        self._queue_run(session, prompt, session.prompt_tokens, deliver)
+
+    def _queue_run(
+        self,
+        session: Session,
+        make: Callable[[], Prompt],
+        tokens: int,
+        deliver: Deliver,
+        *,
+        is_prompt: bool = True,
+    ) -> None:
         run = PrefillRun(
-            prompt, sink, tokens=session.prompt_tokens, admitted=True, owner=session.owner
+            make,
+            _TurnSink(session.turn_id, deliver),
+            tokens=tokens,
+            admitted=True,
+            is_prompt=is_prompt,
+            owner=session.owner,
         )
         self._runs[session.turn_id] = run
         self._queue.add(run, lambda _: 0.0)  # it is admitted, so it is not refused
+
+    def reread(self, session: Session, begin: int, deliver: Deliver) -> None:
+        """Reads the tokens of a session's cache from number ``begin`` on once more.
+
+        Args:
+            deliver: gets the events. They are not a handoff.
+        """
+        assert session.cache is not None
+        end = session.cache.length
+        session.cache.rewind(begin)
+        prompt = partial(
+            Prompt,
+            self._decoder,
+            session.tokens[begin:end],
+            session.selection,
+            cache=session.cache,
+            statistics=session.statistics,
+            tails=session.tails,
+        )
+        self._queue_run(session, prompt, end - begin, deliver, is_prompt=False)
 
     def restart(self, session: Session) -> None:
         """Forgets what has come of a prompt: it comes anew."""

@@ -83,6 +83,11 @@ class Sessions:
         self._groups.join(session)
         self.scheduler.idles = False  # the session may need less now
 
+    def rejoin(self, session: Session) -> None:
+        """Lets a session that runs tokens run on other experts from the next step on."""
+        self._groups.leave(session)
+        self.join(session)
+
     def finish(self, session: Session, last: Finished | Scored) -> None:
         """Ends a turn: its session is kept or freed, and then its sink gets the last event. In that
         order, since a session that cannot be kept has failed, and a sink gets one last event."""

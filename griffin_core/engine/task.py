@@ -15,9 +15,11 @@ from griffin_core.experts.policies import POLICIES, PolicyName
 from griffin_core.experts.selection import Selection
 from griffin_core.sampling.logprobs import MAX_TOP_LOGPROBS
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.speculation import SpeculationParams
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import (
     DEFAULT_RANK,
+    MAX_WARMUP,
     SCORE_MODES,
     SHARINGS,
     CorrectionKind,
@@ -44,10 +46,11 @@ class PruningParams:
         sharing: see ``choices.Sharing``.
         correction: see ``choices.CorrectionKind``.
         correction_rank: of a residual.
+        warmup_tokens: see ``Selection``.
 
     Raises:
-        InvalidRequest: density is not in (0, 1], there is no such policy, sharing or correction, or
-            a parameter is not one of the policy.
+        InvalidRequest: density is not in (0, 1], there is no such policy, sharing or correction, a
+            parameter is not one of the policy, or the warm-up is out of range.
     """
 
     density: float | None = None
@@ -56,6 +59,7 @@ class PruningParams:
     sharing: Sharing | None = None
     correction: CorrectionKind | None = None
     correction_rank: int | None = None
+    warmup_tokens: int | None = None
 
     def __post_init__(self) -> None:
         density = self.density
@@ -69,6 +73,9 @@ class PruningParams:
             raise InvalidRequest("pruning.sharing", self.sharing, ", ".join(SHARINGS))
         if self.correction is not None:
             correction_params(NO_CORRECTION, self.correction, self.correction_rank)
+        warmup = self.warmup_tokens
+        if warmup is not None and not (isinstance(warmup, int) and 0 <= warmup <= MAX_WARMUP):
+            raise InvalidRequest("pruning.warmup_tokens", warmup, f"[0, {MAX_WARMUP}]")
 
     def selection(self, base: Selection, seed: int, default_rank: int = DEFAULT_RANK) -> Selection:
         """The selection to run: what this request sets, and ``base`` for the rest.
@@ -91,6 +98,7 @@ class PruningParams:
                 self.correction_rank,
                 default_rank=default_rank,
             ),
+            warmup_tokens=base.warmup_tokens if self.warmup_tokens is None else self.warmup_tokens,
             seed=seed,
         )
 
@@ -116,6 +124,7 @@ class GenerateTask:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
     pruning: PruningParams = field(default_factory=PruningParams)
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
     top_logprobs: int | None = None
     continues: str | None = None
     keep: bool = False
@@ -165,7 +174,7 @@ class ScoreTask:
         deadline: until when the caller waits, on the same clock; None for no limit.
 
     Raises:
-        InvalidRequest: there is no such mode.
+        InvalidRequest: there is no such mode, or a warm-up is asked for.
     """
 
     prompt: tuple[int, ...]
@@ -181,6 +190,8 @@ class ScoreTask:
     def __post_init__(self) -> None:
         if self.mode not in SCORE_MODES:
             raise InvalidRequest("mode", self.mode, ", ".join(SCORE_MODES))
+        if warmup := self.pruning.warmup_tokens:
+            raise InvalidRequest("pruning.warmup_tokens", warmup, "0 in a score")
 
     @property
     def prefilled(self) -> tuple[int, ...]:

@@ -8,19 +8,30 @@ then run one step too many, which is dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, zip_longest
+from types import MappingProxyType
 
 import torch
 
 from griffin_core.backends.batch import StepSequence
 from griffin_core.backends.transfers import on_device
 from griffin_core.engine.admission import Admission
+from griffin_core.engine.dense_passes import DensePasses
 from griffin_core.engine.generation import Generation
 from griffin_core.engine.score_steps import Joined
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.sessions import Sessions
+from griffin_core.engine.speculative_steps import (
+    Draft,
+    Drafts,
+    SpeculativeSteps,
+    density_of,
+    step_sequence,
+    tokens_of,
+)
 from griffin_core.forward.decode import Stepper
 from griffin_core.forward.draws import Draw, DrawLost, Drawn, Draws
 from griffin_core.model.decoder import Decoder
@@ -34,15 +45,19 @@ class LaunchedStep:
     """Tokens that were launched and have not been read yet.
 
     Args:
-        turns: the turn and the session of each row. The turn may be over by the time its token is
-            read, and the session may even be in its next turn.
-        densities: what each row runs at.
-        draw: the tokens.
+        turns: the turn and the session of each sequence. The turn may be over by the time its token
+            is read, and the session may even be in its next turn.
+        densities: what each of them runs at.
+        drafts: what was drafted for each of them.
+        draw: the tokens: of each sequence one, and one more for each drafted token.
+        apart: the tokens of those sessions whose draws depend on one another, by session id.
     """
 
     turns: Sequence[tuple[str, Session]]
     densities: Sequence[float]
+    drafts: Sequence[Draft | None]
     draw: Draws
+    apart: Mapping[str, Sequence[Drawn]]
 
 
 class TokenSteps:
@@ -50,6 +65,8 @@ class TokenSteps:
 
     Args:
         admission: holds the prompts that wait for their first token.
+        dense_passes: run between two steps of a session.
+        speculative: drafts and verifies tokens.
         overlap: launch a step before the tokens of the one before are read.
         batch_invariant: draw each first token from a batch of its own.
     """
@@ -60,6 +77,8 @@ class TokenSteps:
         sampler: Sampler,
         sessions: Sessions,
         admission: Admission,
+        dense_passes: DensePasses,
+        speculative: SpeculativeSteps,
         *,
         overlap: bool,
         batch_invariant: bool,
@@ -68,6 +87,8 @@ class TokenSteps:
         self._sampler = sampler
         self._sessions = sessions
         self._admission = admission
+        self._dense_passes = dense_passes
+        self._speculative = speculative
         self._overlap = overlap
         self._batch_invariant = batch_invariant
         self._launched: list[LaunchedStep] = []
@@ -86,7 +107,7 @@ class TokenSteps:
                 continue
             if session.view is not None and session.sink.ready():
                 session.clock.stalled = 0.0
-                if turn.wants(session):
+                if turn.wants(session) and not self._dense_passes.due(session):
                     sessions.append(session)
         return sessions
 
@@ -106,21 +127,41 @@ class TokenSteps:
             The number of tokens that were read, without those that come from prompts.
         """
         due, first = self._launched, self._launch_first_tokens()
-        if not self._overlap:
+        self._launched = []
+        overlap = self._overlap and not self._speculative.waits(self._generating())
+        read = 0
+        if not overlap:
+            read = self._read(due)
             self._read(first)
-            first = []
+            due = first = []
         launched: list[LaunchedStep] = []
         if sessions := self.runnable():
             before_launch(len(sessions))
-            joined = join(stepper, len(sessions))
-            launched = self._launch(sessions, partial(self._launch_step, stepper, joined))
-        if self._overlap:  # the device runs the next step while the host reads the last one
+            drafts: Drafts = {} if overlap else self._draft(stepper, sessions)
+            # Logits of drafts may be read once more, so nothing else joins their step.
+            joined = None if drafts else join(stepper, len(sessions))
+            launch = partial(self._launch_step, stepper, joined, drafts)
+            launched = self._launch(sessions, launch, drafts)
+        if overlap:  # the device runs the next step while the host reads the last one
             self._launched = launched
         else:
-            due, self._launched = launched, []
-        read = self._read(due)
+            due = launched
+        read += self._read(due)
         self._read(first)
         return read
+
+    def _generating(self) -> list[Session]:
+        return [s for s in self._sessions.scheduler.live if isinstance(s.turn, Generation)]
+
+    def _draft(self, stepper: Stepper, sessions: list[Session]) -> Drafts:
+        """Drafts tokens for the next step. If that fails, the step runs without drafts; a device
+        that is lost raises."""
+        try:
+            return self._speculative.draft(stepper, sessions)
+        except Exception:
+            self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
+            log.exception("drafts for %d sessions failed", len(sessions))
+            return {}
 
     def read_all(self) -> int:
         """Reads every token that was launched. Returns how many."""
@@ -128,17 +169,23 @@ class TokenSteps:
         return self._read(due)
 
     def _launch(
-        self, sessions: list[Session], launch: Callable[[list[Session]], Draws]
+        self,
+        sessions: list[Session],
+        launch: Callable[[list[Session]], Draws],
+        drafts: Drafts = MappingProxyType({}),
     ) -> list[LaunchedStep]:
-        """Launches a draw of one token for each session, all together. If that fails, each session
-        is tried alone, so that only the one at fault ends."""
+        """Launches a draw for each session, all together: of one token, and of one more for each
+        drafted token. If that fails, each session is tried alone, so that only the one at fault
+        ends."""
         sessions = [session for session in sessions if self._may_draw(session)]
         if not sessions:
             return []
         try:
+            own = [drafts.get(session.session_id) for session in sessions]
             turns = [(session.turn_id, session) for session in sessions]
-            densities = [session.density for session in sessions]
+            densities = [density_of(session) for session in sessions]
             draw = launch(sessions)
+            apart = self._speculative.draw_one_by_one(sessions, drafts, draw) if drafts else {}
         except Exception as error:
             self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
             if len(sessions) == 1 or isinstance(error, DrawLost):
@@ -147,22 +194,25 @@ class TokenSteps:
                     self._sessions.fail_with(session, cause)
                 return []
             log.exception("%d sessions together failed; each is tried alone", len(sessions))
-            return [step for session in sessions for step in self._launch([session], launch)]
+            return [
+                step for session in sessions for step in self._launch([session], launch, drafts)
+            ]
         for session in sessions:
             session.in_flight += 1
-        return [LaunchedStep(turns=turns, densities=densities, draw=draw)]
+        return [LaunchedStep(turns=turns, densities=densities, drafts=own, draw=draw, apart=apart)]
 
     def _launch_step(
-        self, stepper: Stepper, joined: Joined | None, sessions: list[Session]
+        self, stepper: Stepper, joined: Joined | None, drafts: Drafts, sessions: list[Session]
     ) -> Draws:
-        own = [_step_sequence(session) for session in sessions]
+        own = [step_sequence(session, drafts.get(session.session_id)) for session in sessions]
         tops = [_generation(session).top_logprobs for session in sessions]
         draws = None if joined is None else self._launch_joined(stepper, joined, own, tops)
         if draws is None:
             draws = stepper.launch(own, tops)
         for session in sessions:
             assert session.cache is not None
-            session.cache.advance(1)
+            if session.session_id not in drafts:
+                session.cache.advance(1)
         return draws
 
     def _launch_joined(
@@ -238,13 +288,38 @@ class TokenSteps:
                     if lives:
                         self._sessions.fail_with(session, error)
                 continue
-            rows = zip(step.turns, live, step.densities, drawn, strict=True)
-            for (_, session), lives, density, token in rows:
+            rest = iter(drawn)
+            rows = zip(step.turns, live, step.densities, step.drafts, strict=True)
+            for turn, lives, density, draft in rows:
+                own = step.apart.get(turn[1].session_id)
+                if own is None:
+                    own = list(islice(rest, 1 + len(tokens_of(draft))))
                 if lives:  # otherwise it has ended, and this is the one step too many
-                    session.in_flight -= 1
-                    taken += 1
-                    session.ran(density)
-                    self._sessions.guard(session, partial(self._take, drawn=token))
+                    taken += self._accept(turn, own, density, draft)
+        return taken
+
+    def _accept(
+        self, turn: tuple[str, Session], drawn: Sequence[Drawn], density: float, draft: Draft | None
+    ) -> int:
+        """Takes a session's tokens up to the first that is not the drafted one. Returns their
+        number."""
+        _, session = turn
+        drafted = tokens_of(draft)
+        session.in_flight -= 1
+        if draft is not None:
+            self._speculative.note(session, draft, drawn)
+        taken = 0
+        for token, expected in zip_longest(drawn, drafted):
+            if draft is not None:
+                assert session.cache is not None
+                session.cache.advance(1)
+            taken += 1
+            session.ran(density)
+            self._sessions.guard(session, partial(self._take, drawn=token))
+            if token.token != expected or not self._sessions.is_live(*turn):
+                break
+        if self._sessions.is_live(*turn):
+            self._dense_passes.begin_due(session)
         return taken
 
     def _take(self, session: Session, *, drawn: Drawn) -> None:
@@ -252,13 +327,9 @@ class TokenSteps:
         last = _generation(session).take(session, drawn)
         if last is not None:
             self._sessions.finish(session, last)
-        elif first:
+            return
+        if first:
             self._sessions.join(session)
-
-
-def _step_sequence(session: Session) -> StepSequence:
-    assert session.cache is not None and session.view is not None
-    return StepSequence.next_of(session.cache, slim_id=session.view.slim_id, slot=session.slot)
 
 
 def _generation(session: Session) -> Generation:

@@ -18,15 +18,17 @@ from griffin_core.experts.selection import Selection
 from griffin_core.forward.correction import correction_bytes
 from griffin_core.model.load import Model
 from griffin_core.slim.views import SlimViews
-from griffin_core.spec.choices import DEFAULT_RANK, Sharing
+from griffin_core.spec.choices import DEFAULT_RANK, Sharing, SpeculationMode
 
 
 class TurnPlanner:
     """Plans the turns of an engine's sessions. Changes neither a session nor the engine.
 
     Args:
-        selection, sharing: for requests that set none.
+        selection, sharing, speculation: for requests that set none.
         flush_policy: when generations emit their tokens.
+        batch_invariant: see ``Engine``; no request may speculate then, since a draft changes the
+            number of rows.
     """
 
     def __init__(
@@ -35,18 +37,22 @@ class TurnPlanner:
         *,
         selection: Selection,
         sharing: Sharing,
+        speculation: SpeculationMode,
         memory: SessionMemory,
         views: SlimViews,
         groups: ExpertGroups,
         flush_policy: FlushPolicy,
+        batch_invariant: bool,
     ) -> None:
         self._model = model
         self._selection = selection
         self._sharing: Sharing = sharing
+        self._speculation: SpeculationMode = speculation
         self._memory = memory
         self._views = views
         self._groups = groups
         self._flush_policy = flush_policy
+        self._batch_invariant = batch_invariant
 
     def plan(self, session: Session, task: GenerateTask | ScoreTask) -> TurnPlan:
         """The turn that a task is for a session, new or kept.
@@ -64,8 +70,14 @@ class TurnPlanner:
         base = session.selection if later_turn else self._selection
         rank = self._selection.correction.rank or DEFAULT_RANK
         selection = task.pruning.selection(base, task.sampling.seed, rank)
+        speculation = task.speculation.over(self._speculation)
+        if self._batch_invariant and speculation.mode != "off":
+            allowed = "off on a server with --batch-invariant"
+            raise InvalidRequest("speculation", str(speculation.mode), allowed)
+        if speculation.lossless and not speculation.drafts_by("slim"):
+            selection = replace(selection, density=1.0)  # no token ever runs on experts
         self._check(selection)
-        turn = Generation(self._model, task, self._flush_policy)
+        turn = Generation(self._model, task, self._flush_policy, speculation)
         length = len(session.tokens) + len(task.prefilled)
         cached = session.cache.length if session.cache else 0
         if length >= spec.context_length:
@@ -88,12 +100,14 @@ class TurnPlanner:
             turn=turn,
             keep=task.keep and fits_idle,
             deadline=task.deadline,
-            needs=self._needs(session, kv, selection, sharing, length - cached),
+            needs=self._needs(
+                session, kv, selection, sharing, max(length - cached, selection.warmup_tokens)
+            ),
         )
 
     def _plan_score(self, session: Session, task: ScoreTask) -> TurnPlan:
         decoder = self._model.decoder
-        selection = task.pruning.selection(self._selection, task.seed)
+        selection = replace(task.pruning.selection(self._selection, task.seed), warmup_tokens=0)
         self._check(selection)
         if task.mode == "classification" and selection.correction.kind == "residual":
             # Each choice would fit its own, for one token.

@@ -37,10 +37,12 @@ class Selection:
         policy: one of ``POLICIES``.
         parameters: what a request may say beside these.
         correction: what is added to the output of the experts.
+        warmup_tokens: a session runs dense until so many of its tokens have run, and they all
+            choose; 0 for the prompt alone, however short, as in the paper.
         seed: for policies that draw at random, in [0, 2**64).
 
     Raises:
-        ValueError: the density or the policy is none of these.
+        ValueError: the density or the policy is none of these, or the warm-up is negative.
         InvalidRequest: the policy has no such parameter.
     """
 
@@ -48,9 +50,12 @@ class Selection:
     policy: PolicyName = "topk"
     parameters: SelectionParameters = NO_PARAMETERS
     correction: CorrectionParams = NO_CORRECTION
+    warmup_tokens: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.warmup_tokens < 0:
+            raise ValueError(f"warmup_tokens: got {self.warmup_tokens}; allowed: 0 or more")
         if not 0 < self.density <= 1:
             raise ValueError(f"density: got {self.density}; allowed: (0, 1]")
         if self.policy not in POLICIES:
@@ -61,8 +66,9 @@ class Selection:
 
     @property
     def kind(self) -> Selection:
-        """What sessions that share an expert set have in common: everything but the seed."""
-        return replace(self, seed=0)
+        """What sessions that share an expert set have in common: everything but the seed and the
+        warm-up."""
+        return replace(self, seed=0, warmup_tokens=0)
 
     def count(self, intermediate_size: int) -> int:
         """Returns the mean number of experts of a layer. It is known before the prompt is read."""
@@ -101,6 +107,7 @@ def default_selection(
     policy: PolicyName | None = None,
     correction: CorrectionKind | None = None,
     rank: int | None = None,
+    warmup_tokens: int = 0,
     calibration: Calibration | None = None,
 ) -> Selection:
     """Returns the selection of requests that set nothing: what the arguments say, for the rest what
@@ -118,6 +125,7 @@ def default_selection(
         density=density,
         policy=policy or recipe.policy,
         correction=correction_params(base, correction, rank),
+        warmup_tokens=warmup_tokens,
     )
     selection.check(calibration)
     return selection

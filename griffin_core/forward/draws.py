@@ -30,9 +30,20 @@ class Drawn:
 
 def drawn_rows(sequences: Sequence[StepSequence]) -> list[int]:
     """Returns the rows that a token is sampled from: the last row of each sequence that has a
-    sampler slot."""
+    sampler slot, or all its rows."""
     ends = accumulate(len(each.token_ids) for each in sequences)
-    return [end - 1 for each, end in zip(sequences, ends, strict=True) if each.slot is not None]
+    return [
+        row
+        for each, end in zip(sequences, ends, strict=True)
+        for row in range(end - _drawn_by(each), end)
+    ]
+
+
+def _drawn_by(sequence: StepSequence) -> int:
+    """Returns the number of tokens that a sequence draws in a step."""
+    if sequence.slot is None:
+        return 0
+    return len(sequence.token_ids) if sequence.draws_all else 1
 
 
 class DrawLost(Exception):
@@ -53,7 +64,7 @@ class Draws(Protocol):
         ...
 
     def wait(self) -> list[Drawn]:
-        """Waits for the device, and returns the next token of each sequence that draws one."""
+        """Waits for the device, and returns the tokens that each sequence draws, in order."""
         ...
 
 
@@ -61,7 +72,7 @@ class Draw:
     """The sampled tokens of one batch.
 
     Args:
-        tokens: [B] int64 on the device, one for each sequence that draws.
+        tokens: [B] int64 on the device.
         logits: [N, V] float32, all rows. Log-probabilities are computed from them now, since the
             next step may overwrite them.
         rows: [B], the row that each token was sampled from.
@@ -103,15 +114,14 @@ class Draw:
         """Makes the draw of sequences whose rows are in the same order as the sequences.
 
         Args:
-            tokens: int64 on the device: [B], one for each sequence that draws, or [N], one for each
-                row.
+            tokens: int64 on the device: [B], those of ``drawn_rows``, or [N], one for each row.
 
         Raises:
             DrawLost: the tokens or their log-probabilities cannot be read.
         """
         drawn = drawn_rows(sequences)
         pairs = zip(sequences, top_logprobs, strict=True)
-        tops = [top for each, top in pairs if each.slot is not None]
+        tops = [top for each, top in pairs for _ in range(_drawn_by(each))]
         try:
             if len(drawn) < len(tokens):
                 tokens = tokens[on_device(drawn, torch.int64, tokens.device)]

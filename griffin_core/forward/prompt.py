@@ -25,6 +25,7 @@ class Prompt:
         selection: how its experts are chosen.
         cache: holds the tokens before these, and has room for these; None to make a new one.
         statistics: of the tokens before these; None if there are none. Not modified.
+        tails: what a residual would be fitted to of the tokens before these.
         wants_kv: whether passes report each layer's KV as it is computed.
         watch: the layers whose activations passes report.
 
@@ -40,6 +41,7 @@ class Prompt:
         *,
         cache: KvCache | None = None,
         statistics: Statistics | None = None,
+        tails: Sequence[Sequence[Tail]] = (),
         wants_kv: bool = False,
         watch: Collection[int] = (),
     ) -> None:
@@ -58,8 +60,9 @@ class Prompt:
         self.layers_told = 0
         """The number of layers of the current pass that were reported. A failed pass is run again,
         and must not report the same layer twice."""
-        self.tails: list[Sequence[Tail]] = []
+        self.tails: list[Sequence[Tail]] = list(tails)
         """For each pass so far that read some of the last tokens, what a residual is fitted to."""
+        self._fitted_before = sum(len(each[0].x) for each in tails)
         self._ids = on_device(token_ids, torch.int64, decoder.device)
 
     @property
@@ -70,8 +73,8 @@ class Prompt:
     @property
     def tokens_fitted(self) -> int:
         """The number of its last tokens that a residual is fitted to; 0 if it gets none."""
-        fits = self.selection.correction_for(self.tokens).kind == "residual"
-        return min(self.tokens, FITTED_TOKENS) if fits else 0
+        fits = self.selection.correction_for(self.tokens + self._fitted_before).kind == "residual"
+        return min(self.tokens, FITTED_TOKENS - self._fitted_before) if fits else 0
 
     def next_ids(self, tokens: int) -> Tensor:
         """Returns the next ``tokens`` ids to read."""

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from griffin_core.engine.events import Finished, PruningFigures, Scored, Timings, TokensMade
+from griffin_core.engine.events import (
+    Finished,
+    PruningFigures,
+    Scored,
+    SpeculationFigures,
+    Timings,
+    TokensMade,
+)
 from griffin_core.engine.task import GenerateTask, ScoreTask
 from griffin_core.sampling.logprobs import Logprobs
 from griffin_core.sampling.stopping import FinishReason
@@ -24,6 +31,7 @@ class Completion:
         logprobs: those of each token; None unless ``top_logprobs`` was given.
         timings: in seconds, from when the prompt was handed to the engine.
         pruning: which experts the tokens ran on.
+        speculation: how many tokens were drafted and accepted.
     """
 
     text: str
@@ -34,6 +42,7 @@ class Completion:
     logprobs: tuple[Logprobs, ...] | None
     timings: Timings
     pruning: PruningFigures
+    speculation: SpeculationFigures = field(default_factory=SpeculationFigures)
 
     @property
     def prompt_tokens(self) -> int:
@@ -101,6 +110,7 @@ def completion_of(task: GenerateTask, made: Sequence[TokensMade], end: Finished)
         logprobs=None if task.top_logprobs is None else logprobs,
         timings=end.timings,
         pruning=end.pruning,
+        speculation=end.speculation,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.speculation import SpeculationParams
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import CorrectionKind, PolicyName, ScoreMode, Sharing
 from griffin_core.text.prompt import Message, Prompt
@@ -24,6 +25,8 @@ class GenerateOptions(TypedDict, total=False):
     correction: CorrectionKind | None
     correction_rank: int | None
     sharing: Sharing | None
+    warmup_tokens: int | None
+    speculation: SpeculationParams | None
     sampling: SamplingParams | Sequence[SamplingParams] | None
     stopping: StoppingParams | Sequence[StoppingParams] | None
     seed: int | Sequence[int] | None

@@ -15,7 +15,8 @@ from griffin_core.experts.selection import default_selection
 from griffin_core.model.hub import Progress
 from griffin_core.model.load import DTYPES, Model, load_model
 from griffin_core.offline.checks import check
-from griffin_core.spec.choices import CorrectionKind, PolicyName, Sharing
+from griffin_core.sampling.speculation import SpeculationParams
+from griffin_core.spec.choices import CorrectionKind, PolicyName, Sharing, SpeculationMode
 
 
 def make_engine(
@@ -29,6 +30,8 @@ def make_engine(
     correction: CorrectionKind | None,
     correction_rank: int | None,
     sharing: Sharing,
+    warmup_tokens: int,
+    speculation: SpeculationMode,
     threads: int | None,
     batch_invariant: bool,
     max_sessions: int,
@@ -47,7 +50,9 @@ def make_engine(
         sharing=sharing,
         correction=correction,
         correction_rank=correction_rank,
+        warmup_tokens=warmup_tokens,
     )
+    SpeculationParams(mode=speculation)
     check("threads", threads, threads is None or threads >= 1, ">= 1, or None")
     check("max_sessions", max_sessions, max_sessions >= 1, ">= 1")
     in_range = memory_fraction is None or 0 < memory_fraction <= 1
@@ -78,9 +83,11 @@ def make_engine(
             policy=policy,
             correction=correction,
             rank=correction_rank,
+            warmup_tokens=warmup_tokens,
             calibration=model.decoder.calibration,
         ),
         sharing=sharing,
+        speculation=speculation,
         costs=None,
         batch_invariant=batch_invariant,
         threads=threads or CpuShare(),

@@ -15,6 +15,7 @@ from griffin_core.offline.options import TextOrIds
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.bans import Bans
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.speculation import SpeculationParams
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.choices import SCORE_MODES, CorrectionKind, PolicyName, ScoreMode, Sharing
 from griffin_core.text.prompt import (
@@ -35,6 +36,8 @@ def generate_tasks(
     correction: CorrectionKind | None = None,
     correction_rank: int | None = None,
     sharing: Sharing | None = None,
+    warmup_tokens: int | None = None,
+    speculation: SpeculationParams | None = None,
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     stopping: StoppingParams | Sequence[StoppingParams] | None = None,
     seed: int | Sequence[int] | None = None,
@@ -50,7 +53,10 @@ def generate_tasks(
         InvalidRequest, CapacityExhausted: see ``LLM.generate``.
     """
     model, spec = engine.model, engine.model.decoder.spec
-    pruning = _pruning(engine, density, policy, correction, correction_rank, sharing)
+    pruning = _pruning(engine, density, policy, correction, correction_rank, sharing, warmup_tokens)
+    speculation = SpeculationParams() if speculation is None else speculation
+    if engine.batch_invariant and speculation.over(engine.speculation).mode != "off":
+        raise InvalidRequest("speculation", speculation.mode, "off with batch_invariant")
     sampling = SamplingParams() if sampling is None else sampling
     samplings = one_each("sampling", sampling, len(prompts))
     stopping = StoppingParams() if stopping is None else stopping
@@ -81,6 +87,7 @@ def generate_tasks(
                 ),
                 stopping=stoppings[index],
                 pruning=pruning,
+                speculation=speculation,
                 top_logprobs=top_logprobs,
             )
             task.check(spec, kind)
@@ -143,6 +150,7 @@ def _pruning(
     correction: CorrectionKind | None,
     correction_rank: int | None,
     sharing: Sharing | None,
+    warmup_tokens: int | None = None,
 ) -> PruningParams:
     """What all tasks of a call say about their experts, checked."""
     pruning = PruningParams(
@@ -151,6 +159,7 @@ def _pruning(
         sharing=sharing,
         correction=correction,
         correction_rank=correction_rank,
+        warmup_tokens=warmup_tokens,
     )
     pruning.selection(engine.selection, seed=0).check(engine.model.decoder.calibration)
     return pruning

@@ -69,6 +69,11 @@ class Sampler:
         """
         self._slots.ban(slot, tokens)
 
+    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
+        """Uncounts tokens that a slot has drawn, in stream order and without waiting: they were
+        drafts."""
+        self._slots.take_back(slot, tokens)
+
     def close(self, slot: int) -> None:
         """Clears the state of a slot."""
         self._slots.close(slot)
@@ -78,8 +83,9 @@ class Sampler:
 
         Args:
             logits: [N, V] float32, contiguous; not modified.
-            slots: [N] int64 on the device: the slot of each row; only slot ``slots`` may be
-                repeated.
+            slots: [N] int64 on the device: the slot of each row. A slot may be repeated if it has
+                no penalties, and slot ``slots`` always; what a repeated slot drew last is then one
+                of its tokens.
             positions: [N] int64 on the device: the index of the drawn token in its sequence.
 
         Returns:

@@ -21,6 +21,9 @@ output. residual: a linear map of rank r of the FF's input, and the mean."""
 DEFAULT_RANK, MAX_RANK = 64, 256
 """Ranks of a residual: of requests that name none, and the highest."""
 
+MAX_WARMUP = 1 << 20
+"""The most tokens of a warm-up."""
+
 CORRECTION_KINDS: tuple[CorrectionKind, ...] = get_args(CorrectionKind)
 
 Sharing = Literal["private", "shared", "auto"]
@@ -28,6 +31,17 @@ Sharing = Literal["private", "shared", "auto"]
 takes whichever costs least at the time, and runs on all neurons while experts gain too little."""
 
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+
+SpeculationMode = Literal["off", "lookup", "slim", "auto"]
+"""What drafts tokens. lookup: what followed the last tokens where they stood before, in prompt or
+completion. slim: the model on the request's experts. auto: lookup, and slim where tokens are
+verified dense, each while it pays by what steps cost."""
+
+DraftSource = Literal["lookup", "slim"]
+
+Verify = Literal["dense", "experts"]
+"""What verifies drafted tokens and makes all others: all neurons, so that the tokens are those of
+the dense model; or the experts that the request's density leaves."""
 
 ScoreMode = Literal["generation", "classification"]
 """Which tokens choose the experts of a scored continuation, and which tokens run on them.

@@ -7,7 +7,14 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
-from griffin_core.spec.choices import DEFAULT_MODEL, CorrectionKind, PolicyName, Sharing
+from griffin_core.spec.choices import (
+    DEFAULT_MODEL,
+    MAX_WARMUP,
+    CorrectionKind,
+    PolicyName,
+    Sharing,
+    SpeculationMode,
+)
 
 SamplingDefaultsFrom = Literal["greedy", "model"]
 """The source of the sampling fields that a request does not set."""
@@ -76,6 +83,21 @@ class EngineSettings(BaseSettings):
         le=256,
         description="Rank of a residual, for requests that do not set it; on a GPU the highest "
         "rank that a request may set.",
+    )
+    warmup_tokens: int = Field(
+        0,
+        ge=0,
+        le=MAX_WARMUP,
+        description="Sessions run dense until so many tokens of prompt and completion have run, "
+        "and all of these choose the experts, for requests that do not set it. 48 halves the harm "
+        "to completions of short prompts; 0 is the paper's way.",
+    )
+    speculation: SpeculationMode = Field(
+        "off",
+        description="What drafts tokens that the model then verifies together, for requests that "
+        "do not set it. lookup: what followed the last tokens where they stood before; slim: the "
+        "model on a request's experts, verified dense; auto: both, while they pay. Completions "
+        "stay the same but for rounding.",
     )
     calibration: str | None = Field(
         None,
@@ -189,6 +211,14 @@ class EngineSettings(BaseSettings):
 
             storage_of(value)
         return value
+
+    @model_validator(mode="after")
+    def _speculation_varies_rows(self) -> EngineSettings:
+        if self.batch_invariant and self.speculation != "off":
+            raise ValueError(
+                f"speculation: got {self.speculation} with batch_invariant; allowed: off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_size_of_memory(self) -> EngineSettings:

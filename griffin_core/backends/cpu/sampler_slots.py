@@ -50,6 +50,8 @@ class CpuSlots:
         self._table = torch.zeros((slots + 1, FIELDS), dtype=torch.int64)
         self._owned: list[tuple[Tensor, ...]] = [()] * (slots + 1)
         """For each slot the tensors that the table points to."""
+        self._seen: dict[int, Tensor] = {}
+        """Those of them that count tokens, of slots with penalties."""
         self._others: dict[int, Tensor] = {}
         """For each slot whose request allows only certain tokens: [V] bool, True for all other
         tokens."""
@@ -88,6 +90,7 @@ class CpuSlots:
         if params.penalizes:
             counts = torch.zeros(self._vocab_size, dtype=torch.int32)
             counts[torch.tensor(list(seen), dtype=torch.int64)] = 1
+            self._seen[slot] = counts
         self._owned[slot] = (tokens, values) if counts is None else (tokens, values, counts)
         row = {
             SAMPLES: int(params.temperature > 0),
@@ -119,8 +122,15 @@ class CpuSlots:
         self._table[slot, BANS] = len(banned)
         self._table[slot, BAN_TOKENS] = address(banned)
 
+    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``Sampler``."""
+        if (counts := self._seen.get(slot)) is not None:
+            drawn = torch.tensor(tokens, dtype=torch.int64)
+            counts.index_add_(0, drawn, torch.full_like(drawn, -2, dtype=counts.dtype))
+
     def close(self, slot: int) -> None:
         """See ``Sampler``."""
+        self._seen.pop(slot, None)
         self._table[slot] = 0
         self._owned[slot] = ()
         self._others.pop(slot, None)

@@ -101,6 +101,12 @@ class CudaSlots:
         row.index_fill_(0, self._sent(banned), -torch.inf)
         return True
 
+    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``Sampler``."""
+        if tokens and slot in self._params and self._params[slot].penalizes:
+            drawn = self._sent(list(tokens))
+            self._seen[slot].index_add_(0, drawn, torch.full_like(drawn, -2, dtype=torch.int32))
+
     def close(self, slot: int) -> None:
         """See ``Sampler``."""
         self._table[slot].zero_()

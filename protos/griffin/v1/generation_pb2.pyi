@@ -180,6 +180,78 @@ sessions on a shared set and scores in mode CLASSIFICATION.
 """
 Global___Correction: _TypeAlias = Correction  # noqa: Y015
 
+class _SpeculationMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpeculationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpeculationMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPECULATION_MODE_UNSPECIFIED: _SpeculationMode.ValueType  # 0
+    """The server's `--speculation`."""
+    SPECULATION_MODE_OFF: _SpeculationMode.ValueType  # 1
+    """Nothing: one token a step."""
+    SPECULATION_MODE_LOOKUP: _SpeculationMode.ValueType  # 2
+    """Prompt lookup: the tokens that followed the last ones where these stood before, in the prompt or
+    in the completion.
+    """
+    SPECULATION_MODE_SLIM: _SpeculationMode.ValueType  # 3
+    """The model on the request's experts, which all neurons verify."""
+    SPECULATION_MODE_AUTO: _SpeculationMode.ValueType  # 4
+    """LOOKUP, then SLIM if all neurons verify, each only as long as it is expected to pay, by the share
+    that was accepted so far and what passes cost on this device.
+    """
+
+class SpeculationMode(_SpeculationMode, metaclass=_SpeculationModeEnumTypeWrapper):
+    """What drafts tokens that the model then verifies, several in one pass. A draft is accepted as far as
+    its tokens are those that the request draws at their positions, so a seed gives the same tokens with
+    and without speculation, except for rounding: a pass over several tokens sums in another order than
+    one over a single token.
+    """
+
+SPECULATION_MODE_UNSPECIFIED: SpeculationMode.ValueType  # 0
+"""The server's `--speculation`."""
+SPECULATION_MODE_OFF: SpeculationMode.ValueType  # 1
+"""Nothing: one token a step."""
+SPECULATION_MODE_LOOKUP: SpeculationMode.ValueType  # 2
+"""Prompt lookup: the tokens that followed the last ones where these stood before, in the prompt or
+in the completion.
+"""
+SPECULATION_MODE_SLIM: SpeculationMode.ValueType  # 3
+"""The model on the request's experts, which all neurons verify."""
+SPECULATION_MODE_AUTO: SpeculationMode.ValueType  # 4
+"""LOOKUP, then SLIM if all neurons verify, each only as long as it is expected to pay, by the share
+that was accepted so far and what passes cost on this device.
+"""
+Global___SpeculationMode: _TypeAlias = SpeculationMode  # noqa: Y015
+
+class _Verification:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerificationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verification.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERIFICATION_UNSPECIFIED: _Verification.ValueType  # 0
+    """DENSE with SPECULATION_MODE_SLIM, else EXPERTS."""
+    VERIFICATION_DENSE: _Verification.ValueType  # 1
+    """All neurons. The completion is that of density 1, whatever the request's density: lossless."""
+    VERIFICATION_EXPERTS: _Verification.ValueType  # 2
+    """The experts that the request's density leaves; all neurons at density 1. Refused with
+    SPECULATION_MODE_SLIM.
+    """
+
+class Verification(_Verification, metaclass=_VerificationEnumTypeWrapper):
+    """What verifies drafted tokens, and makes all tokens that are not drafted."""
+
+VERIFICATION_UNSPECIFIED: Verification.ValueType  # 0
+"""DENSE with SPECULATION_MODE_SLIM, else EXPERTS."""
+VERIFICATION_DENSE: Verification.ValueType  # 1
+"""All neurons. The completion is that of density 1, whatever the request's density: lossless."""
+VERIFICATION_EXPERTS: Verification.ValueType  # 2
+"""The experts that the request's density leaves; all neurons at density 1. Refused with
+SPECULATION_MODE_SLIM.
+"""
+Global___Verification: _TypeAlias = Verification  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -286,6 +358,7 @@ class Pruning(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     CORRECTION_FIELD_NUMBER: _builtins.int
     CORRECTION_RANK_FIELD_NUMBER: _builtins.int
+    WARMUP_TOKENS_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     """Fraction of FF neurons kept, in (0, 1]; K = max(1, floor(F * density)). 1 is the dense model.
     Default: the server's `--density` (see GetModelInfo), which is 1 unless it is set.
@@ -300,6 +373,11 @@ class Pruning(_message.Message):
     """Of RESIDUAL, and refused with other corrections: its rank r, in [1, 256], and on a GPU up to that
     of the server's `--correction-rank`. Default: that of the server.
     """
+    warmup_tokens: _builtins.int
+    """Run on all neurons until so many tokens of prompt and completion have run, in [0, 2^20]; all of
+    them choose the experts of those that follow. A prompt that is as long chooses alone, as with 0.
+    Refused in a ScoreRequest. Default: the server's `--warmup-tokens`, which is 0 unless it is set.
+    """
     @_builtins.property
     def parameters(self) -> Global___SelectionParameters:
         """Default: those of the session, if it has the same policy."""
@@ -313,19 +391,24 @@ class Pruning(_message.Message):
         parameters: Global___SelectionParameters | None = ...,
         correction: Global___Correction.ValueType = ...,
         correction_rank: _builtins.int | None = ...,
+        warmup_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank", "_density", b"_density", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank", "_density", b"_density", "_warmup_tokens", b"_warmup_tokens", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "warmup_tokens", b"warmup_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank", "_density", b"_density", "correction", b"correction", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "policy", b"policy", "sharing", b"sharing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank", "_density", b"_density", "_warmup_tokens", b"_warmup_tokens", "correction", b"correction", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "policy", b"policy", "sharing", b"sharing", "warmup_tokens", b"warmup_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__correction_rank: _TypeAlias = _typing.Literal["correction_rank"]  # noqa: Y015
     _WhichOneofArgType__correction_rank: _TypeAlias = _typing.Literal["_correction_rank", b"_correction_rank"]  # noqa: Y015
     _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
     _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_tokens: _TypeAlias = _typing.Literal["warmup_tokens"]  # noqa: Y015
+    _WhichOneofArgType__warmup_tokens: _TypeAlias = _typing.Literal["_warmup_tokens", b"_warmup_tokens"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__correction_rank) -> _WhichOneofReturnType__correction_rank | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_tokens) -> _WhichOneofReturnType__warmup_tokens | None: ...
 
 Global___Pruning: _TypeAlias = Pruning  # noqa: Y015
 
@@ -612,6 +695,9 @@ class GenerateRequest(_message.Message):
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Exactly one of `text`, `token_ids` and `messages` is given.
     Tokenized with the model's tokenizer and its special tokens, such as a BOS. In a later turn of a
@@ -648,6 +734,12 @@ class GenerateRequest(_message.Message):
     """With `text`: whether the tokenizer adds its special tokens, such as a BOS. Set false for a text
     that contains them already. Default true; in a later turn of a session false.
     """
+    speculation: Global___SpeculationMode.ValueType
+    """What drafts tokens in this turn. A server with `--batch-invariant` allows only OFF."""
+    verify: Global___Verification.ValueType
+    """What verifies them."""
+    draft_tokens: _builtins.int
+    """The most tokens of a draft, in [1, 16]. Default: 8 with LOOKUP and 4 with SLIM."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Used unchanged; each in [0, V)."""
@@ -687,19 +779,26 @@ class GenerateRequest(_message.Message):
         continue_final_message: _builtins.bool = ...,
         chat_template_kwargs: _struct_pb2.Struct | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        speculation: Global___SpeculationMode.ValueType = ...,
+        verify: Global___Verification.ValueType = ...,
+        draft_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "pruning", b"pruning", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_draft_tokens", b"_draft_tokens", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "draft_tokens", b"draft_tokens", "pruning", b"pruning", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "keep_session", b"keep_session", "messages", b"messages", "pruning", b"pruning", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_draft_tokens", b"_draft_tokens", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "add_special_tokens", b"add_special_tokens", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "draft_tokens", b"draft_tokens", "keep_session", b"keep_session", "messages", b"messages", "pruning", b"pruning", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "speculation", b"speculation", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__draft_tokens: _TypeAlias = _typing.Literal["draft_tokens"]  # noqa: Y015
+    _WhichOneofArgType__draft_tokens: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens"]  # noqa: Y015
     _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
     _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_tokens) -> _WhichOneofReturnType__draft_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
     @_typing.overload
@@ -874,6 +973,7 @@ class Finished(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     PRUNING_FIELD_NUMBER: _builtins.int
     SESSION_KEPT_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     stop: _builtins.str
     """The stop string that matched; empty for all other reasons."""
@@ -885,6 +985,8 @@ class Finished(_message.Message):
     def timings(self) -> Global___Timings: ...
     @_builtins.property
     def pruning(self) -> Global___PruningFigures: ...
+    @_builtins.property
+    def speculation(self) -> Global___SpeculationFigures: ...
     def __init__(
         self,
         *,
@@ -894,14 +996,45 @@ class Finished(_message.Message):
         timings: Global___Timings | None = ...,
         pruning: Global___PruningFigures | None = ...,
         session_kept: _builtins.bool = ...,
+        speculation: Global___SpeculationFigures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pruning", b"pruning", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pruning", b"pruning", "speculation", b"speculation", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pruning", b"pruning", "reason", b"reason", "session_kept", b"session_kept", "stop", b"stop", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pruning", b"pruning", "reason", b"reason", "session_kept", b"session_kept", "speculation", b"speculation", "stop", b"stop", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class SpeculationFigures(_message.Message):
+    """The tokens of a turn that were drafted, and how many of them were accepted, by source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOOKUP_DRAFTED_FIELD_NUMBER: _builtins.int
+    LOOKUP_ACCEPTED_FIELD_NUMBER: _builtins.int
+    SLIM_DRAFTED_FIELD_NUMBER: _builtins.int
+    SLIM_ACCEPTED_FIELD_NUMBER: _builtins.int
+    lookup_drafted: _builtins.int
+    lookup_accepted: _builtins.int
+    slim_drafted: _builtins.int
+    slim_accepted: _builtins.int
+    def __init__(
+        self,
+        *,
+        lookup_drafted: _builtins.int = ...,
+        lookup_accepted: _builtins.int = ...,
+        slim_drafted: _builtins.int = ...,
+        slim_accepted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lookup_accepted", b"lookup_accepted", "lookup_drafted", b"lookup_drafted", "slim_accepted", b"slim_accepted", "slim_drafted", b"slim_drafted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpeculationFigures: _TypeAlias = SpeculationFigures  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -1534,6 +1667,8 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_CORRECTION_FIELD_NUMBER: _builtins.int
     DEFAULT_CORRECTION_RANK_FIELD_NUMBER: _builtins.int
     CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
+    DEFAULT_WARMUP_TOKENS_FIELD_NUMBER: _builtins.int
+    DEFAULT_SPECULATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The directory, file or hub id that the server was started with; of a path, the last part."""
     family: _builtins.str
@@ -1586,6 +1721,10 @@ class GetModelInfoResponse(_message.Message):
     """16 hexadecimal digits: a hash of the model's calibration; empty if it has none. Servers with equal
     digests choose the same experts.
     """
+    default_warmup_tokens: _builtins.int
+    """The warm-up of a request that does not set it."""
+    default_speculation: Global___SpeculationMode.ValueType
+    """The speculation of a request that does not set it."""
     @_builtins.property
     def default_sampling(self) -> Global___Sampling:
         """The defaults that `--sampling-defaults` gives to fields that a request does not set. No field is set
@@ -1620,10 +1759,12 @@ class GetModelInfoResponse(_message.Message):
         default_correction: Global___Correction.ValueType = ...,
         default_correction_rank: _builtins.int = ...,
         calibration_digest: _builtins.str = ...,
+        default_warmup_tokens: _builtins.int = ...,
+        default_speculation: Global___SpeculationMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "calibration_digest", b"calibration_digest", "context_length", b"context_length", "default_correction", b"default_correction", "default_correction_rank", b"default_correction_rank", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "calibration_digest", b"calibration_digest", "context_length", b"context_length", "default_correction", b"default_correction", "default_correction_rank", b"default_correction_rank", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "default_speculation", b"default_speculation", "default_warmup_tokens", b"default_warmup_tokens", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,11 +25,13 @@ from griffin_server.commands.options import (
     MinP,
     Policy,
     Seed,
+    Speculation,
     Target,
     Temperature,
     TemplateKwargs,
     TopK,
     TopP,
+    WarmupTokens,
 )
 from griffin_server.commands.show import show
 
@@ -49,6 +51,8 @@ def chat(
     policy: Policy = None,
     correction: Correction = None,
     correction_rank: CorrectionRank = None,
+    warmup_tokens: WarmupTokens = None,
+    speculation: Speculation = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -69,6 +73,8 @@ def chat(
         "policy": policy,
         "correction": correction,
         "correction_rank": correction_rank,
+        "warmup_tokens": warmup_tokens,
+        "speculation": speculation,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,

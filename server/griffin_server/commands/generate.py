@@ -18,12 +18,14 @@ from griffin_server.commands.options import (
     MinP,
     Policy,
     Seed,
+    Speculation,
     Target,
     Temperature,
     TemplateKwargs,
     Timeout,
     TopK,
     TopP,
+    WarmupTokens,
 )
 from griffin_server.commands.show import show
 
@@ -43,6 +45,8 @@ def generate(
     policy: Policy = None,
     correction: Correction = None,
     correction_rank: CorrectionRank = None,
+    warmup_tokens: WarmupTokens = None,
+    speculation: Speculation = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -68,6 +72,8 @@ def generate(
             policy=policy,  # type: ignore[arg-type]  # the server names the allowed ones
             correction=correction,  # type: ignore[arg-type]  # likewise
             correction_rank=correction_rank,
+            warmup_tokens=warmup_tokens,
+            speculation=speculation,  # type: ignore[arg-type]  # likewise
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,

@@ -37,6 +37,17 @@ Correction = Annotated[
 CorrectionRank = Annotated[
     int | None, typer.Option(help="Rank of a residual, in [1, 256]; by default the server's.")
 ]
+WarmupTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of prompt and completion that run dense and choose the experts; by default "
+        "the server's."
+    ),
+]
+Speculation = Annotated[
+    str | None,
+    typer.Option(help="What drafts tokens: off, lookup, slim or auto; by default the server's."),
+]
 MaxTokens = Annotated[int | None, typer.Option(help="The most tokens to generate; by default 256.")]
 Temperature = Annotated[
     float | None,

@@ -19,8 +19,16 @@ def figures_line(started: Started, finished: Finished) -> str:
         f"{finished.tokens_per_second:.1f} tokens/s · "
         f"FF density {pruning.density:g} ({pruning.experts_per_layer}/{pruning.ff_width}), "
         f"ran at {pruning.mean_density:.2f} · "
-        f"{finished.reason}"
+        f"{_drafted(finished)}{finished.reason}"
     )
+
+
+def _drafted(finished: Finished) -> str:
+    figures = finished.speculation
+    drafted = figures.lookup_drafted + figures.slim_drafted
+    if not drafted:
+        return ""
+    return f"{figures.lookup_accepted + figures.slim_accepted} of {drafted} drafts accepted · "
 
 
 def show(events: Iterator[Event], *, as_json: bool) -> str:

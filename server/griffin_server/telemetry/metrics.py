@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 
 from griffin_core.engine.ports import Observer
 from griffin_core.errors import GriffinError
+from griffin_core.spec.choices import DraftSource
 from griffin_server.rpc.status import CODES, code_of, code_of_cancel
 from griffin_server.telemetry.audit import audit
 from griffin_server.telemetry.engine_gauges import EngineGauges
@@ -130,6 +131,16 @@ class Metrics(Observer):
         self.generated_tokens = counter(
             "griffin_generated_tokens_total", "Generated tokens sent to clients."
         )
+        self.drafted_tokens = counter(
+            "griffin_drafted_tokens_total",
+            "Tokens drafted by speculation, by source: lookup or slim.",
+            ("source",),
+        )
+        self.accepted_tokens = counter(
+            "griffin_accepted_tokens_total",
+            "Drafted tokens that the model drew too, by source.",
+            ("source",),
+        )
         self.requests = counter(
             "griffin_requests_total",
             "Ended calls of Generate, Score and AnalyzePrompt. Only completed ones have a reason.",
@@ -166,6 +177,9 @@ class Metrics(Observer):
             buckets=COARSE,
             registry=registry,
         )
+        for source in get_args(DraftSource):
+            self.drafted_tokens.labels(source)
+            self.accepted_tokens.labels(source)
         for reason in REASONS:  # at zero, so that the first one shows as an increase
             self.rejections.labels(reason)
         for origin in {*ORIGINS.values(), "client", "server"}:
@@ -186,6 +200,10 @@ class Metrics(Observer):
     def prefilled(self, event: PrefillFinished) -> None:
         self.prefill.observe(event.compute_s)
         self.expert_selection.observe(event.selection_s)
+
+    def speculated(self, source: DraftSource, drafted: int, accepted: int) -> None:
+        self.drafted_tokens.labels(source).inc(drafted)
+        self.accepted_tokens.labels(source).inc(accepted)
 
     def chose(self, slim: SlimSpec) -> None:
         if not slim.prunes:

@@ -135,7 +135,7 @@ def test_the_packaged_model_comes_with_one(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_recipes_are_compared_in_pairs_and_plain_topk_stays_where_nothing_beats_it() -> None:
     other = Recipe(policy="sensitive", correction="bias")
     windows = [{PLAIN: kl, other: kl - gain} for kl, gain in ((1.0, 0.3), (3.0, 0.5), (2.0, 0.4))]
-    plain, better = compare(windows)
+    plain, better = compare(windows, PLAIN)
     assert (plain.change, plain.change_error) == (0, 0)
     assert better.kl == pytest.approx(1.6) and better.change == pytest.approx(-0.2)
     assert better.change_error == pytest.approx(0.1 / 3**0.5 / 2)

@@ -13,7 +13,7 @@ from griffin_core.errors import InvalidRequest
 from griffin_core.experts.parameters import SelectionParameters
 from griffin_core.experts.policies import PolicyName
 from griffin_core.sampling.stopping import FinishReason
-from griffin_core.spec.choices import CorrectionKind, ScoreMode, Sharing
+from griffin_core.spec.choices import CorrectionKind, ScoreMode, Sharing, SpeculationMode, Verify
 from griffin_server.rpc.messages.fields import set_fields
 
 N = TypeVar("N", bound=str)
@@ -38,6 +38,18 @@ _SHARINGS: dict[Sharing, pb.ExpertSharing.ValueType] = {
     "private": pb.EXPERT_SHARING_PRIVATE,
     "shared": pb.EXPERT_SHARING_SHARED,
     "auto": pb.EXPERT_SHARING_AUTO,
+}
+
+_SPECULATIONS: dict[SpeculationMode, pb.SpeculationMode.ValueType] = {
+    "off": pb.SPECULATION_MODE_OFF,
+    "lookup": pb.SPECULATION_MODE_LOOKUP,
+    "slim": pb.SPECULATION_MODE_SLIM,
+    "auto": pb.SPECULATION_MODE_AUTO,
+}
+
+_VERIFICATIONS: dict[Verify, pb.Verification.ValueType] = {
+    "dense": pb.VERIFICATION_DENSE,
+    "experts": pb.VERIFICATION_EXPERTS,
 }
 
 _SCORE_MODES: dict[ScoreMode, pb.ScoreMode.ValueType] = {
@@ -103,6 +115,20 @@ def sharing_to_pb(sharing: Sharing) -> pb.ExpertSharing.ValueType:
 def sharing_from_pb(field: str, value: int) -> Sharing | None:
     """As ``policy_from_pb``."""
     return _name_of(_SHARINGS, field, value)
+
+
+def speculation_to_pb(mode: SpeculationMode) -> pb.SpeculationMode.ValueType:
+    return _SPECULATIONS[mode]
+
+
+def speculation_from_pb(field: str, value: int) -> SpeculationMode | None:
+    """As ``policy_from_pb``."""
+    return _name_of(_SPECULATIONS, field, value)
+
+
+def verify_from_pb(field: str, value: int) -> Verify | None:
+    """As ``policy_from_pb``."""
+    return _name_of(_VERIFICATIONS, field, value)
 
 
 def score_mode_from_pb(field: str, value: int) -> ScoreMode | None:

@@ -6,7 +6,12 @@ from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.engine import Engine
 from griffin_core.model.generation_config import SamplingDefaults
 from griffin_server import __version__
-from griffin_server.rpc.messages.enums import correction_to_pb, policy_to_pb, sharing_to_pb
+from griffin_server.rpc.messages.enums import (
+    correction_to_pb,
+    policy_to_pb,
+    sharing_to_pb,
+    speculation_to_pb,
+)
 
 
 def model_info_to_pb(
@@ -45,6 +50,8 @@ def model_info_to_pb(
         default_correction=correction_to_pb(engine.selection.correction.kind),
         default_correction_rank=engine.selection.correction.rank,
         calibration_digest=model.decoder.calibration_digest,
+        default_warmup_tokens=engine.selection.warmup_tokens,
+        default_speculation=speculation_to_pb(engine.speculation),
     )
 
 

@@ -54,6 +54,8 @@ def analyze_task(
     pruning = pruning_params(request.pruning)
     if pruning.sharing is not None:
         raise InvalidRequest("pruning.sharing", pruning.sharing, "nothing: no session is made")
+    if warmup := pruning.warmup_tokens:
+        raise InvalidRequest("pruning.warmup_tokens", warmup, "0: nothing is generated")
     layers = request.activation_layers
     if len(layers) > MAX_WATCHED:
         raise InvalidRequest("activation_layers", f"{len(layers)} layers", f"up to {MAX_WATCHED}")

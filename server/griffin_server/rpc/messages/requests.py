@@ -9,6 +9,7 @@ from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.model.generation_config import NO_SAMPLING_DEFAULTS, SamplingDefaults
 from griffin_core.sampling.bad_words import bad_words_ids
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.speculation import SpeculationParams
 from griffin_core.sampling.stopping import StoppingParams
 from griffin_core.spec.model import ModelSpec
 from griffin_core.text.tokenizer import Tokenizer
@@ -17,6 +18,8 @@ from griffin_server.rpc.messages.enums import (
     parameters_from_pb,
     policy_from_pb,
     sharing_from_pb,
+    speculation_from_pb,
+    verify_from_pb,
 )
 from griffin_server.rpc.messages.fields import seed_of, set_fields
 from griffin_server.rpc.messages.prompts import input_field, prompt_ids
@@ -46,12 +49,14 @@ def generate_task(
     sampling = _sampling(request.sampling, seed, sampling_defaults, tokenizer)
     stopping = _stopping(request.stopping)
     pruning = pruning_params(request.pruning)
+    speculation = _speculation(request)
     prompt = prompt_ids(field, request, tokenizer, spec, continues=bool(request.session_id))
     task = GenerateTask(
         prompt=tuple(prompt),
         sampling=sampling,
         stopping=stopping,
         pruning=pruning,
+        speculation=speculation,
         top_logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
         continues=request.session_id or None,
         keep=request.keep_session,
@@ -69,7 +74,15 @@ def pruning_params(message: pb.Pruning) -> PruningParams:
         policy=policy_from_pb("pruning.policy", message.policy),
         sharing=sharing_from_pb("pruning.sharing", message.sharing),
         correction=correction_from_pb("pruning.correction", message.correction),
-        **set_fields(message, "density", "correction_rank"),
+        **set_fields(message, "density", "correction_rank", "warmup_tokens"),
+    )
+
+
+def _speculation(request: pb.GenerateRequest) -> SpeculationParams:
+    return SpeculationParams(
+        mode=speculation_from_pb("speculation", request.speculation),
+        verify=verify_from_pb("verify", request.verify),
+        **set_fields(request, "draft_tokens"),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from griffin.v1 import generation_pb2 as pb
 from griffin_core.engine.events import Finished, PruningFigures, Started, TokensMade
 from griffin_core.sampling.logprobs import Logprobs
@@ -60,6 +62,7 @@ def finished_to_pb(event: Finished) -> pb.GenerateResponse:
             ),
             pruning=figures_to_pb(event.pruning),
             session_kept=event.kept,
+            speculation=pb.SpeculationFigures(**asdict(event.speculation)),
         )
     )
 

@@ -230,6 +230,11 @@ def test_tokens_reach_the_client_whole(model: Model) -> None:
     assert received.logprobs[0].top[0].text == model.tokenizer.decode([65])
 
 
+DRAFTED = events.SpeculationFigures(
+    lookup_drafted=8, lookup_accepted=5, slim_drafted=4, slim_accepted=1
+)
+
+
 @pytest.mark.parametrize("reason", FinishReason)
 def test_finished_reaches_the_client_whole(reason: FinishReason) -> None:
     event = events.Finished(
@@ -240,6 +245,7 @@ def test_finished_reaches_the_client_whole(reason: FinishReason) -> None:
         context_tokens=3,
         timings=TIMINGS,
         pruning=FIGURES,
+        speculation=DRAFTED,
         kept=True,
     )
     received = responses.event(over_the_wire(finished_to_pb(event)))
@@ -249,6 +255,7 @@ def test_finished_reaches_the_client_whole(reason: FinishReason) -> None:
         prompt_tokens=1, generated_tokens=2, context_tokens=3
     )
     assert received.timings.__dict__ == TIMINGS.__dict__
+    assert received.speculation.__dict__ == DRAFTED.__dict__
     assert (received.stop, received.session_kept) == ("x", True)
 
 

@@ -1,0 +1,100 @@
+"""Speculation and warm-up as a client sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from pydantic import ValidationError
+
+from griffin.v1 import generation_pb2 as pb
+from griffin.v1 import generation_pb2_grpc
+from griffin_client import Completion, InvalidArgument
+from griffin_core.model.load import Model
+from griffin_server.settings import Settings
+from tests.servers import Running, running
+
+FEW: dict[str, Any] = {"allowed_token_ids": [20, 21], "max_tokens": 60, "ignore_eos": True}
+"""What is drawn from two tokens soon repeats itself."""
+
+
+def complete(server: Running, **options: Any) -> Completion:
+    with server.client() as client:
+        return client.complete("a b a b", **{**FEW, **options})
+
+
+def drafted(completion: Completion) -> dict[str, int]:
+    return vars(completion.finished.speculation)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_lookup_changes_no_token_and_is_counted(tiny_server: Running, seed: int | None) -> None:
+    sampling = {} if seed is None else {"seed": seed, "temperature": 0.7}
+    before = tiny_server.app.metrics.accepted_tokens.labels("lookup")._value.get()
+    plain = complete(tiny_server, **sampling)
+    fast = complete(tiny_server, speculation="lookup", **sampling)
+    assert (fast.token_ids, fast.text) == (plain.token_ids, plain.text)
+    assert set(drafted(plain).values()) == {0}
+    figures = drafted(fast)
+    assert 0 < figures["lookup_accepted"] <= figures["lookup_drafted"]
+    assert figures["slim_drafted"] == 0
+    after = tiny_server.app.metrics.accepted_tokens.labels("lookup")._value.get()
+    assert after - before == figures["lookup_accepted"]
+
+
+def test_the_slim_view_drafts_what_all_neurons_verify(tiny_server: Running) -> None:
+    dense = complete(tiny_server, density=1.0)
+    fast = complete(tiny_server, density=0.5, sharing="private", speculation="slim", draft_tokens=5)
+    assert fast.token_ids == dense.token_ids
+    assert fast.finished.pruning.mean_density == 1
+    assert drafted(fast)["slim_drafted"] > 0
+
+
+def test_a_warm_up_is_dense(tiny_server: Running) -> None:
+    some = complete(tiny_server, density=0.5, sharing="private", warmup_tokens=20)
+    prompt = some.finished.usage.prompt_tokens
+    assert some.finished.pruning.dense_tokens == 1 + 20 - prompt
+    assert 0.5 < some.finished.pruning.mean_density < 1
+
+
+def test_a_score_and_an_analysis_have_no_warm_up(tiny_server: Running) -> None:
+    pruning = pb.Pruning(warmup_tokens=8)
+    score = pb.ScoreRequest(context="a b", continuation=" c", pruning=pruning)
+    analysis = pb.AnalyzePromptRequest(text="a b", pruning=pruning)
+    with grpc.insecure_channel(tiny_server.target) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match=r"pruning\.warmup_tokens") as one:
+            stub.Score(score)
+        with pytest.raises(grpc.RpcError, match=r"pruning\.warmup_tokens") as other:
+            list(stub.AnalyzePrompt(analysis))
+    for caught in (one, other):
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "pruning.warmup_tokens: got 8" in caught.value.details()
+
+
+def test_a_server_has_defaults_that_a_request_overrides(tiny: Callable[[str], Model]) -> None:
+    with running(
+        tiny("llama"), speculation="lookup", warmup_tokens=12, density=0.5, sharing="private"
+    ) as server:
+        with server.client() as client:
+            info = client.model_info()
+        assert (info.default_speculation, info.default_warmup_tokens) == ("lookup", 12)
+        by_default = complete(server)
+        assert drafted(by_default)["lookup_drafted"] > 0
+        warm = by_default.finished.pruning.dense_tokens
+        assert warm >= 1 + 12 - by_default.finished.usage.prompt_tokens
+        other = complete(server, speculation="off", warmup_tokens=0)
+        assert drafted(other)["lookup_drafted"] == 0
+        assert other.finished.pruning.dense_tokens == 1
+
+
+def test_a_batch_invariant_server_refuses_drafts(tiny: Callable[[str], Model]) -> None:
+    with (
+        running(tiny("llama"), batch_invariant=True) as server,
+        pytest.raises(InvalidArgument, match="off on a server with --batch-invariant"),
+    ):
+        complete(server, speculation="auto")
+    with pytest.raises(ValidationError, match="got lookup with batch_invariant; allowed: off"):
+        Settings(batch_invariant=True, speculation="lookup")
