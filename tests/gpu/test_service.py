@@ -40,7 +40,7 @@ HANDOFFS = {
 
 def generate(client: GriffinClient, density: float) -> list[int]:
     stopping = {"max_tokens": TOKENS, "ignore_eos": True}
-    events = list(client.generate(token_ids=PROMPT, density=density, **stopping))
+    events = list(client.generate(token_ids=PROMPT, density=density, correction="none", **stopping))
     assert isinstance(events[-1], Finished)
     return [token for event in events if isinstance(event, Tokens) for token in event.ids]
 
@@ -58,9 +58,7 @@ def test_the_service_generates_and_scores_what_the_cpu_does(name: str, tmp_path:
     with engine(on_cpu) as alone:
         score = ScoreTask(prompt=tuple(PROMPT), continuations=(tuple(range(20)),))
         (scored,) = complete(alone, score)[1].continuations
-    with running(
-        load_model(where, dtype=torch.float32, device="cuda"), correction="none"
-    ) as server:
+    with running(load_model(where, dtype=torch.float32, device="cuda")) as server:
         assert generate(server.client(), 0.5) == expected
     # In bfloat16 another token wins sooner or later; what it thinks of given ones is close.
     with running(load_model(where, dtype=torch.bfloat16, device="cuda"), max_sessions=2) as server:
