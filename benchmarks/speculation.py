@@ -45,7 +45,8 @@ def run(
     engine: Engine, tasks: Sequence[GenerateTask], streams: int
 ) -> tuple[float, list[Finished]]:
     """Runs tasks, ``streams`` at a time; returns the seconds a token took, prompts not counted."""
-    waiting, running, done = list(tasks), [], []
+    waiting, done = list(tasks), []
+    running: list[Inbox] = []
     while waiting or running:
         while waiting and len(running) < streams:
             inbox = Inbox()

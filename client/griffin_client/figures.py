@@ -26,6 +26,8 @@ class PruningFigures:
             token ran on; 0 before the first token. The first token comes from the dense pass over
             the prompt and counts as 1.
         dense_tokens: how many of these tokens ran on all neurons, the first one included.
+        checked_tokens: how many of these tokens the server ran all neurons on once more.
+        agreed_tokens: how many of those all neurons would have drawn too.
         correction: what was added to the output of the experts in place of the other neurons.
         correction_rank: of a residual.
         correction_bytes: memory that it takes; a part of ``slim_view_bytes``.
@@ -45,6 +47,13 @@ class PruningFigures:
     correction: Correction = "none"
     correction_rank: int = 0
     correction_bytes: int = 0
+    checked_tokens: int = 0
+    agreed_tokens: int = 0
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of the checked tokens that the dense model draws too; None without checks."""
+        return self.agreed_tokens / self.checked_tokens if self.checked_tokens else None
 
 
 @dataclass(frozen=True, kw_only=True)

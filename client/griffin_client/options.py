@@ -165,6 +165,10 @@ class GenerateOptions(
     warmup_tokens: int | None
     """Run on all neurons until so many tokens of prompt and completion have run, which all choose
     the experts, in [0, 2^20]."""
+    checks: bool | None
+    """Check now and then which of the last tokens all neurons would have drawn too, and replace
+    what the experts have left in the KV cache. ``Finished.pruning.agreement`` is the share.
+    Default: False."""
     top_logprobs: int | None
     """Report the log-probability of each generated token and of this many most likely ones, in
     [0, 20]. Default: no log-probabilities."""

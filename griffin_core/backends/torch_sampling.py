@@ -69,10 +69,10 @@ class TorchSlots:
     def ban(self, slot: int, tokens: Sequence[int]) -> None:
         self._slots[slot].banned = tuple(tokens)
 
-    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
+    def count(self, slot: int, tokens: Sequence[int], times: int) -> None:
         if (own := self._slots.get(slot)) is not None:
             for token in tokens:
-                own.drawn[token] -= 1
+                own.drawn[token] = own.drawn.get(token, 0) + times
                 if not own.drawn[token]:
                     del own.drawn[token]
 

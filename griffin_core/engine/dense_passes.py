@@ -2,18 +2,38 @@
 their activations join its statistics.
 
 A session that warms up gets one when enough of its tokens have run; all of them then choose its
-experts. The pass waits among the prompts (``prefill_queue``), and no step of the session runs
-meanwhile.
+experts. A session with checks gets one over its last ``CHECKED_TOKENS`` tokens every so often: what
+slim steps wrote into its KV cache is replaced, and the dense model's logits tell which of these
+tokens it would have drawn itself. The pass waits among the prompts (``prefill_queue``), and no step
+of the session runs meanwhile.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
-from griffin_core.engine.session import Session
+from griffin_core.engine.generation import Generation
+from griffin_core.engine.ports import Observer
+from griffin_core.engine.session import Session, State
 from griffin_core.engine.session_prefills import SessionPrefills
 from griffin_core.engine.sessions import Sessions
-from griffin_core.forward.events import PrefillEvent, PromptExperts
+from griffin_core.forward.events import PrefillEvent, PrefillFinished, PromptExperts
+from griffin_core.model.decoder import Decoder
+from griffin_core.sampling.sampler import Sampler
+
+CHECKED_TOKENS = 32
+"""The number of tokens of a check. The first check of a turn comes after as many slim ones."""
+
+MOST_SHARE = 0.05
+"""The most of the steps' time that checks take."""
+
+REFRESHED_BELOW = 256
+"""A check chooses the experts again while the session has fewer tokens than this; with more, fresh
+activations change little (the harm is in the KV)."""
+
+SMOOTHING = 0.2
+"""Weight of the last step in the smoothed length of a step."""
 
 
 class DensePasses:
@@ -21,35 +41,100 @@ class DensePasses:
 
     Args:
         prefills: reads the tokens.
+        observer: is told what checks measure.
     """
 
-    def __init__(self, sessions: Sessions, prefills: SessionPrefills) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        sampler: Sampler,
+        sessions: Sessions,
+        prefills: SessionPrefills,
+        observer: Observer,
+    ) -> None:
+        self._decoder = decoder
+        self._sampler = sampler
         self._sessions = sessions
         self._prefills = prefills
+        self._observer = observer
+        self._read: dict[str, PromptExperts] = {}  # by the turn's id, until its pass has finished
+        self._step_s = 0.0  # smoothed
+
+    def note_step(self, seconds: float) -> None:
+        """Notes what a step of all sessions took."""
+        self._step_s += SMOOTHING * (seconds - self._step_s) if self._step_s else seconds
+
+    @staticmethod
+    def note_slim(session: Session) -> None:
+        """Notes that a session has made tokens on experts."""
+        if session.checks and not session.check_at:
+            session.check_at = len(session.tokens) - 2 + CHECKED_TOKENS
 
     @staticmethod
     def due(session: Session) -> bool:
         """Whether no step of a session may run before its next pass has."""
-        return session.in_dense_pass or session.warm
+        return session.in_dense_pass or session.warm or session.check_due
 
     def begin_due(self, session: Session) -> None:
         """Begins a session's pass, if one is due and the host has read all its tokens."""
-        if self.due(session) and not session.in_dense_pass and not session.in_flight:
-            session.in_dense_pass = True
-            self._prefills.reread(session, session.uncounted_from, self._receive)
+        if not self.due(session) or session.in_dense_pass or session.in_flight:
+            return
+        assert session.cache is not None
+        if not session.warm and session.density == 1:  # it runs dense for now
+            session.check_at = 0
+            return
+        session.in_dense_pass = True
+        begin = session.uncounted_from
+        if not session.warm:
+            begin = max(begin, session.cache.length - CHECKED_TOKENS)
+        self._prefills.reread(session, begin, self._receive, checks=not session.warm)
 
     def _receive(self, turn_id: str, event: PrefillEvent | Exception) -> None:
         session = self._sessions.turns.get(turn_id)
-        if session is None or not session.in_dense_pass:
-            return
-        if isinstance(event, Exception):
-            self._sessions.fail(session, event)
-        elif isinstance(event, PromptExperts):
-            self._sessions.guard(session, partial(self._choose, read=event))
+        match event:
+            case Exception():
+                self._read.pop(turn_id, None)
+                if session is not None:
+                    self._sessions.fail(session, event)
+            case PromptExperts():
+                self._read[turn_id] = event
+            case PrefillFinished():
+                read = self._read.pop(turn_id)
+                if session is not None:
+                    done = partial(self._finish, read=read, compute_s=event.compute_s)
+                    self._sessions.guard(session, done)
 
-    def _choose(self, session: Session, *, read: PromptExperts) -> None:
-        assert session.cache is not None
+    def _finish(self, session: Session, *, read: PromptExperts, compute_s: float) -> None:
+        assert session.cache is not None and isinstance(session.turn, Generation)
         session.in_dense_pass = False
+        warmed_up = session.warming_up
         session.uncounted_from = session.cache.length
-        session.chosen(read.statistics, read.slim, read.norm_mass, read.tails)
-        self._sessions.rejoin(session)
+        if read.hidden is not None:
+            logits = self._decoder.head(read.hidden)
+            drawn = session.turn.redraw(session, self._sampler, logits)
+            made = session.tokens[-len(drawn) :]
+            agreed = sum(one == other for one, other in zip(drawn, made, strict=True))
+            session.note_check(len(drawn), agreed)
+            self._observer.checked(len(drawn), agreed)
+            session.check_at = session.cache.length + self._interval(compute_s)
+        if warmed_up or self._refreshes(session):
+            session.chosen(read.statistics, read.slim, read.norm_mass, read.tails)
+            self._sessions.rejoin(session)
+        else:
+            session.counted(read.statistics)
+
+    def _refreshes(self, session: Session) -> bool:
+        """Whether a check chooses experts again. A residual stays with those it was fitted to: the
+        inputs of the prompt are gone."""
+        few = len(session.tokens) < REFRESHED_BELOW
+        return few and session.correction_kind != "residual" and session.sharing != "shared"
+
+    def _interval(self, compute_s: float) -> int:
+        """The number of tokens until a session's next check, so that the checks of all sessions
+        take no more than ``MOST_SHARE`` of the steps' time."""
+        checked = sum(
+            session.checks and session.state is State.DECODE
+            for session in self._sessions.scheduler.live
+        )
+        step_s = max(self._step_s, 1e-6)
+        return max(CHECKED_TOKENS, math.ceil(checked * compute_s / (MOST_SHARE * step_s)))

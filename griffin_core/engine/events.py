@@ -26,6 +26,8 @@ class PruningFigures:
         mean_density: mean density over the turn's tokens so far; 0 before the first token. The
             first token comes from the dense prompt and counts as 1.
         dense_tokens: how many of these tokens ran on all neurons, the first one included.
+        checked_tokens: how many of these tokens the dense model was run on once more.
+        agreed_tokens: how many of those it draws too, with the same seed and settings.
         correction: what was added to the output of the experts.
         correction_rank: of a residual.
         correction_bytes: what it holds; a part of slim_view_bytes.
@@ -40,6 +42,8 @@ class PruningFigures:
     kv_cache_bytes: int
     mean_density: float = 0.0
     dense_tokens: int = 0
+    checked_tokens: int = 0
+    agreed_tokens: int = 0
     correction: CorrectionKind = "none"
     correction_rank: int = 0
     correction_bytes: int = 0
@@ -48,6 +52,11 @@ class PruningFigures:
     def experts_per_layer(self) -> int:
         """K; the mean over layers, rounded down, where they differ."""
         return sum(self.expert_counts) // len(self.expert_counts)
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of the checked tokens that the dense model draws too; None without checks."""
+        return self.agreed_tokens / self.checked_tokens if self.checked_tokens else None
 
     @property
     def mean_norm_mass(self) -> float:

@@ -6,7 +6,11 @@ import math
 import time
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from griffin_core.backends.base import Layout
+from griffin_core.backends.transfers import on_device
 from griffin_core.engine.after_stop import tokens_after_stop
 from griffin_core.engine.events import Finished, SpeculationFigures, Timings, TokensMade
 from griffin_core.engine.session import Session
@@ -134,8 +138,46 @@ class Generation:
         known = min(self._bans.lookback, session.turn_generated)
         before = (*session.tokens[len(session.tokens) - known :], *ahead)
         banned = self._bans.at(position, before)
+        self._ban(session.slot, sampler, banned)
+
+    def redraw(self, session: Session, sampler: Sampler, logits: Tensor) -> list[int]:
+        """Returns what the last tokens would have been with other logits: each is drawn by its own
+        seed and position after the tokens that are there, and nothing of it is kept.
+
+        Args:
+            logits: [n, V] float32, for the last n tokens.
+        """
+        assert session.slot is not None
+        begin = len(session.tokens) - len(logits)
+        made = session.tokens[begin:]
+        places = range(self.turn_place(session, begin), session.turn_generated)
+        alike = self.draws_alike(session) and places[0] >= self._stopping.min_tokens
+        runs = [range(len(made))] if alike else [range(n, n + 1) for n in range(len(made))]
+        drawn: list[int] = []
+        sampler.count(session.slot, made, -1)
+        for run in runs:
+            known = min(self._bans.lookback, places[run[0]])
+            before = session.tokens[begin + run[0] - known : begin + run[0]]
+            self._ban(session.slot, sampler, self._bans.at(places[run[0]], before))
+            device = logits.device
+            tokens = sampler.sample(
+                logits[run[0] : run[-1] + 1],
+                on_device([session.slot] * len(run), torch.int64, device),
+                on_device([begin + n for n in run], torch.int64, device),
+            ).tolist()
+            sampler.count(session.slot, [token for token in tokens if token >= 0], -1)
+            sampler.count(session.slot, made[run[0] : run[-1] + 1], 1)
+            drawn += tokens
+        return drawn
+
+    @staticmethod
+    def turn_place(session: Session, position: int) -> int:
+        """The number of tokens that the turn had generated before a position."""
+        return position - (len(session.tokens) - session.turn_generated)
+
+    def _ban(self, slot: int, sampler: Sampler, banned: frozenset[int]) -> None:
         if banned != self._banned:
-            sampler.ban(session.slot, sorted(banned))
+            sampler.ban(slot, sorted(banned))
             self._banned = banned
 
     def take(self, session: Session, drawn: Drawn) -> Finished | None:

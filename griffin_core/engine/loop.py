@@ -151,6 +151,7 @@ class EngineLoop:
         parts.score_steps.run(stepper)
         self._step_s = time.monotonic() - clock
         if read:
+            parts.dense_passes.note_step(self._step_s)
             parts.observer.stepped(self._step_s, read)
 
     def _set_flush_policy(self, streams: int) -> None:

@@ -50,6 +50,7 @@ class EngineParts:
     sessions: Sessions
     admission: Admission
     token_steps: TokenSteps
+    dense_passes: DensePasses
     score_steps: ScoreSteps
 
 
@@ -141,12 +142,13 @@ def build_parts(
         observer=observer,
         share_across_owners=share_across_owners,
     )
+    dense_passes = DensePasses(decoder, sampler, sessions, session_prefills, observer)
     token_steps = TokenSteps(
         decoder,
         sampler,
         sessions,
         admission,
-        DensePasses(sessions, session_prefills),
+        dense_passes,
         SpeculativeSteps(decoder, sampler, groups, observer),
         overlap=overlap,
         batch_invariant=batch_invariant,
@@ -167,5 +169,6 @@ def build_parts(
         sessions=sessions,
         admission=admission,
         token_steps=token_steps,
+        dense_passes=dense_passes,
         score_steps=ScoreSteps(decoder, sessions, views, batch_invariant=batch_invariant),
     )

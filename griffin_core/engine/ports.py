@@ -46,6 +46,10 @@ class Observer:
     def speculated(self, source: DraftSource, drafted: int, accepted: int) -> None:
         """So many tokens of a session were drafted by a source, and so many of them accepted."""
 
+    def checked(self, tokens: int, agreed: int) -> None:
+        """So many tokens of a session were checked, and so many of them the dense model draws
+        too."""
+
     def chose(self, slim: SlimSpec) -> None:
         """A session's prompt has chosen its experts."""
 

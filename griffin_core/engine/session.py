@@ -159,6 +159,10 @@ class Session:
         self.in_flight = 0
         self.in_dense_pass = False
         self.uncounted_from = len(self.tokens)
+        self.checks = plan.checks
+        self.check_at = 0
+        """The length of its cache at which the next check is due; 0 before it runs slim steps."""
+        self._checked = self._agreed = 0
         self._ran = 0
         self._ran_dense = 0
         self._ran_density = 0.0
@@ -198,8 +202,22 @@ class Session:
     @property
     def warm(self) -> bool:
         """Whether its warm-up is over: the tokens that are to choose have run."""
-        assert self.cache is not None
-        return self.warming_up and self.cache.length >= self.selection.warmup_tokens
+        return self.warming_up and self.cache_length >= self.selection.warmup_tokens
+
+    @property
+    def check_due(self) -> bool:
+        """Whether a dense pass is to check its last tokens before it runs on."""
+        return 0 < self.check_at <= self.cache_length
+
+    @property
+    def cache_length(self) -> int:
+        """The number of its tokens that have run."""
+        return self.cache.length if self.cache else 0
+
+    def note_check(self, tokens: int, agreed: int) -> None:
+        """Notes how many tokens were checked, and how many of them the dense model draws too."""
+        self._checked += tokens
+        self._agreed += agreed
 
     @property
     def density(self) -> float:
@@ -236,6 +254,10 @@ class Session:
         self.expert_counts = slim.counts
         self._mass = None if norm_mass is None else (slim, norm_mass)
 
+    def counted(self, statistics: Statistics) -> None:
+        """Takes the statistics of more of its tokens; its experts stay."""
+        self.statistics, self._mass = statistics, None
+
     @property
     def norm_mass(self) -> tuple[float, ...]:
         """For each layer the share of its statistic that is in the experts it runs on; while it
@@ -262,6 +284,8 @@ class Session:
             kv_cache_bytes=self.cache.nbytes if self.cache else 0,
             mean_density=self._ran_density / self._ran if self._ran else 0.0,
             dense_tokens=self._ran_dense,
+            checked_tokens=self._checked,
+            agreed_tokens=self._agreed,
         )
 
     @property

@@ -115,11 +115,14 @@ class SessionPrefills:
         self._runs[session.turn_id] = run
         self._queue.add(run, lambda _: 0.0)  # it is admitted, so it is not refused
 
-    def reread(self, session: Session, begin: int, deliver: Deliver) -> None:
+    def reread(
+        self, session: Session, begin: int, deliver: Deliver, *, checks: bool = False
+    ) -> None:
         """Reads the tokens of a session's cache from number ``begin`` on once more.
 
         Args:
             deliver: gets the events. They are not a handoff.
+            checks: whether the head is to read what comes after each token.
         """
         assert session.cache is not None
         end = session.cache.length
@@ -132,6 +135,7 @@ class SessionPrefills:
             cache=session.cache,
             statistics=session.statistics,
             tails=session.tails,
+            wants_hidden=checks,
         )
         self._queue_run(session, prompt, end - begin, deliver, is_prompt=False)
 

@@ -132,7 +132,7 @@ class SpeculativeSteps:
         finally:
             for session in able:
                 assert session.slot is not None
-                self._sampler.take_back(session.slot, made[session.session_id])
+                self._sampler.count(session.slot, made[session.session_id], -1)
         return {
             session_id: Draft(source="slim", token_ids=tuple(own))
             for session_id, own in made.items()

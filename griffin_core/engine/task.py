@@ -47,6 +47,7 @@ class PruningParams:
         correction: see ``choices.CorrectionKind``.
         correction_rank: of a residual.
         warmup_tokens: see ``Selection``.
+        checks: whether dense passes check the tokens that were made; see ``engine.dense_passes``.
 
     Raises:
         InvalidRequest: density is not in (0, 1], there is no such policy, sharing or correction, a
@@ -60,6 +61,7 @@ class PruningParams:
     correction: CorrectionKind | None = None
     correction_rank: int | None = None
     warmup_tokens: int | None = None
+    checks: bool | None = None
 
     def __post_init__(self) -> None:
         density = self.density
@@ -192,6 +194,8 @@ class ScoreTask:
             raise InvalidRequest("mode", self.mode, ", ".join(SCORE_MODES))
         if warmup := self.pruning.warmup_tokens:
             raise InvalidRequest("pruning.warmup_tokens", warmup, "0 in a score")
+        if self.pruning.checks:
+            raise InvalidRequest("pruning.checks", True, "false in a score")
 
     @property
     def prefilled(self) -> tuple[int, ...]:

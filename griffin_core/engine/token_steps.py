@@ -319,6 +319,8 @@ class TokenSteps:
             if token.token != expected or not self._sessions.is_live(*turn):
                 break
         if self._sessions.is_live(*turn):
+            if density < 1:
+                self._dense_passes.note_slim(session)
             self._dense_passes.begin_due(session)
         return taken
 

@@ -43,6 +43,7 @@ class TurnPlan:
         selection: how its experts are chosen.
         sharing: with which sessions it may run on one expert set.
         turn: what to do after the prefill.
+        checks: whether dense passes check its tokens.
         keep: whether to keep the session for a next turn.
         deadline: until when the caller waits, on ``time.monotonic``; None for no limit.
         needs: the most bytes that the session comes to hold.
@@ -55,6 +56,7 @@ class TurnPlan:
     selection: Selection
     sharing: Sharing
     turn: Turn
+    checks: bool = False
     keep: bool
     deadline: float | None
     needs: Reservation

@@ -98,6 +98,7 @@ class TurnPlanner:
             selection=selection,
             sharing=sharing,
             turn=turn,
+            checks=bool(task.pruning.checks) and not speculation.lossless,
             keep=task.keep and fits_idle,
             deadline=task.deadline,
             needs=self._needs(

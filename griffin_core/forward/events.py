@@ -75,12 +75,14 @@ class PromptExperts:
         norm_mass: L values, as of ``SlimSpec.norm_mass``.
         tails: what a residual is to be fitted to; see ``forward.correction``. The experts have no
             correction yet: the first token does not wait for one.
+        hidden: [T, D], what the head reads after each token, if the prompt was asked for it.
     """
 
     statistics: Statistics
     slim: SlimSpec
     norm_mass: tuple[float, ...]
     tails: Sequence[Sequence[Tail]] = ()
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

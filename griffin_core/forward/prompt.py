@@ -28,6 +28,7 @@ class Prompt:
         tails: what a residual would be fitted to of the tokens before these.
         wants_kv: whether passes report each layer's KV as it is computed.
         watch: the layers whose activations passes report.
+        wants_hidden: whether to keep what the head reads after each token.
 
     Raises:
         ValueError: there is no token.
@@ -44,6 +45,7 @@ class Prompt:
         tails: Sequence[Sequence[Tail]] = (),
         wants_kv: bool = False,
         watch: Collection[int] = (),
+        wants_hidden: bool = False,
     ) -> None:
         if not token_ids:
             raise ValueError("prefill needs at least one token")
@@ -52,6 +54,9 @@ class Prompt:
         self.statistics = statistics
         self.wants_kv = wants_kv
         self.watch = watch
+        self.wants_hidden = wants_hidden
+        self.hidden: list[Tensor] = []
+        """For each pass so far what the head reads after its tokens, [n, D], if that is wanted."""
         self.tokens = len(token_ids)
         self.read = 0
         """The number of tokens that passes have read."""

@@ -81,6 +81,7 @@ class PromptRead:
             slim=self.slim,
             norm_mass=self.norm_mass,
             tails=self.tails,
+            hidden=torch.cat(self.prompt.hidden) if self.prompt.wants_hidden else None,
         )
 
 
@@ -122,8 +123,11 @@ class Pass:
         last = [index for index, part in enumerate(self.parts) if part.is_last]
         so_far = [self._statistics_so_far(index) for index in range(len(self.parts))]
         chosen = self._choose(last, [so_far[index] for index in last]) if last else []
-        for part, statistics, tails in zip(self.parts, so_far, self.tails, strict=True):
-            prompt = part.prompt
+        for index, part in enumerate(self.parts):
+            prompt, statistics, tails = part.prompt, so_far[index], self.tails[index]
+            if prompt.wants_hidden:
+                own = self.hidden[self.rows[index] : self.rows[index + 1]]
+                prompt.hidden.append(self.decoder.final_hidden(own))
             prompt.shares.append((self.began, ended, part.tokens / total))
             prompt.cache.advance(part.tokens)
             prompt.read += part.tokens

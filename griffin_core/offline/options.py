@@ -26,6 +26,7 @@ class GenerateOptions(TypedDict, total=False):
     correction_rank: int | None
     sharing: Sharing | None
     warmup_tokens: int | None
+    checks: bool | None
     speculation: SpeculationParams | None
     sampling: SamplingParams | Sequence[SamplingParams] | None
     stopping: StoppingParams | Sequence[StoppingParams] | None

@@ -37,6 +37,7 @@ def generate_tasks(
     correction_rank: int | None = None,
     sharing: Sharing | None = None,
     warmup_tokens: int | None = None,
+    checks: bool | None = None,
     speculation: SpeculationParams | None = None,
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     stopping: StoppingParams | Sequence[StoppingParams] | None = None,
@@ -53,7 +54,9 @@ def generate_tasks(
         InvalidRequest, CapacityExhausted: see ``LLM.generate``.
     """
     model, spec = engine.model, engine.model.decoder.spec
-    pruning = _pruning(engine, density, policy, correction, correction_rank, sharing, warmup_tokens)
+    pruning = _pruning(
+        engine, density, policy, correction, correction_rank, sharing, warmup_tokens, checks
+    )
     speculation = SpeculationParams() if speculation is None else speculation
     if engine.batch_invariant and speculation.over(engine.speculation).mode != "off":
         raise InvalidRequest("speculation", speculation.mode, "off with batch_invariant")
@@ -151,6 +154,7 @@ def _pruning(
     correction_rank: int | None,
     sharing: Sharing | None,
     warmup_tokens: int | None = None,
+    checks: bool | None = None,
 ) -> PruningParams:
     """What all tasks of a call say about their experts, checked."""
     pruning = PruningParams(
@@ -160,6 +164,7 @@ def _pruning(
         correction=correction,
         correction_rank=correction_rank,
         warmup_tokens=warmup_tokens,
+        checks=checks,
     )
     pruning.selection(engine.selection, seed=0).check(engine.model.decoder.calibration)
     return pruning

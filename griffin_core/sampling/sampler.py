@@ -69,10 +69,14 @@ class Sampler:
         """
         self._slots.ban(slot, tokens)
 
-    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
-        """Uncounts tokens that a slot has drawn, in stream order and without waiting: they were
-        drafts."""
-        self._slots.take_back(slot, tokens)
+    def count(self, slot: int, tokens: Sequence[int], times: int) -> None:
+        """Counts tokens for a slot's penalties as if it had drawn them, or as if it had not, in
+        stream order and without waiting.
+
+        Args:
+            times: 1 or -1.
+        """
+        self._slots.count(slot, tokens, times)
 
     def close(self, slot: int) -> None:
         """Clears the state of a slot."""

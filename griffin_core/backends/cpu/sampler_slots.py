@@ -122,11 +122,11 @@ class CpuSlots:
         self._table[slot, BANS] = len(banned)
         self._table[slot, BAN_TOKENS] = address(banned)
 
-    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
+    def count(self, slot: int, tokens: Sequence[int], times: int) -> None:
         """See ``Sampler``."""
         if (counts := self._seen.get(slot)) is not None:
             drawn = torch.tensor(tokens, dtype=torch.int64)
-            counts.index_add_(0, drawn, torch.full_like(drawn, -2, dtype=counts.dtype))
+            counts.index_add_(0, drawn, torch.full_like(drawn, 2 * times, dtype=counts.dtype))
 
     def close(self, slot: int) -> None:
         """See ``Sampler``."""

@@ -101,11 +101,12 @@ class CudaSlots:
         row.index_fill_(0, self._sent(banned), -torch.inf)
         return True
 
-    def take_back(self, slot: int, tokens: Sequence[int]) -> None:
+    def count(self, slot: int, tokens: Sequence[int], times: int) -> None:
         """See ``Sampler``."""
         if tokens and slot in self._params and self._params[slot].penalizes:
             drawn = self._sent(list(tokens))
-            self._seen[slot].index_add_(0, drawn, torch.full_like(drawn, -2, dtype=torch.int32))
+            counts = torch.full_like(drawn, 2 * times, dtype=torch.int32)
+            self._seen[slot].index_add_(0, drawn, counts)
 
     def close(self, slot: int) -> None:
         """See ``Sampler``."""

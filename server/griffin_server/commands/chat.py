@@ -18,6 +18,7 @@ from griffin_server.commands.conversation import Conversation
 from griffin_server.commands.failures import err, fail
 from griffin_server.commands.options import (
     AsJson,
+    Checks,
     Correction,
     CorrectionRank,
     Density,
@@ -52,6 +53,7 @@ def chat(
     correction: Correction = None,
     correction_rank: CorrectionRank = None,
     warmup_tokens: WarmupTokens = None,
+    checks: Checks = False,
     speculation: Speculation = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -74,6 +76,7 @@ def chat(
         "correction": correction,
         "correction_rank": correction_rank,
         "warmup_tokens": warmup_tokens,
+        "checks": checks or None,
         "speculation": speculation,
         "max_tokens": max_tokens,
         "temperature": temperature,

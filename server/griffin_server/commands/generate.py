@@ -11,6 +11,7 @@ from griffin_server.commands.arguments import json_object, read_prompt
 from griffin_server.commands.calls import call_errors
 from griffin_server.commands.options import (
     AsJson,
+    Checks,
     Correction,
     CorrectionRank,
     Density,
@@ -46,6 +47,7 @@ def generate(
     correction: Correction = None,
     correction_rank: CorrectionRank = None,
     warmup_tokens: WarmupTokens = None,
+    checks: Checks = False,
     speculation: Speculation = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -73,6 +75,7 @@ def generate(
             correction=correction,  # type: ignore[arg-type]  # likewise
             correction_rank=correction_rank,
             warmup_tokens=warmup_tokens,
+            checks=checks or None,
             speculation=speculation,  # type: ignore[arg-type]  # likewise
             temperature=temperature,
             top_p=top_p,

@@ -44,6 +44,10 @@ WarmupTokens = Annotated[
         "the server's."
     ),
 ]
+Checks = Annotated[
+    bool,
+    typer.Option("--checks", help="Measure how many tokens the dense model would have drawn too."),
+]
 Speculation = Annotated[
     str | None,
     typer.Option(help="What drafts tokens: off, lookup, slim or auto; by default the server's."),

@@ -19,8 +19,13 @@ def figures_line(started: Started, finished: Finished) -> str:
         f"{finished.tokens_per_second:.1f} tokens/s · "
         f"FF density {pruning.density:g} ({pruning.experts_per_layer}/{pruning.ff_width}), "
         f"ran at {pruning.mean_density:.2f} · "
-        f"{_drafted(finished)}{finished.reason}"
+        f"{_agreement(finished)}{_drafted(finished)}{finished.reason}"
     )
+
+
+def _agreement(finished: Finished) -> str:
+    agreement = finished.pruning.agreement
+    return "" if agreement is None else f"agrees with dense {agreement:.0%} · "
 
 
 def _drafted(finished: Finished) -> str:

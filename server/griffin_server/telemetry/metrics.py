@@ -131,6 +131,13 @@ class Metrics(Observer):
         self.generated_tokens = counter(
             "griffin_generated_tokens_total", "Generated tokens sent to clients."
         )
+        self.checked_tokens = counter(
+            "griffin_checked_tokens_total",
+            "Tokens of pruned completions that all neurons were run on once more.",
+        )
+        self.agreed_tokens = counter(
+            "griffin_agreed_tokens_total", "Checked tokens that all neurons would have drawn too."
+        )
         self.drafted_tokens = counter(
             "griffin_drafted_tokens_total",
             "Tokens drafted by speculation, by source: lookup or slim.",
@@ -204,6 +211,10 @@ class Metrics(Observer):
     def speculated(self, source: DraftSource, drafted: int, accepted: int) -> None:
         self.drafted_tokens.labels(source).inc(drafted)
         self.accepted_tokens.labels(source).inc(accepted)
+
+    def checked(self, tokens: int, agreed: int) -> None:
+        self.checked_tokens.inc(tokens)
+        self.agreed_tokens.inc(agreed)
 
     def chose(self, slim: SlimSpec) -> None:
         if not slim.prunes:

@@ -56,6 +56,8 @@ def analyze_task(
         raise InvalidRequest("pruning.sharing", pruning.sharing, "nothing: no session is made")
     if warmup := pruning.warmup_tokens:
         raise InvalidRequest("pruning.warmup_tokens", warmup, "0: nothing is generated")
+    if pruning.checks:
+        raise InvalidRequest("pruning.checks", True, "false: nothing is generated")
     layers = request.activation_layers
     if len(layers) > MAX_WATCHED:
         raise InvalidRequest("activation_layers", f"{len(layers)} layers", f"up to {MAX_WATCHED}")

@@ -80,6 +80,8 @@ def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
         kv_cache_bytes=figures.kv_cache_bytes,
         mean_density=figures.mean_density,
         dense_tokens=figures.dense_tokens,
+        checked_tokens=figures.checked_tokens,
+        agreed_tokens=figures.agreed_tokens,
         correction=correction_to_pb(figures.correction),
         correction_rank=figures.correction_rank,
         correction_bytes=figures.correction_bytes,

@@ -59,19 +59,38 @@ def test_a_warm_up_is_dense(tiny_server: Running) -> None:
     assert 0.5 < some.finished.pruning.mean_density < 1
 
 
-def test_a_score_and_an_analysis_have_no_warm_up(tiny_server: Running) -> None:
-    pruning = pb.Pruning(warmup_tokens=8)
+def test_checks_measure_agreement(tiny_server: Running) -> None:
+    before = tiny_server.app.metrics.agreed_tokens._value.get()
+    options: dict[str, Any] = {"density": 0.5, "sharing": "private"}
+    checked = complete(tiny_server, checks=True, **options).finished.pruning
+    assert 0 < checked.checked_tokens <= 60 and checked.checked_tokens % 32 == 0
+    assert checked.agreement == checked.agreed_tokens / checked.checked_tokens
+    after = tiny_server.app.metrics.agreed_tokens._value.get()
+    assert after - before == checked.agreed_tokens
+    assert complete(tiny_server, **options).finished.pruning.agreement is None
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        (pb.Pruning(warmup_tokens=8), "pruning.warmup_tokens: got 8"),
+        (pb.Pruning(checks=True), "pruning.checks: got True"),
+    ],
+)
+def test_a_score_and_an_analysis_have_neither(
+    pruning: pb.Pruning, message: str, tiny_server: Running
+) -> None:
     score = pb.ScoreRequest(context="a b", continuation=" c", pruning=pruning)
     analysis = pb.AnalyzePromptRequest(text="a b", pruning=pruning)
     with grpc.insecure_channel(tiny_server.target) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        with pytest.raises(grpc.RpcError, match=r"pruning\.warmup_tokens") as one:
+        with pytest.raises(grpc.RpcError, match="pruning") as one:
             stub.Score(score)
-        with pytest.raises(grpc.RpcError, match=r"pruning\.warmup_tokens") as other:
+        with pytest.raises(grpc.RpcError, match="pruning") as other:
             list(stub.AnalyzePrompt(analysis))
     for caught in (one, other):
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert "pruning.warmup_tokens: got 8" in caught.value.details()
+        assert message in caught.value.details()
 
 
 def test_a_server_has_defaults_that_a_request_overrides(tiny: Callable[[str], Model]) -> None:
