@@ -176,6 +176,8 @@ class LLM:
                 for those of the LLM.
             checks: whether dense passes check now and then which of the last tokens the dense model
                 would have drawn too; ``Completion.pruning.agreement`` is the share.
+            agreement_floor: instead of a density: it follows what checks measure; see
+                ``DensityControl``.
             sampling, stopping: for all prompts, or one for each; None for greedy, and for at most
                 256 tokens.
             seed: of the first prompt; each further one has the next number, so that equal prompts

@@ -28,6 +28,7 @@ class PruningFigures:
         dense_tokens: how many of these tokens ran on all neurons, the first one included.
         checked_tokens: how many of these tokens the server ran all neurons on once more.
         agreed_tokens: how many of those all neurons would have drawn too.
+        agreement_floor: the floor that the density follows; None if it is fixed.
         correction: what was added to the output of the experts in place of the other neurons.
         correction_rank: of a residual.
         correction_bytes: memory that it takes; a part of ``slim_view_bytes``.
@@ -49,6 +50,7 @@ class PruningFigures:
     correction_bytes: int = 0
     checked_tokens: int = 0
     agreed_tokens: int = 0
+    agreement_floor: float | None = None
 
     @property
     def agreement(self) -> float | None:

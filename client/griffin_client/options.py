@@ -165,6 +165,9 @@ class GenerateOptions(
     warmup_tokens: int | None
     """Run on all neurons until so many tokens of prompt and completion have run, which all choose
     the experts, in [0, 2^20]."""
+    agreement_floor: float | None
+    """In (0, 1), instead of a density: the density follows the agreement with the dense model that
+    checks measure, among 1, 0.75 and 0.5."""
     checks: bool | None
     """Check now and then which of the last tokens all neurons would have drawn too, and replace
     what the experts have left in the KV cache. ``Finished.pruning.agreement`` is the share.

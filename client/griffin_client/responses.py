@@ -145,6 +145,7 @@ def model_info(response: pb.GetModelInfoResponse) -> types.ModelInfo:
             response.default_speculation or pb.SPECULATION_MODE_OFF,  # of older servers
             "SPECULATION_MODE_",
         ),
+        default_agreement_floor=_optional(response, "default_agreement_floor"),
         default_sampling=_sampling_defaults(response.default_sampling),
     )
 
@@ -174,8 +175,14 @@ def figures(message: pb.PruningFigures) -> PruningFigures:
         policy=_name(pb.SelectionPolicy, message.policy, "SELECTION_POLICY_"),
         correction=_correction(message.correction),
         norm_mass=tuple(message.norm_mass),
+        agreement_floor=_optional(message, "agreement_floor"),
         expert_counts=tuple(message.expert_counts),
     )
+
+
+def _optional(message: ProtoMessage, name: str) -> Any:
+    """A field's value; None if it is not set."""
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def _correction(value: int) -> Any:

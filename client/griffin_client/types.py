@@ -285,6 +285,7 @@ class ModelInfo:
     calibration_digest: str = ""
     default_warmup_tokens: int = 0
     default_speculation: Speculation = "off"
+    default_agreement_floor: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

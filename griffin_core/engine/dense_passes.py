@@ -11,6 +11,7 @@ of the session runs meanwhile.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 from griffin_core.engine.generation import Generation
@@ -18,6 +19,7 @@ from griffin_core.engine.ports import Observer
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.session_prefills import SessionPrefills
 from griffin_core.engine.sessions import Sessions
+from griffin_core.experts.selection import select_experts
 from griffin_core.forward.events import PrefillEvent, PrefillFinished, PromptExperts
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.sampler import Sampler
@@ -72,12 +74,18 @@ class DensePasses:
 
     @staticmethod
     def due(session: Session) -> bool:
-        """Whether no step of a session may run before its next pass has."""
-        return session.in_dense_pass or session.warm or session.check_due
+        """Whether no step of a session may run before its next pass has, or its next choice."""
+        waits = session.warm or session.check_due or session.tries_slim
+        return session.in_dense_pass or waits
 
     def begin_due(self, session: Session) -> None:
         """Begins a session's pass, if one is due and the host has read all its tokens."""
-        if not self.due(session) or session.in_dense_pass or session.in_flight:
+        if session.in_dense_pass or session.in_flight:
+            return
+        if session.control is not None and session.tries_slim:
+            session.control.prune()
+            self._follow(session)
+        if not self.due(session):
             return
         assert session.cache is not None
         if not session.warm and session.density == 1:  # it runs dense for now
@@ -116,12 +124,35 @@ class DensePasses:
             agreed = sum(one == other for one, other in zip(drawn, made, strict=True))
             session.note_check(len(drawn), agreed)
             self._observer.checked(len(drawn), agreed)
+            if session.control is not None:
+                session.control.checked(agreed / len(drawn), len(session.tokens))
             session.check_at = session.cache.length + self._interval(compute_s)
-        if warmed_up or self._refreshes(session):
+        if session.control is not None and read.hidden is not None:
+            session.counted(read.statistics)
+            self._follow(session)
+        elif warmed_up or self._refreshes(session):
             session.chosen(read.statistics, read.slim, read.norm_mass, read.tails)
             self._sessions.rejoin(session)
         else:
             session.counted(read.statistics)
+
+    def _follow(self, session: Session) -> None:
+        """Chooses a session's experts at the density that its control says, if that has changed or
+        a check would choose them again."""
+        assert session.control is not None and session.statistics is not None
+        density = session.control.density
+        if density == session.selection.density and not self._refreshes(session):
+            return
+        session.selection = replace(session.selection, density=density)
+        slim = select_experts(
+            session.statistics,
+            session.selection,
+            magnitude=self._decoder.magnitudes,
+            calibration=self._decoder.calibration,
+        )
+        session.check_at = session.check_at if density < 1 else 0
+        session.chosen(session.statistics, slim, tails=session.tails)
+        self._sessions.rejoin(session)
 
     def _refreshes(self, session: Session) -> bool:
         """Whether a check chooses experts again. A residual stays with those it was fitted to: the

@@ -65,7 +65,8 @@ class Engine:
     Args:
         model: what to run.
         limits: what the engine may hold.
-        selection, sharing, speculation: defaults for requests that set none.
+        selection, sharing, speculation, agreement_floor: defaults for requests that set none. A
+            floor takes the place of the selection's density.
         slim: how sessions run on their experts; None for what suits the device best.
         costs: what a step costs by how its FF runs, see ``slim.costs``; None to measure it at
             start.
@@ -101,6 +102,7 @@ class Engine:
         selection: Selection | None = None,
         sharing: Sharing = "auto",
         speculation: SpeculationMode = "off",
+        agreement_floor: float | None = None,
         slim: SlimForm | None = None,
         costs: StepCosts | None = ASSUMED_COSTS,
         batch_invariant: bool = False,
@@ -127,6 +129,7 @@ class Engine:
         self.selection = selection or Selection(density=1.0)
         self.sharing: Sharing = sharing
         self.speculation: SpeculationMode = speculation
+        self.agreement_floor = agreement_floor
         self.batch_invariant = batch_invariant
         self.ended: Future[None] = Future()
         """Done when the thread has ended; with its exception if a bug ended it."""
@@ -146,6 +149,7 @@ class Engine:
             selection=self.selection,
             sharing=sharing,
             speculation=speculation,
+            agreement_floor=agreement_floor,
             slim=slim,
             costs=EVEN_COSTS if batch_invariant else costs or ASSUMED_COSTS,
             batch_invariant=batch_invariant,

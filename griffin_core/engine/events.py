@@ -28,6 +28,7 @@ class PruningFigures:
         dense_tokens: how many of these tokens ran on all neurons, the first one included.
         checked_tokens: how many of these tokens the dense model was run on once more.
         agreed_tokens: how many of those it draws too, with the same seed and settings.
+        agreement_floor: by which the density is set; None if it is fixed.
         correction: what was added to the output of the experts.
         correction_rank: of a residual.
         correction_bytes: what it holds; a part of slim_view_bytes.
@@ -44,6 +45,7 @@ class PruningFigures:
     dense_tokens: int = 0
     checked_tokens: int = 0
     agreed_tokens: int = 0
+    agreement_floor: float | None = None
     correction: CorrectionKind = "none"
     correction_rank: int = 0
     correction_bytes: int = 0

@@ -58,21 +58,29 @@ class ExpertGroups:
         self._forms.costs = costs
 
     def pool(
-        self, selection: Selection, sharing: Sharing, shares_with: str = ""
+        self,
+        selection: Selection,
+        sharing: Sharing,
+        shares_with: str = "",
+        densities: Sequence[float] = (),
     ) -> ViewPool | None:
         """The sessions with which a session reserves its view: a shared group has one view
         together, and there are never more copies than pay.
 
         Args:
             shares_with: see ``Session``.
+            densities: those that the session may come to run at; empty for that of its selection.
         """
         if not self._views.builds or (sharing != "shared" and not self._views.copies):
             return None
         if sharing == "shared":
             return ViewPool(
-                sharing=sharing, kind=selection.kind, shares_with=shares_with, max_views=1
+                sharing=sharing,
+                kind=selection.kind,
+                shares_with=shares_with,
+                max_views=max(1, sum(density < 1 for density in densities)),
             )
-        most = self._forms.costs.max_copies(selection.density)
+        most = max(map(self._forms.costs.max_copies, densities or (selection.density,)))
         return ViewPool(sharing=sharing, kind=selection.kind, max_views=most)
 
     def join(self, session: Session) -> None:
@@ -89,9 +97,10 @@ class ExpertGroups:
                     session.tails,
                 )
             own = session.slim.correction
+        if not runs_dense and session.control is None:
             nbytes = 0 if own is None else own.nbytes  # what it was fitted to is freed
             session.reservation = replace(session.reservation, correction=nbytes)
-        if not session.warming_up:
+        if not session.warming_up and session.control is None:
             session.tails = ()
         size = session.reservation.zeroed + session.reservation.correction
         self._views.acquire_zeroed(size)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from griffin_core.engine.density_control import DensityControl
 from griffin_core.engine.events import Event, PruningFigures
 from griffin_core.engine.ports import Sink
 from griffin_core.engine.reservation import Reservation
@@ -134,6 +135,7 @@ class Session:
         self.tails: Sequence[Sequence[Tail]] = ()
         """What the residual of its experts is to be fitted to, from its prompt until it joins
         ``ExpertGroups``."""
+        self.control: DensityControl | None = None
         self.in_dense_pass = False
         """Whether a dense pass over its last tokens waits or runs; no step may then."""
         self.uncounted_from = 0
@@ -160,6 +162,7 @@ class Session:
         self.in_dense_pass = False
         self.uncounted_from = len(self.tokens)
         self.checks = plan.checks
+        self.control = plan.control
         self.check_at = 0
         """The length of its cache at which the next check is due; 0 before it runs slim steps."""
         self._checked = self._agreed = 0
@@ -208,6 +211,11 @@ class Session:
     def check_due(self) -> bool:
         """Whether a dense pass is to check its last tokens before it runs on."""
         return 0 < self.check_at <= self.cache_length
+
+    @property
+    def tries_slim(self) -> bool:
+        """Whether it has run dense for so long that it is to prune again."""
+        return self.control is not None and self.control.tries(self.cache_length)
 
     @property
     def cache_length(self) -> int:
@@ -286,6 +294,7 @@ class Session:
             dense_tokens=self._ran_dense,
             checked_tokens=self._checked,
             agreed_tokens=self._agreed,
+            agreement_floor=None if self.control is None else self.control.floor,
         )
 
     @property

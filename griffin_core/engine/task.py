@@ -48,10 +48,12 @@ class PruningParams:
         correction_rank: of a residual.
         warmup_tokens: see ``Selection``.
         checks: whether dense passes check the tokens that were made; see ``engine.dense_passes``.
+        agreement_floor: the density follows what checks measure; see ``engine.density_control``.
 
     Raises:
         InvalidRequest: density is not in (0, 1], there is no such policy, sharing or correction, a
-            parameter is not one of the policy, or the warm-up is out of range.
+            parameter is not one of the policy, the warm-up or the floor is out of range, or there
+            are both a density and a floor.
     """
 
     density: float | None = None
@@ -62,11 +64,19 @@ class PruningParams:
     correction_rank: int | None = None
     warmup_tokens: int | None = None
     checks: bool | None = None
+    agreement_floor: float | None = None
 
     def __post_init__(self) -> None:
         density = self.density
         if density is not None and not (isinstance(density, Real) and 0 < density <= 1):
             raise InvalidRequest("pruning.density", self.density, "(0, 1]")
+        floor = self.agreement_floor
+        if floor is not None and not (isinstance(floor, Real) and 0 < floor < 1):
+            raise InvalidRequest("pruning.agreement_floor", floor, "(0, 1)")
+        if floor is not None and density is not None:
+            raise InvalidRequest(
+                "pruning.density", density, "none beside an agreement_floor, which sets it"
+            )
         if self.policy is not None and self.policy not in POLICIES:
             raise InvalidRequest("pruning.policy", self.policy, ", ".join(POLICIES))
         if self.policy is not None and self.parameters is not None:
@@ -194,6 +204,8 @@ class ScoreTask:
             raise InvalidRequest("mode", self.mode, ", ".join(SCORE_MODES))
         if warmup := self.pruning.warmup_tokens:
             raise InvalidRequest("pruning.warmup_tokens", warmup, "0 in a score")
+        if (floor := self.pruning.agreement_floor) is not None:
+            raise InvalidRequest("pruning.agreement_floor", floor, "none in a score")
         if self.pruning.checks:
             raise InvalidRequest("pruning.checks", True, "false in a score")
 

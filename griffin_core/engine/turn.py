@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from griffin_core.backends.base import Layout
+from griffin_core.engine.density_control import DensityControl
 from griffin_core.engine.reservation import Reservation
 from griffin_core.experts.selection import Selection
 from griffin_core.spec.choices import Sharing
@@ -44,6 +45,7 @@ class TurnPlan:
         sharing: with which sessions it may run on one expert set.
         turn: what to do after the prefill.
         checks: whether dense passes check its tokens.
+        control: what sets its density; None for the one of ``selection``.
         keep: whether to keep the session for a next turn.
         deadline: until when the caller waits, on ``time.monotonic``; None for no limit.
         needs: the most bytes that the session comes to hold.
@@ -57,6 +59,7 @@ class TurnPlan:
     sharing: Sharing
     turn: Turn
     checks: bool = False
+    control: DensityControl | None = None
     keep: bool
     deadline: float | None
     needs: Reservation

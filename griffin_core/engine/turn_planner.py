@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from griffin_core.engine.density_control import DENSITIES, WARMUP_TOKENS, DensityControl
 from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.generation import FlushPolicy, Generation
 from griffin_core.engine.memory import SessionMemory
 from griffin_core.engine.reservation import Reservation
 from griffin_core.engine.scoring import Scoring, choice_bytes
 from griffin_core.engine.session import Session
-from griffin_core.engine.task import GenerateTask, ScoreTask
+from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.engine.turn import TurnPlan
 from griffin_core.errors import InvalidRequest
 from griffin_core.experts.correction import CorrectionParams
@@ -25,7 +27,7 @@ class TurnPlanner:
     """Plans the turns of an engine's sessions. Changes neither a session nor the engine.
 
     Args:
-        selection, sharing, speculation: for requests that set none.
+        selection, sharing, speculation, agreement_floor: for requests that set none.
         flush_policy: when generations emit their tokens.
         batch_invariant: see ``Engine``; no request may speculate then, since a draft changes the
             number of rows.
@@ -38,6 +40,7 @@ class TurnPlanner:
         selection: Selection,
         sharing: Sharing,
         speculation: SpeculationMode,
+        agreement_floor: float | None,
         memory: SessionMemory,
         views: SlimViews,
         groups: ExpertGroups,
@@ -48,6 +51,7 @@ class TurnPlanner:
         self._selection = selection
         self._sharing: Sharing = sharing
         self._speculation: SpeculationMode = speculation
+        self._agreement_floor = agreement_floor
         self._memory = memory
         self._views = views
         self._groups = groups
@@ -70,6 +74,12 @@ class TurnPlanner:
         base = session.selection if later_turn else self._selection
         rank = self._selection.correction.rank or DEFAULT_RANK
         selection = task.pruning.selection(base, task.sampling.seed, rank)
+        control = self._control(session, task.pruning)
+        if control is not None:
+            warmup = (
+                WARMUP_TOKENS if task.pruning.warmup_tokens is None else selection.warmup_tokens
+            )
+            selection = replace(selection, density=control.density, warmup_tokens=warmup)
         speculation = task.speculation.over(self._speculation)
         if self._batch_invariant and speculation.mode != "off":
             allowed = "off on a server with --batch-invariant"
@@ -98,11 +108,17 @@ class TurnPlanner:
             selection=selection,
             sharing=sharing,
             turn=turn,
-            checks=bool(task.pruning.checks) and not speculation.lossless,
+            checks=(control is not None or bool(task.pruning.checks)) and not speculation.lossless,
+            control=None if speculation.lossless else control,
             keep=task.keep and fits_idle,
             deadline=task.deadline,
             needs=self._needs(
-                session, kv, selection, sharing, max(length - cached, selection.warmup_tokens)
+                session,
+                kv,
+                selection,
+                sharing,
+                max(length - cached, selection.warmup_tokens),
+                densities=DENSITIES if control is not None else (),
             ),
         )
 
@@ -138,6 +154,17 @@ class TurnPlanner:
             needs=needs,
         )
 
+    def _control(self, session: Session, pruning: PruningParams) -> DensityControl | None:
+        """What sets the density: the request's floor. A request that names neither floor nor
+        density has the floor of the session's last turn, or of the engine."""
+        floor = pruning.agreement_floor
+        if floor is None and pruning.density is None:
+            before = session.control
+            floor = self._agreement_floor
+            if session.tokens:
+                floor = None if before is None else before.floor
+        return None if floor is None else DensityControl(floor)
+
     def _check(self, selection: Selection) -> None:
         """Raises InvalidRequest if this engine cannot choose or run these experts."""
         selection.check(self._model.decoder.calibration)
@@ -147,8 +174,15 @@ class TurnPlanner:
             raise InvalidRequest("pruning.correction_rank", rank, allowed)
 
     def _needs(
-        self, session: Session, kv: int, selection: Selection, sharing: Sharing, tokens: int
+        self,
+        session: Session,
+        kv: int,
+        selection: Selection,
+        sharing: Sharing,
+        tokens: int,
+        densities: Sequence[float] = (),
     ) -> Reservation:
+        """The most bytes that a turn comes to hold, at its density or at any of several."""
         spec = self._model.decoder.spec
         counts = selection.most_counts(len(spec.layers), spec.intermediate_size)
         prunes = min(counts) < spec.intermediate_size
@@ -157,5 +191,5 @@ class TurnPlanner:
             zeroed=self._views.zeroed_bytes(counts),
             correction=correction_bytes(self._model.decoder, selection, tokens) if prunes else 0,
             view=self._views.planned_bytes(counts),
-            pool=self._groups.pool(selection, sharing, session.shares_with),
+            pool=self._groups.pool(selection, sharing, session.shares_with, densities),
         )

@@ -27,6 +27,7 @@ class GenerateOptions(TypedDict, total=False):
     sharing: Sharing | None
     warmup_tokens: int | None
     checks: bool | None
+    agreement_floor: float | None
     speculation: SpeculationParams | None
     sampling: SamplingParams | Sequence[SamplingParams] | None
     stopping: StoppingParams | Sequence[StoppingParams] | None

@@ -38,6 +38,7 @@ def generate_tasks(
     sharing: Sharing | None = None,
     warmup_tokens: int | None = None,
     checks: bool | None = None,
+    agreement_floor: float | None = None,
     speculation: SpeculationParams | None = None,
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     stopping: StoppingParams | Sequence[StoppingParams] | None = None,
@@ -55,7 +56,15 @@ def generate_tasks(
     """
     model, spec = engine.model, engine.model.decoder.spec
     pruning = _pruning(
-        engine, density, policy, correction, correction_rank, sharing, warmup_tokens, checks
+        engine,
+        density,
+        policy,
+        correction,
+        correction_rank,
+        sharing,
+        warmup_tokens,
+        checks,
+        agreement_floor,
     )
     speculation = SpeculationParams() if speculation is None else speculation
     if engine.batch_invariant and speculation.over(engine.speculation).mode != "off":
@@ -155,6 +164,7 @@ def _pruning(
     sharing: Sharing | None,
     warmup_tokens: int | None = None,
     checks: bool | None = None,
+    agreement_floor: float | None = None,
 ) -> PruningParams:
     """What all tasks of a call say about their experts, checked."""
     pruning = PruningParams(
@@ -165,6 +175,7 @@ def _pruning(
         correction_rank=correction_rank,
         warmup_tokens=warmup_tokens,
         checks=checks,
+        agreement_floor=agreement_floor,
     )
     pruning.selection(engine.selection, seed=0).check(engine.model.decoder.calibration)
     return pruning

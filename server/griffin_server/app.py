@@ -141,6 +141,7 @@ class App:
                 calibration=model.decoder.calibration,
             ),
             speculation=settings.speculation,
+            agreement_floor=settings.agreement_floor,
             sharing=settings.sharing,
             costs=ASSUMED_COSTS if settings.role == "prefill" else None,
             prefill_source=self._source if settings.prefill_target else None,

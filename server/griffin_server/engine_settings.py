@@ -66,6 +66,14 @@ class EngineSettings(BaseSettings):
         "model. Set 0.5 or 0.75 for models of 7B parameters or more and for long prompts, and "
         "check the answers: small models on short prompts repeat themselves.",
     )
+    agreement_floor: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Let the density of requests that set neither density nor floor follow the "
+        "agreement with the dense model that checks measure, so that it stays above this; takes "
+        "the place of density.",
+    )
     policy: PolicyName | None = Field(
         None,
         description="Selection policy, for requests that do not set it; by default the one that "

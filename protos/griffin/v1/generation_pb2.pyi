@@ -360,6 +360,7 @@ class Pruning(_message.Message):
     CORRECTION_RANK_FIELD_NUMBER: _builtins.int
     WARMUP_TOKENS_FIELD_NUMBER: _builtins.int
     CHECKS_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FLOOR_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     """Fraction of FF neurons kept, in (0, 1]; K = max(1, floor(F * density)). 1 is the dense model.
     Default: the server's `--density` (see GetModelInfo), which is 1 unless it is set.
@@ -387,6 +388,13 @@ class Pruning(_message.Message):
     about 5 % of the steps' time. Sessions that run dense have none. Refused in a ScoreRequest.
     Default: false.
     """
+    agreement_floor: _builtins.float
+    """In (0, 1): the density follows the agreement that checks measure, among 1, 0.75 and 0.5. The
+    session begins at 0.75, after a warm-up of 48 tokens unless it sets another; a check that finds
+    less than the floor makes it denser, and one that finds clearly more, sparser. Dense sessions try
+    0.75 again after a while. It is a floor that is aimed at, and no promise. Refused beside `density`,
+    and in a ScoreRequest. Default: none, or with neither of the two the server's `--agreement-floor`.
+    """
     @_builtins.property
     def parameters(self) -> Global___SelectionParameters:
         """Default: those of the session, if it has the same policy."""
@@ -402,11 +410,14 @@ class Pruning(_message.Message):
         correction_rank: _builtins.int | None = ...,
         warmup_tokens: _builtins.int | None = ...,
         checks: _builtins.bool | None = ...,
+        agreement_floor: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checks", b"_checks", "_correction_rank", b"_correction_rank", "_density", b"_density", "_warmup_tokens", b"_warmup_tokens", "checks", b"checks", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "warmup_tokens", b"warmup_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_agreement_floor", b"_agreement_floor", "_checks", b"_checks", "_correction_rank", b"_correction_rank", "_density", b"_density", "_warmup_tokens", b"_warmup_tokens", "agreement_floor", b"agreement_floor", "checks", b"checks", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "warmup_tokens", b"warmup_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checks", b"_checks", "_correction_rank", b"_correction_rank", "_density", b"_density", "_warmup_tokens", b"_warmup_tokens", "checks", b"checks", "correction", b"correction", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "policy", b"policy", "sharing", b"sharing", "warmup_tokens", b"warmup_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_agreement_floor", b"_agreement_floor", "_checks", b"_checks", "_correction_rank", b"_correction_rank", "_density", b"_density", "_warmup_tokens", b"_warmup_tokens", "agreement_floor", b"agreement_floor", "checks", b"checks", "correction", b"correction", "correction_rank", b"correction_rank", "density", b"density", "parameters", b"parameters", "policy", b"policy", "sharing", b"sharing", "warmup_tokens", b"warmup_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__agreement_floor: _TypeAlias = _typing.Literal["agreement_floor"]  # noqa: Y015
+    _WhichOneofArgType__agreement_floor: _TypeAlias = _typing.Literal["_agreement_floor", b"_agreement_floor"]  # noqa: Y015
     _WhichOneofReturnType__checks: _TypeAlias = _typing.Literal["checks"]  # noqa: Y015
     _WhichOneofArgType__checks: _TypeAlias = _typing.Literal["_checks", b"_checks"]  # noqa: Y015
     _WhichOneofReturnType__correction_rank: _TypeAlias = _typing.Literal["correction_rank"]  # noqa: Y015
@@ -415,6 +426,8 @@ class Pruning(_message.Message):
     _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
     _WhichOneofReturnType__warmup_tokens: _TypeAlias = _typing.Literal["warmup_tokens"]  # noqa: Y015
     _WhichOneofArgType__warmup_tokens: _TypeAlias = _typing.Literal["_warmup_tokens", b"_warmup_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__agreement_floor) -> _WhichOneofReturnType__agreement_floor | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checks) -> _WhichOneofReturnType__checks | None: ...
     @_typing.overload
@@ -1146,6 +1159,7 @@ class PruningFigures(_message.Message):
     CORRECTION_BYTES_FIELD_NUMBER: _builtins.int
     CHECKED_TOKENS_FIELD_NUMBER: _builtins.int
     AGREED_TOKENS_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FLOOR_FIELD_NUMBER: _builtins.int
     density: _builtins.float
     policy: Global___SelectionPolicy.ValueType
     experts_per_layer: _builtins.int
@@ -1179,6 +1193,8 @@ class PruningFigures(_message.Message):
     """How many of these all neurons would have drawn too, with the same seed and settings, after the
     tokens before them. For a greedy request: those that are the dense model's first choice.
     """
+    agreement_floor: _builtins.float
+    """The floor that the density follows; not set if it is fixed. `density` is then the present one."""
     @_builtins.property
     def norm_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """L values in (0, 1]: sum of s squared over the experts / over all neurons of the layer. It says
@@ -1208,12 +1224,15 @@ class PruningFigures(_message.Message):
         correction_bytes: _builtins.int = ...,
         checked_tokens: _builtins.int = ...,
         agreed_tokens: _builtins.int = ...,
+        agreement_floor: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_agreement_floor", b"_agreement_floor", "agreement_floor", b"agreement_floor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed_tokens", b"agreed_tokens", "checked_tokens", b"checked_tokens", "correction", b"correction", "correction_bytes", b"correction_bytes", "correction_rank", b"correction_rank", "dense_tokens", b"dense_tokens", "density", b"density", "expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_density", b"mean_density", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_agreement_floor", b"_agreement_floor", "agreed_tokens", b"agreed_tokens", "agreement_floor", b"agreement_floor", "checked_tokens", b"checked_tokens", "correction", b"correction", "correction_bytes", b"correction_bytes", "correction_rank", b"correction_rank", "dense_tokens", b"dense_tokens", "density", b"density", "expert_counts", b"expert_counts", "experts_per_layer", b"experts_per_layer", "ff_width", b"ff_width", "kv_cache_bytes", b"kv_cache_bytes", "mean_density", b"mean_density", "mean_norm_mass", b"mean_norm_mass", "norm_mass", b"norm_mass", "policy", b"policy", "slim_view_bytes", b"slim_view_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__agreement_floor: _TypeAlias = _typing.Literal["agreement_floor"]  # noqa: Y015
+    _WhichOneofArgType__agreement_floor: _TypeAlias = _typing.Literal["_agreement_floor", b"_agreement_floor"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__agreement_floor) -> _WhichOneofReturnType__agreement_floor | None: ...
 
 Global___PruningFigures: _TypeAlias = PruningFigures  # noqa: Y015
 
@@ -1693,6 +1712,7 @@ class GetModelInfoResponse(_message.Message):
     CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
     DEFAULT_WARMUP_TOKENS_FIELD_NUMBER: _builtins.int
     DEFAULT_SPECULATION_FIELD_NUMBER: _builtins.int
+    DEFAULT_AGREEMENT_FLOOR_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The directory, file or hub id that the server was started with; of a path, the last part."""
     family: _builtins.str
@@ -1749,6 +1769,8 @@ class GetModelInfoResponse(_message.Message):
     """The warm-up of a request that does not set it."""
     default_speculation: Global___SpeculationMode.ValueType
     """The speculation of a request that does not set it."""
+    default_agreement_floor: _builtins.float
+    """The floor of a request that sets neither a floor nor a density; not set if there is none."""
     @_builtins.property
     def default_sampling(self) -> Global___Sampling:
         """The defaults that `--sampling-defaults` gives to fields that a request does not set. No field is set
@@ -1785,12 +1807,15 @@ class GetModelInfoResponse(_message.Message):
         calibration_digest: _builtins.str = ...,
         default_warmup_tokens: _builtins.int = ...,
         default_speculation: Global___SpeculationMode.ValueType = ...,
+        default_agreement_floor: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_agreement_floor", b"_default_agreement_floor", "default_agreement_floor", b"default_agreement_floor", "default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "calibration_digest", b"calibration_digest", "context_length", b"context_length", "default_correction", b"default_correction", "default_correction_rank", b"default_correction_rank", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "default_speculation", b"default_speculation", "default_warmup_tokens", b"default_warmup_tokens", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_agreement_floor", b"_default_agreement_floor", "batch_invariant", b"batch_invariant", "calibration_digest", b"calibration_digest", "context_length", b"context_length", "default_agreement_floor", b"default_agreement_floor", "default_correction", b"default_correction", "default_correction_rank", b"default_correction_rank", "default_density", b"default_density", "default_policy", b"default_policy", "default_sampling", b"default_sampling", "default_sharing", b"default_sharing", "default_speculation", b"default_speculation", "default_warmup_tokens", b"default_warmup_tokens", "device", b"device", "dtype", b"dtype", "family", b"family", "ff_width", b"ff_width", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "heads", b"heads", "kv_heads", b"kv_heads", "layers", b"layers", "max_sessions", b"max_sessions", "model", b"model", "role", b"role", "version", b"version", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__default_agreement_floor: _TypeAlias = _typing.Literal["default_agreement_floor"]  # noqa: Y015
+    _WhichOneofArgType__default_agreement_floor: _TypeAlias = _typing.Literal["_default_agreement_floor", b"_default_agreement_floor"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_agreement_floor) -> _WhichOneofReturnType__default_agreement_floor | None: ...
 
 Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
 

@@ -17,6 +17,7 @@ from griffin_server.commands.calls import call_errors
 from griffin_server.commands.conversation import Conversation
 from griffin_server.commands.failures import err, fail
 from griffin_server.commands.options import (
+    AgreementFloor,
     AsJson,
     Checks,
     Correction,
@@ -54,6 +55,7 @@ def chat(
     correction_rank: CorrectionRank = None,
     warmup_tokens: WarmupTokens = None,
     checks: Checks = False,
+    agreement_floor: AgreementFloor = None,
     speculation: Speculation = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -77,6 +79,7 @@ def chat(
         "correction_rank": correction_rank,
         "warmup_tokens": warmup_tokens,
         "checks": checks or None,
+        "agreement_floor": agreement_floor,
         "speculation": speculation,
         "max_tokens": max_tokens,
         "temperature": temperature,

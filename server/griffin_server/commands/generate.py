@@ -10,6 +10,7 @@ from griffin_client import GriffinClient
 from griffin_server.commands.arguments import json_object, read_prompt
 from griffin_server.commands.calls import call_errors
 from griffin_server.commands.options import (
+    AgreementFloor,
     AsJson,
     Checks,
     Correction,
@@ -48,6 +49,7 @@ def generate(
     correction_rank: CorrectionRank = None,
     warmup_tokens: WarmupTokens = None,
     checks: Checks = False,
+    agreement_floor: AgreementFloor = None,
     speculation: Speculation = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -76,6 +78,7 @@ def generate(
             correction_rank=correction_rank,
             warmup_tokens=warmup_tokens,
             checks=checks or None,
+            agreement_floor=agreement_floor,
             speculation=speculation,  # type: ignore[arg-type]  # likewise
             temperature=temperature,
             top_p=top_p,

@@ -48,6 +48,12 @@ Checks = Annotated[
     bool,
     typer.Option("--checks", help="Measure how many tokens the dense model would have drawn too."),
 ]
+AgreementFloor = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of a density: the least agreement with the dense model to aim at, in (0, 1)."
+    ),
+]
 Speculation = Annotated[
     str | None,
     typer.Option(help="What drafts tokens: off, lookup, slim or auto; by default the server's."),

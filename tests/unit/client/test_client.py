@@ -143,7 +143,7 @@ def test_each_option_is_a_field_of_the_request_or_of_one_of_its_parts(rpc: str) 
     if rpc == "AnalyzePrompt":
         names.remove("sharing")  # the server refuses it
     if rpc != "Generate":
-        names -= {"warmup_tokens", "checks"}  # likewise
+        names -= {"warmup_tokens", "checks", "agreement_floor"}  # likewise
     assert names - PARTS.keys() - POSITIONAL == options.__annotations__.keys() - {"timeout"}
 
 

@@ -52,6 +52,7 @@ def model_info_to_pb(
         calibration_digest=model.decoder.calibration_digest,
         default_warmup_tokens=engine.selection.warmup_tokens,
         default_speculation=speculation_to_pb(engine.speculation),
+        default_agreement_floor=engine.agreement_floor,
     )
 
 

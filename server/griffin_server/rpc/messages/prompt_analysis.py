@@ -56,6 +56,9 @@ def analyze_task(
         raise InvalidRequest("pruning.sharing", pruning.sharing, "nothing: no session is made")
     if warmup := pruning.warmup_tokens:
         raise InvalidRequest("pruning.warmup_tokens", warmup, "0: nothing is generated")
+    if pruning.agreement_floor is not None:
+        floor = pruning.agreement_floor
+        raise InvalidRequest("pruning.agreement_floor", floor, "none: nothing is generated")
     if pruning.checks:
         raise InvalidRequest("pruning.checks", True, "false: nothing is generated")
     layers = request.activation_layers

@@ -74,7 +74,9 @@ def pruning_params(message: pb.Pruning) -> PruningParams:
         policy=policy_from_pb("pruning.policy", message.policy),
         sharing=sharing_from_pb("pruning.sharing", message.sharing),
         correction=correction_from_pb("pruning.correction", message.correction),
-        **set_fields(message, "density", "correction_rank", "warmup_tokens", "checks"),
+        **set_fields(
+            message, "density", "correction_rank", "warmup_tokens", "checks", "agreement_floor"
+        ),
     )
 
 

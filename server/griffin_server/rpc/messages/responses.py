@@ -82,6 +82,7 @@ def figures_to_pb(figures: PruningFigures) -> pb.PruningFigures:
         dense_tokens=figures.dense_tokens,
         checked_tokens=figures.checked_tokens,
         agreed_tokens=figures.agreed_tokens,
+        agreement_floor=figures.agreement_floor,
         correction=correction_to_pb(figures.correction),
         correction_rank=figures.correction_rank,
         correction_bytes=figures.correction_bytes,

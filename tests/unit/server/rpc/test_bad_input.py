@@ -58,6 +58,10 @@ BAD = [
         "policy topk_sampled",
     ),
     ({"warmup_tokens": (1 << 20) + 1}, "pruning.warmup_tokens", "1048577", "[0, 1048576]"),
+    ({"agreement_floor": 0.0}, "pruning.agreement_floor", "0.0", "(0, 1)"),
+    ({"agreement_floor": 1.0}, "pruning.agreement_floor", "1.0", "(0, 1)"),
+    ({"agreement_floor": NAN}, "pruning.agreement_floor", "nan", "(0, 1)"),
+    ({"agreement_floor": 0.5, "density": 0.5}, "pruning.density", "0.5", "none beside"),
     ({"speculation": "eagle"}, "speculation", "eagle", "off, lookup, slim, auto"),
     ({"verify": "both"}, "verify", "both", "dense, experts"),
     (

@@ -70,11 +70,21 @@ def test_checks_measure_agreement(tiny_server: Running) -> None:
     assert complete(tiny_server, **options).finished.pruning.agreement is None
 
 
+def test_a_floor_sets_the_density(tiny_server: Running) -> None:
+    done = complete(tiny_server, agreement_floor=0.6, sharing="private", warmup_tokens=0)
+    figures = done.finished.pruning
+    assert figures.agreement_floor == 0.6 and figures.density in (1.0, 0.75, 0.5)
+    assert figures.checked_tokens >= 32
+    plain = complete(tiny_server, density=0.5).finished.pruning
+    assert plain.agreement_floor is None
+
+
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
         (pb.Pruning(warmup_tokens=8), "pruning.warmup_tokens: got 8"),
         (pb.Pruning(checks=True), "pruning.checks: got True"),
+        (pb.Pruning(agreement_floor=0.5), "pruning.agreement_floor: got 0.5"),
     ],
 )
 def test_a_score_and_an_analysis_have_neither(
