@@ -11,12 +11,14 @@ of the session runs meanwhile.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from functools import partial
 
 from griffin_core.engine.generation import Generation
+from griffin_core.engine.pauses import check_due, is_warm, tries_slim, warming_up
 from griffin_core.engine.ports import Observer
-from griffin_core.engine.session import Session, State
+from griffin_core.engine.session import Session
 from griffin_core.engine.session_prefills import SessionPrefills
 from griffin_core.engine.sessions import Sessions
 from griffin_core.experts.selection import select_experts
@@ -33,6 +35,9 @@ MOST_SHARE = 0.05
 REFRESHED_BELOW = 256
 """A check chooses the experts again while the session has fewer tokens than this; with more, fresh
 activations change little (the harm is in the KV)."""
+
+GIVEN_UP_TOKENS = 8 * CHECKED_TOKENS
+"""After a check that failed, the next one comes after so many tokens."""
 
 SMOOTHING = 0.2
 """Weight of the last step in the smoothed length of a step."""
@@ -59,7 +64,6 @@ class DensePasses:
         self._sessions = sessions
         self._prefills = prefills
         self._observer = observer
-        self._read: dict[str, PromptExperts] = {}  # by the turn's id, until its pass has finished
         self._step_s = 0.0  # smoothed
 
     def note_step(self, seconds: float) -> None:
@@ -67,57 +71,71 @@ class DensePasses:
         self._step_s += SMOOTHING * (seconds - self._step_s) if self._step_s else seconds
 
     @staticmethod
-    def note_slim(session: Session) -> None:
-        """Notes that a session has made tokens on experts."""
-        if session.checks and not session.check_at:
-            session.check_at = len(session.tokens) - 2 + CHECKED_TOKENS
+    def note_slim(session: Session, tokens: int) -> None:
+        """Notes that a session has just made so many tokens on experts."""
+        if (session.checks or session.control is not None) and not session.check_at:
+            session.check_at = len(session.tokens) - 1 - tokens + CHECKED_TOKENS
 
     @staticmethod
     def due(session: Session) -> bool:
         """Whether no step of a session may run before its next pass has, or its next choice."""
-        waits = session.warm or session.check_due or session.tries_slim
+        waits = is_warm(session) or check_due(session) or tries_slim(session)
         return session.in_dense_pass or waits
 
     def begin_due(self, session: Session) -> None:
         """Begins a session's pass, if one is due and the host has read all its tokens."""
         if session.in_dense_pass or session.in_flight:
             return
-        if session.control is not None and session.tries_slim:
+        if session.control is not None and tries_slim(session):
             session.control.prune()
             self._follow(session)
         if not self.due(session):
             return
         assert session.cache is not None
-        if not session.warm and session.density == 1:  # it runs dense for now
+        if not is_warm(session) and session.density == 1:  # it runs dense for now
             session.check_at = 0
             return
         session.in_dense_pass = True
         begin = session.uncounted_from
-        if not session.warm:
+        if not is_warm(session):
             begin = max(begin, session.cache.length - CHECKED_TOKENS)
-        self._prefills.reread(session, begin, self._receive, checks=not session.warm)
+        self._prefills.reread(session, begin, self._receive, checks=not is_warm(session))
 
     def _receive(self, turn_id: str, event: PrefillEvent | Exception) -> None:
         session = self._sessions.turns.get(turn_id)
+        if session is None or not session.in_dense_pass:
+            return
         match event:
             case Exception():
-                self._read.pop(turn_id, None)
-                if session is not None:
-                    self._sessions.fail(session, event)
+                self._prefills.end_reread(turn_id)
+                self._give_up(session, event)
             case PromptExperts():
-                self._read[turn_id] = event
+                session.pass_read = event
             case PrefillFinished():
-                read = self._read.pop(turn_id)
-                if session is not None:
-                    done = partial(self._finish, read=read, compute_s=event.compute_s)
-                    self._sessions.guard(session, done)
+                self._prefills.end_reread(turn_id)
+                done = partial(self._finish, compute_s=event.compute_s)
+                self._sessions.guard(session, done)
 
-    def _finish(self, session: Session, *, read: PromptExperts, compute_s: float) -> None:
+    def _give_up(self, session: Session, error: Exception) -> None:
+        """A pass has failed. A check was extra: the session goes on without, for a while. What the
+        pass has written is of the same tokens."""
+        if warming_up(session):
+            self._sessions.fail(session, error)
+            return
+        assert session.cache is not None
+        session.in_dense_pass, session.pass_read = False, None
+        session.cache.advance(len(session.tokens) - 1 - session.cache.length)
+        session.check_at = session.cache.length + GIVEN_UP_TOKENS
+
+    def _finish(self, session: Session, *, compute_s: float) -> None:
         assert session.cache is not None and isinstance(session.turn, Generation)
+        read, session.pass_read = session.pass_read, None
+        assert read is not None
         session.in_dense_pass = False
-        warmed_up = session.warming_up
+        warmed_up = warming_up(session)
         session.uncounted_from = session.cache.length
         if read.hidden is not None:
+            clock = time.monotonic()
             logits = self._decoder.head(read.hidden)
             drawn = session.turn.redraw(session, self._sampler, logits)
             made = session.tokens[-len(drawn) :]
@@ -126,7 +144,8 @@ class DensePasses:
             self._observer.checked(len(drawn), agreed)
             if session.control is not None:
                 session.control.checked(agreed / len(drawn), len(session.tokens))
-            session.check_at = session.cache.length + self._interval(compute_s)
+            spent_s = compute_s + time.monotonic() - clock
+            session.check_at = session.cache.length + self._interval(spent_s)
         if session.control is not None and read.hidden is not None:
             session.counted(read.statistics)
             self._follow(session)
@@ -157,15 +176,18 @@ class DensePasses:
     def _refreshes(self, session: Session) -> bool:
         """Whether a check chooses experts again. A residual stays with those it was fitted to: the
         inputs of the prompt are gone."""
+        own = None if session.slim is None else session.slim.correction
+        fitted = own is not None and own.rank > 0
         few = len(session.tokens) < REFRESHED_BELOW
-        return few and session.correction_kind != "residual" and session.sharing != "shared"
+        return few and not fitted and session.sharing != "shared"
 
-    def _interval(self, compute_s: float) -> int:
+    def _interval(self, check_s: float) -> int:
         """The number of tokens until a session's next check, so that the checks of all sessions
-        take no more than ``MOST_SHARE`` of the steps' time."""
-        checked = sum(
-            session.checks and session.state is State.DECODE
-            for session in self._sessions.scheduler.live
-        )
+        take no more than ``MOST_SHARE`` of the steps' time.
+
+        Args:
+            check_s: seconds of the last one.
+        """
+        checked = sum(session.check_at > 0 for session in self._sessions.scheduler.live)
         step_s = max(self._step_s, 1e-6)
-        return max(CHECKED_TOKENS, math.ceil(checked * compute_s / (MOST_SHARE * step_s)))
+        return max(CHECKED_TOKENS, math.ceil(checked * check_s / (MOST_SHARE * step_s)))

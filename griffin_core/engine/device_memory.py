@@ -42,6 +42,9 @@ MEMINFO = Path("/proc/meminfo")
 ASSUMED_BYTES = 8 * GIB
 """Bytes assumed to be available on a CPU where the system does not say (it is not Linux)."""
 
+LEAST_ROWS = 16
+"""A server of few sessions captures steps of so many rows too, for drafts."""
+
 LARGEST_GRAPH, GRAPH_MODES, WORKING_LOGITS = 64, 4, 3
 """Rows of the largest captured step; the number of ways in which each step is captured; and how
 many times the logits of the largest step the sampler holds."""
@@ -242,12 +245,17 @@ class DeviceShare:
         return torch.cuda.max_memory_allocated(self._device) - before
 
 
-def graph_bytes(decoder: Decoder, sessions: int, *, tails: bool) -> int:
+def step_rows(sessions: int) -> int:
+    """The most rows of a step that is captured: one for each session, and enough for drafts."""
+    return max(sessions, LEAST_ROWS)
+
+
+def graph_bytes(decoder: Decoder, rows: int, *, tails: bool) -> int:
     """About how many bytes the graphs take: those of decode steps each keep their logits, and all
     share the memory of intermediate results.
 
     Args:
-        sessions: most sessions in a step.
+        rows: most rows in a captured step.
         tails: whether the graphs of prompts keep what residuals are fitted to.
     """
     if not decoder.backend.captures:
@@ -259,8 +267,8 @@ def graph_bytes(decoder: Decoder, sessions: int, *, tails: bool) -> int:
     tokens = sum(SIZES) + FITTING * FITTED_TOKENS
     values = len(spec.layers) * tokens * (spec.hidden_size + spec.intermediate_size)
     of_tails = values * decoder.dtype.itemsize if tails else 0
-    rows = 2 << (min(sessions, LARGEST_GRAPH) - 1).bit_length()  # of all sizes together
-    logits = 4 * decoder.spec.vocab_size * rows
+    all_rows = 2 << (min(rows, LARGEST_GRAPH) - 1).bit_length()  # of all sizes together
+    logits = 4 * decoder.spec.vocab_size * all_rows
     return GRAPH_MODES * logits + WORKING_LOGITS * logits + GRAPH_OVERHEAD + of_tails
 
 

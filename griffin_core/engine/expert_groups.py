@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from griffin_core.engine.expert_group import ExpertGroup, GroupKey, Seat, can_run
 from griffin_core.engine.form_choice import FormChoice
+from griffin_core.engine.pauses import warming_up
 from griffin_core.engine.reservation import ViewPool
 from griffin_core.engine.session import Session
 from griffin_core.engine.snapshot import GroupSnapshot, GroupsSnapshot, RunForm
@@ -86,7 +87,7 @@ class ExpertGroups:
     def join(self, session: Session) -> None:
         """Lets a session run from the next step on. It has its statistic and its own experts."""
         assert session.slim is not None and session.statistics is not None
-        runs_dense = session.turn.chooses or session.warming_up
+        runs_dense = session.turn.chooses or warming_up(session)
         if not runs_dense:
             if session.slim.correction is None:
                 session.slim = corrected(
@@ -97,10 +98,11 @@ class ExpertGroups:
                     session.tails,
                 )
             own = session.slim.correction
-        if not runs_dense and session.control is None:
+        # A check or a control may choose again, and fit another.
+        if not runs_dense and session.control is None and not session.checks:
             nbytes = 0 if own is None else own.nbytes  # what it was fitted to is freed
             session.reservation = replace(session.reservation, correction=nbytes)
-        if not session.warming_up and session.control is None:
+        if not warming_up(session) and session.control is None:
             session.tails = ()
         size = session.reservation.zeroed + session.reservation.correction
         self._views.acquire_zeroed(size)

@@ -13,6 +13,7 @@ from griffin_core.engine.device_memory import (
     format_bytes,
     fraction_of,
     graph_bytes,
+    step_rows,
     tokens_held,
 )
 from griffin_core.engine.limits import Limits
@@ -84,7 +85,7 @@ class SessionMemory:
         fraction = fraction_of(decoder.device, limits.memory_fraction)
         if decoder.backend.claims_memory:
             share = DeviceShare(decoder, limits.chunk_tokens)
-            graphs = graph_bytes(decoder, limits.max_sessions, tails=self._tails)
+            graphs = graph_bytes(decoder, step_rows(limits.max_sessions), tails=self._tails)
             claimed = share.claim(fraction, size, graphs, self._new_pool)
             self._share = share
             return claimed

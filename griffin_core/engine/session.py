@@ -16,6 +16,7 @@ from griffin_core.experts.correction import Correction
 from griffin_core.experts.correction_fit import Tail
 from griffin_core.experts.slim_spec import SlimSpec
 from griffin_core.experts.statistic import Statistics
+from griffin_core.forward.events import PromptExperts
 from griffin_core.kv.cache import KvCache
 from griffin_core.slim.base import RunView
 from griffin_core.spec.choices import CorrectionKind
@@ -138,8 +139,13 @@ class Session:
         self.control: DensityControl | None = None
         self.in_dense_pass = False
         """Whether a dense pass over its last tokens waits or runs; no step may then."""
+        self.checks = False
+        self.check_at = 0
+        """The length of its cache at which the next check is due; 0 before it runs slim steps."""
         self.uncounted_from = 0
-        """From which of its tokens on they are not in its statistics."""
+        """From which of its tokens on a dense pass may add them to its statistics."""
+        self.pass_read: PromptExperts | None = None
+        """What a dense pass has read, until it has finished."""
         self.expert_counts: tuple[int, ...] = ()
         """K of each layer, once they are chosen."""
         self.view: RunView | None = None
@@ -159,18 +165,18 @@ class Session:
         """Tokens to prefill in this turn."""
         self.turn_generated = 0
         self.in_flight = 0
-        self.in_dense_pass = False
+        self.in_dense_pass, self.pass_read = False, None
         self.uncounted_from = len(self.tokens)
         self.checks = plan.checks
         self.control = plan.control
         self.check_at = 0
-        """The length of its cache at which the next check is due; 0 before it runs slim steps."""
         self._checked = self._agreed = 0
         self._ran = 0
         self._ran_dense = 0
         self._ran_density = 0.0
         self.capacity = plan.capacity
         self.selection = plan.selection
+        self.asked = plan.asked
         self.sharing = plan.sharing
         self.turn = plan.turn
         self.keep = plan.keep
@@ -183,6 +189,7 @@ class Session:
         self._mass = None, self.norm_mass
         self.slim = None
         self.tails = ()
+        self.pass_read = None
         del self.turn, self.sink
 
     @property
@@ -194,28 +201,6 @@ class Session:
     def turn_ids(self) -> list[int]:
         """The tokens to prefill in this turn."""
         return self.tokens[self.turn_start :]
-
-    @property
-    def warming_up(self) -> bool:
-        """Whether it runs dense because its experts are still to be chosen by more tokens."""
-        return self.uncounted_from < self.selection.warmup_tokens and bool(
-            self.slim and self.slim.prunes
-        )
-
-    @property
-    def warm(self) -> bool:
-        """Whether its warm-up is over: the tokens that are to choose have run."""
-        return self.warming_up and self.cache_length >= self.selection.warmup_tokens
-
-    @property
-    def check_due(self) -> bool:
-        """Whether a dense pass is to check its last tokens before it runs on."""
-        return 0 < self.check_at <= self.cache_length
-
-    @property
-    def tries_slim(self) -> bool:
-        """Whether it has run dense for so long that it is to prune again."""
-        return self.control is not None and self.control.tries(self.cache_length)
 
     @property
     def cache_length(self) -> int:

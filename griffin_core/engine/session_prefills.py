@@ -139,6 +139,10 @@ class SessionPrefills:
         )
         self._queue_run(session, prompt, end - begin, deliver, is_prompt=False)
 
+    def end_reread(self, turn_id: str) -> None:
+        """What a turn had read once more is read: it holds nothing of that any longer."""
+        self._runs.pop(turn_id, None)
+
     def restart(self, session: Session) -> None:
         """Forgets what has come of a prompt: it comes anew."""
         assert session.cache is not None

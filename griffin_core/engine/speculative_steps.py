@@ -21,11 +21,12 @@ from griffin_core.backends.batch import DENSE, DRAWN, StepSequence
 from griffin_core.backends.transfers import on_device
 from griffin_core.engine.expert_groups import ExpertGroups
 from griffin_core.engine.generation import Generation
+from griffin_core.engine.pauses import pauses_at
 from griffin_core.engine.ports import Observer
 from griffin_core.engine.session import Session
 from griffin_core.errors import InvalidRequest
 from griffin_core.forward.decode import Stepper
-from griffin_core.forward.draws import Draw, DrawLost, Drawn, Draws
+from griffin_core.forward.draws import Draw, Drawn, Draws
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.drafting import Drafting
 from griffin_core.sampling.sampler import Sampler
@@ -64,6 +65,7 @@ class SpeculativeSteps:
         self._sampler = sampler
         self._groups = groups
         self._observer = observer
+        self._drawing: Sequence[Session] = ()  # those that draw drafts which are not read yet
 
     @staticmethod
     def waits(sessions: Sequence[Session]) -> bool:
@@ -87,6 +89,7 @@ class SpeculativeSteps:
         )
         for session, length in zip(weighed, lengths, strict=True):
             found[session.session_id] = found[session.session_id][:length]
+        _trim(found, stepper, len(sessions))
         drafts = {
             session_id: Draft(source="lookup", token_ids=ids)
             for session_id, ids in found.items()
@@ -116,14 +119,19 @@ class SpeculativeSteps:
         Args:
             rows: of the step that verifies, without these drafts.
         """
+        self._drawing = ()
         most = self._slim_lengths(stepper, sessions, rows)
+        if stepper.most_rows is not None and rows + sum(most.values()) > stepper.most_rows:
+            most = {}
         made: dict[str, list[int]] = {session_id: [] for session_id in most}
         able = [session for session in sessions if session.session_id in most]
         try:
             while left := [s for s in able if len(made[s.session_id]) < most[s.session_id]]:
                 sequences = [_slim_step(s, made[s.session_id]) for s in left]
-                draw = stepper.launch(sequences, [None] * len(left))
-                for session, drawn in zip(left, draw.wait(), strict=True):
+                self._drawing = left
+                tokens = stepper.launch(sequences, [None] * len(left)).wait()
+                self._drawing = ()
+                for session, drawn in zip(left, tokens, strict=True):
                     own = made[session.session_id]
                     if drawn.token >= 0:  # otherwise the logits were not finite
                         own.append(drawn.token)
@@ -172,23 +180,20 @@ class SpeculativeSteps:
 
         Args:
             sessions: those of the step, in the order of its rows.
-
-        Raises:
-            DrawLost: tokens were drawn and cannot be read.
         """
         first_row, rows = {}, 0
         for session in sessions:
             first_row[session.session_id] = rows
             rows += 1 + len(tokens_of(drafts.get(session.session_id)))
-        drawn: dict[str, list[Drawn]] = {}
         left = [s for s in sessions if s.session_id in drafts and not _at_once(s)]
+        drawn: dict[str, list[Drawn]] = {session.session_id: [] for session in left}
         place = 0
         while left := [s for s in left if self._may_draw(s, drafts[s.session_id], place)]:
             index = [first_row[session.session_id] + place for session in left]
             own = draw.logits[on_device(index, torch.int64, draw.logits.device)]
             going = []
             for session, token in zip(left, self._draw(left, own, place), strict=True):
-                drawn.setdefault(session.session_id, []).append(token)
+                drawn[session.session_id].append(token)
                 ids = drafts[session.session_id].token_ids
                 if place < len(ids) and token.token == ids[place]:
                     going.append(session)
@@ -207,22 +212,24 @@ class SpeculativeSteps:
         slots = [session.slot for session in sessions if session.slot is not None]
         positions = [len(session.tokens) + place for session in sessions]
         tops = [_generation(session).top_logprobs for session in sessions]
-        try:
-            tokens = self._sampler.sample(
-                logits,
-                on_device(slots, torch.int64, logits.device),
-                on_device(positions, torch.int64, logits.device),
-            )
-            return Draw(tokens, logits, range(len(sessions)), tops).wait()
-        except Exception as error:
-            raise DrawLost from error
+        tokens = self._sampler.sample(
+            logits,
+            on_device(slots, torch.int64, logits.device),
+            on_device(positions, torch.int64, logits.device),
+        )
+        return Draw(tokens, logits, range(len(sessions)), tops).wait()
 
-    def note(self, session: Session, draft: Draft, drawn: Sequence[Drawn]) -> None:
+    def note(self, drafting: Drafting, draft: Draft, drawn: Sequence[Drawn]) -> None:
         """Notes how many tokens of a draft were drawn too."""
         pairs = zip(draft.token_ids, drawn, strict=False)
         held = list(takewhile(lambda pair: pair[0] == pair[1].token, pairs))
-        drafting_of(session).note(draft.source, len(draft.token_ids), len(held))
+        drafting.note(draft.source, len(draft.token_ids), len(held))
         self._observer.speculated(draft.source, len(draft.token_ids), len(held))
+
+    def miscounted(self, session: Session) -> bool:
+        """Whether a session's penalties may count a token that it does not have, after drafting has
+        failed."""
+        return _generation(session).sampling.penalizes and session in self._drawing
 
 
 def drafting_of(session: Session) -> Drafting:
@@ -272,10 +279,23 @@ def _slim_step(session: Session, drafted: Sequence[int]) -> StepSequence:
 
 
 def _room(session: Session) -> int:
-    """The most tokens that may be drafted: one more is drawn after them."""
+    """The most tokens that may be drafted: one more is drawn after them. None runs past the end of
+    a warm-up or past a check."""
     assert session.cache is not None
     cache = session.cache
-    return min(_generation(session).remaining, cache.capacity - cache.length) - 1
+    left = min(_generation(session).remaining, cache.capacity - cache.length)
+    if (pause := pauses_at(session)) is not None:
+        left = min(left, pause - cache.length)
+    return left - 1
+
+
+def _trim(found: dict[str, tuple[int, ...]], stepper: Stepper, sessions: int) -> None:
+    """Shortens the longest drafts until the step has no more rows than pay."""
+    if stepper.most_rows is None:
+        return
+    while sessions + sum(map(len, found.values())) > stepper.most_rows and any(found.values()):
+        longest = max(found, key=lambda session_id: len(found[session_id]))
+        found[longest] = found[longest][:-1]
 
 
 def _generation(session: Session) -> Generation:

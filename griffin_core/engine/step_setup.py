@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from griffin_core.engine.device_memory import format_bytes
+from griffin_core.engine.device_memory import format_bytes, step_rows
 from griffin_core.errors import DeviceMemoryExhausted, InvalidRequest
 from griffin_core.forward.decode import EagerStep, Stepper
 from griffin_core.forward.invariant import InvariantStep
@@ -136,7 +136,7 @@ class StepSetup:
             pool=pool,
             sampler=sampler,
             slims=self.table,
-            max_sequences=self._max_sessions,
+            max_sequences=step_rows(self._max_sessions),
             graphs=self._graphs,
             apart=self._batch_invariant,
             progress=progress,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
 from types import MappingProxyType
@@ -21,6 +20,7 @@ from griffin_core.backends.transfers import on_device
 from griffin_core.engine.admission import Admission
 from griffin_core.engine.dense_passes import DensePasses
 from griffin_core.engine.generation import Generation
+from griffin_core.engine.launched_step import LaunchedStep
 from griffin_core.engine.score_steps import Joined
 from griffin_core.engine.session import Session, State
 from griffin_core.engine.sessions import Sessions
@@ -38,26 +38,6 @@ from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchedStep:
-    """Tokens that were launched and have not been read yet.
-
-    Args:
-        turns: the turn and the session of each sequence. The turn may be over by the time its token
-            is read, and the session may even be in its next turn.
-        densities: what each of them runs at.
-        drafts: what was drafted for each of them.
-        draw: the tokens: of each sequence one, and one more for each drafted token.
-        apart: the tokens of those sessions whose draws depend on one another, by session id.
-    """
-
-    turns: Sequence[tuple[str, Session]]
-    densities: Sequence[float]
-    drafts: Sequence[Draft | None]
-    draw: Draws
-    apart: Mapping[str, Sequence[Drawn]]
 
 
 class TokenSteps:
@@ -100,16 +80,10 @@ class TokenSteps:
 
     def runnable(self) -> list[Session]:
         """The sessions of the next step: they want a token, and their reader keeps up."""
-        sessions = []
-        for session in self._sessions.scheduler.live:
-            turn = session.turn
-            if session.state is not State.DECODE or not isinstance(turn, Generation):
-                continue
-            if session.view is not None and session.sink.ready():
-                session.clock.stalled = 0.0
-                if turn.wants(session) and not self._dense_passes.due(session):
-                    sessions.append(session)
-        return sessions
+        sessions = self._able()
+        for session in sessions:
+            session.clock.stalled = 0.0
+        return [session for session in sessions if _generation(session).wants(session)]
 
     def run(
         self,
@@ -124,11 +98,11 @@ class TokenSteps:
             join: called with the same number; returns what else is to run in the step.
 
         Returns:
-            The number of tokens that were read, without those that come from prompts.
+            The number of sessions that got tokens, without first ones, which come from prompts.
         """
         due, first = self._launched, self._launch_first_tokens()
         self._launched = []
-        overlap = self._overlap and not self._speculative.waits(self._generating())
+        overlap = self._overlap and not self._speculative.waits(self._able())
         read = 0
         if not overlap:
             read = self._read(due)
@@ -150,21 +124,34 @@ class TokenSteps:
         self._read(first)
         return read
 
-    def _generating(self) -> list[Session]:
-        return [s for s in self._sessions.scheduler.live if isinstance(s.turn, Generation)]
+    def _able(self) -> list[Session]:
+        """The sessions that generate and whose reader keeps up."""
+        return [
+            session
+            for session in self._sessions.scheduler.live
+            if session.state is State.DECODE
+            and isinstance(session.turn, Generation)
+            and session.view is not None
+            and session.sink.ready()
+            and not self._dense_passes.due(session)
+        ]
 
     def _draft(self, stepper: Stepper, sessions: list[Session]) -> Drafts:
         """Drafts tokens for the next step. If that fails, the step runs without drafts; a device
         that is lost raises."""
         try:
             return self._speculative.draft(stepper, sessions)
-        except Exception:
+        except Exception as error:
             self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
             log.exception("drafts for %d sessions failed", len(sessions))
+            for session in list(sessions):
+                if self._speculative.miscounted(session):
+                    sessions.remove(session)
+                    self._sessions.fail_with(session, error)
             return {}
 
     def read_all(self) -> int:
-        """Reads every token that was launched. Returns how many."""
+        """Reads every token that was launched. Returns the number of sessions that got some."""
         due, self._launched = self._launched, []
         return self._read(due)
 
@@ -185,7 +172,7 @@ class TokenSteps:
             turns = [(session.turn_id, session) for session in sessions]
             densities = [density_of(session) for session in sessions]
             draw = launch(sessions)
-            apart = self._speculative.draw_one_by_one(sessions, drafts, draw) if drafts else {}
+            apart = self._draw_apart(sessions, drafts, draw)
         except Exception as error:
             self._decoder.backend.synchronize()  # a lost device raises again: the engine ends
             if len(sessions) == 1 or isinstance(error, DrawLost):
@@ -200,6 +187,14 @@ class TokenSteps:
         for session in sessions:
             session.in_flight += 1
         return [LaunchedStep(turns=turns, densities=densities, drafts=own, draw=draw, apart=apart)]
+
+    def _draw_apart(
+        self, sessions: list[Session], drafts: Drafts, draw: Draws
+    ) -> Mapping[str, Sequence[Drawn]]:
+        try:
+            return self._speculative.draw_one_by_one(sessions, drafts, draw) if drafts else {}
+        except Exception as error:  # the step has drawn for the others: it must not run again
+            raise DrawLost from error
 
     def _launch_step(
         self, stepper: Stepper, joined: Joined | None, drafts: Drafts, sessions: list[Session]
@@ -276,8 +271,8 @@ class TokenSteps:
         return self._launch([each.session for each in read], launch)
 
     def _read(self, steps: Sequence[LaunchedStep]) -> int:
-        """Takes what was drawn. Returns the number of tokens."""
-        taken = 0
+        """Takes what was drawn. Returns the number of sessions that got tokens."""
+        sessions = 0
         for step in steps:
             live = [self._sessions.is_live(*turn) for turn in step.turns]
             try:
@@ -295,34 +290,37 @@ class TokenSteps:
                 if own is None:
                     own = list(islice(rest, 1 + len(tokens_of(draft))))
                 if lives:  # otherwise it has ended, and this is the one step too many
-                    taken += self._accept(turn, own, density, draft)
-        return taken
+                    sessions += 1
+                    self._accept(turn, own, density, draft)
+        return sessions
 
     def _accept(
         self, turn: tuple[str, Session], drawn: Sequence[Drawn], density: float, draft: Draft | None
-    ) -> int:
-        """Takes a session's tokens up to the first that is not the drafted one. Returns their
-        number."""
+    ) -> None:
+        """Takes a session's tokens up to the first that is not the drafted one."""
         _, session = turn
-        drafted = tokens_of(draft)
+        drafting, drafted = _generation(session).drafting, tokens_of(draft)
         session.in_flight -= 1
-        if draft is not None:
-            self._speculative.note(session, draft, drawn)
         taken = 0
-        for token, expected in zip_longest(drawn, drafted):
+        # The draws may have ended early, where no token was left to draw.
+        for token, expected in zip_longest(drawn, drafted[: len(drawn)]):
             if draft is not None:
                 assert session.cache is not None
                 session.cache.advance(1)
+            holds = token.token == expected
+            if holds and draft is not None:
+                drafting.accept(draft.source)
             taken += 1
             session.ran(density)
             self._sessions.guard(session, partial(self._take, drawn=token))
-            if token.token != expected or not self._sessions.is_live(*turn):
+            if not holds or not self._sessions.is_live(*turn):
                 break
+        if draft is not None:
+            self._speculative.note(drafting, draft, drawn)
         if self._sessions.is_live(*turn):
             if density < 1:
-                self._dense_passes.note_slim(session)
-            self._dense_passes.begin_due(session)
-        return taken
+                self._dense_passes.note_slim(session, taken)
+            self._sessions.guard(session, self._dense_passes.begin_due)
 
     def _take(self, session: Session, *, drawn: Drawn) -> None:
         first = session.turn_generated == 0

@@ -42,6 +42,7 @@ class TurnPlan:
         prompt: the token ids that this turn adds.
         capacity: tokens that the KV cache must hold by the end of the turn.
         selection: how its experts are chosen.
+        asked: what a later turn takes over where it sets nothing.
         sharing: with which sessions it may run on one expert set.
         turn: what to do after the prefill.
         checks: whether dense passes check its tokens.
@@ -56,6 +57,7 @@ class TurnPlan:
     prompt: Sequence[int]
     capacity: int
     selection: Selection
+    asked: Selection
     sharing: Sharing
     turn: Turn
     checks: bool = False

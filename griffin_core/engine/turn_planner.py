@@ -30,7 +30,7 @@ class TurnPlanner:
         selection, sharing, speculation, agreement_floor: for requests that set none.
         flush_policy: when generations emit their tokens.
         batch_invariant: see ``Engine``; no request may speculate then, since a draft changes the
-            number of rows.
+            number of rows, nor be checked, since checks come by time.
     """
 
     def __init__(
@@ -71,9 +71,12 @@ class TurnPlanner:
     def _plan_generation(self, session: Session, task: GenerateTask) -> TurnPlan:
         spec = self._model.decoder.spec
         later_turn = bool(session.tokens)
-        base = session.selection if later_turn else self._selection
+        base = session.asked if later_turn else self._selection
         rank = self._selection.correction.rank or DEFAULT_RANK
-        selection = task.pruning.selection(base, task.sampling.seed, rank)
+        selection = asked = task.pruning.selection(base, task.sampling.seed, rank)
+        checks = session.checks if later_turn else False
+        if task.pruning.checks is not None:
+            checks = task.pruning.checks
         control = self._control(session, task.pruning)
         if control is not None:
             warmup = (
@@ -84,6 +87,12 @@ class TurnPlanner:
         if self._batch_invariant and speculation.mode != "off":
             allowed = "off on a server with --batch-invariant"
             raise InvalidRequest("speculation", str(speculation.mode), allowed)
+        if self._batch_invariant and control is not None:
+            allowed = "none on a server with --batch-invariant: checks come by time"
+            raise InvalidRequest("pruning.agreement_floor", control.floor, allowed)
+        if self._batch_invariant and checks:
+            allowed = "false on a server with --batch-invariant: they come by time"
+            raise InvalidRequest("pruning.checks", True, allowed)
         if speculation.lossless and not speculation.drafts_by("slim"):
             selection = replace(selection, density=1.0)  # no token ever runs on experts
         self._check(selection)
@@ -106,10 +115,11 @@ class TurnPlanner:
             prompt=task.prefilled,
             capacity=capacity,
             selection=selection,
+            asked=asked,
             sharing=sharing,
             turn=turn,
-            checks=(control is not None or bool(task.pruning.checks)) and not speculation.lossless,
-            control=None if speculation.lossless else control,
+            checks=checks,
+            control=control,
             keep=task.keep and fits_idle,
             deadline=task.deadline,
             needs=self._needs(
@@ -147,6 +157,7 @@ class TurnPlanner:
             prompt=task.prefilled,
             capacity=capacity,
             selection=selection,
+            asked=selection,
             sharing=sharing,
             turn=turn,
             keep=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -123,11 +124,10 @@ class Pass:
         last = [index for index, part in enumerate(self.parts) if part.is_last]
         so_far = [self._statistics_so_far(index) for index in range(len(self.parts))]
         chosen = self._choose(last, [so_far[index] for index in last]) if last else []
-        for index, part in enumerate(self.parts):
-            prompt, statistics, tails = part.prompt, so_far[index], self.tails[index]
-            if prompt.wants_hidden:
-                own = self.hidden[self.rows[index] : self.rows[index + 1]]
-                prompt.hidden.append(self.decoder.final_hidden(own))
+        read = zip(self.parts, so_far, self.tails, self._hidden(), strict=True)
+        for part, statistics, tails, hidden in read:
+            prompt = part.prompt
+            prompt.hidden += hidden
             prompt.shares.append((self.began, ended, part.tokens / total))
             prompt.cache.advance(part.tokens)
             prompt.read += part.tokens
@@ -135,6 +135,14 @@ class Pass:
             prompt.statistics = statistics
             prompt.tails = [] if part.is_last else [*prompt.tails, *([tails] if tails else [])]
         return chosen
+
+    def _hidden(self) -> list[list[Tensor]]:
+        """Returns for each part what the head reads after its tokens, if its prompt wants it."""
+        spans = zip(self.parts, pairwise(self.rows), strict=True)
+        return [
+            [self.decoder.final_hidden(self.hidden[begin:end])] if part.prompt.wants_hidden else []
+            for part, (begin, end) in spans
+        ]
 
     def _statistics_so_far(self, index: int) -> Statistics:
         """Returns the statistics of a prompt, this pass's part included."""

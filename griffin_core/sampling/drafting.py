@@ -76,6 +76,10 @@ class Drafting:
             for acceptance in self._acceptance.values():
                 acceptance.fade()
 
-    def note(self, source: DraftSource, drafted: int, accepted: int) -> None:
-        """Notes what a verification gave."""
-        self._acceptance[source].note(drafted, accepted)
+    def accept(self, source: DraftSource) -> None:
+        """Counts a drafted token that the completion gets."""
+        self._acceptance[source].accepted += 1
+
+    def note(self, source: DraftSource, drafted: int, held: int) -> None:
+        """Notes how many drafted tokens a verification drew too."""
+        self._acceptance[source].note(drafted, held)

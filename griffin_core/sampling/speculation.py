@@ -58,6 +58,10 @@ class SpeculationParams:
             raise InvalidRequest("verify", self.verify, ", ".join(ways))
         if self.mode == "slim" and self.verify == "experts":
             raise InvalidRequest("verify", "experts with speculation slim", "dense")
+        if self.mode == "off" and (self.verify is not None or self.draft_tokens is not None):
+            name = "draft_tokens" if self.verify is None else "verify"
+            value = f"{getattr(self, name)} with speculation off"
+            raise InvalidRequest(name, value, "a speculation that drafts")
         most = self.draft_tokens
         if most is not None and not (isinstance(most, int) and 1 <= most <= MAX_DRAFT_TOKENS):
             raise InvalidRequest("draft_tokens", most, f"[1, {MAX_DRAFT_TOKENS}]")
@@ -96,6 +100,7 @@ class Acceptance:
 
     Args:
         guess: the share expected before any was tried.
+        accepted: those that the completion got; what was drawn after its end counts in the share.
     """
 
     guess: float
@@ -109,13 +114,12 @@ class Acceptance:
         """The expected share: of a token whose draft was accepted up to it."""
         return (self._held + PRIOR_TRIED * self.guess) / (self._tried + PRIOR_TRIED)
 
-    def note(self, drafted: int, accepted: int) -> None:
-        """Notes what a verification gave."""
+    def note(self, drafted: int, held: int) -> None:
+        """Notes how many drafted tokens a verification drew too."""
         self.drafted += drafted
-        self.accepted += accepted
         self.fade()
-        self._tried += min(accepted + 1, drafted)
-        self._held += accepted
+        self._tried += min(held + 1, drafted)
+        self._held += held
 
     def fade(self) -> None:
         """Gives what was tried less weight: a share that has fallen is tried again in time."""

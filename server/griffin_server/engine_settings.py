@@ -226,6 +226,10 @@ class EngineSettings(BaseSettings):
             raise ValueError(
                 f"speculation: got {self.speculation} with batch_invariant; allowed: off"
             )
+        if self.batch_invariant and self.agreement_floor is not None:
+            raise ValueError(
+                f"agreement_floor: got {self.agreement_floor:g} with batch_invariant; allowed: none"
+            )
         return self
 
     @model_validator(mode="after")

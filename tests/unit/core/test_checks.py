@@ -17,6 +17,7 @@ from griffin_core.engine.dense_passes import CHECKED_TOKENS, MOST_SHARE, DensePa
 from griffin_core.engine.ports import Observer
 from griffin_core.engine.task import GenerateTask, PruningParams, ScoreTask
 from griffin_core.errors import InvalidRequest
+from griffin_core.forward.prompt import Prompt
 from griffin_core.hf import sparsify
 from griffin_core.model.load import Model
 from griffin_core.sampling.params import SamplingParams
@@ -208,6 +209,34 @@ def test_observers_are_told(tiny: Callable[[str], Model]) -> None:
         _, finished = complete(running, made())
         figures = finished.pruning
         assert observer.told == (figures.checked_tokens, figures.agreed_tokens)
+
+
+def test_a_check_that_fails_ends_no_completion(
+    tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(tiny("llama")) as running:
+        expected, _ = complete(running, made(pruning={"checks": False}))
+
+        task = made()
+        begun = Prompt.next_ids
+
+        def fails_later(self: Prompt, tokens: int) -> torch.Tensor:
+            if self.wants_hidden:
+                raise MemoryError("no check")
+            return begun(self, tokens)
+
+        monkeypatch.setattr(Prompt, "next_ids", fails_later)
+        tokens, finished = complete(running, task)
+        assert tokens == expected and finished.pruning.checked_tokens == 0
+        assert at_baseline(running)
+
+
+def test_a_batch_invariant_engine_refuses(tiny: Callable[[str], Model]) -> None:
+    with engine(tiny("llama"), batch_invariant=True) as running:
+        for pruning in ({}, {"checks": None, "density": None, "agreement_floor": 0.5}):
+            failed = submit(running, made(pruning=pruning))[1].until()
+            assert isinstance(failed.error, InvalidRequest)
+            assert "they come by time" in str(failed.error) or "checks come" in str(failed.error)
 
 
 def test_a_session_that_goes_away_in_a_check_leaves_nothing(tiny: Callable[[str], Model]) -> None:

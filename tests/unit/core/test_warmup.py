@@ -4,6 +4,7 @@ the others run on, as transformers does it with GRIFFIN as hooks."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,33 @@ def test_a_turn_that_ends_while_it_warms_up_was_dense(tiny: Callable[[str], Mode
             prompt=(7, 8), continues=session_id, stopping=StoppingParams(max_tokens=3)
         )
         assert complete(running, again)[1].pruning.mean_density == 1  # 50 of the 200 tokens
+
+
+def test_a_warm_up_goes_on_in_a_later_turn_until_so_many_tokens_choose(
+    tiny: Callable[[str], Model],
+) -> None:
+    with engine(tiny("llama")) as running:
+        task = made("topk", "none", 5, 48, keep=True)
+        short = StoppingParams(max_tokens=20, ignore_eos=True)
+        session_id, inbox = submit(running, replace(task, stopping=short))
+        assert finish(inbox)[1].pruning.mean_density == 1
+        long = StoppingParams(max_tokens=60, ignore_eos=True)
+        later = GenerateTask(prompt=(7, 8), continues=session_id, stopping=long)
+        _, finished = complete(running, later)
+        # 5 tokens and 3 (the last one of the first turn, and the prompt) choose, then 40 more.
+        assert finished.pruning.dense_tokens == 1 + 40
+        assert at_baseline(running)
+
+
+def test_what_a_pass_has_read_is_not_held(tiny: Callable[[str], Model]) -> None:
+    with engine(tiny("llama"), local_prefill_max_tokens=None) as running:
+        turn, inbox = submit(running, made("topk", "residual", 150, 160))
+        for _ in range(30):
+            inbox.get()
+        held = running._loop.parts.session_prefills._runs
+        assert not held
+        running.cancel(turn)
+        assert at_baseline(running)
 
 
 def test_a_session_that_goes_away_in_its_dense_pass_leaves_nothing(
