@@ -145,7 +145,7 @@ class DensePasses:
             if session.control is not None:
                 session.control.checked(agreed / len(drawn), len(session.tokens))
             spent_s = compute_s + time.monotonic() - clock
-            session.check_at = session.cache.length + self._interval(spent_s)
+            session.check_at = session.cache.length + self.interval(spent_s)
         if session.control is not None and read.hidden is not None:
             session.counted(read.statistics)
             self._follow(session)
@@ -181,7 +181,7 @@ class DensePasses:
         few = len(session.tokens) < REFRESHED_BELOW
         return few and not fitted and session.sharing != "shared"
 
-    def _interval(self, check_s: float) -> int:
+    def interval(self, check_s: float) -> int:
         """The number of tokens until a session's next check, so that the checks of all sessions
         take no more than ``MOST_SHARE`` of the steps' time.
 

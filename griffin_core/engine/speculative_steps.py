@@ -127,7 +127,7 @@ class SpeculativeSteps:
         able = [session for session in sessions if session.session_id in most]
         try:
             while left := [s for s in able if len(made[s.session_id]) < most[s.session_id]]:
-                sequences = [_slim_step(s, made[s.session_id]) for s in left]
+                sequences = [slim_step(s, made[s.session_id]) for s in left]
                 self._drawing = left
                 tokens = stepper.launch(sequences, [None] * len(left)).wait()
                 self._drawing = ()
@@ -266,7 +266,7 @@ def density_of(session: Session) -> float:
     return 1.0 if drafting_of(session).params.lossless else session.density
 
 
-def _slim_step(session: Session, drafted: Sequence[int]) -> StepSequence:
+def slim_step(session: Session, drafted: Sequence[int]) -> StepSequence:
     """The step that drafts the next token of a session after these."""
     assert session.cache is not None and session.view is not None
     return StepSequence(

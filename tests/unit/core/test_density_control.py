@@ -27,7 +27,7 @@ MADE = 140
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check follows as soon as there are tokens for it."""
-    monkeypatch.setattr(DensePasses, "_interval", lambda *_: CHECKED_TOKENS)
+    monkeypatch.setattr(DensePasses, "interval", lambda *_: CHECKED_TOKENS)
 
 
 def agreeing(monkeypatch: pytest.MonkeyPatch, share: float) -> None:

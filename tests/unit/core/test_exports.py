@@ -15,6 +15,7 @@ from griffin_core.hf import sparsify
 from griffin_core.llm import LLM
 from griffin_core.model.load import load_model
 from griffin_core.sampling.params import SamplingParams
+from griffin_core.sampling.speculation import SpeculationParams
 from griffin_core.sampling.stopping import StoppingParams
 
 
@@ -23,6 +24,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "LLM": LLM,
         "SamplingParams": SamplingParams,
         "Selection": Selection,
+        "SpeculationParams": SpeculationParams,
         "StoppingParams": StoppingParams,
         "load_model": load_model,
         "sparsify": sparsify,

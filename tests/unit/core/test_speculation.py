@@ -12,7 +12,7 @@ import torch
 
 from griffin_core.engine.dense_passes import DensePasses
 from griffin_core.engine.events import Failed, Finished, TokensMade
-from griffin_core.engine.speculative_steps import SpeculativeSteps
+from griffin_core.engine.generation import Generation
 from griffin_core.engine.task import GenerateTask, PruningParams
 from griffin_core.errors import InvalidRequest
 from griffin_core.forward.decode import EagerStep
@@ -221,7 +221,7 @@ def test_a_draft_that_fails_ends_nobody(
             fails["drafts"] += 1
             raise RuntimeError("no draft")
 
-        name = "griffin_core.engine.speculative_steps._slim_step"
+        name = "griffin_core.engine.speculative_steps.slim_step"
         monkeypatch.setattr(name, fail)
         assert_same(plain, shown(submit(running, task)[1]))
         assert fails["drafts"] > 3 and at_baseline(running)
@@ -254,10 +254,14 @@ def test_draws_that_fail_one_by_one_are_not_drawn_again(
     drafts = made(WAYS["lookup"], "two", **few)
     drafts = replace(drafts, sampling=replace(drafts.sampling, frequency_penalty=0.01))
 
-    def fail(*_: Any) -> Any:
-        raise MemoryError("no logits")
+    ban = Generation.ban
 
-    monkeypatch.setattr(SpeculativeSteps, "_draw", fail)
+    def fail(self: Generation, session: Any, sampler: Any, ahead: Any = ()) -> None:
+        if ahead:
+            raise MemoryError("no bans")
+        ban(self, session, sampler, ahead)
+
+    monkeypatch.setattr(Generation, "ban", fail)
     with engine(tiny("llama")) as running:
         tasks = [replace(task, turn_id=f"turn {n}") for n, task in enumerate((drafts, drafts))]
         inboxes = [submit(running, task)[1] for task in tasks]
@@ -273,7 +277,7 @@ def test_drafts_end_where_a_session_pauses(
     boundary: dict[str, Any], tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the experts are chosen from the same tokens, and the tokens are the same."""
-    monkeypatch.setattr(DensePasses, "_interval", lambda *_: 32)
+    monkeypatch.setattr(DensePasses, "interval", lambda *_: 32)
     pruning = PruningParams(density=0.5, correction="none", **boundary)
     stopping = StoppingParams(max_tokens=90, ignore_eos=True)
     with engine(tiny("llama")) as running:

@@ -29,10 +29,14 @@ def drafted(completion: Completion) -> dict[str, int]:
     return vars(completion.finished.speculation)
 
 
+def value_of(server: Running, name: str, **labels: str) -> float:
+    return server.app.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
 @pytest.mark.parametrize("seed", [None, 3])
 def test_a_lookup_changes_no_token_and_is_counted(tiny_server: Running, seed: int | None) -> None:
     sampling = {} if seed is None else {"seed": seed, "temperature": 0.7}
-    before = tiny_server.app.metrics.accepted_tokens.labels("lookup")._value.get()
+    before = value_of(tiny_server, "griffin_accepted_tokens_total", source="lookup")
     plain = complete(tiny_server, **sampling)
     fast = complete(tiny_server, speculation="lookup", **sampling)
     assert (fast.token_ids, fast.text) == (plain.token_ids, plain.text)
@@ -40,7 +44,7 @@ def test_a_lookup_changes_no_token_and_is_counted(tiny_server: Running, seed: in
     figures = drafted(fast)
     assert 0 < figures["lookup_accepted"] <= figures["lookup_drafted"]
     assert figures["slim_drafted"] == 0
-    after = tiny_server.app.metrics.accepted_tokens.labels("lookup")._value.get()
+    after = value_of(tiny_server, "griffin_accepted_tokens_total", source="lookup")
     assert after - before == figures["lookup_accepted"]
 
 
@@ -60,12 +64,12 @@ def test_a_warm_up_is_dense(tiny_server: Running) -> None:
 
 
 def test_checks_measure_agreement(tiny_server: Running) -> None:
-    before = tiny_server.app.metrics.agreed_tokens._value.get()
+    before = value_of(tiny_server, "griffin_agreed_tokens_total")
     options: dict[str, Any] = {"density": 0.5, "sharing": "private"}
     checked = complete(tiny_server, checks=True, **options).finished.pruning
     assert 0 < checked.checked_tokens <= 60 and checked.checked_tokens % 32 == 0
     assert checked.agreement == checked.agreed_tokens / checked.checked_tokens
-    after = tiny_server.app.metrics.agreed_tokens._value.get()
+    after = value_of(tiny_server, "griffin_agreed_tokens_total")
     assert after - before == checked.agreed_tokens
     assert complete(tiny_server, **options).finished.pruning.agreement is None
 
