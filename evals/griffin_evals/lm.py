@@ -71,7 +71,8 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         pretrained: a model to run in this process, as ``griffin_core.LLM`` takes it.
         tokenizer: with ``target``, the model's tokenizer: a name as ``pretrained``. A short
             text checks that it is the server's.
-        density, policy, correction, correction_rank, sharing, score_mode, seed: see ``Settings``.
+        density, policy, correction, correction_rank, warmup_tokens, sharing, score_mode, seed: see
+            ``Settings``.
         dtype, threads: in process, as ``griffin_core.LLM`` takes them.
         device: in process, as ``griffin_core.LLM`` takes it. lm-eval passes "cuda:0" by default, so
             without a GPU this means the CPU, as with ``hf``.
@@ -102,6 +103,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         policy: PolicyName = "topk",
         correction: CorrectionKind = "none",
         correction_rank: int | None = None,
+        warmup_tokens: int = 0,
         sharing: Sharing = "private",
         score_mode: ScoreMode = "generation",
         seed: int = 0,
@@ -124,6 +126,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             policy=policy,
             correction=correction,
             correction_rank=correction_rank,
+            warmup_tokens=warmup_tokens,
             sharing=sharing,
             score_mode=score_mode,
             seed=seed,
@@ -198,6 +201,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         policy: PolicyName | None = None,
         correction: CorrectionKind | None = None,
         correction_rank: int | None = None,
+        warmup_tokens: int | None = None,
         score_mode: ScoreMode | None = None,
         seed: int | None = None,
         journal: Journal | Path | str | None = None,
@@ -212,6 +216,7 @@ class GriffinLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             "policy": policy,
             "correction": correction,
             "correction_rank": correction_rank,
+            "warmup_tokens": warmup_tokens,
             "score_mode": score_mode,
             "seed": seed,
         }

@@ -85,6 +85,7 @@ class LocalBackend:
                 policy=settings.policy,
                 correction=settings.correction,
                 correction_rank=settings.correction_rank,
+                warmup_tokens=settings.warmup_tokens,
                 sharing=settings.sharing,
                 sampling=sampling,
                 stopping=stopping,

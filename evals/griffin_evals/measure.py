@@ -76,6 +76,7 @@ class OneModel:
             policy=recipe.policy,
             correction=recipe.correction,
             correction_rank=recipe.rank or None,
+            warmup_tokens=recipe.warmup,
             score_mode=setting.mode,
             journal=journal,
         )

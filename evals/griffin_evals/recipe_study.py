@@ -63,7 +63,8 @@ def main() -> None:
 
 
 def _recipe(name: str) -> Recipe:
-    return Recipe(**parse_recipe(name)._asdict())
+    named = parse_recipe(name)
+    return Recipe(policy=named.policy, correction=named.correction, rank=named.rank)
 
 
 def _divergences(

@@ -129,6 +129,7 @@ class RemoteBackend:
                     policy=settings.policy,
                     correction=settings.correction,
                     correction_rank=settings.correction_rank,
+                    warmup_tokens=settings.warmup_tokens,
                     sharing=settings.sharing,
                     seed=item.seed,
                     max_tokens=item.max_tokens,

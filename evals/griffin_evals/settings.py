@@ -29,6 +29,7 @@ class Settings:
     Args:
         density, policy, sharing, correction, correction_rank: as ``griffin_core.LLM`` takes them.
             By default the paper's: no correction.
+        warmup_tokens: likewise, for completions; scores have no warm-up.
         score_mode: "generation" or "classification"; see ``mode`` of ``griffin_core.LLM.score``.
         seed: for policies that draw at random, and for sampled completions.
 
@@ -40,6 +41,7 @@ class Settings:
     policy: PolicyName = "topk"
     correction: CorrectionKind = "none"
     correction_rank: int | None = None
+    warmup_tokens: int = 0
     sharing: Sharing = "private"
     score_mode: ScoreMode = "generation"
     seed: int = 0
@@ -62,6 +64,7 @@ class Settings:
                 sharing=self.sharing,
                 correction=self.correction,
                 correction_rank=self.correction_rank,
+                warmup_tokens=self.warmup_tokens,
             )
         except InvalidRequest as error:
             name = error.field.removeprefix("pruning.")
@@ -103,6 +106,8 @@ class Settings:
             pruning = [self.density, self.policy, self.sharing, self.score_mode]
         if pruning and self.correction != "none":
             pruning += [self.correction, self.correction_rank]
+        if pruning and self.warmup_tokens:
+            pruning += ["warm-up", self.warmup_tokens]
         return _digest([fingerprint, pruning, kind, *request]).hex()
 
 
