@@ -150,7 +150,7 @@ class Generation:
         assert session.slot is not None
         begin = len(session.tokens) - len(logits)
         made = session.tokens[begin:]
-        places = range(self.turn_place(session, begin), session.turn_generated)
+        places = range(session.turn_generated - len(made), session.turn_generated)
         alike = self.draws_alike(session) and places[0] >= self._stopping.min_tokens
         runs = [range(len(made))] if alike else [range(n, n + 1) for n in range(len(made))]
         drawn: list[int] = []
@@ -169,11 +169,6 @@ class Generation:
             sampler.count(session.slot, made[run[0] : run[-1] + 1], 1)
             drawn += tokens
         return drawn
-
-    @staticmethod
-    def turn_place(session: Session, position: int) -> int:
-        """The number of tokens that the turn had generated before a position."""
-        return position - (len(session.tokens) - session.turn_generated)
 
     def _ban(self, slot: int, sampler: Sampler, banned: frozenset[int]) -> None:
         if banned != self._banned:

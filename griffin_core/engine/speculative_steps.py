@@ -26,7 +26,7 @@ from griffin_core.engine.ports import Observer
 from griffin_core.engine.session import Session
 from griffin_core.errors import InvalidRequest
 from griffin_core.forward.decode import Stepper
-from griffin_core.forward.draws import Draw, Drawn, Draws
+from griffin_core.forward.draws import Draw, DrawLost, Drawn, Draws
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.drafting import Drafting
 from griffin_core.sampling.sampler import Sampler
@@ -191,8 +191,9 @@ class SpeculativeSteps:
         while left := [s for s in left if self._may_draw(s, drafts[s.session_id], place)]:
             index = [first_row[session.session_id] + place for session in left]
             own = draw.logits[on_device(index, torch.int64, draw.logits.device)]
+            drawn_now = draw_next(self._sampler, left, own, ahead=place).wait()
             going = []
-            for session, token in zip(left, self._draw(left, own, place), strict=True):
+            for session, token in zip(left, drawn_now, strict=True):
                 drawn[session.session_id].append(token)
                 ids = drafts[session.session_id].token_ids
                 if place < len(ids) and token.token == ids[place]:
@@ -203,21 +204,10 @@ class SpeculativeSteps:
     def _may_draw(self, session: Session, draft: Draft, place: int) -> bool:
         """Bans the tokens that the next one must not be; returns whether one is left."""
         try:
-            _generation(session).ban(session, self._sampler, draft.token_ids[:place])
+            generation_of(session).ban(session, self._sampler, draft.token_ids[:place])
         except InvalidRequest:  # the next step meets it again, and ends the session
             return False
         return True
-
-    def _draw(self, sessions: Sequence[Session], logits: Tensor, place: int) -> list[Drawn]:
-        slots = [session.slot for session in sessions if session.slot is not None]
-        positions = [len(session.tokens) + place for session in sessions]
-        tops = [_generation(session).top_logprobs for session in sessions]
-        tokens = self._sampler.sample(
-            logits,
-            on_device(slots, torch.int64, logits.device),
-            on_device(positions, torch.int64, logits.device),
-        )
-        return Draw(tokens, logits, range(len(sessions)), tops).wait()
 
     def note(self, drafting: Drafting, draft: Draft, drawn: Sequence[Drawn]) -> None:
         """Notes how many tokens of a draft were drawn too."""
@@ -229,12 +219,12 @@ class SpeculativeSteps:
     def miscounted(self, session: Session) -> bool:
         """Whether a session's penalties may count a token that it does not have, after drafting has
         failed."""
-        return _generation(session).sampling.penalizes and session in self._drawing
+        return generation_of(session).sampling.penalizes and session in self._drawing
 
 
 def drafting_of(session: Session) -> Drafting:
     """The drafts of a session that generates."""
-    return _generation(session).drafting
+    return generation_of(session).drafting
 
 
 def tokens_of(draft: Draft | None) -> tuple[int, ...]:
@@ -258,7 +248,7 @@ def step_sequence(session: Session, draft: Draft | None) -> StepSequence:
 
 def _at_once(session: Session) -> bool:
     """Whether the step itself draws after all rows of a session's draft."""
-    return _generation(session).draws_alike(session)
+    return generation_of(session).draws_alike(session)
 
 
 def density_of(session: Session) -> float:
@@ -283,7 +273,7 @@ def _room(session: Session) -> int:
     a warm-up or past a check."""
     assert session.cache is not None
     cache = session.cache
-    left = min(_generation(session).remaining, cache.capacity - cache.length)
+    left = min(generation_of(session).remaining, cache.capacity - cache.length)
     if (pause := pauses_at(session)) is not None:
         left = min(left, pause - cache.length)
     return left - 1
@@ -298,6 +288,33 @@ def _trim(found: dict[str, tuple[int, ...]], stepper: Stepper, sessions: int) ->
         found[longest] = found[longest][:-1]
 
 
-def _generation(session: Session) -> Generation:
+def generation_of(session: Session) -> Generation:
+    """The turn of a session that generates."""
     assert isinstance(session.turn, Generation)
     return session.turn
+
+
+def draw_next(
+    sampler: Sampler, sessions: Sequence[Session], logits: Tensor, *, ahead: int = 0
+) -> Draw:
+    """Draws a token for each session, all together.
+
+    Args:
+        logits: [B, V] float32, a row for each session.
+        ahead: how many tokens of each were drawn since its last one.
+
+    Raises:
+        DrawLost: the tokens were drawn and cannot be read.
+    """
+    slots = [session.slot for session in sessions if session.slot is not None]
+    positions = [len(session.tokens) + ahead for session in sessions]
+    tokens = sampler.sample(
+        logits,
+        on_device(slots, torch.int64, logits.device),
+        on_device(positions, torch.int64, logits.device),
+    )
+    tops = [generation_of(session).top_logprobs for session in sessions]
+    try:
+        return Draw(tokens, logits, range(len(sessions)), tops)
+    except Exception as error:
+        raise DrawLost from error

@@ -16,7 +16,6 @@ from types import MappingProxyType
 import torch
 
 from griffin_core.backends.batch import StepSequence
-from griffin_core.backends.transfers import on_device
 from griffin_core.engine.admission import Admission
 from griffin_core.engine.dense_passes import DensePasses
 from griffin_core.engine.generation import Generation
@@ -29,11 +28,13 @@ from griffin_core.engine.speculative_steps import (
     Drafts,
     SpeculativeSteps,
     density_of,
+    draw_next,
+    generation_of,
     step_sequence,
     tokens_of,
 )
 from griffin_core.forward.decode import Stepper
-from griffin_core.forward.draws import Draw, DrawLost, Drawn, Draws
+from griffin_core.forward.draws import DrawLost, Drawn, Draws
 from griffin_core.model.decoder import Decoder
 from griffin_core.sampling.sampler import Sampler
 
@@ -83,7 +84,7 @@ class TokenSteps:
         sessions = self._able()
         for session in sessions:
             session.clock.stalled = 0.0
-        return [session for session in sessions if _generation(session).wants(session)]
+        return [session for session in sessions if generation_of(session).wants(session)]
 
     def run(
         self,
@@ -193,6 +194,8 @@ class TokenSteps:
     ) -> Mapping[str, Sequence[Drawn]]:
         try:
             return self._speculative.draw_one_by_one(sessions, drafts, draw) if drafts else {}
+        except DrawLost:
+            raise
         except Exception as error:  # the step has drawn for the others: it must not run again
             raise DrawLost from error
 
@@ -200,7 +203,7 @@ class TokenSteps:
         self, stepper: Stepper, joined: Joined | None, drafts: Drafts, sessions: list[Session]
     ) -> Draws:
         own = [step_sequence(session, drafts.get(session.session_id)) for session in sessions]
-        tops = [_generation(session).top_logprobs for session in sessions]
+        tops = [generation_of(session).top_logprobs for session in sessions]
         draws = None if joined is None else self._launch_joined(stepper, joined, own, tops)
         if draws is None:
             draws = stepper.launch(own, tops)
@@ -239,7 +242,7 @@ class TokenSteps:
         """Bans the tokens that the session's next one must not be. If none is left, the session
         ends, and this returns False."""
         try:
-            _generation(session).ban(session, self._sampler)
+            generation_of(session).ban(session, self._sampler)
         except Exception as error:
             self._sessions.fail_with(session, error)
             return False
@@ -255,18 +258,7 @@ class TokenSteps:
             rows = [hidden[id(s)] for s in sessions]
             batches = [[row] for row in rows] if self._batch_invariant else [rows]
             logits = torch.cat([self._decoder.head(torch.stack(batch)) for batch in batches])
-            slots = [s.slot for s in sessions if s.slot is not None]
-            positions = [len(s.tokens) for s in sessions]
-            tokens = self._sampler.sample(
-                logits,
-                on_device(slots, torch.int64, logits.device),
-                on_device(positions, torch.int64, logits.device),
-            )
-            tops = [_generation(s).top_logprobs for s in sessions]
-            try:
-                return Draw(tokens, logits, range(len(sessions)), tops)
-            except Exception as error:
-                raise DrawLost from error
+            return draw_next(self._sampler, sessions, logits)
 
         return self._launch([each.session for each in read], launch)
 
@@ -299,7 +291,7 @@ class TokenSteps:
     ) -> None:
         """Takes a session's tokens up to the first that is not the drafted one."""
         _, session = turn
-        drafting, drafted = _generation(session).drafting, tokens_of(draft)
+        drafting, drafted = generation_of(session).drafting, tokens_of(draft)
         session.in_flight -= 1
         taken = 0
         # The draws may have ended early, where no token was left to draw.
@@ -324,14 +316,9 @@ class TokenSteps:
 
     def _take(self, session: Session, *, drawn: Drawn) -> None:
         first = session.turn_generated == 0
-        last = _generation(session).take(session, drawn)
+        last = generation_of(session).take(session, drawn)
         if last is not None:
             self._sessions.finish(session, last)
             return
         if first:
             self._sessions.join(session)
-
-
-def _generation(session: Session) -> Generation:
-    assert isinstance(session.turn, Generation)
-    return session.turn
