@@ -293,6 +293,8 @@ class TokenSteps:
         _, session = turn
         drafting, drafted = generation_of(session).drafting, tokens_of(draft)
         session.in_flight -= 1
+        if draft is not None:  # before a token of it ends the turn, whose figures count it
+            self._speculative.note(drafting, draft, drawn)
         taken = 0
         # The draws may have ended early, where no token was left to draw.
         for token, expected in zip_longest(drawn, drafted[: len(drawn)]):
@@ -307,8 +309,6 @@ class TokenSteps:
             self._sessions.guard(session, partial(self._take, drawn=token))
             if not holds or not self._sessions.is_live(*turn):
                 break
-        if draft is not None:
-            self._speculative.note(drafting, draft, drawn)
         if self._sessions.is_live(*turn):
             if density < 1:
                 self._dense_passes.note_slim(session, taken)
